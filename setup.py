@@ -1,0 +1,36 @@
+"""Builds the native library and module with CMake and ninja; everything else is in pyproject.toml."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "release"
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        in_place = self.inplace or self.editable_mode
+        package = ROOT / "python" / "quaver" if in_place else Path(self.build_lib).resolve() / "quaver"
+        # The cmake and ninja of this interpreter's environment come before the system's.
+        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+        def cmake(*args):
+            subprocess.run(["cmake", *map(str, args)], check=True, env=env)
+
+        cmake(
+            *("-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DQUAVER_CUDA={os.environ.get('QUAVER_CUDA', 'auto')}",
+            f"-DQUAVER_CUDA_ARCHS={os.environ.get('QUAVER_CUDA_ARCHS', '90a')}",
+            f"-DQUAVER_CUTLASS_DIR={os.environ.get('QUAVER_CUTLASS_DIR', '')}",
+        )
+        cmake("--build", BUILD)
+        cmake("--install", BUILD, "--component", "python", "--prefix", package)
+
+
+setup(ext_modules=[Extension("quaver._C", [])], cmdclass={"build_ext": CMakeBuild})
