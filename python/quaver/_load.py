@@ -1,0 +1,33 @@
+"""Loads libquaver.so, or says in one error what was looked for and what to do."""
+
+from pathlib import Path
+
+MINIMUM_TORCH = (2, 11)
+LIBRARY = Path(__file__).parent / "lib" / "libquaver.so"
+
+
+def load():
+    """Import torch and then the native module, which registers `torch.ops.quaver`."""
+    try:
+        # First, always: libquaver.so finds torch's libraries because they are loaded already.
+        import torch
+    except ImportError as error:
+        raise ImportError(f"quaver needs torch >= 2.11, and torch does not import: {error}") from error
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < MINIMUM_TORCH:
+        raise ImportError(
+            f"quaver needs torch >= 2.11, but {torch.__file__} is torch {torch.__version__}; "
+            "install a newer torch"
+        )
+    try:
+        from quaver import _C
+    except ImportError as error:
+        found = "exists" if LIBRARY.exists() else "does not exist"
+        raise ImportError(
+            f"quaver's native library does not load: {error}. "
+            f"Looked for {LIBRARY} ({found}) and for quaver._C beside it, "
+            f"with torch {torch.__version__}. "
+            "In a source tree run `make`, or `pip install --no-build-isolation -e .`; "
+            "otherwise reinstall a quaver wheel made for this Python version"
+        ) from error
+    return _C
