@@ -1,0 +1,116 @@
+# Every target works alone on a fresh clone: it makes .venv, installs what is missing and builds.
+#   PYTHON=python3.12      the interpreter that .venv is made from; a torch it has already is used
+#   QUAVER_PYTHON=python   an interpreter to use as it is: no .venv, nothing is installed into it
+#   QUAVER_CUDA=auto|on|off, QUAVER_CUDA_ARCHS, QUAVER_CUTLASS_DIR      see CMakeLists.txt
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ABI_TORCH ?= torch==2.11.0
+ABI_VENV ?= .venv-2.11
+CUTLASS := nvidia-cutlass==4.2.0.0
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := build
+
+ifdef QUAVER_PYTHON
+PY := $(shell command -v $(QUAVER_PYTHON))
+QUAVER := $(PY) -m quaver
+READY := check-python
+export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := $(CURDIR)/$(VENV)/bin/python
+QUAVER := $(VENV)/bin/quaver
+READY := $(VENV)/.installed
+endif
+export PATH := $(dir $(PY)):$(PATH)
+
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc include -type f)
+BUILT := build/.built$(subst /,-,$(PY))
+GEMMS := $(wildcard csrc/cuda/gemm_sm90_*.cu)
+HAS_TORCH := import importlib.metadata as m; assert tuple(map(int, m.version('torch').split('.')[:2])) >= (2, 11)
+SHA256 := import hashlib, torch, quaver._load as q; \
+	print('torch', torch.__version__, hashlib.sha256(q.LIBRARY.read_bytes()).hexdigest(), q.LIBRARY)
+
+.PHONY: build demo test test-sanitize test-abi bench cuda wheel lint format clean check-python
+
+build: $(BUILT)
+
+demo: $(BUILT)
+	$(QUAVER) train --data stdlib --model tiny --recipe bf16,fp8lm-o2 --steps 300 --out runs/demo
+
+test: $(BUILT)
+	cmake --build build/release --target check
+	$(PY) -m pytest
+
+test-sanitize: $(READY)
+	cmake -S . -B build/sanitize -G Ninja -DQUAVER_SANITIZE=ON -DQUAVER_BINDING=OFF -DQUAVER_CUDA=off
+	cmake --build build/sanitize --target check
+
+# The wheel of this build, and no other, under the oldest torch it promises to serve.
+test-abi: wheel $(ABI_VENV)/.installed
+	$(ABI_VENV)/bin/python -m pip install --no-deps --force-reinstall dist/quaver-*.whl
+	ours=$$($(PY) -c "$(SHA256)"); echo "$$ours"
+	theirs=$$(PYTHONPATH= $(ABI_VENV)/bin/python -c "$(SHA256)"); echo "$$theirs"
+	test "$$(cut -d' ' -f3 <<< "$$ours")" = "$$(cut -d' ' -f3 <<< "$$theirs")" || { echo "test-abi: the two libraries differ"; exit 1; }
+	PYTHONPATH= $(ABI_VENV)/bin/python -m pytest -m "not slow"
+
+bench: $(BUILT)
+	cmake --build build/release --target microbench
+	shopt -s nullglob; for bench in build/release/bench/* bench/bench_*.py; do \
+	  echo "== $$bench"; case $$bench in *.py) $(PY) $$bench;; *) $$bench;; esac; done
+
+# Needs nvcc, but no GPU.
+cuda: $(READY) $(if $(GEMMS),build/cutlass/.installed)
+	cmake -S . -B build/cuda -G Ninja -DQUAVER_CUDA=on -DQUAVER_BINDING=OFF \
+	  -DQUAVER_CUDA_ARCHS="$(or $(QUAVER_CUDA_ARCHS),90a)" -DQUAVER_CUTLASS_DIR="$(QUAVER_CUTLASS_DIR)"
+	cmake --build build/cuda --target quaver_cuda
+	$(PY) cmake/check_cuda.py build/cuda/libquaver_cuda.a $(or $(QUAVER_CUDA_ARCHS),90a)
+
+# setuptools would pack what an earlier build left in build/lib*.
+wheel: $(BUILT)
+	rm -rf dist build/lib* build/bdist*
+	$(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
+
+lint: $(READY)
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format --dry-run -Werror
+	ruff check .
+	ruff format --check .
+
+format: $(READY)
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i
+	ruff check --fix .
+	ruff format .
+
+clean:
+	rm -rf build dist python/*.egg-info python/quaver/lib python/quaver/*.so
+
+$(BUILT): $(SOURCES) $(READY)
+	$(PY) setup.py -q build_ext --inplace
+	touch $@
+
+# torch first and pinned: a plain `torch` would bring a newer one with gigabytes of CUDA.
+$(VENV)/.installed: pyproject.toml setup.py
+	$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('quaver needs Python >= 3.10, $(PYTHON) is ' + sys.version)"
+	test -x $(PY) || $(PYTHON) -m venv $$($(PYTHON) -c "$(HAS_TORCH)" 2> /dev/null && echo --system-site-packages) $(VENV)
+	$(PY) -c "$(HAS_TORCH)" 2> /dev/null || $(PY) -m pip install "$(TORCH)"
+	$(PY) -m pip install "setuptools>=77" wheel "cmake>=3.18" ninja "pybind11>=2.13"
+	$(PY) -m pip install --no-build-isolation -e ".[build,lint,test]"
+	touch $@
+
+$(ABI_VENV)/.installed: pyproject.toml
+	test -x $(ABI_VENV)/bin/python || $(PY) -m venv $(ABI_VENV)
+	$(ABI_VENV)/bin/python -m pip install "$(ABI_TORCH)"
+	$(ABI_VENV)/bin/python -m pip install numpy safetensors tqdm matplotlib pytest ml_dtypes transformers
+	touch $@
+
+build/cutlass/.installed: Makefile
+	$(PY) -m pip install --no-deps --upgrade --target build/cutlass $(CUTLASS)
+	touch $@
+
+check-python:
+	@$(PY) -c "$(HAS_TORCH); import pybind11, setuptools" || \
+	  { echo "QUAVER_PYTHON=$(QUAVER_PYTHON) needs torch >= 2.11, pybind11 and setuptools"; exit 1; }
+	@command -v cmake ninja > /dev/null || { echo "cmake and ninja must be on PATH"; exit 1; }
