@@ -1,4 +1,5 @@
-// quaver._C: host-side facts only. Importing it loads libquaver.so, which registers torch.ops.quaver.
+// quaver._C: host-side facts only. Importing it loads libquaver.so, which registers
+// torch.ops.quaver.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
