@@ -1,4 +1,4 @@
-"""Builds the native library and module with CMake and ninja; everything else is in pyproject.toml."""
+"""Builds the native library and module with CMake and ninja; the rest is in pyproject.toml."""
 
 import os
 import subprocess
@@ -14,10 +14,11 @@ BUILD = ROOT / "build" / "release"
 
 class CMakeBuild(build_ext):
     def run(self):
-        in_place = self.inplace or self.editable_mode
-        package = ROOT / "python" / "quaver" if in_place else Path(self.build_lib).resolve() / "quaver"
+        home = ROOT / "python" if self.inplace or self.editable_mode else self.build_lib
+        package = Path(home).resolve() / "quaver"
         # The cmake and ninja of this interpreter's environment come before the system's.
-        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        tools = Path(sys.executable).parent
+        env = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
 
         def cmake(*args):
             subprocess.run(["cmake", *map(str, args)], check=True, env=env)

@@ -12,7 +12,9 @@ def load():
         # First, always: libquaver.so finds torch's libraries because they are loaded already.
         import torch
     except ImportError as error:
-        raise ImportError(f"quaver needs torch >= 2.11, and torch does not import: {error}") from error
+        raise ImportError(
+            f"quaver needs torch >= 2.11, and torch does not import: {error}"
+        ) from error
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < MINIMUM_TORCH:
         raise ImportError(
