@@ -1,0 +1,169 @@
+// Every instruction set gives the bits of the portable code, at sizes around the vector widths.
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "quaver/adam.h"
+#include "quaver/cpu.h"
+#include "quaver/fp8.h"
+#include "quaver/optimizer.h"
+#include "quaver/philox.h"
+#include "quaver/quantize.h"
+#include "test.h"
+
+using namespace quaver;
+
+namespace {
+
+using Bytes = std::vector<unsigned char>;
+
+// Runs `body` under every instruction set; what it appends must be what portable code appends.
+void same_everywhere(const std::function<void(Bytes*)>& body) {
+  const std::string before = cpu::isa();
+  cpu::set_isa("portable");
+  Bytes wanted;
+  body(&wanted);
+  int count = 0;
+  const char* const* names = cpu::available_isas(&count);
+  for (int i = 0; i < count; ++i) {
+    cpu::set_isa(names[i]);
+    Bytes got;
+    body(&got);
+    if (got != wanted) {
+      cpu::set_isa(before.c_str());
+      CHECK_EQ(std::string(names[i]), "the same bits as portable");
+    }
+  }
+  cpu::set_isa(before.c_str());
+}
+
+template <class T>
+void append(Bytes* bytes, const std::vector<T>& values) {
+  const auto* first = reinterpret_cast<const unsigned char*>(values.data());
+  bytes->insert(bytes->end(), first, first + values.size() * sizeof(T));
+}
+
+// Random signs, magnitudes over some 30 binades, a few zeros and subnormals.
+std::vector<float> some_values(int64_t n, uint64_t seed) {
+  std::vector<float> values(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = random_bits(seed, i);
+    const uint32_t exponent = 112 + bits % 30;
+    values[i] = bit_cast<float>((bits & 0x807fffffu) | exponent << 23);
+    if (bits % 97 == 0) values[i] = 0.0f;
+    if (bits % 101 == 0) values[i] = bit_cast<float>(bits & 0x807fffffu);
+  }
+  return values;
+}
+
+TensorView view(void* data, DType type, int64_t rows, int64_t cols) {
+  return TensorView{data, type, rows, cols};
+}
+
+const int64_t kSizes[] = {0, 1, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 511, 513, 4097};
+
+}  // namespace
+
+TEST(quantize_and_dequantize) {
+  for (const DType type : {DType::e4m3, DType::e5m2, DType::f16}) {
+    for (const bool power_of_two : {true, false}) {
+      for (const bool stochastic : {false, true}) {
+        same_everywhere([&](Bytes* bytes) {
+          for (const int64_t n : kSizes) {
+            std::vector<float> x = some_values(n, 11), back(n);
+            std::vector<uint16_t> q(n);
+            float scale = 0.0f, amax = 0.0f;
+            QuantizeOptions options;
+            options.power_of_two = power_of_two;
+            options.stochastic = stochastic;
+            options.seed = 5;
+            const TensorView codes = view(q.data(), type, 1, n);
+            const TensorView s = view(&scale, DType::f32, 1, 1), a = view(&amax, DType::f32, 1, 1);
+            cpu::quantize(codes, s, a, view(x.data(), DType::f32, 1, n), options, {});
+            cpu::dequantize(view(back.data(), DType::f32, 1, n), codes, s, options);
+            append(bytes, q);
+            append(bytes, back);
+            append(bytes, std::vector<float>{scale, amax});
+          }
+        });
+      }
+    }
+  }
+}
+
+TEST(non_finite_values) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const DType type : {DType::e4m3, DType::e5m2, DType::f16}) {
+    same_everywhere([&](Bytes* bytes) {
+      for (const float bad : {infinity, -infinity, nan, -nan}) {
+        for (const int64_t at : {0, 9, 36}) {
+          std::vector<float> x = some_values(37, 2);
+          x[at] = bad;
+          std::vector<uint16_t> q(37);
+          float scale = 1.0f, amax = 0.0f;
+          cpu::quantize(view(q.data(), type, 1, 37), view(&scale, DType::f32, 1, 1),
+                        view(&amax, DType::f32, 1, 1), view(x.data(), DType::f32, 1, 37), {}, {});
+          CHECK(!is_finite(amax));
+          CHECK_EQ(scale, 1.0f);
+          append(bytes, q);
+        }
+      }
+    });
+  }
+}
+
+TEST(cast_transpose) {
+  same_everywhere([&](Bytes* bytes) {
+    for (const int64_t rows : {1, 7, 8, 64, 65, 130}) {
+      for (const int64_t cols : {1, 9, 64, 70, 513}) {
+        std::vector<float> x = some_values(rows * cols, 3);
+        std::vector<uint8_t> q(rows * cols), qt(rows * cols);
+        float scale = 0.0f, amax = 0.0f;
+        cpu::cast_transpose(view(q.data(), DType::e4m3, rows, cols),
+                            view(qt.data(), DType::e4m3, cols, rows),
+                            view(&scale, DType::f32, 1, 1), view(&amax, DType::f32, 1, 1),
+                            view(x.data(), DType::f32, rows, cols), true, {});
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < cols; ++c) CHECK_EQ(q[r * cols + c], qt[c * rows + r]);
+        append(bytes, q);
+      }
+    }
+  });
+}
+
+TEST(adam_with_low_precision_states) {
+  for (const int64_t n : kSizes) {
+    same_everywhere([&](Bytes* bytes) {
+      const std::vector<float> grad = some_values(n, 4);
+      std::vector<f16> weight(n, f16{0x3c00}), exp_avg_sq(n, f16{0});
+      std::vector<e4m3> exp_avg(n, e4m3{0});
+      float scales[3] = {1.0f, 1.0f, 1.0f}, amaxes[3] = {1.0f, 0.0f, 0.0f};
+      float grad_amax = 0.0f;
+      for (const float g : grad) grad_amax = g > grad_amax ? g : -g > grad_amax ? -g : grad_amax;
+      int64_t step = 0, skipped = 0;
+      const double hyper[5] = {1e-3, 0.9, 0.95, 1e-8, 0.1};
+      AdamParameter p;
+      p.weight = {view(weight.data(), DType::f16, 1, n), &scales[0], &amaxes[0]};
+      p.exp_avg = {view(exp_avg.data(), DType::e4m3, 1, n), &scales[1], &amaxes[1]};
+      p.exp_avg_sq = {view(exp_avg_sq.data(), DType::f16, 1, n), &scales[2], &amaxes[2]};
+      p.grad = view(const_cast<float*>(grad.data()), DType::f32, 1, n);
+      p.grad_amax = &grad_amax;
+      p.step = &step;
+      p.hyper = hyper;
+      for (int i = 0; i < 3; ++i) cpu::adam(&p, 1, &skipped);
+      CHECK_EQ(step, 3);
+      CHECK_EQ(skipped, 0);
+      append(bytes, weight);
+      append(bytes, exp_avg);
+      append(bytes, exp_avg_sq);
+      append(bytes, std::vector<float>(scales, scales + 3));
+      append(bytes, std::vector<float>(amaxes, amaxes + 3));
+    });
+  }
+}
+
+TEST(an_unknown_instruction_set_is_refused_by_name) {
+  CHECK_THROWS(cpu::set_isa("mmx"), "got mmx");
+}
