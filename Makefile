@@ -8,7 +8,8 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 ABI_TORCH ?= torch==2.11.0
 ABI_VENV ?= .venv-2.11
-CUTLASS := nvidia-cutlass==4.2.0.0
+CUTLASS := 4.2.0.0
+CUOBJDUMP := 13.2.51
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -29,6 +30,7 @@ export PATH := $(dir $(PY)):$(PATH)
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc include -type f)
 BUILT := build/.built$(subst /,-,$(PY))
+ARCHS := $(or $(QUAVER_CUDA_ARCHS),90a)
 GEMMS := $(wildcard csrc/cuda/gemm_sm90_*.cu)
 HAS_TORCH := import importlib.metadata as m; assert tuple(map(int, m.version('torch').split('.')[:2])) >= (2, 11)
 SHA256 := import hashlib, torch, quaver._load as q; \
@@ -63,11 +65,11 @@ bench: $(BUILT)
 	  echo "== $$bench"; case $$bench in *.py) $(PY) $$bench;; *) $$bench;; esac; done
 
 # Needs nvcc, but no GPU.
-cuda: $(READY) $(if $(GEMMS),build/cutlass/.installed)
+cuda: $(READY) $(if $(GEMMS),build/cutlass/.$(CUTLASS)) $(if $(shell command -v cuobjdump),,build/cuobjdump/.$(CUOBJDUMP))
 	cmake -S . -B build/cuda -G Ninja -DQUAVER_CUDA=on -DQUAVER_BINDING=OFF \
-	  -DQUAVER_CUDA_ARCHS="$(or $(QUAVER_CUDA_ARCHS),90a)" -DQUAVER_CUTLASS_DIR="$(QUAVER_CUTLASS_DIR)"
+	  -DQUAVER_CUDA_ARCHS="$(ARCHS)" -DQUAVER_CUTLASS_DIR="$(QUAVER_CUTLASS_DIR)"
 	cmake --build build/cuda --target quaver_cuda
-	$(PY) cmake/check_cuda.py build/cuda/libquaver_cuda.a $(or $(QUAVER_CUDA_ARCHS),90a)
+	PATH="$$PATH:$(CURDIR)/build/cuobjdump/nvidia/cu13/bin" $(PY) cmake/check_cuda.py build/cuda/libquaver_cuda.a $(subst ;, ,$(ARCHS))
 
 # setuptools would pack what an earlier build left in build/lib*.
 wheel: $(BUILT)
@@ -106,8 +108,12 @@ $(ABI_VENV)/.installed: pyproject.toml
 	$(ABI_VENV)/bin/python -m pip install numpy safetensors tqdm matplotlib pytest ml_dtypes transformers
 	touch $@
 
-build/cutlass/.installed: Makefile
-	$(PY) -m pip install --no-deps --upgrade --target build/cutlass $(CUTLASS)
+build/cutlass/.$(CUTLASS):
+	$(PY) -m pip install --no-deps --upgrade --target build/cutlass nvidia-cutlass==$(CUTLASS)
+	touch $@
+
+build/cuobjdump/.$(CUOBJDUMP):
+	$(PY) -m pip install --no-deps --upgrade --target build/cuobjdump nvidia-cuda-cuobjdump==$(CUOBJDUMP) nvidia-cuda-nvdisasm==$(CUOBJDUMP)
 	touch $@
 
 check-python:
