@@ -1,0 +1,155 @@
+#include "quaver/optimizer.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace quaver::cpu {
+namespace {
+
+// One parameter with everything that is fixed for the step.
+struct Plan {
+  AdamStep step;
+  AdamSpan span;    // pointers to the first element
+  AtomicAmax amax[3];
+};
+
+struct Piece {
+  int64_t parameter, begin, n;
+};
+
+bool scaled(const StateView& s) { return finite_max(s.values.dtype) > 0.0f; }
+
+void check_state(const char* name, const StateView& s, int64_t numel) {
+  QUAVER_CHECK(s.values.numel() == numel, "adam_: ", name, " has ", s.values.numel(),
+               " values, its parameter ", numel);
+  QUAVER_CHECK(!scaled(s) || (s.scale != nullptr && s.amax != nullptr), "adam_: ", name, " is ",
+               name_of(s.values.dtype), " and needs a scale and an amax");
+}
+
+void check(const AdamParameter& p) {
+  const int64_t n = p.weight.values.numel();
+  const DType w = p.weight.values.dtype;
+  QUAVER_CHECK(!is_fp8(w), "adam_: weight must be f32, bf16 or f16, got ", name_of(w));
+  check_state("weight", p.weight, n);
+  check_state("exp_avg", p.exp_avg, n);
+  check_state("exp_avg_sq", p.exp_avg_sq, n);
+  QUAVER_CHECK(p.grad.numel() == n, "adam_: grad has ", p.grad.numel(),
+               " values, its parameter ", n);
+  QUAVER_CHECK(p.grad_amax != nullptr && p.step != nullptr && p.hyper != nullptr,
+               "adam_: grad_amax, step and hyper are needed");
+  if (p.fp8.data == nullptr) return;
+  QUAVER_CHECK(w == DType::f16, "adam_: an FP8 copy goes with an f16 weight, got ", name_of(w));
+  QUAVER_CHECK(p.fp8.numel() == n && p.fp8_t.rows == p.fp8.cols && p.fp8_t.cols == p.fp8.rows &&
+                   p.fp8_scale != nullptr,
+               "adam_: FP8 copies must be [N, K] and [K, N] like the weight, with a scale");
+}
+
+// A state's scale for the values that this step will store.
+float next_scale(const StateView& s, float bound, float max) {
+  return scaled(s) ? scale_from_amax(bound, max, true, *s.scale) : 1.0f;
+}
+
+void prepare(const AdamParameter& p, Plan* plan) {
+  const double* h = p.hyper;
+  plan->step = adam_step(h[0], h[1], h[2], h[3], h[4], *p.step + 1);
+  auto scale = [](const StateView& s) { return scaled(s) ? *s.scale : 1.0f; };
+  auto amax = [](const StateView& s) { return scaled(s) ? *s.amax : 0.0f; };
+  AdamSpan& s = plan->span;
+  s.weight = p.weight.values.data;
+  s.exp_avg = p.exp_avg.values.data;
+  s.exp_avg_sq = p.exp_avg_sq.values.data;
+  s.grad = p.grad.data;
+  s.fp8 = p.fp8.as<uint8_t>();
+  s.weight_type = p.weight.values.dtype;
+  s.exp_avg_type = p.exp_avg.values.dtype;
+  s.exp_avg_sq_type = p.exp_avg_sq.values.dtype;
+  s.grad_type = p.grad.dtype;
+  s.weight_scale = scale(p.weight);
+  s.exp_avg_scale = scale(p.exp_avg);
+  s.exp_avg_sq_scale = scale(p.exp_avg_sq);
+  s.grad_scale = p.grad_scale != nullptr ? *p.grad_scale : 1.0f;
+  const AdamStep& step = plan->step;
+  s.new_weight_scale = next_scale(p.weight, weight_bound(step, amax(p.weight)), kMasterMax);
+  s.new_exp_avg_scale =
+      next_scale(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax),
+                 finite_max(p.exp_avg.values.dtype));
+  s.new_exp_avg_sq_scale =
+      next_scale(p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax),
+                 finite_max(p.exp_avg_sq.values.dtype));
+}
+
+void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
+  AdamSpan s = plan.span;
+  auto move = [begin](void* pointer, DType type) -> void* {
+    return static_cast<char*>(pointer) + begin * size_of(type);
+  };
+  s.weight = move(s.weight, s.weight_type);
+  s.exp_avg = move(s.exp_avg, s.exp_avg_type);
+  s.exp_avg_sq = move(s.exp_avg_sq, s.exp_avg_sq_type);
+  s.grad = static_cast<const char*>(s.grad) + begin * size_of(s.grad_type);
+  if (s.fp8 != nullptr) s.fp8 += begin;
+  uint32_t amax[3] = {0, 0, 0};
+  simd().adam(s, plan.step, n, amax);
+  for (int k = 0; k < 3; ++k) plan.amax[k].add(amax[k]);
+  if (s.fp8 == nullptr) return;
+  const int64_t rows = p.fp8.rows, cols = p.fp8.cols;
+  const int64_t first = begin / cols, last = (begin + n) / cols;  // pieces are whole rows
+  for (int64_t r = first; r < last; r += kTile)
+    for (int64_t c = 0; c < cols; c += kTile)
+      simd().transpose(p.fp8_t.as<uint8_t>() + c * rows + r, rows,
+                       p.fp8.as<uint8_t>() + r * cols + c, cols, std::min(kTile, last - r),
+                       std::min(kTile, cols - c));
+}
+
+void finish(const AdamParameter& p, const Plan& plan) {
+  auto record = [&](const StateView& s, float scale, int k) {
+    if (!scaled(s)) return;
+    *s.scale = scale;
+    *s.amax = bit_cast<float>(plan.amax[k].bits());
+  };
+  record(p.weight, plan.span.new_weight_scale, 0);
+  record(p.exp_avg, plan.span.new_exp_avg_scale, 1);
+  record(p.exp_avg_sq, plan.span.new_exp_avg_sq_scale, 2);
+  if (p.fp8_scale != nullptr) *p.fp8_scale = plan.span.new_weight_scale * kMasterToFp8;
+  ++*p.step;
+}
+
+}  // namespace
+
+void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped) {
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    check(parameters[i]);
+    finite = finite && is_finite(*parameters[i].grad_amax);
+  }
+  if (!finite) {
+    ++*skipped;
+    return;
+  }
+  std::vector<Plan> plans(count);
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < count; ++i) {
+    const AdamParameter& p = parameters[i];
+    prepare(p, &plans[i]);
+    const int64_t n = p.weight.values.numel();
+    int64_t size = kGrain;
+    if (p.fp8.data != nullptr) {  // whole strips of rows, so that a piece can transpose its codes
+      const int64_t strip = kTile * std::max<int64_t>(p.fp8.cols, 1);
+      size = strip * std::max<int64_t>(1, kGrain / strip);
+    }
+    for (int64_t begin = 0; begin < n; begin += size)
+      pieces.push_back({i, begin, std::min(size, n - begin)});
+  }
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      run(parameters[pieces[k].parameter], plans[pieces[k].parameter], pieces[k].begin,
+          pieces[k].n);
+  };
+  parallel_for(static_cast<int64_t>(pieces.size()), 1, body);
+  for (int64_t i = 0; i < count; ++i) finish(parameters[i], plans[i]);
+}
+
+}  // namespace quaver::cpu

@@ -1,0 +1,51 @@
+// Schemas of torch.ops.quaver. Fake kernels and autograd are registered in python/quaver/ops.py.
+//
+// Scales are decode multipliers in f32: x ~= scale * q. In a list argument an empty tensor stands
+// for "none". Each stage's binding registers its kernels for the CPU (and CUDA) key.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "quaver/cpu.h"
+
+STABLE_TORCH_LIBRARY(quaver, m) {
+  m.def(
+      "quantize(Tensor x, ScalarType dtype, Tensor? scale, Tensor(a!)? history, str granularity, "
+      "int block, bool power_of_two, bool stochastic, int seed) "
+      "-> (Tensor q, Tensor scale, Tensor amax)");
+  m.def(
+      "dequantize(Tensor q, Tensor scale, ScalarType dtype, str granularity, int block) -> Tensor");
+  m.def(
+      "cast_transpose(Tensor x, ScalarType dtype, Tensor? scale, Tensor(a!)? history, "
+      "bool power_of_two) -> (Tensor q, Tensor qt, Tensor scale, Tensor amax)");
+  m.def(
+      "gemm(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
+      "ScalarType out_dtype, bool fast_accumulate) -> Tensor");
+  m.def(
+      "gemm_(Tensor(a!) out, Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
+      "bool accumulate, bool fast_accumulate) -> ()");
+  m.def(
+      "grad_norm(Tensor[] grads, Tensor[] scales, Tensor[] amaxes) -> (Tensor norm, Tensor amax)");
+  m.def(
+      "accumulate_(Tensor(a!) q, Tensor(b!) scale, Tensor(c!) amax, Tensor other, "
+      "Tensor? other_scale, Tensor? other_amax) -> ()");
+  m.def(
+      "adam_(Tensor(a!)[] weights, Tensor(b!)[] weight_scales, Tensor(c!)[] weight_amaxes, "
+      "Tensor(d!)[] exp_avgs, Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_amaxes, "
+      "Tensor(g!)[] exp_avg_sqs, Tensor(h!)[] exp_avg_sq_scales, Tensor(i!)[] exp_avg_sq_amaxes, "
+      "Tensor[] grads, Tensor[] grad_scales, Tensor grad_amax, "
+      "Tensor(j!)[] fp8s, Tensor(k!)[] fp8_ts, Tensor(l!)[] fp8_scales, "
+      "Tensor(m!)[] steps, Tensor hyper, Tensor(n!) skipped) -> ()");
+}
+
+namespace {
+
+// The core's threads are torch's own: one pool in the process.
+void torch_threads(int64_t n, int64_t grain, void* context, quaver::cpu::ParallelBody body) {
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    body(context, begin, end);
+  });
+}
+
+[[maybe_unused]] const bool installed = (quaver::cpu::set_parallel_for(torch_threads), true);
+
+}  // namespace

@@ -1,0 +1,65 @@
+#include "quaver/optimizer.h"
+
+#include "bridge.h"
+
+namespace quaver::binding {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+StateView state(const char* name, const Tensor& values, const Tensor& scale, const Tensor& amax) {
+  return {view("adam_", name, values), optional_scalar("adam_", "scale", scale),
+          optional_scalar("adam_", "amax", amax)};
+}
+
+void adam_cpu_(const Tensors& weights, const Tensors& weight_scales, const Tensors& weight_amaxes,
+               const Tensors& exp_avgs, const Tensors& exp_avg_scales,
+               const Tensors& exp_avg_amaxes, const Tensors& exp_avg_sqs,
+               const Tensors& exp_avg_sq_scales, const Tensors& exp_avg_sq_amaxes,
+               const Tensors& grads, const Tensors& grad_scales, const Tensor& grad_amax,
+               const Tensors& fp8s, const Tensors& fp8_ts, const Tensors& fp8_scales,
+               const Tensors& steps, const Tensor& hyper, Tensor skipped) {
+  const size_t n = weights.size();
+  for (const Tensors* list :
+       {&weight_scales, &weight_amaxes, &exp_avgs, &exp_avg_scales, &exp_avg_amaxes, &exp_avg_sqs,
+        &exp_avg_sq_scales, &exp_avg_sq_amaxes, &grads, &grad_scales, &fp8s, &fp8_ts, &fp8_scales,
+        &steps})
+    QUAVER_CHECK(list->size() == n, "adam_: ", n, " weights, but a list of ", list->size());
+  const auto count = static_cast<int64_t>(n);
+  QUAVER_CHECK(grad_amax.numel() == count && grad_amax.scalar_type() == ScalarType::Float,
+               "adam_: grad_amax must be ", count, " float32");
+  QUAVER_CHECK(hyper.dim() == 2 && hyper.size(0) == count && hyper.size(1) == 5 &&
+                   hyper.scalar_type() == ScalarType::Double && hyper.is_contiguous(),
+               "adam_: hyper must be [", count, ", 5] float64 (lr, beta1, beta2, eps, decay)");
+  QUAVER_CHECK(skipped.numel() == 1 && skipped.scalar_type() == ScalarType::Long,
+               "adam_: skipped must be one int64");
+  Tensors kept(n);
+  std::vector<AdamParameter> parameters(n);
+  for (size_t i = 0; i < n; ++i) {
+    AdamParameter& p = parameters[i];
+    p.weight = state("weight", weights[i], weight_scales[i], weight_amaxes[i]);
+    p.exp_avg = state("exp_avg", exp_avgs[i], exp_avg_scales[i], exp_avg_amaxes[i]);
+    p.exp_avg_sq =
+        state("exp_avg_sq", exp_avg_sqs[i], exp_avg_sq_scales[i], exp_avg_sq_amaxes[i]);
+    kept[i] = dense(grads[i]);
+    p.grad = view("adam_", "grad", kept[i]);
+    p.grad_scale = optional_scalar("adam_", "grad_scale", grad_scales[i]);
+    p.grad_amax = static_cast<const float*>(grad_amax.data_ptr()) + i;
+    if (fp8s[i].numel() > 0) {
+      p.fp8 = view("adam_", "fp8", fp8s[i]);
+      p.fp8_t = view("adam_", "fp8_t", fp8_ts[i]);
+      p.fp8_scale = scalar("adam_", "fp8_scale", fp8_scales[i]);
+    }
+    QUAVER_CHECK(steps[i].numel() == 1 && steps[i].scalar_type() == ScalarType::Long,
+                 "adam_: step must be one int64");
+    p.step = static_cast<int64_t*>(steps[i].data_ptr());
+    p.hyper = static_cast<const double*>(hyper.data_ptr()) + 5 * i;
+  }
+  cpu::adam(parameters.data(), count, static_cast<int64_t*>(skipped.data_ptr()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) { m.impl("adam_", TORCH_BOX(&adam_cpu_)); }
+
+}  // namespace quaver::binding

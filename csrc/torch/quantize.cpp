@@ -1,0 +1,111 @@
+#include "quaver/quantize.h"
+
+#include <string>
+#include <tuple>
+
+#include "bridge.h"
+
+namespace quaver::binding {
+namespace {
+
+Granularity granularity_of(const char* op, const std::string& name) {
+  if (name == "tensor") return Granularity::tensor;
+  if (name == "row") return Granularity::row;
+  if (name == "block") return Granularity::block;
+  fail(op, ": granularity must be \"tensor\", \"row\" or \"block\", got \"", name, "\"");
+}
+
+// tensor: []; row: [..., 1]; block: [..., ceil(cols / block)]
+Shape scale_shape(const Tensor& x, const QuantizeOptions& o) {
+  if (o.granularity == Granularity::tensor) return {};
+  Shape shape = shape_of(x);
+  if (shape.empty()) shape.push_back(1);
+  shape.back() =
+      o.granularity == Granularity::row ? 1 : (shape.back() + o.block - 1) / o.block;
+  return shape;
+}
+
+// A fresh scale tensor, holding the given scale where there is one.
+Tensor scale_tensor(const char* op, const Tensor& x, const OptionalTensor& given,
+                    const Shape& shape) {
+  Tensor scale = empty(x, shape, ScalarType::Float);
+  if (!given.has_value()) return scale;
+  QUAVER_CHECK(given->numel() == scale.numel() && given->scalar_type() == ScalarType::Float, op,
+               ": scale must be ", scale.numel(), " float32, got ", given->numel(), " of ",
+               torch::headeronly::toString(given->scalar_type()));
+  torch::stable::copy_(scale, torch::stable::reshape(*given, shape));
+  return scale;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_cpu(const Tensor& x_in, ScalarType dtype,
+                                                const OptionalTensor& scale_in,
+                                                const OptionalTensor& history,
+                                                const std::string& granularity, int64_t block,
+                                                bool power_of_two, bool stochastic, int64_t seed) {
+  QuantizeOptions o;
+  o.granularity = granularity_of("quantize", granularity);
+  o.block = block;
+  o.power_of_two = power_of_two;
+  o.stochastic = stochastic;
+  o.seed = static_cast<uint64_t>(seed);
+  QUAVER_CHECK(o.granularity != Granularity::block || block > 0,
+               "quantize: block must be positive, got ", block);
+  const DType type = dtype_of("quantize", "dtype", dtype);
+  QUAVER_CHECK(finite_max(type) > 0.0f, "quantize: dtype must be e4m3, e5m2 or f16, got ",
+               name_of(type));
+  const Tensor x = dense(x_in);
+  const Shape shape = scale_shape(x, o);
+  Tensor q = empty(x, shape_of(x), dtype);
+  Tensor scale = scale_tensor("quantize", x, scale_in, shape);
+  Tensor amax = empty(x, shape, ScalarType::Float);
+  ScaleSource source;
+  source.given = scale_in.has_value();
+  source.history = history_of("quantize", history, kHistoryState);
+  cpu::quantize(view("quantize", "q", q), view("quantize", "scale", scale),
+                view("quantize", "amax", amax), view("quantize", "x", x), o, source);
+  return {q, scale, amax};
+}
+
+Tensor dequantize_cpu(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
+                      const std::string& granularity, int64_t block) {
+  QuantizeOptions o;
+  o.granularity = granularity_of("dequantize", granularity);
+  o.block = block;
+  QUAVER_CHECK(o.granularity != Granularity::block || block > 0,
+               "dequantize: block must be positive, got ", block);
+  const Tensor q = dense(q_in);
+  Tensor out = empty(q, shape_of(q), dtype);
+  cpu::dequantize(view("dequantize", "dtype", out), view("dequantize", "q", q),
+                  view("dequantize", "scale", dense(scale)), o);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cast_transpose_cpu(const Tensor& x_in, ScalarType dtype,
+                                                              const OptionalTensor& scale_in,
+                                                              const OptionalTensor& history,
+                                                              bool power_of_two) {
+  QUAVER_CHECK(x_in.dim() == 2, "cast_transpose: x must be a matrix, got ", x_in.dim(),
+               " dimensions");
+  const Tensor x = dense(x_in);
+  Tensor q = empty(x, {x.size(0), x.size(1)}, dtype);
+  Tensor qt = empty(x, {x.size(1), x.size(0)}, dtype);
+  Tensor scale = scale_tensor("cast_transpose", x, scale_in, {});
+  Tensor amax = empty(x, {}, ScalarType::Float);
+  ScaleSource source;
+  source.given = scale_in.has_value();
+  source.history = history_of("cast_transpose", history, kHistoryState);
+  const char* op = "cast_transpose";
+  cpu::cast_transpose(view(op, "dtype", q), view(op, "dtype", qt), view(op, "scale", scale),
+                      view(op, "amax", amax), view(op, "x", x), power_of_two, source);
+  return {q, qt, scale, amax};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) {
+  m.impl("quantize", TORCH_BOX(&quantize_cpu));
+  m.impl("dequantize", TORCH_BOX(&dequantize_cpu));
+  m.impl("cast_transpose", TORCH_BOX(&cast_transpose_cpu));
+}
+
+}  // namespace quaver::binding

@@ -1,0 +1,69 @@
+// AdamW of one element (Loshchilov & Hutter, arXiv 1711.05101), and the bounds that let a step with
+// tensor-scaled states run in one pass (FP8-LM, arXiv 2310.18313, section 2.2).
+#pragma once
+
+#include <cmath>
+
+#include "quaver/math.h"
+#include "quaver/scale.h"
+
+namespace quaver {
+
+// What one step of one tensor needs, computed once in f64.
+struct AdamStep {
+  float beta1, one_minus_beta1;
+  float beta2, one_minus_beta2;
+  float eps;
+  float decay;            // 1 - lr * weight_decay
+  float step_size;        // lr / (1 - beta1^t)
+  float inverse_sqrt_c2;  // 1 / sqrt(1 - beta2^t)
+  float update_bound;     // upper bound of |w' - decay * w|
+};
+
+QUAVER_HD AdamStep adam_step(double lr, double beta1, double beta2, double eps,
+                             double weight_decay, int64_t t) {
+  const double c1 = 1.0 - integer_power(beta1, t);
+  const double c2 = 1.0 - integer_power(beta2, t);
+  AdamStep s;
+  s.beta1 = static_cast<float>(beta1);
+  s.one_minus_beta1 = static_cast<float>(1.0 - beta1);
+  s.beta2 = static_cast<float>(beta2);
+  s.one_minus_beta2 = static_cast<float>(1.0 - beta2);
+  s.eps = static_cast<float>(eps);
+  s.decay = static_cast<float>(1.0 - lr * weight_decay);
+  s.step_size = static_cast<float>(lr / c1);
+  s.inverse_sqrt_c2 = static_cast<float>(1.0 / ::sqrt(c2));
+  // Cauchy-Schwarz on the two moving averages: |m| <= (1-b1) / sqrt((1-b2)(1-b1^2/b2)) * sqrt(v).
+  // Twice that leaves room for the rounding of stored moments. Where b1^2 >= b2 the sum does not
+  // converge and its t terms are bounded one by one.
+  const double ratio = beta2 > 0.0 ? beta1 * beta1 / beta2 : 1.0;
+  const double terms = ratio < 1.0 ? 1.0 / (1.0 - ratio) : static_cast<double>(t);
+  const double peak = (1.0 - beta1) * ::sqrt(terms / (beta2 < 1.0 ? 1.0 - beta2 : 1.0));
+  const double corrected = peak * ::sqrt(c2) / c1;
+  s.update_bound = static_cast<float>(2.0 * ::fabs(lr) * (corrected > 1.0 ? corrected : 1.0));
+  return s;
+}
+
+struct AdamElement {
+  float weight, exp_avg, exp_avg_sq;
+};
+
+QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
+  e.exp_avg = s.beta1 * e.exp_avg + s.one_minus_beta1 * grad;
+  e.exp_avg_sq = s.beta2 * e.exp_avg_sq + s.one_minus_beta2 * (grad * grad);
+  const float denominator = ::sqrtf(e.exp_avg_sq) * s.inverse_sqrt_c2 + s.eps;
+  e.weight = s.decay * e.weight - s.step_size * (e.exp_avg / denominator);
+  return e;
+}
+
+// Upper bounds of the next amaxes, known before the pass, so that its scales can be too. They are
+// at most about one binade loose, and the true amax that the pass collects feeds the next bound.
+QUAVER_HD float exp_avg_bound(const AdamStep& s, float amax, float grad_amax) {
+  return s.beta1 * amax + s.one_minus_beta1 * grad_amax;
+}
+QUAVER_HD float exp_avg_sq_bound(const AdamStep& s, float amax, float grad_amax) {
+  return s.beta2 * amax + s.one_minus_beta2 * (grad_amax * grad_amax);
+}
+QUAVER_HD float weight_bound(const AdamStep& s, float amax) { return amax + s.update_bound; }
+
+}  // namespace quaver

@@ -1,0 +1,92 @@
+// The storage formats and their limits. No other file names a finite maximum.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define QUAVER_HD static __host__ __device__ __forceinline__
+#else
+// static and always inlined: the same header is compiled for several instruction sets, and the
+// linker must never merge an AVX-512 copy of a function into the portable code.
+#define QUAVER_HD static inline __attribute__((always_inline))
+
+#endif
+
+namespace quaver {
+
+enum class DType : int8_t { f32, f16, bf16, e4m3, e5m2 };
+
+// Storage types: the bits of one value.
+struct f16 { uint16_t bits; };
+struct bf16 { uint16_t bits; };
+struct e4m3 { uint8_t bits; };  // OCP FP8 E4M3 "fn": no infinity, NaN is S.1111.111
+struct e5m2 { uint8_t bits; };  // OCP FP8 E5M2: IEEE-like, with infinity
+
+// A binary format of one sign bit, `mantissa` fraction bits and an exponent bias.
+template <class T> struct Format;
+
+template <> struct Format<e4m3> {
+  using Bits = uint8_t;
+  static constexpr int width = 8, mantissa = 3, bias = 7;
+  static constexpr uint32_t max_code = 0x7e;       // 448
+  static constexpr uint32_t infinity_code = 0x80;  // none
+  static constexpr uint32_t nan_code = 0x7f;
+  static constexpr float finite_max = 448.0f;
+};
+
+template <> struct Format<e5m2> {
+  using Bits = uint8_t;
+  static constexpr int width = 8, mantissa = 2, bias = 15;
+  static constexpr uint32_t max_code = 0x7b;       // 57344
+  static constexpr uint32_t infinity_code = 0x7c;
+  static constexpr uint32_t nan_code = 0x7f;
+  static constexpr float finite_max = 57344.0f;
+};
+
+template <> struct Format<f16> {
+  using Bits = uint16_t;
+  static constexpr int width = 16, mantissa = 10, bias = 15;
+  static constexpr uint32_t max_code = 0x7bff;     // 65504
+  static constexpr uint32_t infinity_code = 0x7c00;
+  static constexpr uint32_t nan_code = 0x7fff;
+  static constexpr float finite_max = 65504.0f;
+};
+
+// An f16 weight with a tensor scale is scaled to 448 * 2^7 rather than to 65504. The scale of its
+// e4m3 copy for the GEMM is then exactly 2^7 times its own, so the copy is a pure function of the
+// f16 codes: it needs no state, no amax and no second pass.
+constexpr float kMasterMax = 57344.0f;
+constexpr float kMasterToFp8 = 128.0f;
+
+constexpr int64_t size_of(DType t) {
+  return t == DType::f32 ? 4 : (t == DType::f16 || t == DType::bf16) ? 2 : 1;
+}
+
+constexpr bool is_fp8(DType t) { return t == DType::e4m3 || t == DType::e5m2; }
+
+constexpr const char* name_of(DType t) {
+  return t == DType::f32    ? "f32"
+         : t == DType::f16  ? "f16"
+         : t == DType::bf16 ? "bf16"
+         : t == DType::e4m3 ? "e4m3"
+                            : "e5m2";
+}
+
+// Largest finite value that an encoding scales to; 0 for bf16 and f32, which need no scale.
+constexpr float finite_max(DType t) {
+  return t == DType::e4m3   ? Format<e4m3>::finite_max
+         : t == DType::e5m2 ? Format<e5m2>::finite_max
+         : t == DType::f16  ? Format<f16>::finite_max
+                            : 0.0f;
+}
+
+template <class To, class From>
+QUAVER_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+}  // namespace quaver
