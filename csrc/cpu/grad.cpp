@@ -78,7 +78,7 @@ void accumulate(const TensorView& target, float* scale, float* amax, const Scale
   };
   float new_scale = 1.0f;
   if (is_fp8(target.dtype))
-    new_scale = scale_from_amax(pass(false, 1.0f), finite_max(target.dtype), true, *scale);
+    new_scale = scale_from_amax(pass(false, 1.0f), scale_max(target.dtype), true, *scale);
   const float sum_amax = pass(true, new_scale);
   const bool finite = is_finite(*amax) && (other.amax == nullptr || is_finite(*other.amax));
   *scale = new_scale;

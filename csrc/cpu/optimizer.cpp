@@ -20,7 +20,7 @@ struct Piece {
   int64_t parameter, begin, n;
 };
 
-bool scaled(const StateView& s) { return finite_max(s.values.dtype) > 0.0f; }
+bool scaled(const StateView& s) { return scale_max(s.values.dtype) > 0.0f; }
 
 void check_state(const char* name, const StateView& s, int64_t numel) {
   QUAVER_CHECK(s.values.numel() == numel, "adam_: ", name, " has ", s.values.numel(),
@@ -48,8 +48,8 @@ void check(const AdamParameter& p) {
 }
 
 // A state's scale for the values that this step will store.
-float next_scale(const StateView& s, float bound, float max) {
-  return scaled(s) ? scale_from_amax(bound, max, true, *s.scale) : 1.0f;
+float next_scale(const StateView& s, float bound) {
+  return scaled(s) ? scale_from_amax(bound, scale_max(s.values.dtype), true, *s.scale) : 1.0f;
 }
 
 void prepare(const AdamParameter& p, Plan* plan) {
@@ -72,13 +72,12 @@ void prepare(const AdamParameter& p, Plan* plan) {
   s.exp_avg_sq_scale = scale(p.exp_avg_sq);
   s.grad_scale = p.grad_scale != nullptr ? *p.grad_scale : 1.0f;
   const AdamStep& step = plan->step;
-  s.new_weight_scale = next_scale(p.weight, weight_bound(step, amax(p.weight)), kMasterMax);
+  s.new_weight_scale = next_scale(p.weight, weight_bound(step, amax(p.weight)));
   s.new_exp_avg_scale =
-      next_scale(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax),
-                 finite_max(p.exp_avg.values.dtype));
+      next_scale(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax));
   s.new_exp_avg_sq_scale =
-      next_scale(p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax),
-                 finite_max(p.exp_avg_sq.values.dtype));
+      next_scale(
+      p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax));
 }
 
 void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {

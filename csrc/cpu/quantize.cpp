@@ -15,7 +15,7 @@ const char* at(const TensorView& x, int64_t i) { return x.as<const char>() + i *
 char* out_at(const TensorView& x, int64_t i) { return x.as<char>() + i * size_of(x.dtype); }
 
 void check_cast(const char* op, const TensorView& q, const TensorView& x) {
-  QUAVER_CHECK(finite_max(q.dtype) > 0.0f, op, ": dtype must be e4m3, e5m2 or f16, got ",
+  QUAVER_CHECK(scale_max(q.dtype) > 0.0f, op, ": dtype must be e4m3, e5m2 or f16, got ",
                name_of(q.dtype));
   QUAVER_CHECK(!is_fp8(x.dtype), op, ": x must be f32, f16 or bf16, got ", name_of(x.dtype));
   QUAVER_CHECK(q.rows == x.rows && q.cols == x.cols, op, ": q must have x's shape [", x.rows, ", ",
@@ -64,7 +64,7 @@ void quantize_tensor(const TensorView& q, float* scale, float* amax, const Tenso
                      const QuantizeOptions& o, const ScaleSource& source) {
   bool known;
   const float s =
-      choose_scale(x, finite_max(q.dtype), o.power_of_two, scale, source, amax, &known);
+      choose_scale(x, scale_max(q.dtype), o.power_of_two, scale, source, amax, &known);
   AtomicAmax collected;
   auto body = [&](int64_t begin, int64_t end) {
     uint32_t bits = 0;
@@ -107,7 +107,7 @@ void quantize(const TensorView& q, const TensorView& scale, const TensorView& am
       const float a = bit_cast<float>(simd().amax(at(x, i), x.dtype, n));
       amax.as<float>()[g] = a;
       float* s = scale.as<float>() + g;
-      if (!source.given) *s = scale_from_amax(a, finite_max(q.dtype), o.power_of_two);
+      if (!source.given) *s = scale_from_amax(a, scale_max(q.dtype), o.power_of_two);
       cast_span(q, x, i, n, *s, o);
     }
   };
@@ -155,7 +155,7 @@ void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView&
   QUAVER_CHECK(!source.history || !source.given,
                "cast_transpose: a history and a given scale exclude each other");
   bool known;
-  const float s = choose_scale(x, finite_max(q.dtype), power_of_two, scale.as<float>(), source,
+  const float s = choose_scale(x, scale_max(q.dtype), power_of_two, scale.as<float>(), source,
                                amax.as<float>(), &known);
   const QuantizeOptions nearest;
   AtomicAmax collected;

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_cpu(const Tensor& x_in, ScalarType d
   QUAVER_CHECK(o.granularity != Granularity::block || block > 0,
                "quantize: block must be positive, got ", block);
   const DType type = dtype_of("quantize", "dtype", dtype);
-  QUAVER_CHECK(finite_max(type) > 0.0f, "quantize: dtype must be e4m3, e5m2 or f16, got ",
+  QUAVER_CHECK(scale_max(type) > 0.0f, "quantize: dtype must be e4m3, e5m2 or f16, got ",
                name_of(type));
   const Tensor x = dense(x_in);
   const Shape shape = scale_shape(x, o);

@@ -53,12 +53,6 @@ template <> struct Format<f16> {
   static constexpr float finite_max = 65504.0f;
 };
 
-// An f16 weight with a tensor scale is scaled to 448 * 2^7 rather than to 65504. The scale of its
-// e4m3 copy for the GEMM is then exactly 2^7 times its own, so the copy is a pure function of the
-// f16 codes: it needs no state, no amax and no second pass.
-constexpr float kMasterMax = 57344.0f;
-constexpr float kMasterToFp8 = 128.0f;
-
 constexpr int64_t size_of(DType t) {
   return t == DType::f32 ? 4 : (t == DType::f16 || t == DType::bf16) ? 2 : 1;
 }
@@ -73,11 +67,16 @@ constexpr const char* name_of(DType t) {
                             : "e5m2";
 }
 
-// Largest finite value that an encoding scales to; 0 for bf16 and f32, which need no scale.
-constexpr float finite_max(DType t) {
+// The value that a tensor's amax is scaled to; 0 for bf16 and f32, which need no scale. FP8 uses its
+// finite maximum. f16 stops at 448 * 2^7 instead of 65504: the scale of a weight's e4m3 copy for the
+// GEMM is then exactly 2^7 times the scale of its f16 master, so the copy is a pure function of the
+// f16 codes and needs no state, no amax and no second pass.
+constexpr float kMasterToFp8 = 128.0f;
+
+constexpr float scale_max(DType t) {
   return t == DType::e4m3   ? Format<e4m3>::finite_max
          : t == DType::e5m2 ? Format<e5m2>::finite_max
-         : t == DType::f16  ? Format<f16>::finite_max
+         : t == DType::f16  ? Format<e4m3>::finite_max * kMasterToFp8
                             : 0.0f;
 }
 
