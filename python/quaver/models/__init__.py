@@ -1,0 +1,12 @@
+"""Small Llama and GPT models: what `quaver train`, the tests and the benches run."""
+
+from quaver.models.config import PRESETS, Config, ConfigError, load
+from quaver.models.gpt import GPT
+from quaver.models.llama import Llama
+
+__all__ = ["GPT", "PRESETS", "Config", "ConfigError", "Llama", "build", "load"]
+
+
+def build(config):
+    """The model of `config`, initialised from torch's default generator."""
+    return {"llama": Llama, "gpt": GPT}[config.family](config)
