@@ -11,9 +11,9 @@ import random
 import sys
 
 import torch
-from quaver.tensor import ScaledTensor
 
 from quaver.files import FileError, read_tensors, write_tensors
+from quaver.tensor import ScaledTensor
 
 __all__ = ["CheckpointError", "load", "save"]
 
