@@ -1,0 +1,7 @@
+"""`python -m quaver` is `quaver`."""
+
+import sys
+
+from quaver.cli import main
+
+sys.exit(main())

@@ -1,0 +1,160 @@
+"""The command `quaver`: train, info, bench.
+
+Exit status: 0 done, 2 a mistake in what was asked (one line on stderr), 1 the system failed us (one
+line), 130 stopped by a signal.
+"""
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import quaver as qv
+from quaver import machine, models, recipe, train
+from quaver.errors import UsageError
+
+__all__ = ["main"]
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        default = action.default
+        if isinstance(default, (list, tuple)):
+            default = " ".join(default)
+        return f"{action.help} (default: {default})"
+
+
+def _names(text):
+    return tuple(name for name in text.split(",") if name)
+
+
+def _add_train(commands):
+    default = train.Settings()
+    p = commands.add_parser(
+        "train",
+        help="train a small model with one recipe or several",
+        formatter_class=_Help,
+        description="Train a model on text, once for each recipe, on the same batches.",
+    )
+    p.add_argument(
+        "--data",
+        nargs="+",
+        default=list(default.data),
+        metavar="PATH",
+        help="files, folders, or stdlib: the text of Python's standard library",
+    )
+    p.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="JSON file of the package tokenizers; without it a token is a byte",
+    )
+    p.add_argument(
+        "--model", default=default.model, help=f"{', '.join(models.PRESETS)}, or a JSON file"
+    )
+    p.add_argument(
+        "--recipe",
+        type=_names,
+        default=",".join(default.recipe),
+        help=f"comma-separated: {', '.join(recipe.names())}",
+    )
+    p.add_argument("--steps", type=int, default=default.steps, help="optimizer steps")
+    p.add_argument("--batch", type=int, default=default.batch, help="sequences a micro-batch")
+    p.add_argument("--seq", type=int, default=default.seq, help="tokens a sequence")
+    p.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
+    p.add_argument("--lr", type=float, default=default.lr, help="peak learning rate")
+    p.add_argument("--warmup", type=int, help="steps of warmup; 5 %% of the steps if not given")
+    p.add_argument("--seed", type=int, default=default.seed, help="of weights and batches")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default=default.device, help="where to run")
+    p.add_argument("--out", default=default.out, help="folder for metrics and checkpoints")
+    p.add_argument(
+        "--save-every",
+        type=int,
+        default=default.save_every,
+        metavar="N",
+        help="steps between checkpoints",
+    )
+    p.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs too")
+    again = p.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue the run in --out")
+    again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    p.set_defaults(call=_train)  # fmt: skip
+
+
+def _train(arguments):
+    fields = {field.name for field in dataclasses.fields(train.Settings)}
+    values = {key: value for key, value in vars(arguments).items() if key in fields}
+    values["data"] = tuple(values["data"])
+    train.run(train.Settings(**values))
+
+
+def _add_info(commands):
+    p = commands.add_parser("info", help="what this machine offers and which backend will run")
+    p.set_defaults(call=_info)
+
+
+def _info(arguments):
+    for title, values in (("build", qv.build_info()), ("machine", machine.describe())):
+        print(title)
+        for key, value in values.items():
+            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            print(f"  {key:<16}{text}")
+    reason = machine.why_not_cuda()
+    print("backend of each op")
+    for op, keys in machine.backends().items():
+        runs = "cuda" if "cuda" in keys and reason is None else "cpu"
+        print(f"  {op:<24}{runs:<8}(built for {', '.join(keys)})")
+    print("CUDA" + (f" will not run: {reason}" if reason else " will run"))
+
+
+def _add_bench(commands):
+    p = commands.add_parser("bench", help="run the benches of the source tree")
+    p.add_argument("stage", nargs="?", help="such as gemm; all of them if not given")
+    p.set_defaults(call=_bench)
+
+
+def _bench(arguments):
+    folder = Path(qv.__file__).resolve().parents[2] / "bench"
+    found = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    if not found:
+        raise UsageError("the benches are part of the source tree: run this from a checkout")
+    if arguments.stage is not None and arguments.stage not in found:
+        raise UsageError(f"no bench {arguments.stage!r}: there are {', '.join(found)}")
+    for stage in [arguments.stage] if arguments.stage else found:
+        status = subprocess.run([sys.executable, found[stage]], check=False).returncode
+        if status:
+            return status
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; one line is enough, and --help is there."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments=None):
+    """Runs the command line and returns its exit status."""
+    parser = _Parser(prog="quaver", description="FP8 training for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"quaver {qv.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_info(commands)
+    _add_bench(commands)
+    parsed = parser.parse_args(arguments)
+    name = f"quaver {parsed.command}"
+    try:
+        return parsed.call(parsed) or 0
+    except UsageError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 1
+    except (train.Interrupted, KeyboardInterrupt):
+        return 130

@@ -1,0 +1,73 @@
+"""What this machine offers, and which backend will run."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import quaver as qv
+from quaver.errors import UsageError
+
+__all__ = ["backends", "choose_device", "describe", "why_not_cuda"]
+
+
+def _cpu_name():
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe():
+    """The machine and versions as a dict of plain values, as written into summaries."""
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return machine
+
+
+def why_not_cuda():
+    """Why the CUDA backend cannot run here, in a few words; None if it can."""
+    if not qv.build_info()["cuda"]:
+        return "this build of quaver has no CUDA backend (build with QUAVER_CUDA=on)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no usable NVIDIA GPU or driver"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        name = torch.cuda.get_device_name()
+        return f"{name} has compute capability {major}.{minor}; the kernels need Hopper (9.0)"
+    return None
+
+
+def choose_device(name):
+    """torch.device for auto, cpu or cuda. Raises UsageError saying why CUDA cannot run."""
+    if name == "cpu":
+        return torch.device("cpu")
+    reason = why_not_cuda()
+    if name == "cuda" and reason:
+        raise UsageError(f"--device cuda: {reason}")
+    return torch.device("cpu" if reason else "cuda")
+
+
+def backends():
+    """{op: devices that this build has a kernel for}, of all ops in torch.ops.quaver."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    ops = sorted(
+        name for name in torch._C._dispatch_get_all_op_names() if name.startswith("quaver::")
+    )
+    return {
+        op.removeprefix("quaver::"): [key.lower() for key in ("CPU", "CUDA") if has(op, key)]
+        for op in ops
+    }

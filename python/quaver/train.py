@@ -1,0 +1,322 @@
+"""`quaver train`: the same model on the same batches, once for each recipe.
+
+Everything that a step needs is a function of the configuration, the step and the checkpoint, so a
+run that was killed continues with the same bits.
+"""
+
+import math
+import signal
+import statistics
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+import quaver as qv
+from quaver import data, machine, models, recipe
+from quaver.errors import UsageError
+from quaver.plot import plot_losses
+from quaver.progress import Progress, table
+from quaver.rundir import Metrics, RunDir
+
+__all__ = ["Interrupted", "Settings", "learning_rate", "run"]
+
+CLIP = 1.0
+WEIGHT_DECAY = 0.1
+BETAS = (0.9, 0.95)
+LAST = 0.05  # part of the steps over which the final loss is taken
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `quaver train` is asked to do; the fields are its flags. `batch` is the size of a
+    micro-batch, of which `accumulate` make a step. Raises UsageError naming a flag out of range."""
+
+    data: tuple = ("stdlib",)
+    tokenizer: str | None = None
+    model: str = "tiny"
+    recipe: tuple = ("bf16", "fp8lm-o2")
+    steps: int = 300
+    batch: int = 8
+    seq: int = 256
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    out: str = "runs/demo"
+    save_every: int = 100
+    resume: bool = False
+    overwrite: bool = False
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "seq", "accumulate", "save_every"):
+            value = getattr(self, name)
+            if value < 1:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} must be at least 1, got {value}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"--lr must be a positive number, got {self.lr}")
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", self.steps // 20)
+        if not 0 <= self.warmup < self.steps:
+            raise UsageError(f"--warmup must be 0 to {self.steps - 1}, got {self.warmup}")
+        if len(set(self.recipe)) != len(self.recipe):
+            raise UsageError(f"--recipe names one twice: {','.join(self.recipe)}")
+        for name in self.recipe:
+            try:
+                recipe.get(name)
+            except ValueError as error:
+                raise UsageError(f"--recipe: {error}") from None
+
+
+def learning_rate(step, settings):
+    """The rate of step 1..steps: a linear warmup, then a cosine down to a tenth."""
+    if step <= settings.warmup:
+        return settings.lr * step / settings.warmup
+    progress = (step - settings.warmup) / (settings.steps - settings.warmup)
+    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def _model_config(settings, vocab):
+    config = models.load(settings.model)
+    if settings.model in models.PRESETS:
+        config = config.replace(vocab=vocab)
+    if config.vocab < vocab:
+        raise UsageError(f"--model {settings.model}: vocab {config.vocab}, the data needs {vocab}")
+    if config.context < settings.seq:
+        raise UsageError(
+            f"--seq {settings.seq} is longer than the model's context {config.context}"
+        )
+    return config
+
+
+def _describe(settings, model, device, text):
+    """What decides the numbers of a run: written to config.json and compared on resumption."""
+    left_out = ("out", "resume", "overwrite", "save_every", "tensorboard", "recipe")
+    config = {key: value for key, value in asdict(settings).items() if key not in left_out}
+    return config | {
+        "data": list(settings.data),
+        "data_sha256": text.fingerprint,
+        "recipes": list(settings.recipe),
+        "model": model.as_dict(),
+        "device": device.type,
+    }
+
+
+def run(settings):
+    """Trains every recipe of `settings` and returns the summary, which is also in OUT/summary.json.
+
+    Raises UsageError, before anything is written, for settings that cannot work, and Interrupted
+    after saving when SIGINT or SIGTERM asked to stop.
+    """
+    device = machine.choose_device(settings.device)
+    models.load(settings.model)  # before the data is read, which takes longer
+    writer = _tensorboard() if settings.tensorboard else None
+    text = data.load(settings.data, settings.seq, settings.tokenizer)
+    model_config = _model_config(settings, text.vocab)
+    config = _describe(settings, model_config, device, text)
+    folder = RunDir(settings.out)
+    folder.check(config, settings.resume, settings.overwrite)
+    results = folder.results() if settings.resume else {}
+    folder.start(config, settings.resume)
+
+    if text.skipped:
+        print(f"left out {len(text.skipped)} binary files, such as {text.skipped[0]}")
+    print(f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out; {device.type}")
+    job = _Job(settings, model_config, text, device, folder, config, writer)
+    summary = {"recipes": results, "machine": machine.describe(), "config": config}
+    losses = {}
+    with _stop_signals() as stop:
+        for name in settings.recipe:
+            result, losses[name] = job.train(name, stop, done=results.get(name))
+            results[name] = result
+            folder.write_summary(summary)
+    title = (
+        f"{settings.model}, {settings.batch * settings.accumulate} x {settings.seq} tokens a step"
+    )
+    plot_losses(folder.plot_path, losses, title)
+    print(f"\n{table(results)}\n\n{folder.summary_path}  {folder.plot_path}")
+    return summary
+
+
+def _tensorboard():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard needs `tensorboard`: pip install tensorboard") from None
+    return SummaryWriter
+
+
+@contextmanager
+def _stop_signals():
+    """Yields an Event that SIGINT and SIGTERM set. A second signal acts as it would without us."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may install handlers
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number, frame):
+        stop.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def _groups(model):
+    """Weight decay for matrices alone: it pulls norms and biases to values that mean nothing."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def _finite(value):
+    return value if math.isfinite(value) else None
+
+
+class _Job:
+    """What all recipes of a run share."""
+
+    def __init__(self, settings, model_config, text, device, folder, config, writer):
+        self.settings, self.model_config, self.text = settings, model_config, text
+        self.device, self.folder, self.config, self.writer = device, folder, config, writer
+
+    def train(self, name, stop, done=None):
+        """Trains recipe `name` from its checkpoint, or from the start. Returns its result and the
+        losses of all steps. With `done`, an earlier result, only reads the losses."""
+        settings = self.settings
+        if done is not None:
+            with Metrics(self.folder.metrics_path(name), settings.steps) as metrics:
+                return done, [line["loss"] for line in metrics.lines]
+        model, optimizer = self._build(name)
+        checkpoint = self.folder.checkpoint_path(name)
+        start, skipped = 0, 0
+        if settings.resume and checkpoint.exists():
+            state = qv.load(checkpoint, model, optimizer)
+            start, skipped = state["step"], state["extra"]["skipped"]
+        with ExitStack() as stack:
+            metrics = stack.enter_context(Metrics(self.folder.metrics_path(name), start))
+            progress = stack.enter_context(Progress(name, start, settings.steps))
+            if start:
+                progress.say(f"{name} continues after step {start}")
+            board = None
+            if self.writer is not None:
+                path = self.folder.tensorboard_path(name)
+                board = self.writer(path, purge_step=start + 1)
+                stack.callback(board.close)
+            for step in range(start + 1, settings.steps + 1):
+                line = self._step(name, model, optimizer, step)
+                line["skipped"] = skipped + optimizer.skipped
+                metrics.write(line)
+                progress.step(step, line)
+                if board:
+                    for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
+                        if line[key] is not None:
+                            board.add_scalar(key, line[key], step)
+                asked = stop.is_set()
+                if asked or step % settings.save_every == 0 or step == settings.steps:
+                    metrics.sync()
+                    extra = {"skipped": line["skipped"]}
+                    qv.save(checkpoint, model, optimizer, step=step, extra=extra)
+                if asked and step < settings.steps:
+                    progress.say(f"{name} stopped after step {step}; --resume continues")
+                    raise Interrupted
+        result = self._result(name, model, optimizer, metrics.lines)
+        if stop.is_set():
+            raise Interrupted
+        return result, [line["loss"] for line in metrics.lines]
+
+    def _build(self, name):
+        torch.manual_seed(self.settings.seed)
+        # Initialised on the CPU: the same values whatever the device.
+        model = models.build(self.model_config).to(self.device)
+        model = qv.convert(model, recipe=name)
+        optimizer = qv.AdamW(_groups(model), lr=self.settings.lr, betas=BETAS, recipe=name)
+        return model, optimizer
+
+    def _loss(self, name, model, inputs, targets):
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        dtype = recipe.get(name).autocast
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            logits = model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def _batch(self, step, micro):
+        settings = self.settings
+        return self.text.batch(settings.seed, step, settings.batch, settings.seq, micro)
+
+    def _step(self, name, model, optimizer, step):
+        """One optimizer step; returns its line of metrics."""
+        settings = self.settings
+        began = time.perf_counter()
+        lr = learning_rate(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for micro in range(settings.accumulate):
+            loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
+            loss.backward()
+            total += loss.detach()
+        norm = qv.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        value = total.item()  # waits for the device, so the time is that of the whole step
+        tokens = settings.batch * settings.seq * settings.accumulate
+        return {
+            "step": step,
+            "loss": _finite(value),
+            "lr": lr,
+            "grad_norm": _finite(float(norm)),
+            "tokens_per_s": tokens / (time.perf_counter() - began),
+        }
+
+    @torch.no_grad()
+    def _validate(self, name, model):
+        model.eval()
+        total, count = 0.0, 0
+        for inputs, targets in self.text.validation(self.settings.batch, self.settings.seq):
+            total += self._loss(name, model, inputs, targets).item() * len(inputs)
+            count += len(inputs)
+        model.train()
+        return _finite(total / count)
+
+    def _memory(self, name, model, optimizer):
+        """Measured on a micro-batch of its own after training, so that resumption does not
+        matter."""
+        optimizer.zero_grad(set_to_none=True)
+        with qv.saved_activations(model) as saved:
+            loss = self._loss(name, model, *self._batch(self.settings.steps, 0))
+        loss.backward()
+        return qv.memory_report(model, optimizer, activations=saved)
+
+    def _result(self, name, model, optimizer, lines):
+        last = [line["loss"] for line in lines[-max(1, round(len(lines) * LAST)) :]]
+        return {
+            "final_loss": None if None in last else statistics.fmean(last),
+            "val_loss": self._validate(name, model),
+            "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
+            "memory": self._memory(name, model, optimizer),
+            "steps": len(lines),
+            "skipped": lines[-1]["skipped"],
+            "nonfinite_losses": sum(line["loss"] is None for line in lines),
+        }
