@@ -69,7 +69,9 @@ def _add_train(commands):
     p.add_argument("--lr", type=float, default=default.lr, help="peak learning rate")
     p.add_argument("--warmup", type=int, help="steps of warmup; 5 %% of the steps if not given")
     p.add_argument("--seed", type=int, default=default.seed, help="of weights and batches")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default=default.device, help="where to run")
+    p.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default=default.device, help="where to run"
+    )
     p.add_argument("--out", default=default.out, help="folder for metrics and checkpoints")
     p.add_argument(
         "--save-every",
@@ -82,7 +84,7 @@ def _add_train(commands):
     again = p.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    p.set_defaults(call=_train)  # fmt: skip
+    p.set_defaults(call=_train)
 
 
 def _train(arguments):

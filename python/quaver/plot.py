@@ -14,7 +14,7 @@ def smooth(values, window):
     return result
 
 
-def plot_losses(path, losses, title):
+def plot_losses(path, losses, title, base):
     """Draws {recipe: [loss of step 1, 2, ..]} (None where it was not finite) to a PNG file: the raw
     curves faint, their trailing means bold, and below the difference of each to the first
     recipe."""
@@ -41,15 +41,13 @@ def plot_losses(path, losses, title):
     top.set_title(title, fontsize=10)
     top.legend(frameon=False)
     if several:
-        first, *others = means
         bottom = axes[1][0]
-        bottom.axhline(0, color="C0", linewidth=1)
-        for i, name in enumerate(others, 1):
-            pairs = zip(means[name], means[first], strict=False)
-            percent = [(a / b - 1) * 100 for a, b in pairs]
+        for i, values in enumerate(means.values()):
+            percent = [(a / b - 1) * 100 for a, b in zip(values, means[base], strict=False)]
             bottom.plot(range(1, len(percent) + 1), percent, color=f"C{i}")
-        bottom.set_ylabel(f"% to {first}")
-    axes[-1][0].set_xlabel(f"step (bold: mean of {window})")
+        bottom.set_ylabel(f"% to {base}")
+    bold = f" (bold: mean of {window})" if window > 1 else ""
+    axes[-1][0].set_xlabel(f"step{bold}")
     for row in axes:
         row[0].grid(alpha=0.25)
         row[0].spines[["top", "right"]].set_visible(False)

@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-__all__ = ["Progress", "table"]
+__all__ = ["Progress", "baseline", "table"]
 
 SECONDS_PER_LINE = 10
 
@@ -79,7 +79,11 @@ def _row(name, result, base):
     memory = result["memory"]
     per = memory["bytes_per_param"]
     loss, base_loss = result["final_loss"], base["final_loss"]
-    change = "-" if None in (loss, base_loss) else f"{(loss / base_loss - 1) * 100:+.2f} %"
+    change = (
+        "-"
+        if result is base or None in (loss, base_loss)
+        else f"{(loss / base_loss - 1) * 100:+.2f} %"
+    )
     return [
         name,
         _number(loss),
@@ -95,10 +99,14 @@ def _row(name, result, base):
     ]
 
 
+def baseline(names):
+    """The recipe that others are compared with: bf16 where it was trained, otherwise the first."""
+    return "bf16" if "bf16" in names else next(iter(names))
+
+
 def table(results):
-    """The results of several recipes ({name: result}) as lines of text, compared with bf16 where it
-    was trained and with the first recipe otherwise."""
-    base = "bf16" if "bf16" in results else next(iter(results))
+    """The results of several recipes ({name: result}) as lines of text."""
+    base = baseline(results)
     head = [
         "recipe", "loss", f"vs {base}", "val loss", "tokens/s", "x", "bytes/param", "with copies",
         "saved: linear", "saved: all", "skipped",

@@ -19,7 +19,7 @@ import quaver as qv
 from quaver import data, machine, models, recipe
 from quaver.errors import UsageError
 from quaver.plot import plot_losses
-from quaver.progress import Progress, table
+from quaver.progress import Progress, baseline, table
 from quaver.rundir import Metrics, RunDir
 
 __all__ = ["Interrupted", "Settings", "learning_rate", "run"]
@@ -69,6 +69,8 @@ class Settings:
             object.__setattr__(self, "warmup", self.steps // 20)
         if not 0 <= self.warmup < self.steps:
             raise UsageError(f"--warmup must be 0 to {self.steps - 1}, got {self.warmup}")
+        if not self.recipe:
+            raise UsageError("--recipe names none")
         if len(set(self.recipe)) != len(self.recipe):
             raise UsageError(f"--recipe names one twice: {','.join(self.recipe)}")
         for name in self.recipe:
@@ -93,9 +95,7 @@ def _model_config(settings, vocab):
     if config.vocab < vocab:
         raise UsageError(f"--model {settings.model}: vocab {config.vocab}, the data needs {vocab}")
     if config.context < settings.seq:
-        raise UsageError(
-            f"--seq {settings.seq} is longer than the model's context {config.context}"
-        )
+        raise UsageError(f"--seq {settings.seq} exceeds the model's context {config.context}")
     return config
 
 
@@ -143,7 +143,7 @@ def run(settings):
     title = (
         f"{settings.model}, {settings.batch * settings.accumulate} x {settings.seq} tokens a step"
     )
-    plot_losses(folder.plot_path, losses, title)
+    plot_losses(folder.plot_path, losses, title, baseline(losses))
     print(f"\n{table(results)}\n\n{folder.summary_path}  {folder.plot_path}")
     return summary
 

@@ -1,0 +1,322 @@
+"""The loop: what a step computes, what a run writes, and that a stopped run loses nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import quaver as qv
+from quaver import data, models, recipe, train
+from quaver.errors import UsageError
+from quaver.progress import table
+from quaver.rundir import Metrics, RunDir
+
+MODEL = {"vocab": 256, "dim": 32, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 48, "context": 64}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings of a run that takes a second."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(random.Random(0).randbytes(200) * 50)
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(MODEL))
+
+    def make(**changes):
+        values = {
+            "data": (str(text),),
+            "model": str(model),
+            "recipe": ("f32",),
+            "steps": 8,
+            "batch": 2,
+            "seq": 16,
+            "device": "cpu",
+            "out": str(tmp_path / "run"),
+            "save_every": 3,
+        }
+        return train.Settings(**(values | changes))
+
+    return make
+
+
+def read_metrics(out, name="f32"):
+    return [json.loads(line) for line in Path(out, name, "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out, name="f32"):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(out, name)]
+
+
+def test_a_run_equals_a_loop_in_plain_torch(settings):
+    s = settings(accumulate=2)
+    train.run(s)
+    torch.manual_seed(0)
+    model = models.build(models.load(s.model))
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    text = data.load(s.data, s.seq)
+    for line in read_metrics(s.out):
+        step = line["step"]
+        parts = [text.batch(0, step, 2, 16, micro) for micro in range(2)]
+        inputs, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = line["lr"]
+        optimizer.step()
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth(settings):
+    s = settings(steps=100, warmup=10, lr=2.0)
+    rates = [train.learning_rate(step, s) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert sorted(rates[9:], reverse=True) == rates[9:]
+    assert rates[54] == pytest.approx(1.1)  # half of the way down
+    assert rates[-1] == pytest.approx(0.2)
+    # Rates do not depend on how a run is cut: step 1 of no warmup is on the cosine already.
+    assert train.learning_rate(1, settings(steps=1, warmup=0, lr=2.0)) == pytest.approx(0.2)
+
+
+def test_what_a_run_writes(settings, capsys):
+    s = settings(recipe=("f32", "bf16"), steps=40)
+    summary = train.run(s)
+    assert json.loads(Path(s.out, "summary.json").read_text()) == summary
+    assert list(summary["recipes"]) == ["f32", "bf16"]
+    for name, result in summary["recipes"].items():
+        lines = read_metrics(s.out, name)
+        assert [line["step"] for line in lines] == list(range(1, 41))
+        keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "skipped"}
+        assert all(set(line) == keys for line in lines)
+        # 5 % of 40 steps.
+        assert result["final_loss"] == pytest.approx((lines[38]["loss"] + lines[39]["loss"]) / 2)
+        assert result["final_loss"] < lines[0]["loss"]
+        speeds = sorted(line["tokens_per_s"] for line in lines)
+        assert speeds[19] <= result["tokens_per_s"] <= speeds[20]
+        assert result["steps"] == 40
+        assert result["memory"]["bytes_per_param"]["state"] == 16
+        assert result["memory"]["activation"] > 0
+    assert Path(s.out, "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    shown = capsys.readouterr().out
+    assert "bf16  step 40/40  loss" in shown
+    assert table(summary["recipes"]) in shown
+
+
+def test_recipes_start_alike_and_see_the_same_batches(settings):
+    s = settings(recipe=("f32", "bf16"), steps=2)
+    train.run(s)
+    assert losses(s.out)[0][1] == pytest.approx(losses(s.out, "bf16")[0][1], abs=2e-3)
+
+
+def test_the_validation_loss_is_that_of_the_held_out_tail(settings):
+    s = settings(steps=2)
+    result = train.run(s)["recipes"]["f32"]
+    model = models.build(models.load(s.model))
+    checkpoint = RunDir(s.out).checkpoint_path("f32")
+    qv.load(checkpoint, model)
+    pairs = list(data.load(s.data, s.seq).validation(1, s.seq))
+    with torch.no_grad():
+        each = [F.cross_entropy(model(x)[0], y[0]).item() for x, y in pairs]
+    assert result["val_loss"] == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_interrupt_saves_and_resume_has_the_same_bits(settings, tmp_path, monkeypatch, name):
+    whole = settings(recipe=(name,), out=str(tmp_path / "whole"), steps=24)
+    train.run(whole)
+    s = settings(recipe=(name,), steps=24)
+    step = train._Job._step
+
+    def stop_at_five(self, name, model, optimizer, number):
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, name, model, optimizer, number)
+
+    monkeypatch.setattr(train._Job, "_step", stop_at_five)
+    with pytest.raises(train.Interrupted):
+        train.run(s)
+    assert len(losses(s.out, name)) == 5
+    monkeypatch.undo()
+    resumed = settings(recipe=(name,), steps=24, resume=True)
+    result = train.run(resumed)["recipes"][name]
+    assert losses(s.out, name) == losses(whole.out, name)
+    expected = json.loads(Path(whole.out, "summary.json").read_text())["recipes"][name]
+    for key in ("final_loss", "val_loss", "memory"):
+        assert result[key] == expected[key]
+
+
+def test_signal_handlers_are_put_back(settings):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train.run(settings(steps=1))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_finished_run_resumes_to_itself(settings):
+    s = settings(recipe=("f32", "bf16"))
+    first = train.run(s)
+    stamp = os.stat(RunDir(s.out).checkpoint_path("f32")).st_mtime_ns
+    again = train.run(settings(recipe=("f32", "bf16"), resume=True))
+    assert again["recipes"] == first["recipes"]
+    assert os.stat(RunDir(s.out).checkpoint_path("f32")).st_mtime_ns == stamp
+
+
+def test_resume_of_nothing_starts(settings):
+    s = settings(resume=True, steps=2)
+    os.mkdir(s.out)  # what a run that was killed early leaves
+    assert train.run(s)["recipes"]["f32"]["steps"] == 2
+
+
+def test_a_run_is_not_overwritten_by_accident(settings):
+    s = settings()
+    train.run(s)
+    before = losses(s.out)
+    with pytest.raises(UsageError, match="holds a run already: --resume continues it"):
+        train.run(settings(seed=1))
+    assert losses(s.out) == before
+    train.run(settings(seed=1, overwrite=True, steps=4))
+    assert len(losses(s.out)) == 4
+    assert losses(s.out)[0] != before[0]
+
+
+def test_overwrite_keeps_what_is_not_ours(settings):
+    s = settings(steps=1)
+    train.run(s)
+    note = Path(s.out, "f32", "note.txt")
+    note.touch()
+    train.run(settings(steps=1, recipe=("bf16",), overwrite=True))
+    assert note.exists()
+    assert not os.path.exists(f"{s.out}/f32/metrics.jsonl")
+
+
+def test_a_foreign_folder_is_refused(settings, tmp_path):
+    for extra in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UsageError, match="holds other files and no run"):
+            train.run(settings(out=str(tmp_path), **extra))
+    with pytest.raises(UsageError, match="is not a folder"):
+        train.run(settings(out=str(tmp_path / "text.txt")))
+
+
+def test_resume_with_other_settings_names_them(settings, tmp_path):
+    s = settings()
+    train.run(s)
+    with pytest.raises(UsageError) as error:
+        train.run(settings(lr=0.5, seed=3, resume=True))
+    assert str(error.value).endswith("was started with lr 0.001 (now 0.5), seed 0 (now 3)")
+    other = tmp_path / "other.txt"
+    other.write_bytes(b"other" * 100)
+    with pytest.raises(UsageError, match="was started with data_sha256"):
+        train.run(settings(data=(str(other),), resume=True))
+    moved = tmp_path / "moved.txt"
+    (tmp_path / "text.txt").rename(moved)
+    train.run(settings(data=(str(moved),), resume=True, save_every=5))
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_run_kept(settings):
+    s = settings()
+    train.run(s)
+    os.remove(f"{s.out}/summary.json")
+    path = RunDir(s.out).checkpoint_path("f32")
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+    before = Path(s.out, "f32", "metrics.jsonl").read_text()
+    with pytest.raises(UsageError, match="damaged: the checksum of"):
+        train.run(settings(resume=True))
+    assert Path(s.out, "f32", "metrics.jsonl").read_text() == before
+    assert path.read_bytes() == data
+
+
+def test_nan_is_counted_and_shown(settings, monkeypatch, capsys):
+    loss = train._Job._loss
+
+    def bad_at_three(self, name, model, inputs, targets):
+        bad = torch.equal(inputs, self._batch(3, 0)[0])
+        return loss(self, name, model, inputs, targets) * (float("nan") if bad else 1.0)
+
+    monkeypatch.setattr(train._Job, "_loss", bad_at_three)
+    s = settings(recipe=("bf16",))
+    result = train.run(s)["recipes"]["bf16"]
+    lines = read_metrics(s.out, "bf16")
+    assert [line["loss"] is None for line in lines] == [False, False, True] + [False] * 5
+    assert [line["skipped"] for line in lines] == [0, 0] + [1] * 6
+    assert result["nonfinite_losses"] == result["skipped"] == 1
+    assert "skipped 1" in capsys.readouterr().out
+
+
+def test_metrics_keep_the_lines_before_the_checkpoint(tmp_path):
+    path = tmp_path / "m" / "metrics.jsonl"
+    with Metrics(path) as metrics:
+        for step in (1, 2, 3):
+            metrics.write({"step": step})
+    path.write_text(path.read_text() + '{"step": 4, "lo')  # a killed process
+    with pytest.raises(UsageError, match="lacks steps before the checkpoint's step 4"):
+        Metrics(path, 4)
+    with Metrics(path, 2) as metrics:
+        metrics.write({"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"save_every": 0}, "--save-every must be at least 1"),
+        ({"lr": float("nan")}, "--lr must be a positive number, got nan"),
+        ({"warmup": 8}, "--warmup must be 0 to 7, got 8"),
+        ({"recipe": ("f32", "f32")}, "--recipe names one twice: f32,f32"),
+        ({"recipe": ()}, "--recipe names none"),
+        ({"recipe": ("fp9",)}, "fp9"),
+        ({"seq": 65}, "--seq 65 exceeds the model's context 64"),
+        ({"data": ("/no/such",)}, "--data /no/such: no such file or folder"),
+        ({"model": "huge"}, "unknown model 'huge'"),
+    ],
+)
+def test_bad_settings_are_named_and_write_nothing(settings, changes, message):
+    with pytest.raises(UsageError) as error:
+        train.run(settings(**changes))
+    assert message in str(error.value)
+    assert not os.path.exists(settings().out)
+
+
+def test_a_vocabulary_below_that_of_the_data(settings, tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(MODEL | {"vocab": 100}))
+    with pytest.raises(UsageError, match="vocab 100, the data needs 256"):
+        train.run(settings())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bf16", "fp8lm-o2"])
+def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path, name):
+    """kill -9 at random moments, in imports, steps and saves alike."""
+    whole = settings(recipe=(name,), steps=60, out=str(tmp_path / "whole"))
+    train.run(whole)
+    s = settings(recipe=(name,), steps=60)
+    command = [
+        *(sys.executable, "-m", "quaver", "train", "--data", *s.data, "--model", s.model),
+        *("--recipe", name, "--steps", "60", "--batch", "2", "--seq", "16", "--device", "cpu"),
+        *("--out", s.out, "--save-every", "3", "--resume"),
+    ]
+    draw = random.Random(0)
+    kills = 0
+    while kills < 3:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process.stdout.readline()  # the run has begun
+        time.sleep(draw.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        kills += 1
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert losses(s.out, name) == losses(whole.out, name)
