@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from . import recipe as recipes
-from .nn.linear import Linear, convert_weight, refresh
+from .nn.linear import Linear, convert_weight
 from .tensor import ScaledTensor
 
 
@@ -63,8 +62,6 @@ def convert(
             weights[id(old)] = convert_weight(old, chosen.linear)
         module.__class__ = Linear
         module.adopt(chosen, weights[id(old)])
-        with torch.no_grad():
-            refresh(module.weight, chosen.linear.weight)
     return model
 
 
@@ -82,7 +79,7 @@ def restore(model: nn.Module) -> nn.Module:
             weights[id(old)] = plain
             plain.__dict__.pop("fp8_weight", None)
         module.weight = weights[id(old)]
-        del module.input_history, module.grad_history, module.rule
+        del module.input_history, module.grad_history, module.rule, module.fp8_weight
         module.__class__ = nn.Linear
     return model
 

@@ -99,12 +99,19 @@ class ScaledTensor(torch.Tensor):
         amax = None if self.amax is None else function(self.amax)
         return self._like(function(self.qdata), function(self.scale), amax, dtype)
 
+    def _written(self) -> ScaledTensor:
+        """To be called after the contents changed: a weight's FP8 copies follow it."""
+        copies = self.__dict__.get("fp8_weight")
+        if copies is not None:
+            copies.rewrite(self)
+        return self
+
     def _encode_(self, value: Tensor) -> ScaledTensor:
         """Overwrite the contents with `value`, with a fresh just-in-time scale."""
         if self.qdata.dtype == torch.bfloat16:
             self.qdata.copy_(value)
             self.scale.fill_(1.0)
-            return self
+            return self._written()
         value = value.to(torch.float32) if value.dtype == torch.float64 else value
         q, scale, amax = torch.ops.quaver.quantize(
             value.expand(self.shape).contiguous(),
@@ -121,7 +128,7 @@ class ScaledTensor(torch.Tensor):
         self.scale.copy_(scale)
         if self.amax is not None:
             self.amax.copy_(amax)
-        return self
+        return self._written()
 
     def __tensor_flatten__(self):
         names = ["qdata", "scale"] + (["amax"] if self.amax is not None else [])
@@ -232,7 +239,7 @@ def _copy_(func, target, source, non_blocking=False):
     if target.amax is not None:
         known = source.amax is not None
         target.amax.copy_(source.amax if known else source.dequantize().abs().amax())
-    return target
+    return target._written()
 
 
 @_implements(aten.zero_.default)
@@ -240,7 +247,7 @@ def _zero_(func, x):
     x.qdata.zero_()
     if x.amax is not None:
         x.amax.zero_()
-    return x
+    return x._written()
 
 
 @_implements(aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar)
@@ -254,7 +261,7 @@ def _scale_(func, x, factor):
     func(x.scale, factor)
     if x.amax is not None:
         func(x.amax, factor).abs_()
-    return x
+    return x._written()
 
 
 @_implements(aten.add_.Tensor)

@@ -56,6 +56,15 @@ class GemmWeight:
         row, col, scale, _ = _ops.cast_transpose(_pad(weight), dtype, None, None, True)
         return row, col, scale
 
+    @torch.no_grad()
+    def rewrite(self, weight: Tensor) -> None:
+        """Encode the changed weight into the same tensors: compiled graphs hold on to them."""
+        for mine, new in zip(
+            (self.row, self.col, self.scale), self.encode(weight, self.row.dtype), strict=True
+        ):
+            mine.copy_(new)
+        self.version = weight._version
+
 
 @torch._dynamo.allow_in_graph
 class _LinearFunction(torch.autograd.Function):
@@ -172,19 +181,28 @@ class Linear(nn.Linear):
             if rule.scaling == "delayed":
                 state = torch.zeros(HISTORY_STATE, device=self.weight.device)
             self.register_buffer(name, state)
+        self.refresh()
 
-    @property
-    def fp8_weight(self) -> GemmWeight | None:
-        """The cached FP8 copies of the weight, or None before the first forward."""
-        return self.weight.__dict__.get("fp8_weight")
+    def refresh(self) -> GemmWeight:
+        """The weight's FP8 copies, encoded anew if it changed since, by whatever hand."""
+        weight = self.weight
+        copies = weight.__dict__.get("fp8_weight")
+        if copies is None or copies.row.device != weight.device:
+            with torch.no_grad():
+                encoded = GemmWeight.encode(weight.detach(), self.rule.weight)
+            copies = weight.fp8_weight = GemmWeight(*encoded, weight._version)
+        elif copies.version != weight._version:
+            copies.rewrite(weight.detach())
+        self.fp8_weight = copies  # a graph cannot look into the weight
+        return copies
 
     def _gemm_weight(self) -> tuple[Tensor, Tensor, Tensor]:
-        weight = self.weight
-        if torch.compiler.is_compiling() and not isinstance(weight, ScaledTensor):
-            return GemmWeight.encode(weight, self.rule.weight)  # a graph cannot read versions
-        copies = weight.__dict__.get("fp8_weight")
         if not torch.compiler.is_compiling():
-            copies = refresh(weight, self.rule.weight)
+            copies = self.refresh()
+        elif isinstance(self.weight, ScaledTensor):
+            copies = self.fp8_weight  # whoever writes the weight rewrites them
+        else:  # a graph cannot see whether a plain weight changed
+            return GemmWeight.encode(self.weight.detach(), self.rule.weight)
         return copies.row, copies.col, copies.scale
 
     def _cast(self, x: Tensor, both: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -234,7 +252,12 @@ class Linear(nn.Linear):
             state = getattr(self, name)
             if state is not None and state.dtype != torch.float32:
                 setattr(self, name, state.float())
+        self.refresh()
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.rule.scaling} scaling, {self.rule.master} weight"
@@ -249,18 +272,3 @@ def convert_weight(weight: nn.Parameter, rule: recipes.LinearRecipe) -> nn.Param
     )
     stored = ScaledTensor(q, scale, amax, weight.dtype)
     return nn.Parameter(stored, requires_grad=weight.requires_grad)
-
-
-@torch.no_grad()
-def refresh(weight: Tensor, dtype: torch.dtype) -> GemmWeight:
-    """The weight's FP8 copies, encoded anew if the weight changed since, by whatever hand."""
-    copies = weight.__dict__.get("fp8_weight")
-    current = (
-        copies is not None
-        and copies.version == weight._version
-        and copies.row.device == weight.device
-    )
-    if not current:
-        copies = GemmWeight(*GemmWeight.encode(weight.detach(), dtype), weight._version)
-        weight.fp8_weight = copies
-    return copies
