@@ -61,7 +61,7 @@ def encode(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest value of the format, ties to the even code, saturating; NaN is all ones."""
     table = magnitudes(dtype)
     middle = (table[1:] + table[:-1]) / 2  # exact in f64
-    magnitude = x.double().abs()
+    magnitude = x.double().abs().contiguous()
     code = torch.searchsorted(middle, magnitude)  # at a tie, the code below
     tie = magnitude == middle[code.clamp(max=len(middle) - 1)]
     code += tie & (code % 2 == 1)
