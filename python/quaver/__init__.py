@@ -1,9 +1,38 @@
 """FP8 training for PyTorch."""
 
-from quaver._load import load
+from quaver._load import load as load_library
 
-_C = load()
+_C = load_library()  # before the rest: it registers torch.ops.quaver
 build_info = _C.build_info
 __version__ = build_info()["version"]
 
-__all__ = ["__version__", "build_info"]
+from . import nn, optim, recipe  # noqa: E402
+from .checkpoint import CheckpointError, load, save  # noqa: E402
+from .convert import convert, restore  # noqa: E402
+from .grad import clip_grad_norm_  # noqa: E402
+from .memory import memory_report, saved_activations  # noqa: E402
+from .ops import cast_transpose, dequantize, gemm, quantize  # noqa: E402
+from .optim import AdamW  # noqa: E402
+from .tensor import ScaledTensor  # noqa: E402
+
+__all__ = [
+    "AdamW",
+    "CheckpointError",
+    "ScaledTensor",
+    "__version__",
+    "build_info",
+    "cast_transpose",
+    "clip_grad_norm_",
+    "convert",
+    "dequantize",
+    "gemm",
+    "load",
+    "memory_report",
+    "nn",
+    "optim",
+    "quantize",
+    "recipe",
+    "restore",
+    "save",
+    "saved_activations",
+]

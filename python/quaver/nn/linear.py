@@ -1,0 +1,274 @@
+"""Linear with FP8 products: forward e4m3 x e4m3, dgrad and wgrad with e5m2 output gradients.
+
+FP8-LM (arXiv 2310.18313), section 2; MS-AMP's FP8Linear. Each tensor is cast once, into both GEMM
+layouts; what backward needs of the input is its transposed FP8 copy, and nothing else is saved.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import recipe as recipes
+from ..tensor import ScaledTensor
+
+_ops = torch.ops.quaver
+
+ALIGNMENT = 16  # of every GEMM dimension, for the tensor cores
+HISTORY_STATE = 17  # count and 16 amaxes; scale.h
+MASTER_TO_FP8 = 128.0  # kMasterToFp8 of dtype.h
+
+
+def _padding(n: int) -> int:
+    return -n % ALIGNMENT
+
+
+def _pad(x: Tensor) -> Tensor:
+    rows, cols = _padding(x.shape[0]), _padding(x.shape[1])
+    return F.pad(x, (0, cols, 0, rows)) if rows or cols else x
+
+
+@dataclass(eq=False)
+class GemmWeight:
+    """A weight's FP8 copies for the GEMMs: row [N, K] for forward, col [K, N] for dgrad.
+
+    A pure function of the weight, so it is never saved. The optimizer rewrites it in place together
+    with the weight; any other change of the weight is found by its version.
+    """
+
+    row: Tensor
+    col: Tensor
+    scale: Tensor
+    version: int
+
+    @staticmethod
+    def encode(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """row, col and decode scale of `weight`, padded to the GEMM's alignment."""
+        if isinstance(weight, ScaledTensor):
+            # e4m3 of the f16 codes: the scales differ by exactly 2^7.
+            step = weight.scale.new_full((), MASTER_TO_FP8)
+            row, col, _, _ = _ops.cast_transpose(_pad(weight.qdata), dtype, step, None, True)
+            return row, col, weight.scale * MASTER_TO_FP8
+        row, col, scale, _ = _ops.cast_transpose(_pad(weight), dtype, None, None, True)
+        return row, col, scale
+
+    @torch.no_grad()
+    def rewrite(self, weight: Tensor) -> None:
+        """Encode the changed weight into the same tensors: compiled graphs hold on to them."""
+        for mine, new in zip(
+            (self.row, self.col, self.scale), self.encode(weight, self.row.dtype), strict=True
+        ):
+            mine.copy_(new)
+        self.version = weight._version
+
+
+@torch._dynamo.allow_in_graph
+class _LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, weight, bias, q, qt, scale, w_row, w_col, w_scale, history, out_dtype, grad_dtype,
+        weight_grad,
+    ):  # fmt: skip
+        n = weight.shape[0]
+        rows = x.numel() // max(x.shape[-1], 1)
+        padded_bias = None if bias is None else F.pad(bias.detach(), (0, w_row.shape[0] - n))
+        y = _ops.gemm(q, scale, w_row, w_scale, padded_bias, out_dtype, True)
+        ctx.save_for_backward(qt, scale)
+        # Not saved tensors: they belong to the module, and the optimizer rewrites them in place.
+        ctx.w_col, ctx.w_scale, ctx.history = w_col, w_scale, history
+        ctx.out_dtype, ctx.grad_dtype, ctx.weight_grad = out_dtype, grad_dtype, weight_grad
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y[:rows, :n].reshape(*x.shape[:-1], n)
+
+    @staticmethod
+    def backward(ctx, dy):
+        qt, scale = ctx.saved_tensors
+        n, k = ctx.weight_shape
+        dy = dy.reshape(-1, n)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dx = dw = db = None
+        if needs_bias:
+            db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        if needs_x or needs_weight:
+            g = _pad(dy)
+            if needs_weight:
+                gq, gqt, g_scale, _ = _ops.cast_transpose(
+                    g, ctx.grad_dtype, None, ctx.history, True
+                )
+            else:
+                gq, g_scale, _ = _ops.quantize(
+                    g, ctx.grad_dtype, None, ctx.history, "tensor", 128, True, False, 0
+                )
+        if needs_x:
+            dx = _ops.gemm(gq, g_scale, ctx.w_col, ctx.w_scale, None, ctx.out_dtype, False)
+            dx = dx[: dy.shape[0], :k].reshape(ctx.x_shape).to(ctx.x_dtype)
+        if needs_weight:
+            wide = ctx.weight_grad == "f32"
+            dw = _ops.gemm(
+                gqt, g_scale, qt, scale, None, torch.float32 if wide else ctx.out_dtype, False
+            )
+            dw = dw[:n, :k]
+            if wide:
+                dw = dw.to(ctx.weight_dtype)
+            elif ctx.weight_grad == "bf16":
+                one = g_scale.new_ones(())
+                dw = ScaledTensor(
+                    dw.to(torch.bfloat16).contiguous(), one, one * 0, ctx.weight_dtype
+                )
+            else:
+                q, s, amax = _ops.quantize(
+                    dw, recipes.E4M3, None, None, "tensor", 128, True, False, 0
+                )
+                dw = ScaledTensor(q, s, amax, ctx.weight_dtype)
+        return dx, dw, db, *(None,) * 10
+
+
+class _LastCast:
+    """The last input's FP8 cast: q, k and v projections, or gate and up, share one input, and so
+    share its cast and its saved copy. One slot, emptied when the input dies."""
+
+    def __init__(self):
+        self.input = self.key = self.cast = None
+
+    def find(self, x: Tensor, key):
+        same = self.input is not None and self.input() is x and self.key == key
+        return self.cast if same else None
+
+    def keep(self, x: Tensor, key, cast):
+        self.input, self.key, self.cast = weakref.ref(x, self._clear), key, cast
+
+    def _clear(self, dead):
+        if dead is self.input:
+            self.input = self.key = self.cast = None
+
+
+_last_cast = _LastCast()
+
+
+class Linear(nn.Linear):
+    """nn.Linear that multiplies in FP8 by a recipe. Made by `quaver.convert`, or by hand:
+
+        Linear(in_features, out_features, bias=True, recipe="fp8lm-o2")
+
+    Input [..., K] float32, float16 or bfloat16; output [..., N] in the autocast dtype where
+    autocast is on, else in the input's dtype. Any M, N, K; they are padded to multiples of 16.
+
+    Raises:
+        ValueError: a recipe without FP8 linear layers, or an input with another last axis than K.
+        TypeError: an input of another dtype.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None,
+                 recipe="fp8lm-o2"):  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.adopt(recipe)
+
+    def adopt(self, recipe, weight: nn.Parameter | None = None) -> None:
+        """Make an nn.Linear's parameters this layer's. `weight` is the already converted weight."""
+        rule = recipes.get(recipe).linear
+        if rule is None:
+            raise ValueError(f"Linear: recipe {recipes.get(recipe).name!r} has no FP8 linear layer")
+        self.rule = rule
+        self.weight = convert_weight(self.weight, rule) if weight is None else weight
+        for name in ("input_history", "grad_history"):
+            state = None
+            if rule.scaling == "delayed":
+                state = torch.zeros(HISTORY_STATE, device=self.weight.device)
+            self.register_buffer(name, state)
+        self.refresh()
+
+    def refresh(self) -> GemmWeight:
+        """The weight's FP8 copies, encoded anew if it changed since, by whatever hand."""
+        weight = self.weight
+        copies = weight.__dict__.get("fp8_weight")
+        if copies is None or copies.row.device != weight.device:
+            with torch.no_grad():
+                encoded = GemmWeight.encode(weight.detach(), self.rule.weight)
+            copies = weight.fp8_weight = GemmWeight(*encoded, weight._version)
+        elif copies.version != weight._version:
+            copies.rewrite(weight.detach())
+        self.fp8_weight = copies  # a graph cannot look into the weight
+        return copies
+
+    def _gemm_weight(self) -> tuple[Tensor, Tensor, Tensor]:
+        if not torch.compiler.is_compiling():
+            copies = self.refresh()
+        elif isinstance(self.weight, ScaledTensor):
+            copies = self.fp8_weight  # whoever writes the weight rewrites them
+        else:  # a graph cannot see whether a plain weight changed
+            return GemmWeight.encode(self.weight.detach(), self.rule.weight)
+        return copies.row, copies.col, copies.scale
+
+    def _cast(self, x: Tensor, both: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The input's codes, their transpose where `both`, and the scale."""
+        compiling = torch.compiler.is_compiling()
+        key = None if compiling else (x._version, both, self.rule.input, self.training)
+        found = None if compiling else _last_cast.find(x, key)
+        if found is not None:
+            return found
+        flat = _pad(x.detach().reshape(-1, self.in_features))
+        # Evaluation leaves no trace in the history: it casts just in time.
+        history = self.input_history if self.training else None
+        if both:
+            q, qt, scale, _ = _ops.cast_transpose(flat, self.rule.input, None, history, True)
+        else:
+            q, scale, _ = _ops.quantize(
+                flat, self.rule.input, None, history, "tensor", 128, True, False, 0
+            )
+            qt = None
+        if not compiling:
+            _last_cast.keep(x, key, (q, qt, scale))
+        return q, qt, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"Linear: the input's last axis must be {self.in_features}, got {tuple(x.shape)}"
+            )
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"Linear: input must be float32, float16 or bfloat16, got {x.dtype}")
+        kind = x.device.type
+        out = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        product = torch.bfloat16 if out == torch.bfloat16 else torch.float32
+        row, col, w_scale = self._gemm_weight()
+        both = torch.is_grad_enabled() and self.weight.requires_grad
+        q, qt, scale = self._cast(x, both)
+        grad_history = self.grad_history if self.training else None
+        y = _LinearFunction.apply(
+            x, self.weight, self.bias, q, qt, scale, row, col, w_scale, grad_history, product,
+            self.rule.grad_output, self.rule.weight_grad,
+        )  # fmt: skip
+        return y.to(out)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        for name in ("input_history", "grad_history"):  # model.bfloat16() must not round amaxes
+            state = getattr(self, name)
+            if state is not None and state.dtype != torch.float32:
+                setattr(self, name, state.float())
+        self.refresh()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.rule.scaling} scaling, {self.rule.master} weight"
+
+
+def convert_weight(weight: nn.Parameter, rule: recipes.LinearRecipe) -> nn.Parameter:
+    """The weight as the recipe stores it."""
+    if rule.master == "f32" or isinstance(weight, ScaledTensor):
+        return weight
+    q, scale, amax = _ops.quantize(
+        weight.detach(), torch.float16, None, None, "tensor", 128, True, False, 0
+    )
+    stored = ScaledTensor(q, scale, amax, weight.dtype)
+    return nn.Parameter(stored, requires_grad=weight.requires_grad)

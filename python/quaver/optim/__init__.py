@@ -1,0 +1,3 @@
+from .adamw import AdamW
+
+__all__ = ["AdamW"]

@@ -1,0 +1,304 @@
+"""ScaledTensor: the one low-precision tensor. x ~= scale * q.
+
+Weights, weight gradients and optimizer states are ScaledTensors. To autograd, `.grad`,
+`state_dict` and `torch.compile` it is a tensor of its logical dtype; an op that does not know it
+gets its decoded value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+
+QDTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16)
+
+_TABLE = {}
+
+
+def _implements(*ops):
+    def register(function):
+        for op in ops:
+            _TABLE[op] = function
+        return function
+
+    return register
+
+
+class ScaledTensor(torch.Tensor):
+    """A tensor stored as low-precision `qdata` and f32 decode `scale`s.
+
+    Args:
+        qdata: float8_e4m3fn, float8_e5m2, float16 or bfloat16 codes, of any shape.
+        scale: float32 decode multiplier: 0-D for granularity "tensor", [..., 1] for "row",
+            [..., ceil(cols / block)] for "block".
+        amax: float32 largest magnitude of the values that were encoded, shaped like scale, or None.
+            Encoding saturates, so a non-finite amax is the only trace of an infinity.
+        dtype: the logical dtype that other code sees.
+
+    Raises:
+        TypeError: a dtype that is none of the above.
+        ValueError: a scale that does not fit the granularity.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+    amax: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128
+    ):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, qdata.size(), strides=qdata.stride(), dtype=dtype, device=qdata.device
+        )
+
+    def __init__(
+        self, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128
+    ):
+        if qdata.dtype not in QDTYPES:
+            raise TypeError(f"ScaledTensor: qdata must be one of {QDTYPES}, got {qdata.dtype}")
+        if scale.dtype != torch.float32:
+            raise TypeError(f"ScaledTensor: scale must be float32, got {scale.dtype}")
+        if granularity == "tensor" and scale.numel() != 1:
+            raise ValueError(f"ScaledTensor: wanted one scale, got {tuple(scale.shape)}")
+        self.qdata = qdata
+        self.scale = scale
+        self.amax = amax
+        self.granularity = granularity
+        self.block = block
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded values as a plain tensor of `dtype` (default: the logical dtype)."""
+        dtype = dtype or self.dtype
+        direct = dtype in (torch.float32, torch.float16, torch.bfloat16)
+        out = torch.ops.quaver.dequantize(
+            self.qdata,
+            self.scale,
+            dtype if direct else torch.float32,
+            self.granularity,
+            self.block,
+        )
+        return out if direct else out.to(dtype)
+
+    def _like(self, qdata, scale=None, amax=None, dtype=None) -> ScaledTensor:
+        """This tensor's kind around other data."""
+        return ScaledTensor(
+            qdata,
+            self.scale if scale is None else scale,
+            self.amax if amax is None else amax,
+            dtype or self.dtype,
+            self.granularity,
+            self.block,
+        )
+
+    def _map(self, function, dtype=None) -> ScaledTensor:
+        """`function` on every tensor inside."""
+        amax = None if self.amax is None else function(self.amax)
+        return self._like(function(self.qdata), function(self.scale), amax, dtype)
+
+    def _written(self) -> ScaledTensor:
+        """To be called after the contents changed: a weight's FP8 copies follow it."""
+        copies = self.__dict__.get("fp8_weight")
+        if copies is not None:
+            copies.rewrite(self)
+        return self
+
+    def _encode_(self, value: Tensor) -> ScaledTensor:
+        """Overwrite the contents with `value`, with a fresh just-in-time scale."""
+        if self.qdata.dtype == torch.bfloat16:
+            self.qdata.copy_(value)
+            self.scale.fill_(1.0)
+            return self._written()
+        value = value.to(torch.float32) if value.dtype == torch.float64 else value
+        q, scale, amax = torch.ops.quaver.quantize(
+            value.expand(self.shape).contiguous(),
+            self.qdata.dtype,
+            None,
+            None,
+            self.granularity,
+            self.block,
+            True,
+            False,
+            0,
+        )
+        self.qdata.copy_(q)
+        self.scale.copy_(scale)
+        if self.amax is not None:
+            self.amax.copy_(amax)
+        return self._written()
+
+    def __tensor_flatten__(self):
+        names = ["qdata", "scale"] + (["amax"] if self.amax is not None else [])
+        return names, (self.dtype, self.granularity, self.block)
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, outer_size, outer_stride):
+        dtype, granularity, block = context
+        return ScaledTensor(
+            inner["qdata"], inner["scale"], inner.get("amax"), dtype, granularity, block
+        )
+
+    def __repr__(self, *, tensor_contents=None):
+        return (
+            f"ScaledTensor({tuple(self.shape)}, {self.dtype} as {self.qdata.dtype}, "
+            f"{self.granularity} scale, device={self.device})"
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        known = _TABLE.get(func)
+        if known is not None:
+            out = known(func, *args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        return _decoded(func, args, kwargs)
+
+    # Without this, torch would wrap every result in the subclass again.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def _decoded(func, args, kwargs):
+    """Any op: on the decoded values, written back where the op writes."""
+    written = []
+
+    def decode(argument, value):
+        if not isinstance(value, ScaledTensor):
+            return value
+        plain = value.dequantize()
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append((value, plain))
+        return plain
+
+    schema = func._schema.arguments
+    plain_args = [
+        decode(s, a) if isinstance(a, Tensor) else tree_map_only(ScaledTensor, _dequantize, a)
+        for s, a in zip(schema, args, strict=False)
+    ]
+    by_name = {s.name: s for s in schema}
+    plain_kwargs = {
+        k: decode(by_name[k], v)
+        if isinstance(v, Tensor)
+        else tree_map_only(ScaledTensor, _dequantize, v)
+        for k, v in kwargs.items()
+    }
+    out = func(*plain_args, **plain_kwargs)
+    for target, plain in written:
+        target._encode_(plain)
+        if out is plain:
+            out = target
+    return out
+
+
+def _dequantize(t: ScaledTensor) -> Tensor:
+    return t.dequantize()
+
+
+@_implements(aten.detach.default, aten.alias.default)
+def _alias(func, x):
+    return x._map(func)
+
+
+@_implements(aten.clone.default)
+def _clone(func, x, *, memory_format=None):
+    return x._map(aten.clone.default)
+
+
+@_implements(aten._to_copy.default)
+def _to_copy(func, x, *, dtype=None, device=None, non_blocking=False, **kwargs):
+    """Another device moves the codes; another dtype changes what the tensor counts as."""
+    move = {"device": device, "non_blocking": non_blocking} if device is not None else {}
+    return x._map(lambda t: aten._to_copy.default(t, **move), dtype)
+
+
+@_implements(aten.view.default, aten._unsafe_view.default, aten.t.default, aten.transpose.int)
+def _view(func, x, *args):
+    if x.granularity != "tensor":
+        return NotImplemented
+    return x._like(func(x.qdata, *args))
+
+
+@_implements(aten.copy_.default)
+def _copy_(func, target, source, non_blocking=False):
+    if not isinstance(target, ScaledTensor):
+        return target.copy_(source.dequantize(), non_blocking)
+    same = (
+        isinstance(source, ScaledTensor)
+        and source.qdata.dtype == target.qdata.dtype
+        and source.shape == target.shape
+        and source.scale.shape == target.scale.shape
+    )
+    if not same:
+        value = source.dequantize() if isinstance(source, ScaledTensor) else source
+        return target._encode_(value.to(target.device))
+    target.qdata.copy_(source.qdata, non_blocking)
+    target.scale.copy_(source.scale, non_blocking)
+    if target.amax is not None:
+        known = source.amax is not None
+        target.amax.copy_(source.amax if known else source.dequantize().abs().amax())
+    return target._written()
+
+
+@_implements(aten.zero_.default)
+def _zero_(func, x):
+    x.qdata.zero_()
+    if x.amax is not None:
+        x.amax.zero_()
+    return x._written()
+
+
+@_implements(aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar)
+def _scale_(func, x, factor):
+    """By one number: the codes stay, the scale takes it. Clipping an FP8 gradient costs nothing."""
+    one = not isinstance(factor, Tensor) or (
+        factor.dim() == 0 and not isinstance(factor, ScaledTensor)
+    )
+    if not (isinstance(x, ScaledTensor) and one):
+        return NotImplemented
+    func(x.scale, factor)
+    if x.amax is not None:
+        func(x.amax, factor).abs_()
+    return x._written()
+
+
+@_implements(aten.add_.Tensor)
+def _accumulate_(func, target, other, *, alpha=1):
+    """Gradient accumulation over micro-batches, in the target's own format."""
+    fits = (
+        isinstance(target, ScaledTensor)
+        and target.qdata.dtype != torch.float16
+        and target.granularity == "tensor"
+        and target.amax is not None
+        and isinstance(other, Tensor)
+        and other.shape == target.shape
+        and other.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and getattr(other, "granularity", "tensor") == "tensor"
+        and alpha == 1
+    )
+    if not fits:
+        return NotImplemented
+    scaled = isinstance(other, ScaledTensor)
+    torch.ops.quaver.accumulate_(
+        target.qdata,
+        target.scale,
+        target.amax,
+        other.qdata if scaled else other,
+        other.scale if scaled else None,
+        other.amax if scaled else None,
+    )
+    return target
+
+
+@_implements(aten.add.Tensor)
+def _accumulate(func, a, b, *, alpha=1):
+    # Autograd adds out of place when it may not write: two uses of one weight in a graph.
+    low = isinstance(a, ScaledTensor) and isinstance(b, ScaledTensor)
+    if not low or a.qdata.dtype != b.qdata.dtype:
+        return NotImplemented
+    return _accumulate_(aten.add_.Tensor, a._map(torch.clone), b, alpha=alpha)
+
+
+torch.serialization.add_safe_globals([ScaledTensor])
