@@ -30,7 +30,7 @@ def quantize(
 
     Args:
         x: float32, float16 or bfloat16, any shape and strides.
-        dtype: float8_e4m3fn, float8_e5m2, or float16 (with a tensor scale; see scale_max in dtype.h).
+        dtype: float8_e4m3fn, float8_e5m2, or float16 (see scale_max in dtype.h).
         scale: decode scale(s) to use, float32; None chooses amax / finite_max just in time.
         granularity: "tensor", "row" or "block" (1 x `block` along the last axis).
         power_of_two: round chosen scales up to a power of two (FP8-LM, section 2.2).
