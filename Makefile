@@ -71,9 +71,8 @@ cuda: $(READY) $(if $(GEMMS),build/cutlass/.$(CUTLASS)) $(if $(shell command -v 
 	cmake --build build/cuda --target quaver_cuda
 	PATH="$$PATH:$(CURDIR)/build/cuobjdump/nvidia/cu13/bin" $(PY) cmake/check_cuda.py build/cuda/libquaver_cuda.a $(subst ;, ,$(ARCHS))
 
-# setuptools would pack what an earlier build left in build/lib*.
 wheel: $(BUILT)
-	rm -rf dist build/lib* build/bdist*
+	rm -rf dist
 	$(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
 
 lint: $(READY)
@@ -117,6 +116,6 @@ build/cuobjdump/.$(CUOBJDUMP):
 	touch $@
 
 check-python:
-	@$(PY) -c "$(HAS_TORCH); import pybind11, setuptools" || \
+	@$(PY) -c "$(HAS_TORCH); import pybind11, setuptools" 2> /dev/null || \
 	  { echo "QUAVER_PYTHON=$(QUAVER_PYTHON) needs torch >= 2.11, pybind11 and setuptools"; exit 1; }
 	@command -v cmake ninja > /dev/null || { echo "cmake and ninja must be on PATH"; exit 1; }

@@ -1,15 +1,24 @@
 """Builds the native library and module with CMake and ninja; the rest is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "release"
+
+
+class FreshBuild(build):
+    def run(self):
+        # What an earlier build left there would be packed too.
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -34,4 +43,7 @@ class CMakeBuild(build_ext):
         cmake("--install", BUILD, "--component", "python", "--prefix", package)
 
 
-setup(ext_modules=[Extension("quaver._C", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("quaver._C", [])],
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
+)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
 import quaver
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from quaver.plot import plot_losses
 from quaver.progress import Progress, baseline, table
 from quaver.rundir import Metrics, RunDir
 
-__all__ = ["Interrupted", "Settings", "learning_rate", "run"]
+__all__ = ["Interrupted", "Job", "Settings", "learning_rate", "run"]
 
 CLIP = 1.0
 WEIGHT_DECAY = 0.1
@@ -132,7 +132,7 @@ def run(settings):
     if text.skipped:
         print(f"left out {len(text.skipped)} binary files, such as {text.skipped[0]}")
     print(f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out; {device.type}")
-    job = _Job(settings, model_config, text, device, folder, config, writer)
+    job = Job(settings, model_config, text, device, folder, writer)
     summary = {"recipes": results, "machine": machine.describe(), "config": config}
     losses = {}
     with _stop_signals() as stop:
@@ -194,12 +194,12 @@ def _finite(value):
     return value if math.isfinite(value) else None
 
 
-class _Job:
-    """What all recipes of a run share."""
+class Job:
+    """What all recipes of a run share. `writer` makes TensorBoard logs of a folder, if any."""
 
-    def __init__(self, settings, model_config, text, device, folder, config, writer):
+    def __init__(self, settings, model_config, text, device, folder=None, writer=None):
         self.settings, self.model_config, self.text = settings, model_config, text
-        self.device, self.folder, self.config, self.writer = device, folder, config, writer
+        self.device, self.folder, self.writer = device, folder, writer
 
     def train(self, name, stop, done=None):
         """Trains recipe `name` from its checkpoint, or from the start. Returns its result and the
@@ -208,7 +208,7 @@ class _Job:
         if done is not None:
             with Metrics(self.folder.metrics_path(name), settings.steps) as metrics:
                 return done, [line["loss"] for line in metrics.lines]
-        model, optimizer = self._build(name)
+        model, optimizer = self.build(name)
         checkpoint = self.folder.checkpoint_path(name)
         start, skipped = 0, 0
         if settings.resume and checkpoint.exists():
@@ -225,7 +225,7 @@ class _Job:
                 board = self.writer(path, purge_step=start + 1)
                 stack.callback(board.close)
             for step in range(start + 1, settings.steps + 1):
-                line = self._step(name, model, optimizer, step)
+                line = self.step(name, model, optimizer, step)
                 line["skipped"] = skipped + optimizer.skipped
                 metrics.write(line)
                 progress.step(step, line)
@@ -246,7 +246,7 @@ class _Job:
             raise Interrupted
         return result, [line["loss"] for line in metrics.lines]
 
-    def _build(self, name):
+    def build(self, name):
         torch.manual_seed(self.settings.seed)
         # Initialised on the CPU: the same values whatever the device.
         model = models.build(self.model_config).to(self.device)
@@ -265,7 +265,7 @@ class _Job:
         settings = self.settings
         return self.text.batch(settings.seed, step, settings.batch, settings.seq, micro)
 
-    def _step(self, name, model, optimizer, step):
+    def step(self, name, model, optimizer, step):
         """One optimizer step; returns its line of metrics."""
         settings = self.settings
         began = time.perf_counter()
