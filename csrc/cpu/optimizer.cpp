@@ -33,6 +33,12 @@ void check(const AdamParameter& p) {
   const int64_t n = p.weight.values.numel();
   const DType w = p.weight.values.dtype;
   QUAVER_CHECK(!is_fp8(w), "adam_: weight must be f32, bf16 or f16, got ", name_of(w));
+  const DType m = p.exp_avg.values.dtype, v = p.exp_avg_sq.values.dtype;
+  const bool low = w == DType::f16 && (m == DType::f32 || m == DType::e4m3) &&
+                   (v == DType::f32 || v == DType::f16);
+  QUAVER_CHECK(low || (m == DType::f32 && v == DType::f32), "adam_: a ", name_of(w),
+               " weight has f32 moments, or an f16 one e4m3 exp_avg or f16 exp_avg_sq, got ",
+               name_of(m), " and ", name_of(v));
   check_state("weight", p.weight, n);
   check_state("exp_avg", p.exp_avg, n);
   check_state("exp_avg_sq", p.exp_avg_sq, n);
@@ -42,6 +48,9 @@ void check(const AdamParameter& p) {
                "adam_: grad_amax, step and hyper are needed");
   if (p.fp8.data == nullptr) return;
   QUAVER_CHECK(w == DType::f16, "adam_: an FP8 copy goes with an f16 weight, got ", name_of(w));
+  QUAVER_CHECK(p.fp8.dtype == DType::e4m3 && p.fp8_t.dtype == DType::e4m3,
+               "adam_: FP8 copies must be e4m3, got ", name_of(p.fp8.dtype), " and ",
+               name_of(p.fp8_t.dtype));
   QUAVER_CHECK(p.fp8.numel() == n && p.fp8_t.rows == p.fp8.cols && p.fp8_t.cols == p.fp8.rows &&
                    p.fp8_scale != nullptr,
                "adam_: FP8 copies must be [N, K] and [K, N] like the weight, with a scale");

@@ -437,6 +437,8 @@ void adam(const AdamSpan& p, const AdamStep& step, int64_t n, uint32_t amax_bits
   if (is(D::bf16, D::f32, D::f32)) return adam_typed<bf16, float, float>(p, step, n, amax_bits);
   if (is(D::f16, D::f32, D::f32)) return adam_typed<f16, float, float>(p, step, n, amax_bits);
   if (is(D::f16, D::e4m3, D::f16)) return adam_typed<f16, e4m3, f16>(p, step, n, amax_bits);
+  if (is(D::f16, D::e4m3, D::f32)) return adam_typed<f16, e4m3, float>(p, step, n, amax_bits);
+  if (is(D::f16, D::f32, D::f16)) return adam_typed<f16, float, f16>(p, step, n, amax_bits);
 }
 
 }  // namespace
