@@ -212,7 +212,10 @@ class Job:
         checkpoint = self.folder.checkpoint_path(name)
         start, skipped = 0, 0
         if settings.resume and checkpoint.exists():
-            state = qv.load(checkpoint, model, optimizer)
+            try:
+                state = qv.load(checkpoint, model, optimizer)
+            except qv.CheckpointError as error:
+                raise UsageError(f"{error}; without the file {name} starts anew") from None
             start, skipped = state["step"], state["extra"]["skipped"]
         with ExitStack() as stack:
             metrics = stack.enter_context(Metrics(self.folder.metrics_path(name), start))
