@@ -12,7 +12,7 @@ namespace {
 // One parameter with everything that is fixed for the step.
 struct Plan {
   AdamStep step;
-  AdamSpan span;    // pointers to the first element
+  AdamSpan span;  // pointers to the first element
   AtomicAmax amax[3];
 };
 
@@ -36,8 +36,8 @@ void check(const AdamParameter& p) {
   check_state("weight", p.weight, n);
   check_state("exp_avg", p.exp_avg, n);
   check_state("exp_avg_sq", p.exp_avg_sq, n);
-  QUAVER_CHECK(p.grad.numel() == n, "adam_: grad has ", p.grad.numel(),
-               " values, its parameter ", n);
+  QUAVER_CHECK(p.grad.numel() == n, "adam_: grad has ", p.grad.numel(), " values, its parameter ",
+               n);
   QUAVER_CHECK(p.grad_amax != nullptr && p.step != nullptr && p.hyper != nullptr,
                "adam_: grad_amax, step and hyper are needed");
   if (p.fp8.data == nullptr) return;
@@ -73,11 +73,9 @@ void prepare(const AdamParameter& p, Plan* plan) {
   s.grad_scale = p.grad_scale != nullptr ? *p.grad_scale : 1.0f;
   const AdamStep& step = plan->step;
   s.new_weight_scale = next_scale(p.weight, weight_bound(step, amax(p.weight)));
-  s.new_exp_avg_scale =
-      next_scale(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax));
+  s.new_exp_avg_scale = next_scale(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax));
   s.new_exp_avg_sq_scale =
-      next_scale(
-      p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax));
+      next_scale(p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax));
 }
 
 void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {

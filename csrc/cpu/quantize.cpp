@@ -63,8 +63,7 @@ float choose_scale(const TensorView& x, float finite_max, bool power_of_two, flo
 void quantize_tensor(const TensorView& q, float* scale, float* amax, const TensorView& x,
                      const QuantizeOptions& o, const ScaleSource& source) {
   bool known;
-  const float s =
-      choose_scale(x, scale_max(q.dtype), o.power_of_two, scale, source, amax, &known);
+  const float s = choose_scale(x, scale_max(q.dtype), o.power_of_two, scale, source, amax, &known);
   AtomicAmax collected;
   auto body = [&](int64_t begin, int64_t end) {
     uint32_t bits = 0;

@@ -7,6 +7,8 @@
 #include "quaver/philox.h"
 
 #if defined(__F16C__)
+// gcc 12 takes the "undefined" operand inside its own intrinsics for a mistake.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #endif
 
@@ -16,28 +18,60 @@ namespace {
 #define QUAVER_SIMD _Pragma("omp simd")
 
 template <class T>
-void load(float* __restrict out, const T* __restrict x, int64_t n, float scale) {
+inline void load(float* __restrict out, const T* __restrict x, int64_t n, float scale) {
   QUAVER_SIMD
   for (int64_t i = 0; i < n; ++i) out[i] = TensorCodec<T>::decode(x[i], scale);
 }
 
 template <class T>
-void store(T* __restrict out, const float* __restrict x, int64_t n, float inverse_scale) {
+inline void store(T* __restrict out, const float* __restrict x, int64_t n, float inverse_scale) {
   QUAVER_SIMD
   for (int64_t i = 0; i < n; ++i) out[i] = TensorCodec<T>::encode(x[i], inverse_scale);
 }
 
 template <class T>
-void store_divided(T* __restrict out, const float* __restrict x, int64_t n, float scale) {
+inline void store_divided(T* __restrict out, const float* __restrict x, int64_t n, float scale) {
   QUAVER_SIMD
   for (int64_t i = 0; i < n; ++i) out[i] = encode_nearest<T>(x[i] / scale);
 }
 
-#if defined(__F16C__)
+#if defined(__AVX512F__)
 // The same bits as fp8.h's f16: saturate and make NaN canonical around the instruction, which does
 // neither.
 template <>
-void load<f16>(float* __restrict out, const f16* __restrict x, int64_t n, float scale) {
+inline void load<f16>(float* __restrict out, const f16* __restrict x, int64_t n, float scale) {
+  int64_t i = 0;
+  const __m512 s = _mm512_set1_ps(scale);
+  for (; i + 16 <= n; i += 16) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_cvtph_ps(h), s));
+  }
+  for (; i < n; ++i) out[i] = TensorCodec<f16>::decode(x[i], scale);
+}
+
+inline void store_f16(f16* __restrict out, const float* __restrict x, int64_t n, float factor,
+                      bool divide) {
+  int64_t i = 0;
+  const __m512 s = _mm512_set1_ps(factor);
+  const __m512 max = _mm512_set1_ps(Format<f16>::finite_max);
+  const __m512 min = _mm512_set1_ps(-Format<f16>::finite_max);
+  const __m256i nan = _mm256_set1_epi16(static_cast<short>(Format<f16>::nan_code));
+  for (; i + 16 <= n; i += 16) {
+    __m512 v = _mm512_loadu_ps(x + i);
+    v = divide ? _mm512_div_ps(v, s) : _mm512_mul_ps(v, s);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    v = _mm512_max_ps(_mm512_min_ps(v, max), min);
+    const __m256i h = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                        _mm256_mask_blend_epi16(is_nan, h, nan));
+  }
+  for (; i < n; ++i) out[i] = encode_nearest<f16>(divide ? x[i] / factor : x[i] * factor);
+}
+#elif defined(__F16C__)
+// The same bits as fp8.h's f16: saturate and make NaN canonical around the instruction, which does
+// neither.
+template <>
+inline void load<f16>(float* __restrict out, const f16* __restrict x, int64_t n, float scale) {
   int64_t i = 0;
   const __m256 s = _mm256_set1_ps(scale);
   for (; i + 8 <= n; i += 8) {
@@ -47,8 +81,8 @@ void load<f16>(float* __restrict out, const f16* __restrict x, int64_t n, float 
   for (; i < n; ++i) out[i] = TensorCodec<f16>::decode(x[i], scale);
 }
 
-void store_f16(f16* __restrict out, const float* __restrict x, int64_t n, float factor,
-               bool divide) {
+inline void store_f16(f16* __restrict out, const float* __restrict x, int64_t n, float factor,
+                      bool divide) {
   int64_t i = 0;
   const __m256 s = _mm256_set1_ps(factor);
   const __m256 max = _mm256_set1_ps(Format<f16>::finite_max);
@@ -61,22 +95,93 @@ void store_f16(f16* __restrict out, const float* __restrict x, int64_t n, float 
     __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
     if (_mm256_movemask_ps(nan) != 0) {
       const __m256i wide = _mm256_castps_si256(nan);
-      const __m128i mask = _mm_packs_epi32(_mm256_castsi256_si128(wide),
-                                           _mm256_extractf128_si256(wide, 1));
+      const __m128i mask =
+          _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extractf128_si256(wide, 1));
       h = _mm_blendv_epi8(h, _mm_set1_epi16(0x7fff), mask);
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), h);
   }
   for (; i < n; ++i) out[i] = encode_nearest<f16>(divide ? x[i] / factor : x[i] * factor);
 }
+#endif
+
+#if defined(__F16C__)
+// FP8 widens to f16 by shifts, subnormals included: e5m2 is f16's upper byte, and e4m3 with its
+// exponent in place is 2^-8 times its value. The instruction that widens f16 does the rest.
+#if defined(__AVX512F__)
+constexpr int64_t kWide = 32;
+using Halves = __m512i;
+
+inline Halves widen(const void* x) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(x)));
+}
+inline Halves e4m3_halves(Halves c) {
+  const Halves magnitude = _mm512_and_si512(c, _mm512_set1_epi16(0x7f));
+  const Halves sign = _mm512_and_si512(_mm512_slli_epi16(c, 8), _mm512_set1_epi16(-0x8000));
+  const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+  const Halves half =
+      _mm512_mask_blend_epi16(nan, _mm512_slli_epi16(magnitude, 7), _mm512_set1_epi16(0x7e00));
+  return _mm512_or_si512(half, sign);
+}
+inline Halves e5m2_halves(Halves c) { return _mm512_slli_epi16(c, 8); }
+inline void store_halves(float* out, Halves h, float scale) {
+  const __m512 s = _mm512_set1_ps(scale);
+  const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
+  const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
+  _mm512_storeu_ps(out, _mm512_mul_ps(low, s));
+  _mm512_storeu_ps(out + 16, _mm512_mul_ps(high, s));
+}
+#else
+constexpr int64_t kWide = 16;
+using Halves = __m256i;
+
+inline Halves widen(const void* x) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(x)));
+}
+inline Halves e4m3_halves(Halves c) {
+  const Halves magnitude = _mm256_and_si256(c, _mm256_set1_epi16(0x7f));
+  const Halves sign = _mm256_and_si256(_mm256_slli_epi16(c, 8), _mm256_set1_epi16(-0x8000));
+  const Halves nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+  const Halves half =
+      _mm256_blendv_epi8(_mm256_slli_epi16(magnitude, 7), _mm256_set1_epi16(0x7e00), nan);
+  return _mm256_or_si256(half, sign);
+}
+inline Halves e5m2_halves(Halves c) { return _mm256_slli_epi16(c, 8); }
+inline void store_halves(float* out, Halves h, float scale) {
+  const __m256 s = _mm256_set1_ps(scale);
+  const __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
+  const __m256 high = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
+  _mm256_storeu_ps(out, _mm256_mul_ps(low, s));
+  _mm256_storeu_ps(out + 8, _mm256_mul_ps(high, s));
+}
+#endif
 
 template <>
-void store<f16>(f16* __restrict out, const float* __restrict x, int64_t n, float inverse_scale) {
+inline void load<e4m3>(float* __restrict out, const e4m3* __restrict x, int64_t n, float scale) {
+  int64_t i = 0;
+  // Two exact steps: scale * 2^8 may overflow where scale * value does not.
+  const bool exact = scale < 1e30f;
+  for (; exact && i + kWide <= n; i += kWide)
+    store_halves(out + i, e4m3_halves(widen(x + i)), scale * 256.0f);
+  for (; i < n; ++i) out[i] = TensorCodec<e4m3>::decode(x[i], scale);
+}
+
+template <>
+inline void load<e5m2>(float* __restrict out, const e5m2* __restrict x, int64_t n, float scale) {
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) store_halves(out + i, e5m2_halves(widen(x + i)), scale);
+  for (; i < n; ++i) out[i] = TensorCodec<e5m2>::decode(x[i], scale);
+}
+
+template <>
+inline void store<f16>(f16* __restrict out, const float* __restrict x, int64_t n,
+                       float inverse_scale) {
   store_f16(out, x, n, inverse_scale, false);
 }
 
 template <>
-void store_divided<f16>(f16* __restrict out, const float* __restrict x, int64_t n, float scale) {
+inline void store_divided<f16>(f16* __restrict out, const float* __restrict x, int64_t n,
+                               float scale) {
   store_f16(out, x, n, scale, true);
 }
 #endif
@@ -122,8 +227,7 @@ template <class Bits, class T>
 Bits amax_code(const T* x, int64_t n) {
   constexpr Bits mask = static_cast<Bits>(~Bits(0)) >> 1;
   Bits result = 0;
-  _Pragma("omp simd reduction(max : result)")
-  for (int64_t i = 0; i < n; ++i) {
+  _Pragma("omp simd reduction(max : result)") for (int64_t i = 0; i < n; ++i) {
     const Bits code = bit_cast<Bits>(x[i]) & mask;
     result = result < code ? code : result;
   }
@@ -262,39 +366,77 @@ uint32_t add(void* out, DType out_type, float scale, const void* a, DType a_type
   return result;
 }
 
-void adam(const AdamSpan& p, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
-  alignas(64) float w[kBlock], m[kBlock], v[kBlock], g[kBlock];
-  const float inverse_w = 1.0f / p.new_weight_scale;
-  const float inverse_m = 1.0f / p.new_exp_avg_scale;
-  const float inverse_v = 1.0f / p.new_exp_avg_sq_scale;
+// Small enough that the processor overlaps the division and square root of one run with the
+// conversions of the next.
+constexpr int64_t kRun = 64;
+
+// `count` <= kRun elements; a constant count gives loops without remainders.
+template <class W, class M, class V>
+inline __attribute__((always_inline)) void adam_run(W* weight, M* exp_avg, V* exp_avg_sq,
+                                                    const float* g, const AdamSpan& p,
+                                                    const AdamStep& s, const float inverse[3],
+                                                    int64_t count, uint32_t amax_bits[3]) {
+  alignas(64) float w[kRun], m[kRun], v[kRun];
+  load(w, weight, count, p.weight_scale);
+  load(m, exp_avg, count, p.exp_avg_scale);
+  load(v, exp_avg_sq, count, p.exp_avg_sq_scale);
+  QUAVER_SIMD
+  for (int64_t j = 0; j < count; ++j) {
+    const AdamElement e = adamw(s, {w[j], m[j], v[j]}, g[j]);
+    w[j] = e.weight;
+    m[j] = e.exp_avg;
+    v[j] = e.exp_avg_sq;
+  }
+  store(weight, w, count, inverse[0]);
+  store(exp_avg, m, count, inverse[1]);
+  store(exp_avg_sq, v, count, inverse[2]);
+  auto collect = [&](const float* x, bool scaled, uint32_t& result) {
+    if (!scaled) return;
+    const uint32_t seen = amax_code<uint32_t>(x, count);
+    result = result < seen ? seen : result;
+  };
+  collect(w, std::is_same<W, f16>::value, amax_bits[0]);
+  collect(m, std::is_same<M, e4m3>::value, amax_bits[1]);
+  collect(v, std::is_same<V, f16>::value, amax_bits[2]);
+}
+
+template <class W, class M, class V>
+void adam_typed(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
+  alignas(64) float g[kBlock];
+  const AdamSpan p = span;
   const AdamStep s = step;
+  const float inverse[3] = {1.0f / p.new_weight_scale, 1.0f / p.new_exp_avg_scale,
+                            1.0f / p.new_exp_avg_sq_scale};
+  W* weight = static_cast<W*>(p.weight);
+  M* exp_avg = static_cast<M*>(p.exp_avg);
+  V* exp_avg_sq = static_cast<V*>(p.exp_avg_sq);
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = n - i < kBlock ? n - i : kBlock;
-    load_any(w, at(p.weight, p.weight_type, i), p.weight_type, count, p.weight_scale);
-    load_any(m, at(p.exp_avg, p.exp_avg_type, i), p.exp_avg_type, count, p.exp_avg_scale);
-    load_any(v, at(p.exp_avg_sq, p.exp_avg_sq_type, i), p.exp_avg_sq_type, count,
-             p.exp_avg_sq_scale);
     load_any(g, at(p.grad, p.grad_type, i), p.grad_type, count, p.grad_scale);
-    QUAVER_SIMD
-    for (int64_t j = 0; j < count; ++j) {
-      const AdamElement e = adamw(s, {w[j], m[j], v[j]}, g[j]);
-      w[j] = e.weight;
-      m[j] = e.exp_avg;
-      v[j] = e.exp_avg_sq;
-    }
-    store_any(at(p.weight, p.weight_type, i), p.weight_type, w, count, inverse_w);
-    store_any(at(p.exp_avg, p.exp_avg_type, i), p.exp_avg_type, m, count, inverse_m);
-    store_any(at(p.exp_avg_sq, p.exp_avg_sq_type, i), p.exp_avg_sq_type, v, count, inverse_v);
-    const float* moments[3] = {w, m, v};
-    for (int k = 0; k < 3; ++k) {
-      const uint32_t block = amax_code<uint32_t>(moments[k], count);
-      amax_bits[k] = amax_bits[k] < block ? block : amax_bits[k];
-    }
-    if (p.fp8 != nullptr) {  // from the stored codes, so that a reload gives the same copy
-      load_any(w, at(p.weight, p.weight_type, i), p.weight_type, count, 1.0f / kMasterToFp8);
-      store_any(p.fp8 + i, DType::e4m3, w, count, 1.0f);
-    }
+    int64_t j = 0;
+    for (; j + kRun <= count; j += kRun)
+      adam_run(weight + i + j, exp_avg + i + j, exp_avg_sq + i + j, g + j, p, s, inverse, kRun,
+               amax_bits);
+    if (j < count)
+      adam_run(weight + i + j, exp_avg + i + j, exp_avg_sq + i + j, g + j, p, s, inverse, count - j,
+               amax_bits);
+    if (p.fp8 == nullptr) continue;
+    // From the stored codes, so that a reloaded weight gives the same copy.
+    load(g, weight + i, count, 1.0f / kMasterToFp8);
+    store(reinterpret_cast<e4m3*>(p.fp8) + i, g, count, 1.0f);
   }
+}
+
+// The combinations of codecs that recipes use. Another one is one more line.
+void adam(const AdamSpan& p, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
+  auto is = [&](DType w, DType m, DType v) {
+    return p.weight_type == w && p.exp_avg_type == m && p.exp_avg_sq_type == v;
+  };
+  using D = DType;
+  if (is(D::f32, D::f32, D::f32)) return adam_typed<float, float, float>(p, step, n, amax_bits);
+  if (is(D::bf16, D::f32, D::f32)) return adam_typed<bf16, float, float>(p, step, n, amax_bits);
+  if (is(D::f16, D::f32, D::f32)) return adam_typed<f16, float, float>(p, step, n, amax_bits);
+  if (is(D::f16, D::e4m3, D::f16)) return adam_typed<f16, e4m3, f16>(p, step, n, amax_bits);
 }
 
 }  // namespace

@@ -19,8 +19,8 @@ struct AdamSpan {
   const void* grad;
   uint8_t* fp8;  // e4m3 GEMM copy of the span, or null
   DType weight_type, exp_avg_type, exp_avg_sq_type, grad_type;
-  float weight_scale, exp_avg_scale, exp_avg_sq_scale, grad_scale;        // decode, as stored
-  float new_weight_scale, new_exp_avg_scale, new_exp_avg_sq_scale;        // decode, to be stored
+  float weight_scale, exp_avg_scale, exp_avg_sq_scale, grad_scale;  // decode, as stored
+  float new_weight_scale, new_exp_avg_scale, new_exp_avg_sq_scale;  // decode, to be stored
 };
 
 struct Simd {

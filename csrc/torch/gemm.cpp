@@ -68,8 +68,8 @@ void addmm(Tensor& out, const Tensor& addend, const Tensor& a, const Tensor& b, 
 void run(Tensor& out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
          const Tensor& scale_b, const OptionalTensor& bias, bool accumulate) {
   const Problem p = check(a, scale_a, b, scale_b, bias);
-  QUAVER_CHECK(out.dim() == 2 && out.size(0) == p.m && out.size(1) == p.n,
-               "gemm: out must be [", p.m, ", ", p.n, "]");
+  QUAVER_CHECK(out.dim() == 2 && out.size(0) == p.m && out.size(1) == p.n, "gemm: out must be [",
+               p.m, ", ", p.n, "]");
   QUAVER_CHECK(!(accumulate && bias.has_value()), "gemm: bias and accumulate exclude each other");
   const ScalarType type = out.scalar_type();
   QUAVER_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,

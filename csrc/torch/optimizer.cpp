@@ -20,10 +20,9 @@ void adam_cpu_(const Tensors& weights, const Tensors& weight_scales, const Tenso
                const Tensors& fp8s, const Tensors& fp8_ts, const Tensors& fp8_scales,
                const Tensors& steps, const Tensor& hyper, Tensor skipped) {
   const size_t n = weights.size();
-  for (const Tensors* list :
-       {&weight_scales, &weight_amaxes, &exp_avgs, &exp_avg_scales, &exp_avg_amaxes, &exp_avg_sqs,
-        &exp_avg_sq_scales, &exp_avg_sq_amaxes, &grads, &grad_scales, &fp8s, &fp8_ts, &fp8_scales,
-        &steps})
+  for (const Tensors* list : {&weight_scales, &weight_amaxes, &exp_avgs, &exp_avg_scales,
+                              &exp_avg_amaxes, &exp_avg_sqs, &exp_avg_sq_scales, &exp_avg_sq_amaxes,
+                              &grads, &grad_scales, &fp8s, &fp8_ts, &fp8_scales, &steps})
     QUAVER_CHECK(list->size() == n, "adam_: ", n, " weights, but a list of ", list->size());
   const auto count = static_cast<int64_t>(n);
   QUAVER_CHECK(grad_amax.numel() == count && grad_amax.scalar_type() == ScalarType::Float,
@@ -39,8 +38,7 @@ void adam_cpu_(const Tensors& weights, const Tensors& weight_scales, const Tenso
     AdamParameter& p = parameters[i];
     p.weight = state("weight", weights[i], weight_scales[i], weight_amaxes[i]);
     p.exp_avg = state("exp_avg", exp_avgs[i], exp_avg_scales[i], exp_avg_amaxes[i]);
-    p.exp_avg_sq =
-        state("exp_avg_sq", exp_avg_sqs[i], exp_avg_sq_scales[i], exp_avg_sq_amaxes[i]);
+    p.exp_avg_sq = state("exp_avg_sq", exp_avg_sqs[i], exp_avg_sq_scales[i], exp_avg_sq_amaxes[i]);
     kept[i] = dense(grads[i]);
     p.grad = view("adam_", "grad", kept[i]);
     p.grad_scale = optional_scalar("adam_", "grad_scale", grad_scales[i]);

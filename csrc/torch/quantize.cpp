@@ -20,8 +20,7 @@ Shape scale_shape(const Tensor& x, const QuantizeOptions& o) {
   if (o.granularity == Granularity::tensor) return {};
   Shape shape = shape_of(x);
   if (shape.empty()) shape.push_back(1);
-  shape.back() =
-      o.granularity == Granularity::row ? 1 : (shape.back() + o.block - 1) / o.block;
+  shape.back() = o.granularity == Granularity::row ? 1 : (shape.back() + o.block - 1) / o.block;
   return shape;
 }
 

@@ -20,8 +20,8 @@ struct AdamStep {
   float update_bound;     // upper bound of |w' - decay * w|
 };
 
-QUAVER_HD AdamStep adam_step(double lr, double beta1, double beta2, double eps,
-                             double weight_decay, int64_t t) {
+QUAVER_HD AdamStep adam_step(double lr, double beta1, double beta2, double eps, double weight_decay,
+                             int64_t t) {
   const double c1 = 1.0 - integer_power(beta1, t);
   const double c2 = 1.0 - integer_power(beta2, t);
   AdamStep s;

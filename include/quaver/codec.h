@@ -14,9 +14,7 @@ struct TensorCodec {
   using Storage = T;
   static constexpr int bytes = sizeof(T);
   QUAVER_HD float decode(T code, float scale) { return quaver::decode(code) * scale; }
-  QUAVER_HD T encode(float x, float inverse_scale) {
-    return encode_nearest<T>(x * inverse_scale);
-  }
+  QUAVER_HD T encode(float x, float inverse_scale) { return encode_nearest<T>(x * inverse_scale); }
 };
 
 }  // namespace quaver

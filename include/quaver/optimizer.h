@@ -21,8 +21,8 @@ struct AdamParameter {
   const float* grad_amax = nullptr;   // of the decoded gradient; non-finite skips the whole step
   TensorView fp8, fp8_t;              // e4m3 GEMM copies of an f16 weight, or empty
   float* fp8_scale = nullptr;
-  int64_t* step = nullptr;            // counts the steps taken
-  const double* hyper = nullptr;      // lr, beta1, beta2, eps, weight_decay
+  int64_t* step = nullptr;        // counts the steps taken
+  const double* hyper = nullptr;  // lr, beta1, beta2, eps, weight_decay
 };
 
 namespace cpu {

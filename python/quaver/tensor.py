@@ -48,9 +48,7 @@ class ScaledTensor(torch.Tensor):
     amax: Tensor | None
 
     @staticmethod
-    def __new__(
-        cls, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128
-    ):
+    def __new__(cls, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128):
         return torch.Tensor._make_wrapper_subclass(
             cls, qdata.size(), strides=qdata.stride(), dtype=dtype, device=qdata.device
         )

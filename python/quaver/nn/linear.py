@@ -66,7 +66,6 @@ class GemmWeight:
         self.version = weight._version
 
 
-@torch._dynamo.allow_in_graph
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -75,7 +74,10 @@ class _LinearFunction(torch.autograd.Function):
     ):  # fmt: skip
         n = weight.shape[0]
         rows = x.numel() // max(x.shape[-1], 1)
-        padded_bias = None if bias is None else F.pad(bias.detach(), (0, w_row.shape[0] - n))
+        if bias is not None and w_row.shape[0] != n:
+            padded_bias = F.pad(bias.detach(), (0, w_row.shape[0] - n))
+        else:
+            padded_bias = bias
         y = _ops.gemm(q, scale, w_row, w_scale, padded_bias, out_dtype, True)
         ctx.save_for_backward(qt, scale)
         # Not saved tensors: they belong to the module, and the optimizer rewrites them in place.
@@ -174,6 +176,9 @@ class Linear(nn.Linear):
         rule = recipes.get(recipe).linear
         if rule is None:
             raise ValueError(f"Linear: recipe {recipes.get(recipe).name!r} has no FP8 linear layer")
+        # Compiled graphs take the function whole: its backward makes a ScaledTensor. Not at import,
+        # because this imports the compiler.
+        torch.compiler.allow_in_graph(_LinearFunction)
         self.rule = rule
         self.weight = convert_weight(self.weight, rule) if weight is None else weight
         for name in ("input_history", "grad_history"):
@@ -188,7 +193,8 @@ class Linear(nn.Linear):
         weight = self.weight
         copies = weight.__dict__.get("fp8_weight")
         if copies is None or copies.row.device != weight.device:
-            with torch.no_grad():
+            # Never inference tensors: the optimizer could not write them later.
+            with torch.inference_mode(False), torch.no_grad():
                 encoded = GemmWeight.encode(weight.detach(), self.rule.weight)
             copies = weight.fp8_weight = GemmWeight(*encoded, weight._version)
         elif copies.version != weight._version:
@@ -207,9 +213,10 @@ class Linear(nn.Linear):
 
     def _cast(self, x: Tensor, both: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """The input's codes, their transpose where `both`, and the scale."""
-        compiling = torch.compiler.is_compiling()
-        key = None if compiling else (x._version, both, self.rule.input, self.training)
-        found = None if compiling else _last_cast.find(x, key)
+        # Compiled graphs and inference tensors have no versions to recognise an input by.
+        anonymous = torch.compiler.is_compiling() or x.is_inference()
+        key = None if anonymous else (x._version, both, self.rule.input, self.training)
+        found = None if anonymous else _last_cast.find(x, key)
         if found is not None:
             return found
         flat = _pad(x.detach().reshape(-1, self.in_features))
@@ -222,7 +229,7 @@ class Linear(nn.Linear):
                 flat, self.rule.input, None, history, "tensor", 128, True, False, 0
             )
             qt = None
-        if not compiling:
+        if not anonymous:
             _last_cast.keep(x, key, (q, qt, scale))
         return q, qt, scale
 
