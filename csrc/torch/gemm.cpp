@@ -82,7 +82,9 @@ void run(Tensor& out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
     const ScalarType decoded = half ? ScalarType::BFloat16 : ScalarType::Float;
     decoded_a = decode_codes(a, decoded);
     decoded_b = decode_codes(b, decoded);
-    alpha = double(*scalar("gemm", "scale_a", scale_a)) * *scalar("gemm", "scale_b", scale_b);
+    // In f32: a product that overflows is infinite, where torch would refuse a double beyond f32.
+    const float scale = *scalar("gemm", "scale_a", scale_a) * *scalar("gemm", "scale_b", scale_b);
+    alpha = scale;
   } else {
     decoded_a = decode_rows(a, scale_a);
     decoded_b = decode_rows(b, scale_b);

@@ -14,8 +14,8 @@ struct ScaledView {
 };
 
 // norm = sqrt(sum over all gradients of (scale * value)^2), accumulated in f64 in an order that
-// depends on the shapes only. amax[i] = scale * max |value| of gradient i. A gradient that carries
-// a non-finite amax makes both its amax[i] and the norm NaN.
+// depends on the shapes only. amax[i] = |scale| * max |value| of gradient i. A gradient that
+// carries a non-finite amax makes both its amax[i] and the norm NaN.
 void grad_norm(float* norm, float* amax, const ScaledView* grads, int64_t count);
 
 // target += other, re-encoded with the just-in-time scale of the sum (MS-AMP's add_to_fp8).

@@ -138,8 +138,11 @@ def parts(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tenso
 def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Two-norm over all gradients (0-D float32) and each one's amax (float32 [n]), in one call.
 
-    Non-finite values show in both, those that FP8 saturated away included.
+    Non-finite values show in both, those that FP8 saturated away included. Raises ValueError where
+    there is no gradient.
     """
+    if not grads:
+        raise ValueError("grad_norm: no gradients")
     return _ops.grad_norm(*parts(grads))
 
 

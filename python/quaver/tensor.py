@@ -164,35 +164,25 @@ def _decoded(func, args, kwargs):
     written = []
 
     def decode(argument, value):
-        if not isinstance(value, ScaledTensor):
-            return value
-        plain = value.dequantize()
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written.append((value, plain))
-        return plain
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+
+        def decode_one(t):
+            plain = t.dequantize()
+            if writes:
+                written.append((t, plain))
+            return plain
+
+        return tree_map_only(ScaledTensor, decode_one, value)
 
     schema = func._schema.arguments
-    plain_args = [
-        decode(s, a) if isinstance(a, Tensor) else tree_map_only(ScaledTensor, _dequantize, a)
-        for s, a in zip(schema, args, strict=False)
-    ]
     by_name = {s.name: s for s in schema}
-    plain_kwargs = {
-        k: decode(by_name[k], v)
-        if isinstance(v, Tensor)
-        else tree_map_only(ScaledTensor, _dequantize, v)
-        for k, v in kwargs.items()
-    }
-    out = func(*plain_args, **plain_kwargs)
+    plain_args = [decode(s, a) for s, a in zip(schema, args, strict=False)]
+    out = func(*plain_args, **{k: decode(by_name[k], v) for k, v in kwargs.items()})
+    targets = {}
     for target, plain in written:
         target._encode_(plain)
-        if out is plain:
-            out = target
-    return out
-
-
-def _dequantize(t: ScaledTensor) -> Tensor:
-    return t.dequantize()
+        targets[id(plain)] = target
+    return tree_map_only(Tensor, lambda t: targets.get(id(t), t), out) if targets else out
 
 
 @_implements(aten.detach.default, aten.alias.default)
