@@ -446,16 +446,13 @@ void adam_typed(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t 
   amax_bits[2] = amax_of_code<V>(codes[2], p.new_exp_avg_sq_scale);
 }
 
-// The combinations of codecs that recipes use. Another one is one more line.
 void adam(const AdamSpan& p, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
-  auto is = [&](DType w, DType m, DType v) {
-    return p.weight_type == w && p.exp_avg_type == m && p.exp_avg_sq_type == v;
-  };
-  using D = DType;
-  if (is(D::f32, D::f32, D::f32)) return adam_typed<float, float, float>(p, step, n, amax_bits);
-  if (is(D::bf16, D::f32, D::f32)) return adam_typed<bf16, float, float>(p, step, n, amax_bits);
-  if (is(D::f16, D::f32, D::f32)) return adam_typed<f16, float, float>(p, step, n, amax_bits);
-  if (is(D::f16, D::e4m3, D::f16)) return adam_typed<f16, e4m3, f16>(p, step, n, amax_bits);
+#define QUAVER_CASE(W, M, V)                                                       \
+  if (p.weight_type == DTypeOf<W>::value && p.exp_avg_type == DTypeOf<M>::value && \
+      p.exp_avg_sq_type == DTypeOf<V>::value)                                      \
+    return adam_typed<W, M, V>(p, step, n, amax_bits);
+  QUAVER_ADAM_CODECS(QUAVER_CASE)
+#undef QUAVER_CASE
 }
 
 }  // namespace
