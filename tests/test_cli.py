@@ -1,6 +1,8 @@
 """The command line: a mistake is one line and status 2, and nothing is written."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,3 +178,20 @@ def test_a_signal_saves_and_leaves_with_130(paths, number):
     assert (process.returncode, err) == (130, "")
     assert "--resume continues" in out
     assert (paths / "out" / "f32" / "checkpoint" / "state.safetensors").is_file()
+
+
+def test_a_terminal_gets_a_bar(paths):
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "quaver", *flags(paths, recipe="bf16")]
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 4096)
+        except OSError:  # how Linux tells that the other side has closed
+            break
+    os.close(ours)
+    assert process.wait() == 0
+    assert re.search(rb"bf16: 100%.*3/3 .*loss \d\.\d{4}  [\d,]+ tokens/s", shown)
+    assert b"step 3/3" not in shown

@@ -207,6 +207,16 @@ def test_a_foreign_folder_is_refused(settings, tmp_path):
             train.run(settings(out=str(tmp_path), **extra))
     with pytest.raises(UsageError, match="is not a folder"):
         train.run(settings(out=str(tmp_path / "text.txt")))
+    with pytest.raises(UsageError, match=r"--out .*text\.txt/run: Not a directory"):
+        train.run(settings(out=str(tmp_path / "text.txt" / "run")))
+
+
+def test_two_processes_do_not_share_a_folder(settings):
+    s = settings()
+    folder = RunDir(s.out)
+    with folder.started({"recipes": []}), pytest.raises(UsageError, match="is in use by another"):
+        train.run(settings(overwrite=True))
+    train.run(settings(overwrite=True))
 
 
 def test_resume_with_other_settings_names_them(settings, tmp_path):

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "quaver/codec.h"
 #include "simd.h"
 
 namespace quaver::cpu {
@@ -32,12 +33,13 @@ void check_state(const char* name, const StateView& s, int64_t numel) {
 void check(const AdamParameter& p) {
   const int64_t n = p.weight.values.numel();
   const DType w = p.weight.values.dtype;
-  QUAVER_CHECK(!is_fp8(w), "adam_: weight must be f32, bf16 or f16, got ", name_of(w));
   const DType m = p.exp_avg.values.dtype, v = p.exp_avg_sq.values.dtype;
-  const bool low = w == DType::f16 && (m == DType::f32 || m == DType::e4m3) &&
-                   (v == DType::f32 || v == DType::f16);
-  QUAVER_CHECK(low || (m == DType::f32 && v == DType::f32), "adam_: a ", name_of(w),
-               " weight has f32 moments, or an f16 one e4m3 exp_avg or f16 exp_avg_sq, got ",
+  bool known = false;
+#define QUAVER_CASE(W, M, V) \
+  known = known || (w == DTypeOf<W>::value && m == DTypeOf<M>::value && v == DTypeOf<V>::value);
+  QUAVER_ADAM_CODECS(QUAVER_CASE)
+#undef QUAVER_CASE
+  QUAVER_CHECK(known, "adam_: no codec for weight, exp_avg and exp_avg_sq in ", name_of(w), ", ",
                name_of(m), " and ", name_of(v));
   check_state("weight", p.weight, n);
   check_state("exp_avg", p.exp_avg, n);

@@ -366,6 +366,27 @@ uint32_t add(void* out, DType out_type, float scale, const void* a, DType a_type
   return result;
 }
 
+// The largest magnitude code of scaled storage; f32 and bf16 have no scale that would need it.
+inline void collect(const float*, int64_t, uint32_t&) {}
+inline void collect(const bf16*, int64_t, uint32_t&) {}
+inline void collect(const f16* x, int64_t n, uint32_t& result) {
+  const uint32_t seen = amax_code<uint16_t>(x, n);
+  result = result < seen ? seen : result;
+}
+inline void collect(const e4m3* x, int64_t n, uint32_t& result) {
+  const uint32_t seen = amax_code<uint8_t>(x, n);
+  result = result < seen ? seen : result;
+}
+
+template <class T>
+inline uint32_t amax_of_code(uint32_t code, float scale) {
+  if constexpr (std::is_same<T, float>::value)
+    return 0;
+  else
+    return bit_cast<uint32_t>(
+        TensorCodec<T>::decode(T{static_cast<decltype(T::bits)>(code)}, scale));
+}
+
 // Small enough that the processor overlaps the division and square root of one run with the
 // conversions of the next.
 constexpr int64_t kRun = 64;
@@ -375,7 +396,7 @@ template <class W, class M, class V>
 inline __attribute__((always_inline)) void adam_run(W* weight, M* exp_avg, V* exp_avg_sq,
                                                     const float* g, const AdamSpan& p,
                                                     const AdamStep& s, const float inverse[3],
-                                                    int64_t count, uint32_t amax_bits[3]) {
+                                                    int64_t count) {
   alignas(64) float w[kRun], m[kRun], v[kRun];
   load(w, weight, count, p.weight_scale);
   load(m, exp_avg, count, p.exp_avg_scale);
@@ -390,14 +411,6 @@ inline __attribute__((always_inline)) void adam_run(W* weight, M* exp_avg, V* ex
   store(weight, w, count, inverse[0]);
   store(exp_avg, m, count, inverse[1]);
   store(exp_avg_sq, v, count, inverse[2]);
-  auto collect = [&](const float* x, bool scaled, uint32_t& result) {
-    if (!scaled) return;
-    const uint32_t seen = amax_code<uint32_t>(x, count);
-    result = result < seen ? seen : result;
-  };
-  collect(w, std::is_same<W, f16>::value, amax_bits[0]);
-  collect(m, std::is_same<M, e4m3>::value, amax_bits[1]);
-  collect(v, std::is_same<V, f16>::value, amax_bits[2]);
 }
 
 template <class W, class M, class V>
@@ -410,35 +423,36 @@ void adam_typed(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t 
   W* weight = static_cast<W*>(p.weight);
   M* exp_avg = static_cast<M*>(p.exp_avg);
   V* exp_avg_sq = static_cast<V*>(p.exp_avg_sq);
+  uint32_t codes[3] = {0, 0, 0};
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = n - i < kBlock ? n - i : kBlock;
     load_any(g, at(p.grad, p.grad_type, i), p.grad_type, count, p.grad_scale);
     int64_t j = 0;
     for (; j + kRun <= count; j += kRun)
-      adam_run(weight + i + j, exp_avg + i + j, exp_avg_sq + i + j, g + j, p, s, inverse, kRun,
-               amax_bits);
+      adam_run(weight + i + j, exp_avg + i + j, exp_avg_sq + i + j, g + j, p, s, inverse, kRun);
     if (j < count)
-      adam_run(weight + i + j, exp_avg + i + j, exp_avg_sq + i + j, g + j, p, s, inverse, count - j,
-               amax_bits);
+      adam_run(weight + i + j, exp_avg + i + j, exp_avg_sq + i + j, g + j, p, s, inverse,
+               count - j);
+    collect(weight + i, count, codes[0]);
+    collect(exp_avg + i, count, codes[1]);
+    collect(exp_avg_sq + i, count, codes[2]);
     if (p.fp8 == nullptr) continue;
     // From the stored codes, so that a reloaded weight gives the same copy.
     load(g, weight + i, count, 1.0f / kMasterToFp8);
     store(reinterpret_cast<e4m3*>(p.fp8) + i, g, count, 1.0f);
   }
+  amax_bits[0] = amax_of_code<W>(codes[0], p.new_weight_scale);
+  amax_bits[1] = amax_of_code<M>(codes[1], p.new_exp_avg_scale);
+  amax_bits[2] = amax_of_code<V>(codes[2], p.new_exp_avg_sq_scale);
 }
 
-// The combinations of codecs that recipes use. Another one is one more line.
 void adam(const AdamSpan& p, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
-  auto is = [&](DType w, DType m, DType v) {
-    return p.weight_type == w && p.exp_avg_type == m && p.exp_avg_sq_type == v;
-  };
-  using D = DType;
-  if (is(D::f32, D::f32, D::f32)) return adam_typed<float, float, float>(p, step, n, amax_bits);
-  if (is(D::bf16, D::f32, D::f32)) return adam_typed<bf16, float, float>(p, step, n, amax_bits);
-  if (is(D::f16, D::f32, D::f32)) return adam_typed<f16, float, float>(p, step, n, amax_bits);
-  if (is(D::f16, D::e4m3, D::f16)) return adam_typed<f16, e4m3, f16>(p, step, n, amax_bits);
-  if (is(D::f16, D::e4m3, D::f32)) return adam_typed<f16, e4m3, float>(p, step, n, amax_bits);
-  if (is(D::f16, D::f32, D::f16)) return adam_typed<f16, float, f16>(p, step, n, amax_bits);
+#define QUAVER_CASE(W, M, V)                                                       \
+  if (p.weight_type == DTypeOf<W>::value && p.exp_avg_type == DTypeOf<M>::value && \
+      p.exp_avg_sq_type == DTypeOf<V>::value)                                      \
+    return adam_typed<W, M, V>(p, step, n, amax_bits);
+  QUAVER_ADAM_CODECS(QUAVER_CASE)
+#undef QUAVER_CASE
 }
 
 }  // namespace

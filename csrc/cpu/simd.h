@@ -41,7 +41,7 @@ struct Simd {
   // is not null; returns its amax bits.
   uint32_t (*add)(void* out, DType out_type, float scale, const void* a, DType a_type,
                   float scale_a, const void* b, DType b_type, float scale_b, int64_t n);
-  // One AdamW step of n elements; amax bits of the new weight, exp_avg and exp_avg_sq.
+  // One AdamW step of n elements; amax bits of the stored weight, exp_avg and exp_avg_sq.
   void (*adam)(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax[3]);
 };
 

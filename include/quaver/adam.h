@@ -58,12 +58,16 @@ QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
 }
 
 // Upper bounds of the next amaxes, known before the pass, so that its scales can be too. They are
-// at most about one binade loose, and the true amax that the pass collects feeds the next bound.
+// at most about one binade loose, and the amax of what the pass stored feeds the next bound. A
+// gradient's amax was taken before it was encoded, and rounding to e4m3 or e5m2 may have raised it.
+QUAVER_HD float stored_grad_amax(float grad_amax) { return grad_amax * 1.125f; }
+
 QUAVER_HD float exp_avg_bound(const AdamStep& s, float amax, float grad_amax) {
-  return s.beta1 * amax + s.one_minus_beta1 * grad_amax;
+  return s.beta1 * amax + s.one_minus_beta1 * stored_grad_amax(grad_amax);
 }
 QUAVER_HD float exp_avg_sq_bound(const AdamStep& s, float amax, float grad_amax) {
-  return s.beta2 * amax + s.one_minus_beta2 * (grad_amax * grad_amax);
+  const float g = stored_grad_amax(grad_amax);
+  return s.beta2 * amax + s.one_minus_beta2 * (g * g);
 }
 QUAVER_HD float weight_bound(const AdamStep& s, float amax) { return amax + s.update_bound; }
 

@@ -61,6 +61,23 @@ template <> struct Format<f16> {
   static constexpr float finite_max = 65504.0f;
 };
 
+template <class T> struct DTypeOf;
+template <> struct DTypeOf<float> {
+  static constexpr DType value = DType::f32;
+};
+template <> struct DTypeOf<f16> {
+  static constexpr DType value = DType::f16;
+};
+template <> struct DTypeOf<bf16> {
+  static constexpr DType value = DType::bf16;
+};
+template <> struct DTypeOf<e4m3> {
+  static constexpr DType value = DType::e4m3;
+};
+template <> struct DTypeOf<e5m2> {
+  static constexpr DType value = DType::e5m2;
+};
+
 constexpr int64_t size_of(DType t) {
   return t == DType::f32 ? 4 : (t == DType::f16 || t == DType::bf16) ? 2 : 1;
 }

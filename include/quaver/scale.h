@@ -28,7 +28,8 @@ QUAVER_HD bool is_finite(float x) { return (bit_cast<uint32_t>(x) & 0x7f800000u)
 QUAVER_HD float scale_from_amax(float amax, float finite_max, bool power_of_two,
                                 float previous = 1.0f) {
   if (!(amax > 0.0f) || !is_finite(amax))
-    return is_finite(previous) && (previous >= kMinScale || previous <= -kMinScale) ? previous : 1.0f;
+    return is_finite(previous) && (previous >= kMinScale || previous <= -kMinScale) ? previous
+                                                                                    : 1.0f;
   float scale = amax / finite_max;
   scale = scale < kMinScale ? kMinScale : scale;
   if (!power_of_two) return scale;

@@ -126,24 +126,21 @@ def run(settings):
     config = _describe(settings, model_config, device, text)
     folder = RunDir(settings.out)
     folder.check(config, settings.resume, settings.overwrite)
-    results = folder.results() if settings.resume else {}
-    folder.start(config, settings.resume)
-
-    if text.skipped:
-        print(f"left out {len(text.skipped)} binary files, such as {text.skipped[0]}")
-    print(f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out; {device.type}")
-    job = Job(settings, model_config, text, device, folder, writer)
-    summary = {"recipes": results, "machine": machine.describe(), "config": config}
-    losses = {}
-    with _stop_signals() as stop:
+    with folder.started(config, settings.resume), _stop_signals() as stop:
+        if text.skipped:
+            print(f"left out {len(text.skipped)} binary files, such as {text.skipped[0]}")
+        tokens, held_out = len(text.train), len(text.held_out)
+        print(f"{tokens:,} tokens to train on, {held_out:,} held out; {device.type}")
+        job = Job(settings, model_config, text, device, folder, writer)
+        results = folder.results() if settings.resume else {}
+        summary = {"recipes": results, "machine": machine.describe(), "config": config}
+        losses = {}
         for name in settings.recipe:
-            result, losses[name] = job.train(name, stop, done=results.get(name))
-            results[name] = result
+            results[name], losses[name] = job.train(name, stop, done=results.get(name))
             folder.write_summary(summary)
-    title = (
-        f"{settings.model}, {settings.batch * settings.accumulate} x {settings.seq} tokens a step"
-    )
-    plot_losses(folder.plot_path, losses, title, baseline(losses))
+        rows = settings.batch * settings.accumulate
+        title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
+        plot_losses(folder.plot_path, losses, title, baseline(losses))
     print(f"\n{table(results)}\n\n{folder.summary_path}  {folder.plot_path}")
     return summary
 
@@ -212,7 +209,10 @@ class Job:
         checkpoint = self.folder.checkpoint_path(name)
         start, skipped = 0, 0
         if settings.resume and checkpoint.exists():
-            state = qv.load(checkpoint, model, optimizer)
+            try:
+                state = qv.load(checkpoint, model, optimizer)
+            except qv.CheckpointError as error:
+                raise UsageError(f"{error}; without the file {name} starts anew") from None
             start, skipped = state["step"], state["extra"]["skipped"]
         with ExitStack() as stack:
             metrics = stack.enter_context(Metrics(self.folder.metrics_path(name), start))

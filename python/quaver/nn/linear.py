@@ -119,10 +119,9 @@ class _LinearFunction(torch.autograd.Function):
             if wide:
                 dw = dw.to(ctx.weight_dtype)
             elif ctx.weight_grad == "bf16":
-                one = g_scale.new_ones(())
-                dw = ScaledTensor(
-                    dw.to(torch.bfloat16).contiguous(), one, one * 0, ctx.weight_dtype
-                )
+                dw = dw.to(torch.bfloat16).contiguous()
+                amax = dw.abs().amax().float()
+                dw = ScaledTensor(dw, torch.ones_like(amax), amax, ctx.weight_dtype)
             else:
                 q, s, amax = _ops.quantize(
                     dw, recipes.E4M3, None, None, "tensor", 128, True, False, 0

@@ -113,7 +113,7 @@ class AdamW(torch.optim.Optimizer):
         hyper = torch.tensor([h for _, h in items], dtype=torch.float64).to(device)
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-        _, grad_amax = ops.grad_norm(grads)
+        grad_amax = self._amax(grads)
         grad_values, grad_scales, _ = ops.parts(grads)
         copies = [self._fused_copies(p) for p in params]
         none = grad_amax.new_empty(0)
@@ -135,6 +135,14 @@ class AdamW(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(p)
             if c is not None:
                 c.version = p._version
+
+    @staticmethod
+    def _amax(grads: list[Tensor]) -> Tensor:
+        """Each gradient's amax, float32 [n]. FP8 gradients carry theirs; plain ones are read."""
+        carried = [g.amax if isinstance(g, ScaledTensor) else None for g in grads]
+        plain = [g for g, amax in zip(grads, carried, strict=True) if amax is None]
+        computed = iter(ops.grad_norm(plain)[1].unbind() if plain else ())
+        return torch.stack([next(computed) if amax is None else amax for amax in carried])
 
     @staticmethod
     def _fused_copies(p: Tensor):
