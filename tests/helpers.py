@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+
 from quaver import _C
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

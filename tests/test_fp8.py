@@ -3,9 +3,10 @@
 import ml_dtypes
 import numpy as np
 import pytest
-import quaver as qv
 import torch
 from helpers import FP8, assert_same, bits, everywhere, isa, randn, random_bits
+
+import quaver as qv
 from quaver import reference
 
 ONE = torch.ones(())

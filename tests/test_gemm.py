@@ -1,9 +1,10 @@
 """gemm against f64, within the roundings of its own accumulation."""
 
 import pytest
-import quaver as qv
 import torch
 from helpers import FP8, REFUSAL, assert_same, randn
+
+import quaver as qv
 from quaver import reference
 
 E4M3, E5M2 = FP8

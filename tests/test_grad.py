@@ -3,11 +3,12 @@
 import math
 
 import pytest
-import quaver as qv
 import torch
 from helpers import FP8, REFUSAL, assert_same, bits, randn
-from quaver import ScaledTensor, reference
 from torch import nn
+
+import quaver as qv
+from quaver import ScaledTensor, reference
 
 E4M3, E5M2 = FP8
 INF, NAN = float("inf"), float("nan")

@@ -50,6 +50,9 @@ void check(const AdamParameter& p) {
                "adam_: grad_amax, step and hyper are needed");
   if (p.fp8.data == nullptr) return;
   QUAVER_CHECK(w == DType::f16, "adam_: an FP8 copy goes with an f16 weight, got ", name_of(w));
+  QUAVER_CHECK(p.fp8.dtype == DType::e4m3 && p.fp8_t.dtype == DType::e4m3,
+               "adam_: FP8 copies must be e4m3, got ", name_of(p.fp8.dtype), " and ",
+               name_of(p.fp8_t.dtype));
   QUAVER_CHECK(p.fp8.numel() == n && p.fp8_t.rows == p.fp8.cols && p.fp8_t.cols == p.fp8.rows &&
                    p.fp8_scale != nullptr,
                "adam_: FP8 copies must be [N, K] and [K, N] like the weight, with a scale");

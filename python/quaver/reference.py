@@ -262,7 +262,8 @@ def adamw_fp8(
     b1, r1, b2, r2 = f32(beta1), f32(1 - beta1), f32(beta2), f32(1 - beta2)
     m = b1 * m + r1 * g
     v = b2 * v + r2 * (g * g)
-    denominator = v.sqrt() * f32(1 / math.sqrt(1 - beta2**t)) + f32(eps)
+    root = v.double().sqrt().float()  # correctly rounded, as torch's f32 sqrt is not always
+    denominator = root * f32(1 / math.sqrt(1 - beta2**t)) + f32(eps)
     w = f32(1 - lr * weight_decay) * w - f32(lr / (1 - beta1**t)) * (m / denominator)
 
     top = g.abs().amax() if g.numel() else f32(0.0)

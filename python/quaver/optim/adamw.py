@@ -38,9 +38,19 @@ class AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict:  # torch's has the groups and states only; for deepcopy
+        return {**super().__getstate__(), "recipe": self.recipe, "_skipped": self._skipped}
+
     def add_param_group(self, group: dict) -> None:
         super().add_param_group(group)
-        added = self.param_groups[-1]
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @staticmethod
+    def _check(added: dict) -> None:
         lr, (beta1, beta2) = added["lr"], added["betas"]
         if not float(lr) >= 0:
             raise ValueError(f"AdamW: lr must be >= 0, got {lr}")
@@ -136,10 +146,12 @@ class AdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _fused_copies(p: Tensor):
-        """The FP8 copies that the step can write itself: those of a master, without padding, and
-        in step with it."""
+        """The FP8 copies that the step can write itself: e4m3 of a master, without padding, and in
+        step with it."""
         copies = p.__dict__.get("fp8_weight")
         if copies is None or not isinstance(p, ScaledTensor) or copies.row.shape != p.shape:
+            return None
+        if copies.row.dtype != torch.float8_e4m3fn:
             return None
         return copies if copies.version == p._version else None
 
