@@ -23,6 +23,8 @@ struct TensorCodec {
   X(float, float, float)      \
   X(bf16, float, float)       \
   X(f16, float, float)        \
+  X(f16, e4m3, float)         \
+  X(f16, float, f16)          \
   X(f16, e4m3, f16)
 
 }  // namespace quaver

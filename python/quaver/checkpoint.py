@@ -215,9 +215,8 @@ def _copy(target, parts):
     target.scale.copy_(parts[".scale"])
     amax = parts.get(".amax")
     target.amax = None if amax is None else amax.to(target.qdata.device, copy=True)
-    # What is derived from the tensor, such as an FP8 copy of a weight, is found out of date by
-    # this.
     torch.autograd.graph.increment_version(target)
+    target.refresh_copies()
 
 
 def _build(parts, scaled, device):

@@ -115,7 +115,7 @@ class ScaledTensor(torch.Tensor):
         amax = None if self.amax is None else function(self.amax)
         return self._like(function(self.qdata), function(self.scale), amax, dtype)
 
-    def _written(self) -> ScaledTensor:
+    def refresh_copies(self) -> ScaledTensor:
         """To be called after the contents changed: a weight's FP8 copies follow it."""
         copies = self.__dict__.get("fp8_weight")
         if copies is not None:
@@ -127,7 +127,7 @@ class ScaledTensor(torch.Tensor):
         if self.qdata.dtype == torch.bfloat16:
             self.qdata.copy_(value)
             self.scale.fill_(1.0)
-            return self._written()
+            return self.refresh_copies()
         value = value.to(torch.float32) if value.dtype == torch.float64 else value
         q, scale, amax = torch.ops.quaver.quantize(
             value.expand(self.shape).contiguous(),
@@ -144,7 +144,7 @@ class ScaledTensor(torch.Tensor):
         self.scale.copy_(scale)
         if self.amax is not None:
             self.amax.copy_(amax)
-        return self._written()
+        return self.refresh_copies()
 
     def __tensor_flatten__(self):
         names = ["qdata", "scale"] + (["amax"] if self.amax is not None else [])
@@ -259,7 +259,7 @@ def _copy_(func, target, source, non_blocking=False):
     if target.amax is not None:
         known = source.amax is not None
         target.amax.copy_(source.amax if known else source.dequantize().abs().amax())
-    return target._written()
+    return target.refresh_copies()
 
 
 @_implements(aten.zero_.default)
@@ -267,7 +267,7 @@ def _zero_(func, x):
     x.qdata.zero_()
     if x.amax is not None:
         x.amax.zero_()
-    return x._written()
+    return x.refresh_copies()
 
 
 @_implements(aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar)
@@ -281,7 +281,7 @@ def _scale_(func, x, factor):
     func(x.scale, factor)
     if x.amax is not None:
         func(x.amax, factor).abs_()
-    return x._written()
+    return x.refresh_copies()
 
 
 @_implements(aten.add_.Tensor)
