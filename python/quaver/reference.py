@@ -247,14 +247,14 @@ def update_bound(t: int, lr, beta1, beta2) -> float:
 
 
 def adamw_fp8(
-    states: list[tuple[Tensor, Tensor, Tensor]], g: Tensor, t: int, lr, beta1, beta2, eps,
-    weight_decay,
+    states: list[tuple[Tensor, Tensor, Tensor]], g: Tensor, g_amax: Tensor, t: int, lr, beta1,
+    beta2, eps, weight_decay,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Step t of AdamW on stored (codes, scale, amax) of weight, exp_avg and exp_avg_sq.
 
     FP8-LM, section 2.2, in one pass: each new scale comes from a bound of the new amax that is
-    known before (adam.h), and the amax of what was stored is what the next bound starts from; a
-    gradient's is taken 1/8 larger, since encoding may have raised it. f32, in the order of adam.h, so that every bit can be compared. Unscaled states (f32, bf16) have scale 1.
+    known before (adam.h), and the amax of what was stored is what the next starts from. f32, in
+    the order of adam.h, so that every bit can be compared. Unscaled states have scale 1.
     """
     f32 = functools.partial(torch.tensor, dtype=torch.float32)
     w, m, v = (codes.float() * scale for codes, scale, _ in states)
@@ -266,7 +266,7 @@ def adamw_fp8(
     denominator = root * f32(1 / math.sqrt(1 - beta2**t)) + f32(eps)
     w = f32(1 - lr * weight_decay) * w - f32(lr / (1 - beta1**t)) * (m / denominator)
 
-    top = g.abs().amax() * 1.125 if g.numel() else f32(0.0)
+    top = g_amax * 1.125  # rounding to FP8 may have raised it
     bounds = [
         states[0][2] + f32(update_bound(t, lr, beta1, beta2)),
         b1 * states[1][2] + r1 * top,

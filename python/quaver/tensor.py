@@ -27,6 +27,20 @@ def _implements(*ops):
     return register
 
 
+def _scale_shape(qdata: Tensor, granularity: str, block: int) -> tuple[int, ...]:
+    *rows, columns = qdata.shape or (1,)
+    if granularity == "tensor":
+        return ()
+    if granularity == "row":
+        return (*rows, 1)
+    if granularity == "block" and block > 0:
+        return (*rows, -(-columns // block))
+    raise ValueError(
+        f'ScaledTensor: granularity must be "tensor", "row" or "block", got {granularity!r} with '
+        f"block {block}"
+    )
+
+
 class ScaledTensor(torch.Tensor):
     """A tensor stored as low-precision `qdata` and f32 decode `scale`s.
 
@@ -40,7 +54,7 @@ class ScaledTensor(torch.Tensor):
 
     Raises:
         TypeError: a dtype that is none of the above.
-        ValueError: a scale that does not fit the granularity.
+        ValueError: an unknown granularity, or a scale that does not fit it.
     """
 
     qdata: Tensor
@@ -60,8 +74,12 @@ class ScaledTensor(torch.Tensor):
             raise TypeError(f"ScaledTensor: qdata must be one of {QDTYPES}, got {qdata.dtype}")
         if scale.dtype != torch.float32:
             raise TypeError(f"ScaledTensor: scale must be float32, got {scale.dtype}")
-        if granularity == "tensor" and scale.numel() != 1:
-            raise ValueError(f"ScaledTensor: wanted one scale, got {tuple(scale.shape)}")
+        wanted = _scale_shape(qdata, granularity, block)
+        if scale.shape != wanted and (granularity != "tensor" or scale.numel() != 1):
+            raise ValueError(
+                f"ScaledTensor: wanted scales {tuple(wanted)} for granularity {granularity!r}, got "
+                f"{tuple(scale.shape)}"
+            )
         self.qdata = qdata
         self.scale = scale
         self.amax = amax
@@ -193,6 +211,20 @@ def _alias(func, x):
 @_implements(aten.clone.default)
 def _clone(func, x, *, memory_format=None):
     return x._map(aten.clone.default)
+
+
+@_implements(aten.new_empty_strided.default)
+def _new_empty_strided(func, x, size, stride, *, dtype=None, device=None, **kwargs):
+    """What autograd copies a gradient into that it may not keep: of the gradient's own kind."""
+    same = (
+        list(size) == list(x.shape)
+        and x.granularity == "tensor"
+        and dtype in (None, x.dtype)
+        and device in (None, x.device)
+    )
+    if not same:
+        return NotImplemented
+    return x._map(torch.empty_like)._like(func(x.qdata, size, stride))
 
 
 @_implements(aten._to_copy.default)
