@@ -1,190 +1,13 @@
 // Compiled once per instruction set (QUAVER_ISA = portable, avx2, avx512). The loops are plain C++
-// over the arithmetic of include/quaver, written so that the compiler vectorises them; only f16,
-// for which hardware has an instruction and integer arithmetic is slow, uses intrinsics.
+// over the arithmetic of include/quaver, written so that the compiler vectorises them; span.h has
+// the conversions that they share. Tests compare the bits of all instruction sets.
 #include "simd.h"
 
-#include "quaver/codec.h"
 #include "quaver/philox.h"
-
-#if defined(__F16C__)
-// gcc 12 takes the "undefined" operand inside its own intrinsics for a mistake.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#endif
+#include "span.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
-
-#define QUAVER_SIMD _Pragma("omp simd")
-
-template <class T>
-inline void load(float* __restrict out, const T* __restrict x, int64_t n, float scale) {
-  QUAVER_SIMD
-  for (int64_t i = 0; i < n; ++i) out[i] = TensorCodec<T>::decode(x[i], scale);
-}
-
-template <class T>
-inline void store(T* __restrict out, const float* __restrict x, int64_t n, float inverse_scale) {
-  QUAVER_SIMD
-  for (int64_t i = 0; i < n; ++i) out[i] = TensorCodec<T>::encode(x[i], inverse_scale);
-}
-
-template <class T>
-inline void store_divided(T* __restrict out, const float* __restrict x, int64_t n, float scale) {
-  QUAVER_SIMD
-  for (int64_t i = 0; i < n; ++i) out[i] = encode_nearest<T>(x[i] / scale);
-}
-
-#if defined(__AVX512F__)
-// The same bits as fp8.h's f16: saturate and make NaN canonical around the instruction, which does
-// neither.
-template <>
-inline void load<f16>(float* __restrict out, const f16* __restrict x, int64_t n, float scale) {
-  int64_t i = 0;
-  const __m512 s = _mm512_set1_ps(scale);
-  for (; i + 16 <= n; i += 16) {
-    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
-    _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_cvtph_ps(h), s));
-  }
-  for (; i < n; ++i) out[i] = TensorCodec<f16>::decode(x[i], scale);
-}
-
-inline void store_f16(f16* __restrict out, const float* __restrict x, int64_t n, float factor,
-                      bool divide) {
-  int64_t i = 0;
-  const __m512 s = _mm512_set1_ps(factor);
-  const __m512 max = _mm512_set1_ps(Format<f16>::finite_max);
-  const __m512 min = _mm512_set1_ps(-Format<f16>::finite_max);
-  const __m256i nan = _mm256_set1_epi16(static_cast<short>(Format<f16>::nan_code));
-  for (; i + 16 <= n; i += 16) {
-    __m512 v = _mm512_loadu_ps(x + i);
-    v = divide ? _mm512_div_ps(v, s) : _mm512_mul_ps(v, s);
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    v = _mm512_max_ps(_mm512_min_ps(v, max), min);
-    const __m256i h = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
-                        _mm256_mask_blend_epi16(is_nan, h, nan));
-  }
-  for (; i < n; ++i) out[i] = encode_nearest<f16>(divide ? x[i] / factor : x[i] * factor);
-}
-#elif defined(__F16C__)
-// The same bits as fp8.h's f16: saturate and make NaN canonical around the instruction, which does
-// neither.
-template <>
-inline void load<f16>(float* __restrict out, const f16* __restrict x, int64_t n, float scale) {
-  int64_t i = 0;
-  const __m256 s = _mm256_set1_ps(scale);
-  for (; i + 8 <= n; i += 8) {
-    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
-    _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_cvtph_ps(h), s));
-  }
-  for (; i < n; ++i) out[i] = TensorCodec<f16>::decode(x[i], scale);
-}
-
-inline void store_f16(f16* __restrict out, const float* __restrict x, int64_t n, float factor,
-                      bool divide) {
-  int64_t i = 0;
-  const __m256 s = _mm256_set1_ps(factor);
-  const __m256 max = _mm256_set1_ps(Format<f16>::finite_max);
-  const __m256 min = _mm256_set1_ps(-Format<f16>::finite_max);
-  for (; i + 8 <= n; i += 8) {
-    __m256 v = _mm256_loadu_ps(x + i);
-    v = divide ? _mm256_div_ps(v, s) : _mm256_mul_ps(v, s);
-    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-    v = _mm256_max_ps(_mm256_min_ps(v, max), min);
-    __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-    if (_mm256_movemask_ps(nan) != 0) {
-      const __m256i wide = _mm256_castps_si256(nan);
-      const __m128i mask =
-          _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extractf128_si256(wide, 1));
-      h = _mm_blendv_epi8(h, _mm_set1_epi16(0x7fff), mask);
-    }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), h);
-  }
-  for (; i < n; ++i) out[i] = encode_nearest<f16>(divide ? x[i] / factor : x[i] * factor);
-}
-#endif
-
-#if defined(__F16C__)
-// FP8 widens to f16 by shifts, subnormals included: e5m2 is f16's upper byte, and e4m3 with its
-// exponent in place is 2^-8 times its value. The instruction that widens f16 does the rest.
-#if defined(__AVX512F__)
-constexpr int64_t kWide = 32;
-using Halves = __m512i;
-
-inline Halves widen(const void* x) {
-  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(x)));
-}
-inline Halves e4m3_halves(Halves c) {
-  const Halves magnitude = _mm512_and_si512(c, _mm512_set1_epi16(0x7f));
-  const Halves sign = _mm512_and_si512(_mm512_slli_epi16(c, 8), _mm512_set1_epi16(-0x8000));
-  const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
-  const Halves half =
-      _mm512_mask_blend_epi16(nan, _mm512_slli_epi16(magnitude, 7), _mm512_set1_epi16(0x7e00));
-  return _mm512_or_si512(half, sign);
-}
-inline Halves e5m2_halves(Halves c) { return _mm512_slli_epi16(c, 8); }
-inline void store_halves(float* out, Halves h, float scale) {
-  const __m512 s = _mm512_set1_ps(scale);
-  const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
-  const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
-  _mm512_storeu_ps(out, _mm512_mul_ps(low, s));
-  _mm512_storeu_ps(out + 16, _mm512_mul_ps(high, s));
-}
-#else
-constexpr int64_t kWide = 16;
-using Halves = __m256i;
-
-inline Halves widen(const void* x) {
-  return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(x)));
-}
-inline Halves e4m3_halves(Halves c) {
-  const Halves magnitude = _mm256_and_si256(c, _mm256_set1_epi16(0x7f));
-  const Halves sign = _mm256_and_si256(_mm256_slli_epi16(c, 8), _mm256_set1_epi16(-0x8000));
-  const Halves nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
-  const Halves half =
-      _mm256_blendv_epi8(_mm256_slli_epi16(magnitude, 7), _mm256_set1_epi16(0x7e00), nan);
-  return _mm256_or_si256(half, sign);
-}
-inline Halves e5m2_halves(Halves c) { return _mm256_slli_epi16(c, 8); }
-inline void store_halves(float* out, Halves h, float scale) {
-  const __m256 s = _mm256_set1_ps(scale);
-  const __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
-  const __m256 high = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
-  _mm256_storeu_ps(out, _mm256_mul_ps(low, s));
-  _mm256_storeu_ps(out + 8, _mm256_mul_ps(high, s));
-}
-#endif
-
-template <>
-inline void load<e4m3>(float* __restrict out, const e4m3* __restrict x, int64_t n, float scale) {
-  int64_t i = 0;
-  // Two exact steps: scale * 2^8 may overflow where scale * value does not.
-  const bool exact = scale < 1e30f;
-  for (; exact && i + kWide <= n; i += kWide)
-    store_halves(out + i, e4m3_halves(widen(x + i)), scale * 256.0f);
-  for (; i < n; ++i) out[i] = TensorCodec<e4m3>::decode(x[i], scale);
-}
-
-template <>
-inline void load<e5m2>(float* __restrict out, const e5m2* __restrict x, int64_t n, float scale) {
-  int64_t i = 0;
-  for (; i + kWide <= n; i += kWide) store_halves(out + i, e5m2_halves(widen(x + i)), scale);
-  for (; i < n; ++i) out[i] = TensorCodec<e5m2>::decode(x[i], scale);
-}
-
-template <>
-inline void store<f16>(f16* __restrict out, const float* __restrict x, int64_t n,
-                       float inverse_scale) {
-  store_f16(out, x, n, inverse_scale, false);
-}
-
-template <>
-inline void store_divided<f16>(f16* __restrict out, const float* __restrict x, int64_t n,
-                               float scale) {
-  store_f16(out, x, n, scale, true);
-}
-#endif
 
 // Calls body(T*) with the storage type of `type`.
 template <class Pointer, class Body>
@@ -294,8 +117,32 @@ void cast_stochastic(void* out, DType out_type, const void* x, DType type, int64
   }
 }
 
-// 8 x 8 bytes by three rounds of swaps of 1, 2 and 4 bytes between rows 1, 2 and 4 apart.
-inline void transpose8(uint64_t r[8]) {
+// A square of bytes, kSquare on a side, transposed in registers.
+#if defined(__SSE2__)
+constexpr int64_t kSquare = 16;
+
+// Each round interleaves the rows of the two halves; four rounds turn rows into columns.
+inline void transpose_square(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t stride) {
+  __m128i r[16], t[16];
+  for (int i = 0; i < 16; ++i)
+    r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i * stride));
+  for (int round = 0; round < 4; ++round) {
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm_unpacklo_epi8(r[i], r[i + 8]);
+      t[2 * i + 1] = _mm_unpackhi_epi8(r[i], r[i + 8]);
+    }
+    for (int i = 0; i < 16; ++i) r[i] = t[i];
+  }
+  for (int i = 0; i < 16; ++i)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * out_stride), r[i]);
+}
+#else
+constexpr int64_t kSquare = 8;
+
+// Three rounds of swaps of 1, 2 and 4 bytes between rows that are 1, 2 and 4 apart.
+inline void transpose_square(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t stride) {
+  uint64_t r[8];
+  for (int i = 0; i < 8; ++i) memcpy(&r[i], x + i * stride, 8);
   auto swap = [&](int distance, int shift, uint64_t mask) {
     for (int i = 0; i < 8; ++i) {
       if (i & distance) continue;
@@ -307,24 +154,20 @@ inline void transpose8(uint64_t r[8]) {
   swap(1, 8, 0x00ff00ff00ff00ffull);
   swap(2, 16, 0x0000ffff0000ffffull);
   swap(4, 32, 0x00000000ffffffffull);
+  for (int i = 0; i < 8; ++i) memcpy(out + i * out_stride, &r[i], 8);
 }
+#endif
 
 void transpose(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t stride, int64_t rows,
                int64_t cols) {
-  uint64_t r[8];
-  int64_t row = 0;
-  for (; row + 8 <= rows; row += 8) {
-    int64_t col = 0;
-    for (; col + 8 <= cols; col += 8) {
-      for (int i = 0; i < 8; ++i) memcpy(&r[i], x + (row + i) * stride + col, 8);
-      transpose8(r);
-      for (int i = 0; i < 8; ++i) memcpy(out + (col + i) * out_stride + row, &r[i], 8);
-    }
-    for (; col < cols; ++col)
-      for (int i = 0; i < 8; ++i) out[col * out_stride + row + i] = x[(row + i) * stride + col];
-  }
-  for (; row < rows; ++row)
-    for (int64_t col = 0; col < cols; ++col) out[col * out_stride + row] = x[row * stride + col];
+  const int64_t square_rows = rows - rows % kSquare, square_cols = cols - cols % kSquare;
+  // Columns outside: a run of `out` rows is then written from end to end.
+  for (int64_t col = 0; col < square_cols; col += kSquare)
+    for (int64_t row = 0; row < square_rows; row += kSquare)
+      transpose_square(out + col * out_stride + row, out_stride, x + row * stride + col, stride);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t col = row < square_rows ? square_cols : 0; col < cols; ++col)
+      out[col * out_stride + row] = x[row * stride + col];
 }
 
 double sum_squares(const void* x, DType type, int64_t n, uint32_t* amax_bits) {
@@ -389,7 +232,7 @@ inline uint32_t amax_of_code(uint32_t code, float scale) {
 
 // Small enough that the processor overlaps the division and square root of one run with the
 // conversions of the next.
-constexpr int64_t kRun = 64;
+constexpr int64_t kRun = 128;
 
 // `count` <= kRun elements; a constant count gives loops without remainders.
 template <class W, class M, class V>
