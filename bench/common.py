@@ -58,10 +58,13 @@ def seconds(function, calls):
     return (time.perf_counter() - start) / calls
 
 
-def compare(name, baseline, candidate, *, baseline_name, pairs=PAIRS, bytes=None, flops=None):
+def compare(
+    name, baseline, candidate, *, baseline_name, pairs=PAIRS, bytes=None, flops=None, bar=None
+):
     """Times `baseline` against `candidate`; the ratio is how many times faster the candidate is.
 
-    `bytes` and `flops` are of one call of the candidate and add GB/s and TFLOP/s to the row.
+    `bytes` and `flops` are of one call of the candidate and add GB/s and TFLOP/s to the row; `bar`
+    is what the ratio should be at least.
     """
     baseline(), candidate()
     # Enough calls a turn that the clock's and the scheduler's grains do not matter.
@@ -91,6 +94,8 @@ def compare(name, baseline, candidate, *, baseline_name, pairs=PAIRS, bytes=None
         row["gb_per_s"] = bytes / row["candidate_s"] / 1e9
     if flops is not None:
         row["tflop_per_s"] = flops / row["candidate_s"] / 1e12
+    if bar is not None:
+        row |= {"bar": bar, "met": row["ratio"] >= bar}
     print(line(row), flush=True)
     return row
 
@@ -104,6 +109,8 @@ def line(row):
         text += f"  {row['gb_per_s']:7.1f} GB/s"
     if "tflop_per_s" in row:
         text += f"  {row['tflop_per_s']:7.3f} TFLOP/s"
+    if "bar" in row:
+        text += f"  bar {row['bar']:.2f}: {'met' if row['met'] else 'NOT met'}"
     return text
 
 
