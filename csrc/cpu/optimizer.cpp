@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../arguments.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -12,7 +13,7 @@ namespace {
 // One parameter with everything that is fixed for the step.
 struct Plan {
   AdamStep step;
-  AdamSpan span;    // pointers to the first element
+  AdamSpan span;  // pointers to the first element
   AtomicAmax amax[3];
 };
 
@@ -20,43 +21,16 @@ struct Piece {
   int64_t parameter, begin, n;
 };
 
-bool scaled(const StateView& s) { return scale_max(s.values.dtype) > 0.0f; }
-
-void check_state(const char* name, const StateView& s, int64_t numel) {
-  QUAVER_CHECK(s.values.numel() == numel, "adam_: ", name, " has ", s.values.numel(),
-               " values, its parameter ", numel);
-  QUAVER_CHECK(!scaled(s) || (s.scale != nullptr && s.amax != nullptr), "adam_: ", name, " is ",
-               name_of(s.values.dtype), " and needs a scale and an amax");
-}
-
-void check(const AdamParameter& p) {
-  const int64_t n = p.weight.values.numel();
-  const DType w = p.weight.values.dtype;
-  QUAVER_CHECK(!is_fp8(w), "adam_: weight must be f32, bf16 or f16, got ", name_of(w));
-  check_state("weight", p.weight, n);
-  check_state("exp_avg", p.exp_avg, n);
-  check_state("exp_avg_sq", p.exp_avg_sq, n);
-  QUAVER_CHECK(p.grad.numel() == n, "adam_: grad has ", p.grad.numel(),
-               " values, its parameter ", n);
-  QUAVER_CHECK(p.grad_amax != nullptr && p.step != nullptr && p.hyper != nullptr,
-               "adam_: grad_amax, step and hyper are needed");
-  if (p.fp8.data == nullptr) return;
-  QUAVER_CHECK(w == DType::f16, "adam_: an FP8 copy goes with an f16 weight, got ", name_of(w));
-  QUAVER_CHECK(p.fp8.numel() == n && p.fp8_t.rows == p.fp8.cols && p.fp8_t.cols == p.fp8.rows &&
-                   p.fp8_scale != nullptr,
-               "adam_: FP8 copies must be [N, K] and [K, N] like the weight, with a scale");
-}
-
 // A state's scale for the values that this step will store.
 float next_scale(const StateView& s, float bound) {
-  return scaled(s) ? scale_from_amax(bound, scale_max(s.values.dtype), true, *s.scale) : 1.0f;
+  return is_scaled(s) ? scale_from_amax(bound, scale_max(s.values.dtype), true, *s.scale) : 1.0f;
 }
 
 void prepare(const AdamParameter& p, Plan* plan) {
   const double* h = p.hyper;
   plan->step = adam_step(h[0], h[1], h[2], h[3], h[4], *p.step + 1);
-  auto scale = [](const StateView& s) { return scaled(s) ? *s.scale : 1.0f; };
-  auto amax = [](const StateView& s) { return scaled(s) ? *s.amax : 0.0f; };
+  auto scale = [](const StateView& s) { return is_scaled(s) ? *s.scale : 1.0f; };
+  auto amax = [](const StateView& s) { return is_scaled(s) ? *s.amax : 0.0f; };
   AdamSpan& s = plan->span;
   s.weight = p.weight.values.data;
   s.exp_avg = p.exp_avg.values.data;
@@ -73,11 +47,9 @@ void prepare(const AdamParameter& p, Plan* plan) {
   s.grad_scale = p.grad_scale != nullptr ? *p.grad_scale : 1.0f;
   const AdamStep& step = plan->step;
   s.new_weight_scale = next_scale(p.weight, weight_bound(step, amax(p.weight)));
-  s.new_exp_avg_scale =
-      next_scale(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax));
+  s.new_exp_avg_scale = next_scale(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax));
   s.new_exp_avg_sq_scale =
-      next_scale(
-      p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax));
+      next_scale(p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax));
 }
 
 void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
@@ -105,7 +77,7 @@ void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
 
 void finish(const AdamParameter& p, const Plan& plan) {
   auto record = [&](const StateView& s, float scale, int k) {
-    if (!scaled(s)) return;
+    if (!is_scaled(s)) return;
     *s.scale = scale;
     *s.amax = bit_cast<float>(plan.amax[k].bits());
   };
@@ -121,7 +93,7 @@ void finish(const AdamParameter& p, const Plan& plan) {
 void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped) {
   bool finite = true;
   for (int64_t i = 0; i < count; ++i) {
-    check(parameters[i]);
+    check_adam(parameters[i]);
     finite = finite && is_finite(*parameters[i].grad_amax);
   }
   if (!finite) {

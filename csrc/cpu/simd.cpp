@@ -4,6 +4,7 @@
 #include "simd.h"
 
 #include "quaver/codec.h"
+#include "quaver/norm.h"
 #include "quaver/philox.h"
 
 #if defined(__F16C__)
@@ -61,8 +62,8 @@ void store_f16(f16* __restrict out, const float* __restrict x, int64_t n, float 
     __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
     if (_mm256_movemask_ps(nan) != 0) {
       const __m256i wide = _mm256_castps_si256(nan);
-      const __m128i mask = _mm_packs_epi32(_mm256_castsi256_si128(wide),
-                                           _mm256_extractf128_si256(wide, 1));
+      const __m128i mask =
+          _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extractf128_si256(wide, 1));
       h = _mm_blendv_epi8(h, _mm_set1_epi16(0x7fff), mask);
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), h);
@@ -122,8 +123,7 @@ template <class Bits, class T>
 Bits amax_code(const T* x, int64_t n) {
   constexpr Bits mask = static_cast<Bits>(~Bits(0)) >> 1;
   Bits result = 0;
-  _Pragma("omp simd reduction(max : result)")
-  for (int64_t i = 0; i < n; ++i) {
+  _Pragma("omp simd reduction(max : result)") for (int64_t i = 0; i < n; ++i) {
     const Bits code = bit_cast<Bits>(x[i]) & mask;
     result = result < code ? code : result;
   }
@@ -224,25 +224,28 @@ void transpose(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t strid
 }
 
 double sum_squares(const void* x, DType type, int64_t n, uint32_t* amax_bits) {
-  constexpr int lanes = 16;
-  double sums[lanes] = {};
+  constexpr int group = 16, groups = kNormLanes / group;
+  static_assert(kNormLanes == kBlock, "a lane is a place in the buffer");
+  alignas(64) double lanes[kNormLanes] = {};
   alignas(64) float buffer[kBlock];
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
     load_any(buffer, at(x, type, i), type, m, 1.0f);
-    for (int64_t j = m; j % lanes != 0; ++j) buffer[j] = 0.0f;
-    for (int64_t j = 0; j < m; j += lanes) {
-      QUAVER_SIMD
-      for (int lane = 0; lane < lanes; ++lane) {
-        const double v = buffer[j + lane];
-        sums[lane] += v * v;
-      }
+    QUAVER_SIMD
+    for (int64_t j = 0; j < m; ++j) {
+      const double v = buffer[j];
+      lanes[j] += v * v;
     }
   }
   *amax_bits = amax(x, type, n);
-  double total = 0.0;
-  for (int lane = 0; lane < lanes; ++lane) total += sums[lane];
-  return total;
+  double sums[groups];
+  for (int g = 0; g < groups; ++g) {
+    sums[g] = 0.0;
+    for (int k = 0; k < group; ++k) sums[g] += lanes[g * group + k];
+  }
+  for (int half = groups / 2; half > 0; half /= 2)
+    for (int g = 0; g < half; ++g) sums[g] += sums[g + half];
+  return sums[0];
 }
 
 uint32_t add(void* out, DType out_type, float scale, const void* a, DType a_type, float scale_a,

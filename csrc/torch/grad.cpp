@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> grad_norm_cpu(const std::vector<Tensor>& grads,
   QUAVER_CHECK(scales.size() == n && amaxes.size() == n, "grad_norm: ", n, " gradients with ",
                scales.size(), " scales and ", amaxes.size(), " amaxes");
   std::vector<Tensor> kept(n);
-  std::vector<cpu::ScaledView> views(n);
+  std::vector<ScaledView> views(n);
   for (size_t i = 0; i < n; ++i) {
     kept[i] = dense(grads[i]);
     views[i].values = view("grad_norm", "grad", kept[i]);
@@ -33,7 +33,7 @@ void accumulate_cpu_(Tensor q, Tensor scale, Tensor amax, const Tensor& other_in
                      const OptionalTensor& other_scale, const OptionalTensor& other_amax) {
   const char* op = "accumulate_";
   const Tensor other = dense(other_in);
-  cpu::ScaledView b;
+  ScaledView b;
   b.values = view(op, "other", other);
   if (other_scale.has_value()) b.scale = scalar(op, "other_scale", *other_scale);
   if (other_amax.has_value()) b.amax = scalar(op, "other_amax", *other_amax);
