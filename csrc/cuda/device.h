@@ -133,7 +133,7 @@ QUAVER_DEVICE void decode_vector(const Packed<kSize>& v, float (&x)[kVector]) {
   for (int w = 0; w < kVector / per_word; ++w) decode_word(T{}, v.word[w], x + w * per_word);
 }
 
-// Encodes one word's values, nearest, by fp8.h.
+// Encodes one word's values by fp8.h.
 template <class T>
 QUAVER_DEVICE uint32_t encode_word(const float* x) {
   if constexpr (sizeof(T) == 4) {
@@ -148,10 +148,9 @@ QUAVER_DEVICE uint32_t encode_word(const float* x) {
 }
 
 #if defined(__CUDA_ARCH__)
-// The same by instructions, for values of which none is NaN: the NaN codes of the hardware are not
-// specified for every format.
+// The same by instructions, for values of which none is NaN.
 template <class T>
-QUAVER_DEVICE uint32_t convert_word(const float* x) {
+QUAVER_DEVICE uint32_t convert_finite_word(const float* x) {
   [[maybe_unused]] uint32_t word;
   if constexpr (std::is_same<T, f16>::value) {
     asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x[1]), "f"(x[0]));
@@ -179,28 +178,31 @@ QUAVER_DEVICE uint32_t convert_word(const float* x) {
 }
 #endif
 
-template <class T, int kSize>
-QUAVER_DEVICE void encode_vector(const float (&x)[kVector], Packed<kSize>& v) {
-  constexpr int per_word = 4 / sizeof(T);
+// Encodes one word's values, nearest. The hardware's NaN codes are not specified for every format.
+template <class T>
+QUAVER_DEVICE uint32_t convert_word(const float* x) {
 #if defined(__CUDA_ARCH__)
   bool nan = false;
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) nan = nan || x[i] != x[i];
-  if (!nan) {
-#pragma unroll
-    for (int w = 0; w < kVector / per_word; ++w) v.word[w] = convert_word<T>(x + w * per_word);
-    return;
-  }
+  for (int i = 0; i < int(4 / sizeof(T)); ++i) nan = nan || x[i] != x[i];
+  if (!nan) return convert_finite_word<T>(x);
 #endif
+  return encode_word<T>(x);
+}
+
+template <class T, int kSize>
+QUAVER_DEVICE void encode_vector(const float (&x)[kVector], Packed<kSize>& v) {
+  constexpr int per_word = 4 / sizeof(T);
 #pragma unroll
-  for (int w = 0; w < kVector / per_word; ++w) v.word[w] = encode_word<T>(x + w * per_word);
+  for (int w = 0; w < kVector / per_word; ++w) v.word[w] = convert_word<T>(x + w * per_word);
 }
 
 // Bits of the largest magnitude, every NaN above infinity.
-QUAVER_DEVICE uint32_t amax_bits(const float (&x)[kVector]) {
+template <int kCount>
+QUAVER_DEVICE uint32_t amax_bits(const float (&x)[kCount]) {
   uint32_t result = 0;
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) result = max_bits(result, magnitude_bits(x[i]));
+  for (int i = 0; i < kCount; ++i) result = max_bits(result, magnitude_bits(x[i]));
   return result;
 }
 

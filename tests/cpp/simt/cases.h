@@ -21,13 +21,14 @@ class Buffer {
  public:
   Buffer(int64_t bytes, int64_t skew = 0, unsigned char pattern = 0xcd)
       : skew_(skew), bytes_(bytes), memory_(bytes + skew + 2 * kGuard + 16, kPattern) {
-    std::memset(data(), pattern, bytes);
+    for (int64_t i = 0; i < bytes; ++i) data()[i] = pattern;
   }
   unsigned char* data() {
     const auto start = reinterpret_cast<uintptr_t>(memory_.data());
     return memory_.data() + ((start + 15) / 16 * 16 - start) + kGuard + skew_;
   }
   template <class T> T* as() { return reinterpret_cast<T*>(data()); }
+  int64_t size() const { return bytes_; }
   std::vector<unsigned char> bytes() { return {data(), data() + bytes_}; }
   bool guards_hold() {
     const unsigned char* first = data();
