@@ -21,11 +21,6 @@ struct Piece {
   int64_t parameter, begin, n;
 };
 
-// A state's scale for the values that this step will store.
-float next_scale(const StateView& s, float bound) {
-  return is_scaled(s) ? scale_from_amax(bound, scale_max(s.values.dtype), true, *s.scale) : 1.0f;
-}
-
 void prepare(const AdamParameter& p, Plan* plan) {
   const double* h = p.hyper;
   plan->step = adam_step(h[0], h[1], h[2], h[3], h[4], *p.step + 1);
@@ -46,10 +41,13 @@ void prepare(const AdamParameter& p, Plan* plan) {
   s.exp_avg_sq_scale = scale(p.exp_avg_sq);
   s.grad_scale = p.grad_scale != nullptr ? *p.grad_scale : 1.0f;
   const AdamStep& step = plan->step;
-  s.new_weight_scale = next_scale(p.weight, weight_bound(step, amax(p.weight)));
-  s.new_exp_avg_scale = next_scale(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax));
+  auto next = [&](const StateView& state, float bound) {
+    return next_scale(scale_max(state.values.dtype), bound, scale(state));
+  };
+  s.new_weight_scale = next(p.weight, weight_bound(step, amax(p.weight)));
+  s.new_exp_avg_scale = next(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax));
   s.new_exp_avg_sq_scale =
-      next_scale(p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax));
+      next(p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax));
 }
 
 void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {

@@ -66,4 +66,9 @@ QUAVER_HD float exp_avg_sq_bound(const AdamStep& s, float amax, float grad_amax)
 }
 QUAVER_HD float weight_bound(const AdamStep& s, float amax) { return amax + s.update_bound; }
 
+// A state's scale for the values that this step will store; 1 for formats that take none.
+QUAVER_HD float next_scale(float finite_max, float bound, float previous) {
+  return finite_max > 0.0f ? scale_from_amax(bound, finite_max, true, previous) : 1.0f;
+}
+
 }  // namespace quaver
