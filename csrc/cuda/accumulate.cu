@@ -32,21 +32,19 @@ __global__ void __launch_bounds__(kThreads) accumulate_kernel(Sum s) {
   const float inverse = kWrite ? 1.0f / new_scale(s) : 1.0f;
   const bool collect = !kWrite || !is_fp8(s.type);
   uint32_t seen = 0;
-  const int64_t step = int64_t(gridDim.x) * kBlockSpan;
-  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < s.n; i += step) {
-    AnyPacked a = load_any(s.target, s.type, i, s.n - i, s.aligned);
-    const AnyPacked b = load_any(s.other, s.other_type, i, s.n - i, s.aligned);
+  const int64_t step = int64_t(gridDim.x) * kThreads * kQuad;
+  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kQuad; i < s.n; i += step) {
+    AnyQuad a = load_quad(s.target, s.type, i, s.n - i, s.aligned);
+    const AnyQuad b = load_quad(s.other, s.other_type, i, s.n - i, s.aligned);
+    float sum[kQuad], addend[kQuad];
+    decode_any(s.type, a, 0, scale, sum);
+    decode_any(s.other_type, b, 0, other_scale, addend);
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) {
-      float sum[kQuad], addend[kQuad];
-      decode_any(s.type, a, quad, scale, sum);
-      decode_any(s.other_type, b, quad, other_scale, addend);
-#pragma unroll
-      for (int k = 0; k < kQuad; ++k) sum[k] += addend[k];
-      if (collect) seen = max_bits(seen, amax_bits(sum));
-      if (kWrite) encode_any(s.type, sum, inverse, quad, a);
-    }
-    if (kWrite) store_any(s.target, s.type, i, a, s.n - i, s.aligned);
+    for (int k = 0; k < kQuad; ++k) sum[k] += addend[k];
+    if (collect) seen = max_bits(seen, amax_bits(sum));
+    if (!kWrite) continue;
+    encode_any(s.type, sum, inverse, 0, a);
+    store_quad(s.target, s.type, i, a, s.n - i, s.aligned);
   }
   if (collect) block_atomic_max(s.sum_amax, seen);
 }

@@ -1,6 +1,6 @@
 // Vectors whose storage type is known at run time only, for the kernels that take whole lists of
-// tensors in one launch. All loads of a vector come first; then four elements at a time are decoded
-// and encoded, so that few registers are needed. The branches are uniform.
+// tensors in one launch. Four elements at a time are decoded and encoded, so that few registers are
+// needed. The branches are uniform.
 #pragma once
 
 #include "device.h"
@@ -15,12 +15,6 @@ using AnyPacked = Packed<kMaxSize>;
 QUAVER_DEVICE AnyPacked load_any(const void* p, DType type, int64_t i, int64_t n, bool aligned) {
   const int64_t size = size_of(type);
   return load<kMaxSize>(static_cast<const char*>(p) + i * size, static_cast<int>(size), n, aligned);
-}
-
-QUAVER_DEVICE void store_any(void* p, DType type, int64_t i, const AnyPacked& v, int64_t n,
-                             bool aligned) {
-  const int64_t size = size_of(type);
-  store(static_cast<char*>(p) + i * size, v, static_cast<int>(size), n, aligned);
 }
 
 // Four elements, in one access of 4 to 16 bytes where they are whole and aligned.
