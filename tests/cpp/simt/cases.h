@@ -68,7 +68,9 @@ inline TensorView view(std::vector<float>& v) {
 }
 
 inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](float x, float y) {
+    return bit_cast<uint32_t>(x) == bit_cast<uint32_t>(y);
+  });
 }
 
 // A kernel whose result depends on the order of threads or blocks lacks a barrier or an atomic.

@@ -67,20 +67,21 @@ bool ready(const Fiber& f, const Warp& warp) {
   return true;
 }
 
+void prepare(Fiber& f) {
+  f.exchanges = f.barriers = 0;
+  f.mask = 0;
+  f.at_barrier = f.done = false;
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack.get();
+  f.context.uc_stack.ss_size = kStack;
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, enter, 0);
+}
+
 void run_block(const std::vector<int>& order) {
   block.arrivals = 0;
   for (Warp& warp : block.warps) std::fill(warp.arrived, warp.arrived + kSlots, 0u);
-  for (int t = 0; t < block.threads; ++t) {
-    Fiber& f = block.fibers[t];
-    f.exchanges = f.barriers = 0;
-    f.mask = 0;
-    f.at_barrier = f.done = false;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, enter, 0);
-  }
+  for (int t = 0; t < block.threads; ++t) prepare(block.fibers[t]);
   for (int left = block.threads; left > 0;) {
     bool progress = false;
     for (const int t : order) {
