@@ -117,8 +117,12 @@ def test_non_finite_codes_and_scales_show():
     nan = qv.quantize(torch.tensor([[float("nan"), 1.0], [1.0, 1.0]]))
     y = qv.gemm(nan, operand(3, 2), torch.float32)
     assert y[0].isnan().all() and y[1].isfinite().all()
-    infinite = qv.ScaledTensor(torch.ones(1, 2).to(E4M3), torch.tensor(float("inf")))
-    assert qv.gemm(infinite, infinite).isinf().all()
+    for scale in (float("nan"), float("inf")):
+        for out_dtype in OUT:
+            for bias in (None, torch.ones(48, dtype=out_dtype)):
+                a, b = operand(16, 32), operand(48, 32)
+                a.scale.fill_(scale)
+                assert not qv.gemm(a, b, out_dtype, bias).isfinite().any()
 
 
 def test_strided_operands():

@@ -92,6 +92,15 @@ def test_in_place_ops_encode_their_result(kind):
         assert out is t or not isinstance(out, torch.Tensor)
 
 
+def test_in_place_ops_on_bf16_keep_the_amax():
+    t = ScaledTensor(randn(6, 10).bfloat16(), torch.ones(()), torch.zeros(()))
+    for op in (lambda a: a.fill_(7.0), lambda a: a.mul_(torch.arange(10.0)), lambda a: a.add_(1.0)):
+        op(t)
+        assert t.amax == t.dequantize().abs().max()
+    t.masked_fill_(torch.eye(6, 10, dtype=torch.bool), float("nan"))
+    assert t.amax.isnan()
+
+
 def test_multiplying_by_a_number_moves_the_scale_only():
     for op in (
         lambda a: a.mul_(0.3),
@@ -182,6 +191,18 @@ def test_a_file_holds_codes_only():
     file = io.BytesIO()
     torch.save(t, file)
     assert t.numel() < len(file.getvalue()) < 1.1 * t.numel()
+
+
+def test_a_file_of_a_weight_leaves_out_its_gemm_copies():
+    net = qv.nn.Linear(64, 64)
+    file = io.BytesIO()
+    torch.save({"p": net.weight, "d": net.weight.data, "s": net.state_dict()}, file)
+    assert len(file.getvalue()) < 1.2 * 3 * 2 * 64 * 64
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    for t in (loaded["p"], loaded["d"], loaded["s"]["weight"]):
+        assert_same(t.qdata, net.weight.qdata)
+        assert not hasattr(t, "fp8_weight")
 
 
 def test_generic_code_over_parameters():

@@ -127,6 +127,8 @@ class ScaledTensor(torch.Tensor):
         if self.qdata.dtype == torch.bfloat16:
             self.qdata.copy_(value)
             self.scale.fill_(1.0)
+            if self.amax is not None:
+                self.amax.copy_(self.qdata.abs().amax() if self.numel() else 0.0)
             return self.refresh_copies()
         value = value.to(torch.float32) if value.dtype == torch.float64 else value
         q, scale, amax = torch.ops.quaver.quantize(
@@ -145,6 +147,10 @@ class ScaledTensor(torch.Tensor):
         if self.amax is not None:
             self.amax.copy_(amax)
         return self.refresh_copies()
+
+    def __getstate__(self):
+        """For files and copies; the FP8 copies of a weight are a function of it."""
+        return {k: v for k, v in self.__dict__.items() if k != "fp8_weight"}
 
     def __tensor_flatten__(self):
         names = ["qdata", "scale"] + (["amax"] if self.amax is not None else [])
@@ -205,7 +211,10 @@ def _decoded(func, args, kwargs):
 
 @_implements(aten.detach.default, aten.alias.default)
 def _alias(func, x):
-    return x._map(func)
+    out = x._map(func)
+    if "fp8_weight" in x.__dict__:  # a write through `.data` reaches the copies too
+        out.fp8_weight = x.fp8_weight
+    return out
 
 
 @_implements(aten.clone.default)

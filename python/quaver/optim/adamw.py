@@ -135,6 +135,8 @@ class AdamW(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(p)
             if c is not None:
                 c.version = p._version
+            elif isinstance(p, ScaledTensor):
+                p.refresh_copies()  # a compiled graph would not find out
 
     @staticmethod
     def _amax(grads: list[Tensor]) -> Tensor:
