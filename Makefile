@@ -42,7 +42,7 @@ SHA256 := import hashlib, torch, quaver._load as q; \
 build: $(BUILT)
 
 demo: $(BUILT)
-	$(QUAVER) train --data stdlib --model tiny --recipe bf16,fp8lm-o2 --steps 300 --out runs/demo
+	$(QUAVER) train --data stdlib --model tiny --recipe bf16,fp8lm-o2 --steps 300 --out runs/demo --overwrite
 
 test: $(BUILT)
 	cmake --build build/release --target check

@@ -1,6 +1,7 @@
 // What each op wants of its arguments, the same for every backend.
 #pragma once
 
+#include "quaver/codec.h"
 #include "quaver/grad.h"
 #include "quaver/optimizer.h"
 #include "quaver/quantize.h"
@@ -32,8 +33,6 @@ inline void check_dequantize(const TensorView& out, const TensorView& q, const T
                              const QuantizeOptions& o) {
   QUAVER_CHECK(!is_fp8(out.dtype), "dequantize: dtype must be f32, f16 or bf16, got ",
                name_of(out.dtype));
-  QUAVER_CHECK(scale_max(q.dtype) > 0.0f, "dequantize: q must be e4m3, e5m2 or f16, got ",
-               name_of(q.dtype));
   QUAVER_CHECK(out.numel() == q.numel(), "dequantize: out must have ", q.numel(), " values, got ",
                out.numel());
   const int64_t groups = scale_count(q, o);
@@ -69,7 +68,14 @@ inline void check_state(const char* name, const StateView& s, int64_t numel) {
 inline void check_adam(const AdamParameter& p) {
   const int64_t n = p.weight.values.numel();
   const DType w = p.weight.values.dtype;
-  QUAVER_CHECK(!is_fp8(w), "adam_: weight must be f32, bf16 or f16, got ", name_of(w));
+  const DType m = p.exp_avg.values.dtype, v = p.exp_avg_sq.values.dtype;
+  bool known = false;
+#define QUAVER_CASE(W, M, V) \
+  known = known || (w == DTypeOf<W>::value && m == DTypeOf<M>::value && v == DTypeOf<V>::value);
+  QUAVER_ADAM_CODECS(QUAVER_CASE)
+#undef QUAVER_CASE
+  QUAVER_CHECK(known, "adam_: no codec for weight, exp_avg and exp_avg_sq in ", name_of(w), ", ",
+               name_of(m), " and ", name_of(v));
   check_state("weight", p.weight, n);
   check_state("exp_avg", p.exp_avg, n);
   check_state("exp_avg_sq", p.exp_avg_sq, n);
@@ -79,6 +85,9 @@ inline void check_adam(const AdamParameter& p) {
                "adam_: grad_amax, step and hyper are needed");
   if (p.fp8.data == nullptr) return;
   QUAVER_CHECK(w == DType::f16, "adam_: an FP8 copy goes with an f16 weight, got ", name_of(w));
+  QUAVER_CHECK(p.fp8.dtype == DType::e4m3 && p.fp8_t.dtype == DType::e4m3,
+               "adam_: FP8 copies must be e4m3, got ", name_of(p.fp8.dtype), " and ",
+               name_of(p.fp8_t.dtype));
   QUAVER_CHECK(p.fp8.numel() == n && p.fp8_t.rows == p.fp8.cols && p.fp8_t.cols == p.fp8.rows &&
                    p.fp8_scale != nullptr,
                "adam_: FP8 copies must be [N, K] and [K, N] like the weight, with a scale");

@@ -316,12 +316,21 @@ def test_scaled_and_plain_do_not_mix(path):
 
 def test_other_optimizers(saved):
     path, model, optimizer = saved
-    refuse(path, model, torch.optim.SGD(model.parameters()), "the optimizer is SGD here, AdamW in")
+    refuse(path, model, torch.optim.SGD(model.parameters()), "class is SGD here, AdamW in the file")
     half = [list(model.parameters())[:2], list(model.parameters())[2:]]
     groups = qv.AdamW([{"params": p} for p in half], recipe="f32")
     refuse(path, model, groups, "optimizer groups differ: blocks.0.")
     qv.save(path, model)
     refuse(path, model, optimizer, "the file holds no optimizer")
+
+
+def test_another_recipe_of_the_optimizer(path):
+    model, optimizer = make("fp8lm-o2")
+    step(model, optimizer, 0)
+    qv.save(path, model, optimizer)
+    model, optimizer = make("fp8lm-o1")  # the same weights, other moments
+    refuse(path, model, optimizer, "recipe is fp8lm-o1 (exp_avg f32, exp_avg_sq f32) here, fp8")
+    refuse(path, *make("bf16"), "is float32 [64, 32] here, ScaledTensor(qdata float16 [64, 32]")
 
 
 def test_what_cannot_be_stored_is_named(path):
@@ -365,3 +374,17 @@ def test_saving_changes_nothing(path):
     qv.save(path, model, optimizer)
     assert everything(model, optimizer) == before
     json.dumps(files.read_tensors(path, checkpoint.FORMAT, checkpoint.VERSION)[1])
+
+
+def test_a_scaled_state_of_any_granularity_is_built_anew(path):
+    model = nn.Linear(8, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    blocks = qv.quantize(torch.randn(4, 8), granularity="block", block=4)
+    optimizer.state[model.weight] = {"exp_avg": blocks, "step": 3, "nothing": None}
+    qv.save(path, model, optimizer)
+    again = torch.optim.SGD(model.parameters(), lr=0.1)
+    qv.load(path, model, again)
+    found = again.state[model.weight]
+    assert bits(found["exp_avg"]) == bits(blocks)
+    assert torch.equal(found["exp_avg"].dequantize(), blocks.dequantize())
+    assert (found["step"], found["nothing"]) == (3, None)

@@ -138,14 +138,14 @@ def test_interrupt_saves_and_resume_has_the_same_bits(settings, tmp_path, monkey
     whole = settings(recipe=(name,), out=str(tmp_path / "whole"), steps=24)
     train.run(whole)
     s = settings(recipe=(name,), steps=24)
-    step = train._Job._step
+    step = train.Job.step
 
     def stop_at_five(self, name, model, optimizer, number):
         if number == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, name, model, optimizer, number)
 
-    monkeypatch.setattr(train._Job, "_step", stop_at_five)
+    monkeypatch.setattr(train.Job, "step", stop_at_five)
     with pytest.raises(train.Interrupted):
         train.run(s)
     assert len(losses(s.out, name)) == 5
@@ -207,6 +207,16 @@ def test_a_foreign_folder_is_refused(settings, tmp_path):
             train.run(settings(out=str(tmp_path), **extra))
     with pytest.raises(UsageError, match="is not a folder"):
         train.run(settings(out=str(tmp_path / "text.txt")))
+    with pytest.raises(UsageError, match=r"--out .*text\.txt/run: Not a directory"):
+        train.run(settings(out=str(tmp_path / "text.txt" / "run")))
+
+
+def test_two_processes_do_not_share_a_folder(settings):
+    s = settings()
+    folder = RunDir(s.out)
+    with folder.started({"recipes": []}), pytest.raises(UsageError, match="is in use by another"):
+        train.run(settings(overwrite=True))
+    train.run(settings(overwrite=True))
 
 
 def test_resume_with_other_settings_names_them(settings, tmp_path):
@@ -240,13 +250,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_run_kept(settings):
 
 
 def test_nan_is_counted_and_shown(settings, monkeypatch, capsys):
-    loss = train._Job._loss
+    loss = train.Job._loss
 
     def bad_at_three(self, name, model, inputs, targets):
         bad = torch.equal(inputs, self._batch(3, 0)[0])
         return loss(self, name, model, inputs, targets) * (float("nan") if bad else 1.0)
 
-    monkeypatch.setattr(train._Job, "_loss", bad_at_three)
+    monkeypatch.setattr(train.Job, "_loss", bad_at_three)
     s = settings(recipe=("bf16",))
     result = train.run(s)["recipes"]["bf16"]
     lines = read_metrics(s.out, "bf16")

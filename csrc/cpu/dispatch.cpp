@@ -7,10 +7,16 @@
 
 namespace quaver::cpu {
 
-namespace portable { extern const Simd table; }
+namespace portable {
+extern const Simd table;
+}
 #if defined(QUAVER_HAVE_X86_ISA)
-namespace avx2 { extern const Simd table; }
-namespace avx512 { extern const Simd table; }
+namespace avx2 {
+extern const Simd table;
+}
+namespace avx512 {
+extern const Simd table;
+}
 #endif
 
 namespace {

@@ -55,7 +55,7 @@ void grad_norm(float* norm, float* amax, const ScaledView* grads, int64_t count)
   double total = strands[0];
   constexpr float nan = std::numeric_limits<float>::quiet_NaN();
   for (int64_t t = 0; t < count; ++t) {
-    amax[t] *= scale_of(grads[t]);
+    amax[t] *= std::fabs(scale_of(grads[t]));
     if (grads[t].amax == nullptr || is_finite(*grads[t].amax)) continue;
     amax[t] = nan;
     total = nan;

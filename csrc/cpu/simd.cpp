@@ -1,86 +1,14 @@
 // Compiled once per instruction set (QUAVER_ISA = portable, avx2, avx512). The loops are plain C++
-// over the arithmetic of include/quaver, written so that the compiler vectorises them; only f16,
-// for which hardware has an instruction and integer arithmetic is slow, uses intrinsics.
+// over the arithmetic of include/quaver, written so that the compiler vectorises them; span.h has
+// the conversions that they share. Tests compare the bits of all instruction sets.
 #include "simd.h"
 
-#include "quaver/codec.h"
 #include "quaver/norm.h"
 #include "quaver/philox.h"
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "span.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
-
-#define QUAVER_SIMD _Pragma("omp simd")
-
-template <class T>
-void load(float* __restrict out, const T* __restrict x, int64_t n, float scale) {
-  QUAVER_SIMD
-  for (int64_t i = 0; i < n; ++i) out[i] = TensorCodec<T>::decode(x[i], scale);
-}
-
-template <class T>
-void store(T* __restrict out, const float* __restrict x, int64_t n, float inverse_scale) {
-  QUAVER_SIMD
-  for (int64_t i = 0; i < n; ++i) out[i] = TensorCodec<T>::encode(x[i], inverse_scale);
-}
-
-template <class T>
-void store_divided(T* __restrict out, const float* __restrict x, int64_t n, float scale) {
-  QUAVER_SIMD
-  for (int64_t i = 0; i < n; ++i) out[i] = encode_nearest<T>(x[i] / scale);
-}
-
-#if defined(__F16C__)
-// The same bits as fp8.h's f16: saturate and make NaN canonical around the instruction, which does
-// neither.
-template <>
-void load<f16>(float* __restrict out, const f16* __restrict x, int64_t n, float scale) {
-  int64_t i = 0;
-  const __m256 s = _mm256_set1_ps(scale);
-  for (; i + 8 <= n; i += 8) {
-    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
-    _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_cvtph_ps(h), s));
-  }
-  for (; i < n; ++i) out[i] = TensorCodec<f16>::decode(x[i], scale);
-}
-
-void store_f16(f16* __restrict out, const float* __restrict x, int64_t n, float factor,
-               bool divide) {
-  int64_t i = 0;
-  const __m256 s = _mm256_set1_ps(factor);
-  const __m256 max = _mm256_set1_ps(Format<f16>::finite_max);
-  const __m256 min = _mm256_set1_ps(-Format<f16>::finite_max);
-  for (; i + 8 <= n; i += 8) {
-    __m256 v = _mm256_loadu_ps(x + i);
-    v = divide ? _mm256_div_ps(v, s) : _mm256_mul_ps(v, s);
-    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-    v = _mm256_max_ps(_mm256_min_ps(v, max), min);
-    __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-    if (_mm256_movemask_ps(nan) != 0) {
-      const __m256i wide = _mm256_castps_si256(nan);
-      const __m128i mask =
-          _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extractf128_si256(wide, 1));
-      h = _mm_blendv_epi8(h, _mm_set1_epi16(0x7fff), mask);
-    }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), h);
-  }
-  for (; i < n; ++i) out[i] = encode_nearest<f16>(divide ? x[i] / factor : x[i] * factor);
-}
-
-template <>
-void store<f16>(f16* __restrict out, const float* __restrict x, int64_t n, float inverse_scale) {
-  store_f16(out, x, n, inverse_scale, false);
-}
-
-template <>
-void store_divided<f16>(f16* __restrict out, const float* __restrict x, int64_t n, float scale) {
-  store_f16(out, x, n, scale, true);
-}
-#endif
 
 // Calls body(T*) with the storage type of `type`.
 template <class Pointer, class Body>
@@ -190,8 +118,32 @@ void cast_stochastic(void* out, DType out_type, const void* x, DType type, int64
   }
 }
 
-// 8 x 8 bytes by three rounds of swaps of 1, 2 and 4 bytes between rows 1, 2 and 4 apart.
-inline void transpose8(uint64_t r[8]) {
+// A square of bytes, kSquare on a side, transposed in registers.
+#if defined(__SSE2__)
+constexpr int64_t kSquare = 16;
+
+// Each round interleaves the rows of the two halves; four rounds turn rows into columns.
+inline void transpose_square(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t stride) {
+  __m128i r[16], t[16];
+  for (int i = 0; i < 16; ++i)
+    r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i * stride));
+  for (int round = 0; round < 4; ++round) {
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm_unpacklo_epi8(r[i], r[i + 8]);
+      t[2 * i + 1] = _mm_unpackhi_epi8(r[i], r[i + 8]);
+    }
+    for (int i = 0; i < 16; ++i) r[i] = t[i];
+  }
+  for (int i = 0; i < 16; ++i)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * out_stride), r[i]);
+}
+#else
+constexpr int64_t kSquare = 8;
+
+// Three rounds of swaps of 1, 2 and 4 bytes between rows that are 1, 2 and 4 apart.
+inline void transpose_square(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t stride) {
+  uint64_t r[8];
+  for (int i = 0; i < 8; ++i) memcpy(&r[i], x + i * stride, 8);
   auto swap = [&](int distance, int shift, uint64_t mask) {
     for (int i = 0; i < 8; ++i) {
       if (i & distance) continue;
@@ -203,24 +155,20 @@ inline void transpose8(uint64_t r[8]) {
   swap(1, 8, 0x00ff00ff00ff00ffull);
   swap(2, 16, 0x0000ffff0000ffffull);
   swap(4, 32, 0x00000000ffffffffull);
+  for (int i = 0; i < 8; ++i) memcpy(out + i * out_stride, &r[i], 8);
 }
+#endif
 
 void transpose(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t stride, int64_t rows,
                int64_t cols) {
-  uint64_t r[8];
-  int64_t row = 0;
-  for (; row + 8 <= rows; row += 8) {
-    int64_t col = 0;
-    for (; col + 8 <= cols; col += 8) {
-      for (int i = 0; i < 8; ++i) memcpy(&r[i], x + (row + i) * stride + col, 8);
-      transpose8(r);
-      for (int i = 0; i < 8; ++i) memcpy(out + (col + i) * out_stride + row, &r[i], 8);
-    }
-    for (; col < cols; ++col)
-      for (int i = 0; i < 8; ++i) out[col * out_stride + row + i] = x[(row + i) * stride + col];
-  }
-  for (; row < rows; ++row)
-    for (int64_t col = 0; col < cols; ++col) out[col * out_stride + row] = x[row * stride + col];
+  const int64_t square_rows = rows - rows % kSquare, square_cols = cols - cols % kSquare;
+  // Columns outside: a run of `out` rows is then written from end to end.
+  for (int64_t col = 0; col < square_cols; col += kSquare)
+    for (int64_t row = 0; row < square_rows; row += kSquare)
+      transpose_square(out + col * out_stride + row, out_stride, x + row * stride + col, stride);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t col = row < square_rows ? square_cols : 0; col < cols; ++col)
+      out[col * out_stride + row] = x[row * stride + col];
 }
 
 double sum_squares(const void* x, DType type, int64_t n, uint32_t* amax_bits) {
@@ -265,39 +213,93 @@ uint32_t add(void* out, DType out_type, float scale, const void* a, DType a_type
   return result;
 }
 
-void adam(const AdamSpan& p, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
-  alignas(64) float w[kBlock], m[kBlock], v[kBlock], g[kBlock];
-  const float inverse_w = 1.0f / p.new_weight_scale;
-  const float inverse_m = 1.0f / p.new_exp_avg_scale;
-  const float inverse_v = 1.0f / p.new_exp_avg_sq_scale;
+// The largest magnitude code of scaled storage; f32 and bf16 have no scale that would need it.
+inline void collect(const float*, int64_t, uint32_t&) {}
+inline void collect(const bf16*, int64_t, uint32_t&) {}
+inline void collect(const f16* x, int64_t n, uint32_t& result) {
+  const uint32_t seen = amax_code<uint16_t>(x, n);
+  result = result < seen ? seen : result;
+}
+inline void collect(const e4m3* x, int64_t n, uint32_t& result) {
+  const uint32_t seen = amax_code<uint8_t>(x, n);
+  result = result < seen ? seen : result;
+}
+
+template <class T>
+inline uint32_t amax_of_code(uint32_t code, float scale) {
+  if constexpr (std::is_same<T, float>::value)
+    return 0;
+  else
+    return bit_cast<uint32_t>(
+        TensorCodec<T>::decode(T{static_cast<decltype(T::bits)>(code)}, scale));
+}
+
+// Small enough that the processor overlaps the division and square root of one run with the
+// conversions of the next.
+constexpr int64_t kRun = 128;
+
+// `count` <= kRun elements; a constant count gives loops without remainders.
+template <class W, class M, class V>
+inline __attribute__((always_inline)) void adam_run(W* weight, M* exp_avg, V* exp_avg_sq,
+                                                    const float* g, const AdamSpan& p,
+                                                    const AdamStep& s, const float inverse[3],
+                                                    int64_t count) {
+  alignas(64) float w[kRun], m[kRun], v[kRun];
+  load(w, weight, count, p.weight_scale);
+  load(m, exp_avg, count, p.exp_avg_scale);
+  load(v, exp_avg_sq, count, p.exp_avg_sq_scale);
+  QUAVER_SIMD
+  for (int64_t j = 0; j < count; ++j) {
+    const AdamElement e = adamw(s, {w[j], m[j], v[j]}, g[j]);
+    w[j] = e.weight;
+    m[j] = e.exp_avg;
+    v[j] = e.exp_avg_sq;
+  }
+  store(weight, w, count, inverse[0]);
+  store(exp_avg, m, count, inverse[1]);
+  store(exp_avg_sq, v, count, inverse[2]);
+}
+
+template <class W, class M, class V>
+void adam_typed(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
+  alignas(64) float g[kBlock];
+  const AdamSpan p = span;
   const AdamStep s = step;
+  const float inverse[3] = {1.0f / p.new_weight_scale, 1.0f / p.new_exp_avg_scale,
+                            1.0f / p.new_exp_avg_sq_scale};
+  W* weight = static_cast<W*>(p.weight);
+  M* exp_avg = static_cast<M*>(p.exp_avg);
+  V* exp_avg_sq = static_cast<V*>(p.exp_avg_sq);
+  uint32_t codes[3] = {0, 0, 0};
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = n - i < kBlock ? n - i : kBlock;
-    load_any(w, at(p.weight, p.weight_type, i), p.weight_type, count, p.weight_scale);
-    load_any(m, at(p.exp_avg, p.exp_avg_type, i), p.exp_avg_type, count, p.exp_avg_scale);
-    load_any(v, at(p.exp_avg_sq, p.exp_avg_sq_type, i), p.exp_avg_sq_type, count,
-             p.exp_avg_sq_scale);
     load_any(g, at(p.grad, p.grad_type, i), p.grad_type, count, p.grad_scale);
-    QUAVER_SIMD
-    for (int64_t j = 0; j < count; ++j) {
-      const AdamElement e = adamw(s, {w[j], m[j], v[j]}, g[j]);
-      w[j] = e.weight;
-      m[j] = e.exp_avg;
-      v[j] = e.exp_avg_sq;
-    }
-    store_any(at(p.weight, p.weight_type, i), p.weight_type, w, count, inverse_w);
-    store_any(at(p.exp_avg, p.exp_avg_type, i), p.exp_avg_type, m, count, inverse_m);
-    store_any(at(p.exp_avg_sq, p.exp_avg_sq_type, i), p.exp_avg_sq_type, v, count, inverse_v);
-    const float* moments[3] = {w, m, v};
-    for (int k = 0; k < 3; ++k) {
-      const uint32_t block = amax_code<uint32_t>(moments[k], count);
-      amax_bits[k] = amax_bits[k] < block ? block : amax_bits[k];
-    }
-    if (p.fp8 != nullptr) {  // from the stored codes, so that a reload gives the same copy
-      load_any(w, at(p.weight, p.weight_type, i), p.weight_type, count, 1.0f / kMasterToFp8);
-      store_any(p.fp8 + i, DType::e4m3, w, count, 1.0f);
-    }
+    int64_t j = 0;
+    for (; j + kRun <= count; j += kRun)
+      adam_run(weight + i + j, exp_avg + i + j, exp_avg_sq + i + j, g + j, p, s, inverse, kRun);
+    if (j < count)
+      adam_run(weight + i + j, exp_avg + i + j, exp_avg_sq + i + j, g + j, p, s, inverse,
+               count - j);
+    collect(weight + i, count, codes[0]);
+    collect(exp_avg + i, count, codes[1]);
+    collect(exp_avg_sq + i, count, codes[2]);
+    if (p.fp8 == nullptr) continue;
+    // From the stored codes, so that a reloaded weight gives the same copy.
+    load(g, weight + i, count, 1.0f / kMasterToFp8);
+    store(reinterpret_cast<e4m3*>(p.fp8) + i, g, count, 1.0f);
   }
+  amax_bits[0] = amax_of_code<W>(codes[0], p.new_weight_scale);
+  amax_bits[1] = amax_of_code<M>(codes[1], p.new_exp_avg_scale);
+  amax_bits[2] = amax_of_code<V>(codes[2], p.new_exp_avg_sq_scale);
+}
+
+void adam(const AdamSpan& p, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
+#define QUAVER_CASE(W, M, V)                                                       \
+  if (p.weight_type == DTypeOf<W>::value && p.exp_avg_type == DTypeOf<M>::value && \
+      p.exp_avg_sq_type == DTypeOf<V>::value)                                      \
+    return adam_typed<W, M, V>(p, step, n, amax_bits);
+  QUAVER_ADAM_CODECS(QUAVER_CASE)
+#undef QUAVER_CASE
 }
 
 }  // namespace

@@ -19,8 +19,8 @@ struct AdamSpan {
   const void* grad;
   uint8_t* fp8;  // e4m3 GEMM copy of the span, or null
   DType weight_type, exp_avg_type, exp_avg_sq_type, grad_type;
-  float weight_scale, exp_avg_scale, exp_avg_sq_scale, grad_scale;        // decode, as stored
-  float new_weight_scale, new_exp_avg_scale, new_exp_avg_sq_scale;        // decode, to be stored
+  float weight_scale, exp_avg_scale, exp_avg_sq_scale, grad_scale;  // decode, as stored
+  float new_weight_scale, new_exp_avg_scale, new_exp_avg_sq_scale;  // decode, to be stored
 };
 
 struct Simd {
@@ -41,7 +41,7 @@ struct Simd {
   // is not null; returns its amax bits.
   uint32_t (*add)(void* out, DType out_type, float scale, const void* a, DType a_type,
                   float scale_a, const void* b, DType b_type, float scale_b, int64_t n);
-  // One AdamW step of n elements; amax bits of the new weight, exp_avg and exp_avg_sq.
+  // One AdamW step of n elements; amax bits of the stored weight, exp_avg and exp_avg_sq.
   void (*adam)(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax[3]);
 };
 

@@ -130,8 +130,9 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, Loaded& l, uint32_t
   }
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
-    seen[k] = max_bits(seen[k], amax_bits(x[k]));
     encode_any(e.type[k], x[k], p.inverse[k], 0, l.state[k]);
+    decode_any(e.type[k], l.state[k], 0, p.new_scale[k], x[k]);  // the amax of what is stored
+    seen[k] = max_bits(seen[k], amax_bits(x[k]));
     store_quad(e.state[k].values, e.type[k], l.i, l.state[k], l.n, e.aligned);
   }
   if (e.fp8 == nullptr) return 0;

@@ -68,28 +68,33 @@ void addmm(Tensor& out, const Tensor& addend, const Tensor& a, const Tensor& b, 
 void run(Tensor& out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
          const Tensor& scale_b, const OptionalTensor& bias, bool accumulate) {
   const Problem p = check(a, scale_a, b, scale_b, bias);
-  QUAVER_CHECK(out.dim() == 2 && out.size(0) == p.m && out.size(1) == p.n,
-               "gemm: out must be [", p.m, ", ", p.n, "]");
+  QUAVER_CHECK(out.dim() == 2 && out.size(0) == p.m && out.size(1) == p.n, "gemm: out must be [",
+               p.m, ", ", p.n, "]");
   QUAVER_CHECK(!(accumulate && bias.has_value()), "gemm: bias and accumulate exclude each other");
   const ScalarType type = out.scalar_type();
   QUAVER_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
                "gemm: out must be float32 or bfloat16 on the CPU, got ",
                torch::headeronly::toString(type));
-  const bool half = type == ScalarType::BFloat16 && p.tensor_scales;
-  double alpha = 1.0;
+  // In f32: a product that overflows is infinite, where torch would refuse a double beyond f32. MKL
+  // ignores an alpha that is NaN, so one that is not finite goes into the operands.
+  float alpha = 1.0f;
+  if (p.tensor_scales)
+    alpha = *scalar("gemm", "scale_a", scale_a) * *scalar("gemm", "scale_b", scale_b);
+  const bool codes = p.tensor_scales && is_finite(alpha);
+  if (!codes) alpha = 1.0f;
+  const bool half = type == ScalarType::BFloat16 && codes;
   Tensor decoded_a, decoded_b;
-  if (p.tensor_scales) {
+  if (codes) {
     const ScalarType decoded = half ? ScalarType::BFloat16 : ScalarType::Float;
     decoded_a = decode_codes(a, decoded);
     decoded_b = decode_codes(b, decoded);
-    alpha = double(*scalar("gemm", "scale_a", scale_a)) * *scalar("gemm", "scale_b", scale_b);
   } else {
     decoded_a = decode_rows(a, scale_a);
     decoded_b = decode_rows(b, scale_b);
   }
   Tensor addend = bias.has_value() ? torch::stable::to(*bias, type) : out;
   const double beta = bias.has_value() || accumulate ? 1.0 : 0.0;
-  if (!p.tensor_scales && type == ScalarType::BFloat16) {  // f32 product, rounded at the end
+  if (!codes && type == ScalarType::BFloat16) {  // f32 product, rounded at the end
     Tensor wide = empty(out, shape_of(out), ScalarType::Float);
     addmm(wide, beta != 0.0 ? torch::stable::to(addend, ScalarType::Float) : wide, decoded_a,
           decoded_b, beta, alpha);

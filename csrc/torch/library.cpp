@@ -41,9 +41,8 @@ namespace {
 
 // The core's threads are torch's own: one pool in the process.
 void torch_threads(int64_t n, int64_t grain, void* context, quaver::cpu::ParallelBody body) {
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    body(context, begin, end);
-  });
+  torch::stable::parallel_for(0, n, grain,
+                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
 [[maybe_unused]] const bool installed = (quaver::cpu::set_parallel_for(torch_threads), true);

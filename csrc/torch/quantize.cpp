@@ -78,6 +78,8 @@ Tensor dequantize(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
   o.block = block;
   QUAVER_CHECK(o.granularity != Granularity::block || block > 0,
                "dequantize: block must be positive, got ", block);
+  QUAVER_CHECK(scale.scalar_type() == ScalarType::Float, "dequantize: scale must be float32, got ",
+               torch::headeronly::toString(scale.scalar_type()));
   const Tensor q = dense(q_in);
   Tensor out = empty(q, shape_of(q), dtype);
   check_device("dequantize", q, "scale", scale);

@@ -20,8 +20,8 @@ struct AdamStep {
   float update_bound;     // upper bound of |w' - decay * w|
 };
 
-QUAVER_HD AdamStep adam_step(double lr, double beta1, double beta2, double eps,
-                             double weight_decay, int64_t t) {
+QUAVER_HD AdamStep adam_step(double lr, double beta1, double beta2, double eps, double weight_decay,
+                             int64_t t) {
   const double c1 = 1.0 - integer_power(beta1, t);
   const double c2 = 1.0 - integer_power(beta2, t);
   AdamStep s;
@@ -34,8 +34,9 @@ QUAVER_HD AdamStep adam_step(double lr, double beta1, double beta2, double eps,
   s.step_size = static_cast<float>(lr / c1);
   s.inverse_sqrt_c2 = static_cast<float>(1.0 / ::sqrt(c2));
   // Cauchy-Schwarz on the two moving averages: |m| <= (1-b1) / sqrt((1-b2)(1-b1^2/b2)) * sqrt(v).
-  // Twice that leaves room for the rounding of stored moments. Where b1^2 >= b2 the sum does not
-  // converge and its t terms are bounded one by one.
+  // Twice that leaves room for the rounding of stored moments. Where b1^2 >= b2 the sum diverges
+  // and no bound is of use (b1^2t / b2^t would flush every weight to zero): t terms, as for
+  // gradients of one size, and a weight that moves further saturates.
   const double ratio = beta2 > 0.0 ? beta1 * beta1 / beta2 : 1.0;
   const double terms = ratio < 1.0 ? 1.0 / (1.0 - ratio) : static_cast<double>(t);
   const double peak = (1.0 - beta1) * ::sqrt(terms / (beta2 < 1.0 ? 1.0 - beta2 : 1.0));
@@ -57,12 +58,16 @@ QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
 }
 
 // Upper bounds of the next amaxes, known before the pass, so that its scales can be too. They are
-// at most about one binade loose, and the true amax that the pass collects feeds the next bound.
+// at most about one binade loose, and the amax of what the pass stored feeds the next bound. A
+// gradient's amax was taken before it was encoded, and rounding to e4m3 or e5m2 may have raised it.
+QUAVER_HD float stored_grad_amax(float grad_amax) { return grad_amax * 1.125f; }
+
 QUAVER_HD float exp_avg_bound(const AdamStep& s, float amax, float grad_amax) {
-  return s.beta1 * amax + s.one_minus_beta1 * grad_amax;
+  return s.beta1 * amax + s.one_minus_beta1 * stored_grad_amax(grad_amax);
 }
 QUAVER_HD float exp_avg_sq_bound(const AdamStep& s, float amax, float grad_amax) {
-  return s.beta2 * amax + s.one_minus_beta2 * (grad_amax * grad_amax);
+  const float g = stored_grad_amax(grad_amax);
+  return s.beta2 * amax + s.one_minus_beta2 * (g * g);
 }
 QUAVER_HD float weight_bound(const AdamStep& s, float amax) { return amax + s.update_bound; }
 

@@ -21,7 +21,7 @@ template <class... Parts>
 }  // namespace quaver
 
 // QUAVER_CHECK(k % 16 == 0, "gemm: K must be a multiple of 16, got ", k)
-#define QUAVER_CHECK(condition, ...)                  \
-  do {                                                \
-    if (!(condition)) ::quaver::fail(__VA_ARGS__);    \
+#define QUAVER_CHECK(condition, ...)               \
+  do {                                             \
+    if (!(condition)) ::quaver::fail(__VA_ARGS__); \
   } while (0)

@@ -14,9 +14,17 @@ struct TensorCodec {
   using Storage = T;
   static constexpr int bytes = sizeof(T);
   QUAVER_HD float decode(T code, float scale) { return quaver::decode(code) * scale; }
-  QUAVER_HD T encode(float x, float inverse_scale) {
-    return encode_nearest<T>(x * inverse_scale);
-  }
+  QUAVER_HD T encode(float x, float inverse_scale) { return encode_nearest<T>(x * inverse_scale); }
 };
+
+// The combinations of weight, exp_avg and exp_avg_sq storage that Adam is built for: both backends
+// and the check of arguments expand this list. X(weight, exp_avg, exp_avg_sq)
+#define QUAVER_ADAM_CODECS(X) \
+  X(float, float, float)      \
+  X(bf16, float, float)       \
+  X(f16, float, float)        \
+  X(f16, e4m3, float)         \
+  X(f16, float, f16)          \
+  X(f16, e4m3, f16)
 
 }  // namespace quaver

@@ -18,10 +18,18 @@ namespace quaver {
 enum class DType : int8_t { f32, f16, bf16, e4m3, e5m2 };
 
 // Storage types: the bits of one value.
-struct f16 { uint16_t bits; };
-struct bf16 { uint16_t bits; };
-struct e4m3 { uint8_t bits; };  // OCP FP8 E4M3 "fn": no infinity, NaN is S.1111.111
-struct e5m2 { uint8_t bits; };  // OCP FP8 E5M2: IEEE-like, with infinity
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+struct e4m3 {
+  uint8_t bits;
+};  // OCP FP8 E4M3 "fn": no infinity, NaN is S.1111.111
+struct e5m2 {
+  uint8_t bits;
+};  // OCP FP8 E5M2: IEEE-like, with infinity
 
 // A binary format of one sign bit, `mantissa` fraction bits and an exponent bias.
 template <class T> struct Format;
@@ -38,7 +46,7 @@ template <> struct Format<e4m3> {
 template <> struct Format<e5m2> {
   using Bits = uint8_t;
   static constexpr int width = 8, mantissa = 2, bias = 15;
-  static constexpr uint32_t max_code = 0x7b;       // 57344
+  static constexpr uint32_t max_code = 0x7b;  // 57344
   static constexpr uint32_t infinity_code = 0x7c;
   static constexpr uint32_t nan_code = 0x7f;
   static constexpr float finite_max = 57344.0f;
@@ -47,10 +55,27 @@ template <> struct Format<e5m2> {
 template <> struct Format<f16> {
   using Bits = uint16_t;
   static constexpr int width = 16, mantissa = 10, bias = 15;
-  static constexpr uint32_t max_code = 0x7bff;     // 65504
+  static constexpr uint32_t max_code = 0x7bff;  // 65504
   static constexpr uint32_t infinity_code = 0x7c00;
   static constexpr uint32_t nan_code = 0x7fff;
   static constexpr float finite_max = 65504.0f;
+};
+
+template <class T> struct DTypeOf;
+template <> struct DTypeOf<float> {
+  static constexpr DType value = DType::f32;
+};
+template <> struct DTypeOf<f16> {
+  static constexpr DType value = DType::f16;
+};
+template <> struct DTypeOf<bf16> {
+  static constexpr DType value = DType::bf16;
+};
+template <> struct DTypeOf<e4m3> {
+  static constexpr DType value = DType::e4m3;
+};
+template <> struct DTypeOf<e5m2> {
+  static constexpr DType value = DType::e5m2;
 };
 
 constexpr int64_t size_of(DType t) {
@@ -67,10 +92,10 @@ constexpr const char* name_of(DType t) {
                             : "e5m2";
 }
 
-// The value that a tensor's amax is scaled to; 0 for bf16 and f32, which need no scale. FP8 uses its
-// finite maximum. f16 stops at 448 * 2^7 instead of 65504: the scale of a weight's e4m3 copy for the
-// GEMM is then exactly 2^7 times the scale of its f16 master, so the copy is a pure function of the
-// f16 codes and needs no state, no amax and no second pass.
+// The value that a tensor's amax is scaled to; 0 for bf16 and f32, which need no scale. FP8 uses
+// its finite maximum. f16 stops at 448 * 2^7 instead of 65504: the scale of a weight's e4m3 copy
+// for the GEMM is then exactly 2^7 times the scale of its f16 master, so the copy is a pure
+// function of the f16 codes and needs no state, no amax and no second pass.
 constexpr float kMasterToFp8 = 128.0f;
 
 constexpr float scale_max(DType t) {
@@ -86,6 +111,17 @@ QUAVER_HD To bit_cast(From from) {
   To to;
   memcpy(&to, &from, sizeof(to));
   return to;
+}
+
+// condition ? a : b. Without masked instructions gcc turns ?: into control flow and then does not
+// vectorise the loop around it.
+QUAVER_HD uint32_t select(bool condition, uint32_t a, uint32_t b) {
+#if defined(__AVX512F__) || defined(__CUDACC__)
+  return condition ? a : b;
+#else
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return (a & mask) | (b & ~mask);
+#endif
 }
 
 }  // namespace quaver

@@ -17,7 +17,7 @@ namespace quaver {
 QUAVER_HD bf16 encode_bf16(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return bf16{static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : rounded)};
+  return bf16{static_cast<uint16_t>(select((bits & 0x7fffffffu) > 0x7f800000u, 0x7fffu, rounded))};
 }
 
 // e4m3, e5m2 and f16: round to nearest, ties to even, saturating.
@@ -36,9 +36,9 @@ QUAVER_HD T encode_format(float x) {
                           (uint32_t(127 - F::bias) << F::mantissa);
   const uint32_t subnormal =
       bit_cast<uint32_t>(bit_cast<float>(magnitude) + bit_cast<float>(aligner)) - aligner;
-  uint32_t code = magnitude < min_normal ? subnormal : normal;
+  uint32_t code = select(magnitude < min_normal, subnormal, normal);
   code = code < F::max_code ? code : F::max_code;
-  code = magnitude > 0x7f800000u ? F::nan_code : (code | sign);
+  code = select(magnitude > 0x7f800000u, F::nan_code, code | sign);
   return T{static_cast<typename F::Bits>(code)};
 }
 
@@ -55,14 +55,14 @@ QUAVER_HD T encode_stochastic(float x, uint32_t random) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t sign = (bits >> 31) << (F::width - 1);
   const uint32_t noise = random & ((1u << drop) - 1u);
-  const uint32_t normal =
-      ((magnitude + noise) >> drop) - (uint32_t(127 - F::bias) << F::mantissa);
-  const float small = magnitude < min_normal ? bit_cast<float>(magnitude) : 0.0f;
-  const uint32_t fixed = static_cast<uint32_t>(static_cast<int32_t>(small * bit_cast<float>(align)));
+  const uint32_t normal = ((magnitude + noise) >> drop) - (uint32_t(127 - F::bias) << F::mantissa);
+  const float small = bit_cast<float>(select(magnitude < min_normal, magnitude, 0u));
+  const uint32_t fixed =
+      static_cast<uint32_t>(static_cast<int32_t>(small * bit_cast<float>(align)));
   const uint32_t subnormal = (fixed + noise) >> drop;
-  uint32_t code = magnitude < min_normal ? subnormal : normal;
+  uint32_t code = select(magnitude < min_normal, subnormal, normal);
   code = code < F::max_code ? code : F::max_code;
-  code = magnitude > 0x7f800000u ? F::nan_code : (code | sign);
+  code = select(magnitude > 0x7f800000u, F::nan_code, code | sign);
   return T{static_cast<typename F::Bits>(code)};
 }
 
@@ -79,11 +79,11 @@ QUAVER_HD float decode_format(T value) {
   const uint32_t shifted = low << (23 - F::mantissa);
   const uint32_t subnormal =
       bit_cast<uint32_t>(bit_cast<float>(shifted + one) - bit_cast<float>(one));
-  uint32_t bits = shifted < (1u << 23) ? subnormal : shifted + rebias;
+  uint32_t bits = select(shifted < (1u << 23), subnormal, shifted + rebias);
   if (F::infinity_code < 0x80 || F::width == 16)  // formats with infinity: exponent all ones
-    bits = low >= F::infinity_code ? (0x7f800000u | (shifted & 0x7fffffu)) : bits;
+    bits = select(low >= F::infinity_code, 0x7f800000u | (shifted & 0x7fffffu), bits);
   else
-    bits = low == F::nan_code ? 0x7fc00000u : bits;
+    bits = select(low == F::nan_code, 0x7fc00000u, bits);
   return bit_cast<float>(bits | sign);
 }
 

@@ -16,7 +16,7 @@ struct ScaledView {
 namespace cpu {
 
 // norm = sqrt(sum over all gradients of (scale * value)^2), accumulated in f64 in the order of
-// norm.h. amax[i] = scale * max |value| of gradient i. A gradient that carries a non-finite amax
+// norm.h. amax[i] = |scale| * max |value| of gradient i. A gradient that carries a non-finite amax
 // makes both its amax[i] and the norm NaN.
 void grad_norm(float* norm, float* amax, const ScaledView* grads, int64_t count);
 

@@ -33,8 +33,10 @@ QUAVER_HD Philox4 philox4x32(uint64_t seed, uint64_t counter_low, uint64_t count
 QUAVER_HD uint32_t random_bits(uint64_t seed, uint64_t index) {
   const Philox4 block = philox4x32(seed, index >> 2);
   const uint32_t lane = uint32_t(index & 3u);
-  return lane == 0 ? block.word[0] : lane == 1 ? block.word[1] : lane == 2 ? block.word[2]
-                                                                           : block.word[3];
+  return lane == 0   ? block.word[0]
+         : lane == 1 ? block.word[1]
+         : lane == 2 ? block.word[2]
+                     : block.word[3];
 }
 
 }  // namespace quaver

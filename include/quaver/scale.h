@@ -23,10 +23,13 @@ QUAVER_HD bool is_power_of_two(float x) {
 QUAVER_HD bool is_finite(float x) { return (bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
 
 // amax / finite_max, rounded up to a power of two where asked (FP8-LM's 2^floor(log2(max/amax)) in
-// encode direction). An amax of 0, and one that is not finite, keeps `previous`.
+// encode direction). An amax of 0, and one that is not finite, keeps `previous`, but for one that
+// nothing can be divided by: a tensor that was multiplied by 0 has scale 0.
 QUAVER_HD float scale_from_amax(float amax, float finite_max, bool power_of_two,
                                 float previous = 1.0f) {
-  if (!(amax > 0.0f) || !is_finite(amax)) return previous;
+  if (!(amax > 0.0f) || !is_finite(amax))
+    return is_finite(previous) && (previous >= kMinScale || previous <= -kMinScale) ? previous
+                                                                                    : 1.0f;
   float scale = amax / finite_max;
   scale = scale < kMinScale ? kMinScale : scale;
   if (!power_of_two) return scale;

@@ -7,11 +7,10 @@ changes.
 """
 
 import json
-import random
-import sys
 
 import torch
 
+from quaver import rng
 from quaver.files import FileError, read_tensors, write_tensors
 from quaver.tensor import ScaledTensor
 
@@ -55,18 +54,18 @@ def load(path, model, optimizer=None):
         raise CheckpointError(str(error)) from None
     for alias, name in document["aliases"].items():
         tensors[alias] = tensors[name]
-    values = {name: value for name, value in tensors.items() if not name.startswith("rng.")}
+    generators = {n[len("rng.") :]: t for n, t in tensors.items() if n.startswith("rng.")}
     try:
-        restore = _plan_model(model, values, document["scaled"])
+        restore = _plan_model(model, tensors, document["scaled"])
         if optimizer is not None:
-            restore += _plan_optimizer(model, optimizer, values, document)
+            restore += _plan_optimizer(model, optimizer, tensors, document)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     with torch.no_grad():
         for apply in restore:
             apply()
     if optimizer is not None:
-        _set_random(tensors, document["random"])
+        rng.set_state(generators, document["random"])
     return {"step": document["step"], "extra": document["extra"]}
 
 
@@ -112,7 +111,7 @@ def _collect(model, optimizer):
 
     def add(name, tensor):
         if isinstance(tensor, ScaledTensor):
-            scaled[name] = _dtype(tensor)
+            scaled[name] = [_dtype(tensor), tensor.granularity, tensor.block]
         for part, value in _parts(name, tensor).items():
             first = seen.setdefault(_memory(value), part) if value.numel() else part
             if first == part:
@@ -123,17 +122,15 @@ def _collect(model, optimizer):
     for name, value in _model_state(model).items():
         add(name, value)
     described = None if optimizer is None else _collect_optimizer(model, optimizer, add)
-    tensors["rng.torch"] = torch.get_rng_state()
-    if torch.cuda.is_initialized():
-        for i, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"rng.cuda{i}"] = state
+    generators, plain = rng.get_state()
+    tensors |= {f"rng.{name}": state for name, state in generators.items()}
     return tensors, {
         "format": FORMAT,
         "version": VERSION,
         "scaled": scaled,
         "aliases": aliases,
         "optimizer": described,
-        "random": _get_random(),
+        "random": plain,
     }
 
 
@@ -152,6 +149,14 @@ def _options(group):
     return _json("an optimizer's options", plain)
 
 
+def _recipe(optimizer):
+    """What decides how the optimizer stores its states; None for those of torch."""
+    recipe = getattr(optimizer, "recipe", None)
+    if recipe is None:
+        return None
+    return f"{recipe.name} (exp_avg {recipe.exp_avg}, exp_avg_sq {recipe.exp_avg_sq})"
+
+
 def _collect_optimizer(model, optimizer, add):
     names = _names(model, optimizer)
     states = {}
@@ -168,6 +173,7 @@ def _collect_optimizer(model, optimizer, add):
                     states[name][key] = {"value": _json(f"optimizer.{name}.{key}", value)}
     return {
         "class": type(optimizer).__name__,
+        "recipe": _recipe(optimizer),
         "groups": names,
         "options": [_options(group) for group in optimizer.param_groups],
         "states": states,
@@ -209,17 +215,18 @@ def _copy(target, parts):
     target.scale.copy_(parts[".scale"])
     amax = parts.get(".amax")
     target.amax = None if amax is None else amax.to(target.qdata.device, copy=True)
-    # What is derived from the tensor, such as an FP8 copy of a weight, is found out of date by
-    # this.
     torch.autograd.graph.increment_version(target)
+    target.refresh_copies()
 
 
-def _build(parts, dtype, device):
+def _build(parts, scaled, device):
     """A new tensor on `device` from the entries of the file."""
     new = {key: tensor.to(device, copy=True) for key, tensor in parts.items()}
     if "" in new:
         return new[""]
-    return ScaledTensor(new[".qdata"], new[".scale"], new.get(".amax"), getattr(torch, dtype))
+    dtype, granularity, block = scaled
+    dtype = getattr(torch, dtype)
+    return ScaledTensor(new[".qdata"], new[".scale"], new.get(".amax"), dtype, granularity, block)
 
 
 def _plan_model(model, values, scaled):
@@ -227,14 +234,17 @@ def _plan_model(model, values, scaled):
     found = {name for name in scaled if name.startswith("model.")}
     parts_of_scaled = {name + suffix for name in found for suffix in (".qdata", ".scale", ".amax")}
     found |= {n for n in values if n.startswith("model.") and n not in parts_of_scaled}
+    # Kinds before keys: a model of another recipe has other buffers too, but that tells less.
+    taken = {name: _take(name, values, scaled) for name in state if name in found}
+    for name, parts in taken.items():
+        _check(name, state[name], parts)
     for problem, keys in (("lacks", set(state) - found), ("has unexpected", found - set(state))):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise CheckpointError(f"the file {problem} {min(keys)}{more}")
     restore, first = [], {}
     for name, target in state.items():
-        parts = _take(name, values, scaled)
-        _check(name, target, parts)
+        parts = taken[name]
         for suffix, part in zip(parts, _parts(name, target).values(), strict=False):
             before, value = first.setdefault(_memory(part), (name, parts[suffix]))
             if part.numel() and not _same_bytes(value, parts[suffix]):
@@ -251,10 +261,11 @@ def _plan_optimizer(model, optimizer, values, document):
     saved = document["optimizer"]
     if saved is None:
         raise CheckpointError("the file holds no optimizer")
-    if saved["class"] != type(optimizer).__name__:
-        raise CheckpointError(
-            f"the optimizer is {type(optimizer).__name__} here, {saved['class']} in the file"
-        )
+    for what, here in (("class", type(optimizer).__name__), ("recipe", _recipe(optimizer))):
+        if saved[what] != here:
+            raise CheckpointError(
+                f"the optimizer's {what} is {here} here, {saved[what]} in the file"
+            )
     groups = _names(model, optimizer)
     if groups != saved["groups"]:
         raise CheckpointError(f"optimizer groups differ: {_difference(groups, saved['groups'])}")
@@ -318,26 +329,3 @@ def _plan_state(optimizer, parameter, name, entries, values, document):
         optimizer.state[parameter].update(state)
 
     return apply
-
-
-# Random generators
-
-
-def _get_random():
-    state = {"python": random.getstate()}
-    if "numpy" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = [kind, keys.tolist(), *rest]
-    return state
-
-
-def _set_random(tensors, state):
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    if "numpy" in state and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(tensors["rng.torch"])
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"rng.cuda{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"rng.cuda{i}"], i)

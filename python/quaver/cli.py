@@ -104,12 +104,12 @@ def _info(arguments):
         print(title)
         for key, value in values.items():
             text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            print(f"  {key:<16}{text}")
+            print(f"  {key:<22}{text}")
     reason = machine.why_not_cuda()
     print("backend of each op")
     for op, keys in machine.backends().items():
         runs = "cuda" if "cuda" in keys and reason is None else "cpu"
-        print(f"  {op:<24}{runs:<8}(built for {', '.join(keys)})")
+        print(f"  {op:<22}{runs:<6}(built for {', '.join(keys)})")
     print("CUDA" + (f" will not run: {reason}" if reason else " will run"))
 
 

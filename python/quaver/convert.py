@@ -9,6 +9,7 @@ from torch import nn
 
 from . import recipe as recipes
 from .nn.linear import Linear, convert_weight
+from .ops import FLOATS
 from .tensor import ScaledTensor
 
 
@@ -28,7 +29,7 @@ def convert(
         skip: names to leave alone: a module's full name, its last part, or a pattern ("*.gate").
 
     Raises:
-        TypeError: `skip` is a string, or the model is no module.
+        TypeError: `skip` is a string, the model is no module, or a weight is, say, float64.
         ValueError: an unknown recipe, or a model that was converted by another one.
     """
     if isinstance(skip, str):
@@ -45,7 +46,14 @@ def convert(
             raise ValueError(
                 f"convert: {name or 'the model'} was converted by another recipe; restore it first"
             )
-        if type(module) is nn.Linear and not _matches(name, skip):
+        # A weight that is no Parameter of the module is computed by a hook (nn.utils.weight_norm).
+        own = type(module) is nn.Linear and isinstance(module.weight, nn.Parameter)
+        if own and not _matches(name, skip):
+            if module.weight.dtype not in FLOATS:
+                raise TypeError(
+                    f"convert: {name or 'the model'} has a weight of {module.weight.dtype}; wanted "
+                    "float32, float16 or bfloat16"
+                )
             targets[id(module)] = module
     tied_elsewhere = {
         id(parameter)
@@ -79,7 +87,8 @@ def restore(model: nn.Module) -> nn.Module:
             weights[id(old)] = plain
             plain.__dict__.pop("fp8_weight", None)
         module.weight = weights[id(old)]
-        del module.input_history, module.grad_history, module.rule, module.fp8_weight
+        del module.input_history, module.grad_history, module.history_before
+        del module.rule, module.fp8_weight
         module.__class__ = nn.Linear
     return model
 

@@ -23,6 +23,7 @@ def _cpu_name():
 
 def describe():
     """The machine and versions as a dict of plain values, as written into summaries."""
+    build = qv.build_info()
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
@@ -30,6 +31,8 @@ def describe():
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "quaver": build["version"],
+        "cpu_isa": build["cpu_isa"],
     }
     if torch.cuda.is_available():
         machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -30,7 +30,7 @@ def quantize(
 
     Args:
         x: float32, float16 or bfloat16, any shape and strides.
-        dtype: float8_e4m3fn, float8_e5m2, or float16 (scaled to 448 * 2^7; see dtype.h).
+        dtype: float8_e4m3fn, float8_e5m2, or float16 (see scale_max in dtype.h).
         scale: decode scale(s) to use, float32; None chooses amax / finite_max just in time.
         granularity: "tensor", "row" or "block" (1 x `block` along the last axis).
         power_of_two: round chosen scales up to a power of two (FP8-LM, section 2.2).
@@ -42,9 +42,7 @@ def quantize(
         RuntimeError: types, shapes or granularities that do not fit, named with what came.
     """
     if rounding not in ("nearest", "stochastic"):
-        raise ValueError(
-            f'quantize: rounding must be "nearest" or "stochastic", got {rounding!r}'
-        )
+        raise ValueError(f'quantize: rounding must be "nearest" or "stochastic", got {rounding!r}')
     q, scale, amax = _ops.quantize(
         x,
         dtype,
@@ -112,12 +110,8 @@ def gemm(
     if out is None:
         if accumulate:
             raise ValueError("gemm: accumulate needs out=")
-        return _ops.gemm(
-            a.qdata, a.scale, b.qdata, b.scale, bias, out_dtype, fast_accumulate
-        )
-    _ops.gemm_(
-        out, a.qdata, a.scale, b.qdata, b.scale, bias, accumulate, fast_accumulate
-    )
+        return _ops.gemm(a.qdata, a.scale, b.qdata, b.scale, bias, out_dtype, fast_accumulate)
+    _ops.gemm_(out, a.qdata, a.scale, b.qdata, b.scale, bias, accumulate, fast_accumulate)
     return out
 
 
@@ -144,8 +138,11 @@ def parts(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tenso
 def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Two-norm over all gradients (0-D float32) and each one's amax (float32 [n]), in one call.
 
-    Non-finite values show in both, those that FP8 saturated away included.
+    Non-finite values show in both, those that FP8 saturated away included. Raises ValueError where
+    there is no gradient.
     """
+    if not grads:
+        raise ValueError("grad_norm: no gradients")
     return _ops.grad_norm(*parts(grads))
 
 

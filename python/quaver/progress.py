@@ -2,6 +2,7 @@
 table."""
 
 import math
+import shutil
 import sys
 import time
 
@@ -31,10 +32,17 @@ class Progress:
         self.began = self.shown = time.monotonic()
         self.bar = None
         if sys.stdout.isatty():
+            # The size is passed on, since tqdm shows nothing on a terminal that reports none.
+            size = shutil.get_terminal_size()
             self.bar = tqdm(
-                desc=name, total=steps, initial=start, file=sys.stdout, unit="step",
-                dynamic_ncols=True,
-            )  # fmt: skip
+                desc=name,
+                total=steps,
+                initial=start,
+                file=sys.stdout,
+                unit="step",
+                ncols=size.columns - 1,
+                nrows=size.lines,
+            )
 
     def __enter__(self):
         return self
@@ -67,36 +75,30 @@ class Progress:
             )
 
 
-def _bytes(size):
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
+MIB = 2**20
+LEGEND = """\
+loss: mean over the last 5 % of the steps. B/param: master, gradient and moments
+of a linear weight; +copies: with its cached FP8 copies. saved MiB: activations
+kept for backward by all layers, and by the linear ones."""
 
 
 def _row(name, result, base):
     memory = result["memory"]
     per = memory["bytes_per_param"]
     loss, base_loss = result["final_loss"], base["final_loss"]
-    change = (
-        "-"
-        if result is base or None in (loss, base_loss)
-        else f"{(loss / base_loss - 1) * 100:+.2f} %"
-    )
-    return [
-        name,
-        _number(loss),
-        change,
-        _number(result["val_loss"]),
-        f"{result['tokens_per_s']:,.0f}",
-        f"{result['tokens_per_s'] / base['tokens_per_s']:.2f}",
-        f"{per['state']:.2f}" if per else "-",
-        f"{per['all']:.2f}" if per else "-",
-        _bytes(memory["activation_linear"]),
-        _bytes(memory["activation"]),
-        str(result["skipped"]),
-    ]
+    known = result is not base and None not in (loss, base_loss)
+    return {
+        "recipe": name,
+        "loss": _number(loss),
+        "change": f"{(loss / base_loss - 1) * 100:+.2f} %" if known else "-",
+        "tokens/s": f"{result['tokens_per_s']:,.0f}",
+        "x": f"{result['tokens_per_s'] / base['tokens_per_s']:.2f}",
+        "B/param": f"{per['state']:.2f}" if per else "-",
+        "+copies": f"{per['all']:.2f}" if per else "-",
+        "saved MiB": f"{memory['activation'] / MIB:.1f}",
+        "linear": f"{memory['activation_linear'] / MIB:.1f}",
+        "skipped": str(result["skipped"]),
+    }
 
 
 def baseline(names):
@@ -107,15 +109,15 @@ def baseline(names):
 def table(results):
     """The results of several recipes ({name: result}) as lines of text."""
     base = baseline(results)
-    head = [
-        "recipe", "loss", f"vs {base}", "val loss", "tokens/s", "x", "bytes/param", "with copies",
-        "saved: linear", "saved: all", "skipped",
-    ]  # fmt: skip
-    rows = [head, *(_row(name, result, results[base]) for name, result in results.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [_row(name, result, results[base]) for name, result in results.items()]
+    head = {key: key for key in rows[0]} | {"change": f"vs {base}"}
+    if not any(result["skipped"] for result in results.values()):
+        del head["skipped"]
+    widths = {key: max(len(row[key]) for row in (head, *rows)) for key in head}
     lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
+    for row in (head, *rows):
+        first, *others = ((row[key], width) for key, width in widths.items())
+        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        lines.append("  ".join(cells))
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", LEGEND])

@@ -3,12 +3,14 @@
     OUT/config.json  OUT/summary.json  OUT/loss.png
     OUT/RECIPE/metrics.jsonl  OUT/RECIPE/checkpoint/state.safetensors  OUT/RECIPE/tensorboard/
 
-Opening it for resumption only reads. Only files of these names are ever removed.
+Only files of these names are ever removed. OUT/.lock keeps two processes from writing one run.
 """
 
+import fcntl
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from quaver.errors import UsageError
@@ -75,13 +77,24 @@ class RunDir:
         elif out.is_dir() and any(not name.startswith(".") for name in os.listdir(out)):
             raise UsageError(f"{out} holds other files and no run: choose another --out")
 
-    def start(self, config, resume=False):
-        """Makes the folder ready; without `resume` an earlier run's files go."""
-        if self.config_path.exists() and not resume:
-            self._remove(_read_json(self.config_path)["recipes"])
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not self.config_path.exists():
-            write_text(self.config_path, json.dumps(config, indent=2) + "\n")
+    @contextmanager
+    def started(self, config, resume=False):
+        """Makes the folder ready and keeps other processes out of it until the block ends. Without
+        `resume` an earlier run's files go."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {self.path}: {error.strerror}") from None
+        with open(self.path / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process loses it
+            except BlockingIOError:
+                raise UsageError(f"{self.path} is in use by another process") from None
+            if self.config_path.exists() and not resume:
+                self._remove(_read_json(self.config_path)["recipes"])
+            if not self.config_path.exists():
+                write_text(self.config_path, json.dumps(config, indent=2) + "\n")
+            yield
 
     def _remove(self, recipes):
         for name in recipes:

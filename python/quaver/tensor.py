@@ -27,6 +27,20 @@ def _implements(*ops):
     return register
 
 
+def _scale_shape(qdata: Tensor, granularity: str, block: int) -> tuple[int, ...]:
+    *rows, columns = qdata.shape or (1,)
+    if granularity == "tensor":
+        return ()
+    if granularity == "row":
+        return (*rows, 1)
+    if granularity == "block" and block > 0:
+        return (*rows, -(-columns // block))
+    raise ValueError(
+        f'ScaledTensor: granularity must be "tensor", "row" or "block", got {granularity!r} with '
+        f"block {block}"
+    )
+
+
 class ScaledTensor(torch.Tensor):
     """A tensor stored as low-precision `qdata` and f32 decode `scale`s.
 
@@ -40,7 +54,7 @@ class ScaledTensor(torch.Tensor):
 
     Raises:
         TypeError: a dtype that is none of the above.
-        ValueError: a scale that does not fit the granularity.
+        ValueError: an unknown granularity, or a scale that does not fit it.
     """
 
     qdata: Tensor
@@ -48,9 +62,7 @@ class ScaledTensor(torch.Tensor):
     amax: Tensor | None
 
     @staticmethod
-    def __new__(
-        cls, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128
-    ):
+    def __new__(cls, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128):
         return torch.Tensor._make_wrapper_subclass(
             cls, qdata.size(), strides=qdata.stride(), dtype=dtype, device=qdata.device
         )
@@ -62,8 +74,12 @@ class ScaledTensor(torch.Tensor):
             raise TypeError(f"ScaledTensor: qdata must be one of {QDTYPES}, got {qdata.dtype}")
         if scale.dtype != torch.float32:
             raise TypeError(f"ScaledTensor: scale must be float32, got {scale.dtype}")
-        if granularity == "tensor" and scale.numel() != 1:
-            raise ValueError(f"ScaledTensor: wanted one scale, got {tuple(scale.shape)}")
+        wanted = _scale_shape(qdata, granularity, block)
+        if scale.shape != wanted and (granularity != "tensor" or scale.numel() != 1):
+            raise ValueError(
+                f"ScaledTensor: wanted scales {tuple(wanted)} for granularity {granularity!r}, got "
+                f"{tuple(scale.shape)}"
+            )
         self.qdata = qdata
         self.scale = scale
         self.amax = amax
@@ -99,7 +115,7 @@ class ScaledTensor(torch.Tensor):
         amax = None if self.amax is None else function(self.amax)
         return self._like(function(self.qdata), function(self.scale), amax, dtype)
 
-    def _written(self) -> ScaledTensor:
+    def refresh_copies(self) -> ScaledTensor:
         """To be called after the contents changed: a weight's FP8 copies follow it."""
         copies = self.__dict__.get("fp8_weight")
         if copies is not None:
@@ -111,7 +127,9 @@ class ScaledTensor(torch.Tensor):
         if self.qdata.dtype == torch.bfloat16:
             self.qdata.copy_(value)
             self.scale.fill_(1.0)
-            return self._written()
+            if self.amax is not None:
+                self.amax.copy_(self.qdata.abs().amax() if self.numel() else 0.0)
+            return self.refresh_copies()
         value = value.to(torch.float32) if value.dtype == torch.float64 else value
         q, scale, amax = torch.ops.quaver.quantize(
             value.expand(self.shape).contiguous(),
@@ -128,7 +146,11 @@ class ScaledTensor(torch.Tensor):
         self.scale.copy_(scale)
         if self.amax is not None:
             self.amax.copy_(amax)
-        return self._written()
+        return self.refresh_copies()
+
+    def __getstate__(self):
+        """For files and copies; the FP8 copies of a weight are a function of it."""
+        return {k: v for k, v in self.__dict__.items() if k != "fp8_weight"}
 
     def __tensor_flatten__(self):
         names = ["qdata", "scale"] + (["amax"] if self.amax is not None else [])
@@ -166,45 +188,52 @@ def _decoded(func, args, kwargs):
     written = []
 
     def decode(argument, value):
-        if not isinstance(value, ScaledTensor):
-            return value
-        plain = value.dequantize()
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written.append((value, plain))
-        return plain
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+
+        def decode_one(t):
+            plain = t.dequantize()
+            if writes:
+                written.append((t, plain))
+            return plain
+
+        return tree_map_only(ScaledTensor, decode_one, value)
 
     schema = func._schema.arguments
-    plain_args = [
-        decode(s, a) if isinstance(a, Tensor) else tree_map_only(ScaledTensor, _dequantize, a)
-        for s, a in zip(schema, args, strict=False)
-    ]
     by_name = {s.name: s for s in schema}
-    plain_kwargs = {
-        k: decode(by_name[k], v)
-        if isinstance(v, Tensor)
-        else tree_map_only(ScaledTensor, _dequantize, v)
-        for k, v in kwargs.items()
-    }
-    out = func(*plain_args, **plain_kwargs)
+    plain_args = [decode(s, a) for s, a in zip(schema, args, strict=False)]
+    out = func(*plain_args, **{k: decode(by_name[k], v) for k, v in kwargs.items()})
+    targets = {}
     for target, plain in written:
         target._encode_(plain)
-        if out is plain:
-            out = target
-    return out
-
-
-def _dequantize(t: ScaledTensor) -> Tensor:
-    return t.dequantize()
+        targets[id(plain)] = target
+    return tree_map_only(Tensor, lambda t: targets.get(id(t), t), out) if targets else out
 
 
 @_implements(aten.detach.default, aten.alias.default)
 def _alias(func, x):
-    return x._map(func)
+    out = x._map(func)
+    if "fp8_weight" in x.__dict__:  # a write through `.data` reaches the copies too
+        out.fp8_weight = x.fp8_weight
+    return out
 
 
 @_implements(aten.clone.default)
 def _clone(func, x, *, memory_format=None):
     return x._map(aten.clone.default)
+
+
+@_implements(aten.new_empty_strided.default)
+def _new_empty_strided(func, x, size, stride, *, dtype=None, device=None, **kwargs):
+    """What autograd copies a gradient into that it may not keep: of the gradient's own kind."""
+    same = (
+        list(size) == list(x.shape)
+        and x.granularity == "tensor"
+        and dtype in (None, x.dtype)
+        and device in (None, x.device)
+    )
+    if not same:
+        return NotImplemented
+    return x._map(torch.empty_like)._like(func(x.qdata, size, stride))
 
 
 @_implements(aten._to_copy.default)
@@ -239,7 +268,7 @@ def _copy_(func, target, source, non_blocking=False):
     if target.amax is not None:
         known = source.amax is not None
         target.amax.copy_(source.amax if known else source.dequantize().abs().amax())
-    return target._written()
+    return target.refresh_copies()
 
 
 @_implements(aten.zero_.default)
@@ -247,7 +276,7 @@ def _zero_(func, x):
     x.qdata.zero_()
     if x.amax is not None:
         x.amax.zero_()
-    return x._written()
+    return x.refresh_copies()
 
 
 @_implements(aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar)
@@ -261,7 +290,7 @@ def _scale_(func, x, factor):
     func(x.scale, factor)
     if x.amax is not None:
         func(x.amax, factor).abs_()
-    return x._written()
+    return x.refresh_copies()
 
 
 @_implements(aten.add_.Tensor)

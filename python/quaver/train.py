@@ -22,7 +22,7 @@ from quaver.plot import plot_losses
 from quaver.progress import Progress, baseline, table
 from quaver.rundir import Metrics, RunDir
 
-__all__ = ["Interrupted", "Settings", "learning_rate", "run"]
+__all__ = ["Interrupted", "Job", "Settings", "learning_rate", "run"]
 
 CLIP = 1.0
 WEIGHT_DECAY = 0.1
@@ -126,24 +126,21 @@ def run(settings):
     config = _describe(settings, model_config, device, text)
     folder = RunDir(settings.out)
     folder.check(config, settings.resume, settings.overwrite)
-    results = folder.results() if settings.resume else {}
-    folder.start(config, settings.resume)
-
-    if text.skipped:
-        print(f"left out {len(text.skipped)} binary files, such as {text.skipped[0]}")
-    print(f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out; {device.type}")
-    job = _Job(settings, model_config, text, device, folder, config, writer)
-    summary = {"recipes": results, "machine": machine.describe(), "config": config}
-    losses = {}
-    with _stop_signals() as stop:
+    with folder.started(config, settings.resume), _stop_signals() as stop:
+        if text.skipped:
+            print(f"left out {len(text.skipped)} binary files, such as {text.skipped[0]}")
+        tokens, held_out = len(text.train), len(text.held_out)
+        print(f"{tokens:,} tokens to train on, {held_out:,} held out; {device.type}")
+        job = Job(settings, model_config, text, device, folder, writer)
+        results = folder.results() if settings.resume else {}
+        summary = {"recipes": results, "machine": machine.describe(), "config": config}
+        losses = {}
         for name in settings.recipe:
-            result, losses[name] = job.train(name, stop, done=results.get(name))
-            results[name] = result
+            results[name], losses[name] = job.train(name, stop, done=results.get(name))
             folder.write_summary(summary)
-    title = (
-        f"{settings.model}, {settings.batch * settings.accumulate} x {settings.seq} tokens a step"
-    )
-    plot_losses(folder.plot_path, losses, title, baseline(losses))
+        rows = settings.batch * settings.accumulate
+        title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
+        plot_losses(folder.plot_path, losses, title, baseline(losses))
     print(f"\n{table(results)}\n\n{folder.summary_path}  {folder.plot_path}")
     return summary
 
@@ -194,12 +191,12 @@ def _finite(value):
     return value if math.isfinite(value) else None
 
 
-class _Job:
-    """What all recipes of a run share."""
+class Job:
+    """What all recipes of a run share. `writer` makes TensorBoard logs of a folder, if any."""
 
-    def __init__(self, settings, model_config, text, device, folder, config, writer):
+    def __init__(self, settings, model_config, text, device, folder=None, writer=None):
         self.settings, self.model_config, self.text = settings, model_config, text
-        self.device, self.folder, self.config, self.writer = device, folder, config, writer
+        self.device, self.folder, self.writer = device, folder, writer
 
     def train(self, name, stop, done=None):
         """Trains recipe `name` from its checkpoint, or from the start. Returns its result and the
@@ -208,11 +205,14 @@ class _Job:
         if done is not None:
             with Metrics(self.folder.metrics_path(name), settings.steps) as metrics:
                 return done, [line["loss"] for line in metrics.lines]
-        model, optimizer = self._build(name)
+        model, optimizer = self.build(name)
         checkpoint = self.folder.checkpoint_path(name)
         start, skipped = 0, 0
         if settings.resume and checkpoint.exists():
-            state = qv.load(checkpoint, model, optimizer)
+            try:
+                state = qv.load(checkpoint, model, optimizer)
+            except qv.CheckpointError as error:
+                raise UsageError(f"{error}; without the file {name} starts anew") from None
             start, skipped = state["step"], state["extra"]["skipped"]
         with ExitStack() as stack:
             metrics = stack.enter_context(Metrics(self.folder.metrics_path(name), start))
@@ -225,7 +225,7 @@ class _Job:
                 board = self.writer(path, purge_step=start + 1)
                 stack.callback(board.close)
             for step in range(start + 1, settings.steps + 1):
-                line = self._step(name, model, optimizer, step)
+                line = self.step(name, model, optimizer, step)
                 line["skipped"] = skipped + optimizer.skipped
                 metrics.write(line)
                 progress.step(step, line)
@@ -246,7 +246,7 @@ class _Job:
             raise Interrupted
         return result, [line["loss"] for line in metrics.lines]
 
-    def _build(self, name):
+    def build(self, name):
         torch.manual_seed(self.settings.seed)
         # Initialised on the CPU: the same values whatever the device.
         model = models.build(self.model_config).to(self.device)
@@ -265,7 +265,7 @@ class _Job:
         settings = self.settings
         return self.text.batch(settings.seed, step, settings.batch, settings.seq, micro)
 
-    def _step(self, name, model, optimizer, step):
+    def step(self, name, model, optimizer, step):
         """One optimizer step; returns its line of metrics."""
         settings = self.settings
         began = time.perf_counter()

@@ -6,12 +6,14 @@ layouts; what backward needs of the input is its transposed FP8 copy, and nothin
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .. import recipe as recipes
 from ..tensor import ScaledTensor
@@ -30,6 +32,12 @@ def _padding(n: int) -> int:
 def _pad(x: Tensor) -> Tensor:
     rows, cols = _padding(x.shape[0]), _padding(x.shape[1])
     return F.pad(x, (0, cols, 0, rows)) if rows or cols else x
+
+
+def _poison(scale: Tensor, amax: Tensor) -> Tensor:
+    """The scale, or NaN where the amax is not finite: FP8 saturates an infinity to a number, which
+    would pass for a sound one all the way into the weights."""
+    return scale + (amax - amax)
 
 
 @dataclass(eq=False)
@@ -66,7 +74,6 @@ class GemmWeight:
         self.version = weight._version
 
 
-@torch._dynamo.allow_in_graph
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -74,8 +81,11 @@ class _LinearFunction(torch.autograd.Function):
         weight_grad,
     ):  # fmt: skip
         n = weight.shape[0]
-        rows = x.numel() // max(x.shape[-1], 1)
-        padded_bias = None if bias is None else F.pad(bias.detach(), (0, w_row.shape[0] - n))
+        rows = math.prod(x.shape[:-1])
+        if bias is not None and w_row.shape[0] != n:
+            padded_bias = F.pad(bias.detach(), (0, w_row.shape[0] - n))
+        else:
+            padded_bias = bias
         y = _ops.gemm(q, scale, w_row, w_scale, padded_bias, out_dtype, True)
         ctx.save_for_backward(qt, scale)
         # Not saved tensors: they belong to the module, and the optimizer rewrites them in place.
@@ -84,13 +94,15 @@ class _LinearFunction(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.weight, ctx.version = weight, weight._version
         return y[:rows, :n].reshape(*x.shape[:-1], n)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         qt, scale = ctx.saved_tensors
         n, k = ctx.weight_shape
-        dy = dy.reshape(-1, n)
+        dy = dy.reshape(math.prod(dy.shape[:-1]), n)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
         if needs_bias:
@@ -98,14 +110,19 @@ class _LinearFunction(torch.autograd.Function):
         if needs_x or needs_weight:
             g = _pad(dy)
             if needs_weight:
-                gq, gqt, g_scale, _ = _ops.cast_transpose(
+                gq, gqt, g_scale, amax = _ops.cast_transpose(
                     g, ctx.grad_dtype, None, ctx.history, True
                 )
             else:
-                gq, g_scale, _ = _ops.quantize(
+                gq, g_scale, amax = _ops.quantize(
                     g, ctx.grad_dtype, None, ctx.history, "tensor", 128, True, False, 0
                 )
+            g_scale = _poison(g_scale, amax)
         if needs_x:
+            if ctx.weight._version != ctx.version:
+                raise RuntimeError(
+                    "Linear: the weight was changed in place between this forward and its backward"
+                )
             dx = _ops.gemm(gq, g_scale, ctx.w_col, ctx.w_scale, None, ctx.out_dtype, False)
             dx = dx[: dy.shape[0], :k].reshape(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:
@@ -117,10 +134,9 @@ class _LinearFunction(torch.autograd.Function):
             if wide:
                 dw = dw.to(ctx.weight_dtype)
             elif ctx.weight_grad == "bf16":
-                one = g_scale.new_ones(())
-                dw = ScaledTensor(
-                    dw.to(torch.bfloat16).contiguous(), one, one * 0, ctx.weight_dtype
-                )
+                dw = dw.to(torch.bfloat16).contiguous()
+                amax = dw.abs().amax().float()
+                dw = ScaledTensor(dw, torch.ones_like(amax), amax, ctx.weight_dtype)
             else:
                 q, s, amax = _ops.quantize(
                     dw, recipes.E4M3, None, None, "tensor", 128, True, False, 0
@@ -174,6 +190,9 @@ class Linear(nn.Linear):
         rule = recipes.get(recipe).linear
         if rule is None:
             raise ValueError(f"Linear: recipe {recipes.get(recipe).name!r} has no FP8 linear layer")
+        # Compiled graphs take the function whole: its backward makes a ScaledTensor. Not at import,
+        # because this imports the compiler.
+        torch.compiler.allow_in_graph(_LinearFunction)
         self.rule = rule
         self.weight = convert_weight(self.weight, rule) if weight is None else weight
         for name in ("input_history", "grad_history"):
@@ -181,6 +200,7 @@ class Linear(nn.Linear):
             if rule.scaling == "delayed":
                 state = torch.zeros(HISTORY_STATE, device=self.weight.device)
             self.register_buffer(name, state)
+        self.history_before = None
         self.refresh()
 
     def refresh(self) -> GemmWeight:
@@ -188,7 +208,8 @@ class Linear(nn.Linear):
         weight = self.weight
         copies = weight.__dict__.get("fp8_weight")
         if copies is None or copies.row.device != weight.device:
-            with torch.no_grad():
+            # Never inference tensors: the optimizer could not write them later.
+            with torch.inference_mode(False), torch.no_grad():
                 encoded = GemmWeight.encode(weight.detach(), self.rule.weight)
             copies = weight.fp8_weight = GemmWeight(*encoded, weight._version)
         elif copies.version != weight._version:
@@ -207,24 +228,40 @@ class Linear(nn.Linear):
 
     def _cast(self, x: Tensor, both: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """The input's codes, their transpose where `both`, and the scale."""
-        compiling = torch.compiler.is_compiling()
-        key = None if compiling else (x._version, both, self.rule.input, self.training)
-        found = None if compiling else _last_cast.find(x, key)
+        # Compiled graphs and inference tensors have no versions to recognise an input by.
+        anonymous = torch.compiler.is_compiling() or x.is_inference()
+        key = None if anonymous else (x._version, both, self.rule.input, self.training)
+        found = None if anonymous else _last_cast.find(x, key)
         if found is not None:
             return found
-        flat = _pad(x.detach().reshape(-1, self.in_features))
-        # Evaluation leaves no trace in the history: it casts just in time.
-        history = self.input_history if self.training else None
+        flat = _pad(x.detach().reshape(math.prod(x.shape[:-1]), self.in_features))
+        history = self._history(anonymous)
         if both:
-            q, qt, scale, _ = _ops.cast_transpose(flat, self.rule.input, None, history, True)
+            q, qt, scale, amax = _ops.cast_transpose(flat, self.rule.input, None, history, True)
         else:
-            q, scale, _ = _ops.quantize(
+            q, scale, amax = _ops.quantize(
                 flat, self.rule.input, None, history, "tensor", 128, True, False, 0
             )
             qt = None
-        if not compiling:
+        scale = _poison(scale, amax)
+        if not anonymous:
             _last_cast.keep(x, key, (q, qt, scale))
         return q, qt, scale
+
+    def _history(self, compiling: bool) -> Tensor | None:
+        """The input history that a cast reads and updates.
+
+        Evaluation leaves no trace in it and casts just in time. Activation checkpointing runs a
+        forward again inside the backward: it reads the history as the forward found it, so that
+        its codes are the forward's, and leaves no second trace.
+        """
+        history = self.input_history if self.training else None
+        if history is None or compiling:
+            return history
+        if torch._C._current_graph_task_id() != -1:
+            return None if self.history_before is None else self.history_before.clone()
+        self.history_before = history.clone()
+        return history
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -252,6 +289,9 @@ class Linear(nn.Linear):
             state = getattr(self, name)
             if state is not None and state.dtype != torch.float32:
                 setattr(self, name, state.float())
+        copies = self.weight.__dict__.get("fp8_weight")
+        if copies is not None:
+            copies.version = -1  # a weight that got other data kept its version
         self.refresh()
         return self
 

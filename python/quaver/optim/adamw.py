@@ -38,9 +38,19 @@ class AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict:  # torch's has the groups and states only; for deepcopy
+        return {**super().__getstate__(), "recipe": self.recipe, "_skipped": self._skipped}
+
     def add_param_group(self, group: dict) -> None:
         super().add_param_group(group)
-        added = self.param_groups[-1]
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @staticmethod
+    def _check(added: dict) -> None:
         lr, (beta1, beta2) = added["lr"], added["betas"]
         if not float(lr) >= 0:
             raise ValueError(f"AdamW: lr must be >= 0, got {lr}")
@@ -103,7 +113,7 @@ class AdamW(torch.optim.Optimizer):
         hyper = torch.tensor([h for _, h in items], dtype=torch.float64).to(device)
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-        _, grad_amax = ops.grad_norm(grads)
+        grad_amax = self._amax(grads)
         grad_values, grad_scales, _ = ops.parts(grads)
         copies = [self._fused_copies(p) for p in params]
         none = grad_amax.new_empty(0)
@@ -125,13 +135,25 @@ class AdamW(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(p)
             if c is not None:
                 c.version = p._version
+            elif isinstance(p, ScaledTensor):
+                p.refresh_copies()  # a compiled graph would not find out
+
+    @staticmethod
+    def _amax(grads: list[Tensor]) -> Tensor:
+        """Each gradient's amax, float32 [n]. FP8 gradients carry theirs; plain ones are read."""
+        carried = [g.amax if isinstance(g, ScaledTensor) else None for g in grads]
+        plain = [g for g, amax in zip(grads, carried, strict=True) if amax is None]
+        computed = iter(ops.grad_norm(plain)[1].unbind() if plain else ())
+        return torch.stack([next(computed) if amax is None else amax for amax in carried])
 
     @staticmethod
     def _fused_copies(p: Tensor):
-        """The FP8 copies that the step can write itself: those of a master, without padding, and
-        in step with it."""
+        """The FP8 copies that the step can write itself: e4m3 of a master, without padding, and in
+        step with it."""
         copies = p.__dict__.get("fp8_weight")
         if copies is None or not isinstance(p, ScaledTensor) or copies.row.shape != p.shape:
+            return None
+        if copies.row.dtype != torch.float8_e4m3fn:
             return None
         return copies if copies.version == p._version else None
 

@@ -1,0 +1,99 @@
+"""The main job: fp8lm-o2 against bf16, same model, same batches, three seeds.
+
+Quality, memory and saved activations from whole runs of `quaver train`; speed from training steps
+of both recipes by turns in one process, since a machine drifts over the minutes of a run.
+"""
+
+import argparse
+import sys
+import tempfile
+from statistics import fmean
+
+import common
+
+from quaver import data, models, train
+
+BARS = {
+    "loss_percent": 1.0,  # at most, of the final losses
+    "bytes_per_param": 6.05,  # at most: master + grad + exp_avg + exp_avg_sq
+    "activation_ratio": 0.55,  # at most, of the bytes that linear layers save
+    "speed_ratio": 0.6,  # at least, tokens/s on a CPU
+}
+
+
+def quality(settings, seed):
+    with tempfile.TemporaryDirectory() as out:
+        summary = train.run(train.Settings(**settings, seed=seed, out=out))
+    base, ours = (summary["recipes"][name] for name in settings["recipe"])
+    memory, base_memory = ours["memory"], base["memory"]
+    return {
+        "seed": seed,
+        "loss": [base["final_loss"], ours["final_loss"]],
+        "val_loss": [base["val_loss"], ours["val_loss"]],
+        "loss_percent": (ours["final_loss"] / base["final_loss"] - 1) * 100,
+        "val_loss_percent": (ours["val_loss"] / base["val_loss"] - 1) * 100,
+        "bytes_per_param": memory["bytes_per_param"]["state"],
+        "bytes_per_param_baseline": base_memory["bytes_per_param"]["state"],
+        "activation_ratio": memory["activation_linear"] / base_memory["activation_linear"],
+        "activation_ratio_all": memory["activation"] / base_memory["activation"],
+    }
+
+
+def speed(settings, pairs):
+    settings = train.Settings(**settings)
+    text = data.load(settings.data, settings.seq)
+    config = models.load(settings.model).replace(vocab=text.vocab)
+    job = train.Job(settings, config, text, train.machine.choose_device(settings.device))
+    steps = []
+    for name in settings.recipe:
+        model, optimizer = job.build(name)
+        steps.append(lambda n=name, m=model, o=optimizer: job.step(n, m, o, 1))
+    for step in steps * 3:
+        step()
+    base, ours = settings.recipe
+    return common.compare(f"{ours} step", *steps, baseline_name=f"{base} step", pairs=pairs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--recipes", default="bf16,fp8lm-o2", help="baseline,candidate")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=common.PAIRS)
+    args = parser.parse_args()
+    settings = {
+        "model": args.model,
+        "recipe": tuple(args.recipes.split(",")),
+        "steps": args.steps,
+        "batch": args.batch,
+        "seq": args.seq,
+    }
+    print(common.describe(common.machine()))
+    row = speed(settings, args.pairs)
+    rows = [quality(settings, seed) for seed in range(args.seeds)]
+    for one in rows:
+        a, b = one["loss"]
+        print(f"seed {one['seed']}: final loss {a:.4f} and {b:.4f}, {one['loss_percent']:+.2f} %")
+    found = {
+        "loss_percent": fmean(one["loss_percent"] for one in rows),
+        "bytes_per_param": max(one["bytes_per_param"] for one in rows),
+        "activation_ratio": max(one["activation_ratio"] for one in rows),
+        "speed_ratio": row["ratio"],
+    }
+    failed = []
+    for key, bar in BARS.items():
+        least = key == "speed_ratio"
+        good = found[key] >= bar if least else found[key] <= bar
+        failed += [] if good else [key]
+        words = "at least" if least else "at most"
+        print(f"{key:<18}{found[key]:8.3f}   {words} {bar:<6}{'yes' if good else 'NO'}")
+    common.save("train", [row, *rows])
+    if failed:
+        sys.exit(f"train: {', '.join(failed)} out of bounds")
+
+
+if __name__ == "__main__":
+    main()

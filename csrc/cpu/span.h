@@ -1,0 +1,247 @@
+// Spans of values to f32 and back: the conversions that every vector loop begins and ends with.
+// First in plain C++ for any type and machine, then by hand where an instruction set has something
+// better for f16 and FP8. All give the bits of include/quaver/fp8.h.
+//
+// For simd.cpp only, which is compiled once per instruction set.
+#pragma once
+
+#include "quaver/codec.h"
+
+#if defined(__SSE2__)
+// gcc 12 takes the "undefined" operand inside its own intrinsics for a mistake.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#endif
+
+namespace quaver::cpu::QUAVER_ISA {
+namespace {
+
+#define QUAVER_SIMD _Pragma("omp simd")
+
+template <class T>
+inline void load(float* __restrict out, const T* __restrict x, int64_t n, float scale) {
+  QUAVER_SIMD
+  for (int64_t i = 0; i < n; ++i) out[i] = TensorCodec<T>::decode(x[i], scale);
+}
+
+template <class T>
+inline void store(T* __restrict out, const float* __restrict x, int64_t n, float inverse_scale) {
+  QUAVER_SIMD
+  for (int64_t i = 0; i < n; ++i) out[i] = TensorCodec<T>::encode(x[i], inverse_scale);
+}
+
+template <class T>
+inline void store_divided(T* __restrict out, const float* __restrict x, int64_t n, float scale) {
+  QUAVER_SIMD
+  for (int64_t i = 0; i < n; ++i) out[i] = encode_nearest<T>(x[i] / scale);
+}
+
+#if defined(__AVX512F__)
+// The same bits as fp8.h's f16: saturate and make NaN canonical around the instruction, which does
+// neither.
+template <>
+inline void load<f16>(float* __restrict out, const f16* __restrict x, int64_t n, float scale) {
+  int64_t i = 0;
+  const __m512 s = _mm512_set1_ps(scale);
+  for (; i + 16 <= n; i += 16) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_cvtph_ps(h), s));
+  }
+  for (; i < n; ++i) out[i] = TensorCodec<f16>::decode(x[i], scale);
+}
+
+inline void store_f16(f16* __restrict out, const float* __restrict x, int64_t n, float factor,
+                      bool divide) {
+  int64_t i = 0;
+  const __m512 s = _mm512_set1_ps(factor);
+  const __m512 max = _mm512_set1_ps(Format<f16>::finite_max);
+  const __m512 min = _mm512_set1_ps(-Format<f16>::finite_max);
+  const __m256i nan = _mm256_set1_epi16(static_cast<short>(Format<f16>::nan_code));
+  for (; i + 16 <= n; i += 16) {
+    __m512 v = _mm512_loadu_ps(x + i);
+    v = divide ? _mm512_div_ps(v, s) : _mm512_mul_ps(v, s);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    v = _mm512_max_ps(_mm512_min_ps(v, max), min);
+    const __m256i h = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                        _mm256_mask_blend_epi16(is_nan, h, nan));
+  }
+  for (; i < n; ++i) out[i] = encode_nearest<f16>(divide ? x[i] / factor : x[i] * factor);
+}
+#elif defined(__F16C__)
+// The same bits as fp8.h's f16: saturate and make NaN canonical around the instruction, which does
+// neither.
+template <>
+inline void load<f16>(float* __restrict out, const f16* __restrict x, int64_t n, float scale) {
+  int64_t i = 0;
+  const __m256 s = _mm256_set1_ps(scale);
+  for (; i + 8 <= n; i += 8) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+    _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_cvtph_ps(h), s));
+  }
+  for (; i < n; ++i) out[i] = TensorCodec<f16>::decode(x[i], scale);
+}
+
+inline void store_f16(f16* __restrict out, const float* __restrict x, int64_t n, float factor,
+                      bool divide) {
+  int64_t i = 0;
+  const __m256 s = _mm256_set1_ps(factor);
+  const __m256 max = _mm256_set1_ps(Format<f16>::finite_max);
+  const __m256 min = _mm256_set1_ps(-Format<f16>::finite_max);
+  for (; i + 8 <= n; i += 8) {
+    __m256 v = _mm256_loadu_ps(x + i);
+    v = divide ? _mm256_div_ps(v, s) : _mm256_mul_ps(v, s);
+    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    v = _mm256_max_ps(_mm256_min_ps(v, max), min);
+    __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    if (_mm256_movemask_ps(nan) != 0) {
+      const __m256i wide = _mm256_castps_si256(nan);
+      const __m128i mask =
+          _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extractf128_si256(wide, 1));
+      h = _mm_blendv_epi8(h, _mm_set1_epi16(0x7fff), mask);
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), h);
+  }
+  for (; i < n; ++i) out[i] = encode_nearest<f16>(divide ? x[i] / factor : x[i] * factor);
+}
+#endif
+
+#if defined(__F16C__)
+// FP8 widens to f16 by shifts, subnormals included: e5m2 is f16's upper byte, and e4m3 with its
+// exponent in place is 2^-8 times its value. The instruction that widens f16 does the rest.
+#if defined(__AVX512F__)
+constexpr int64_t kWide = 32;
+using Halves = __m512i;
+
+inline Halves widen(const void* x) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(x)));
+}
+inline Halves e4m3_halves(Halves c) {
+  const Halves magnitude = _mm512_and_si512(c, _mm512_set1_epi16(0x7f));
+  const Halves sign = _mm512_and_si512(_mm512_slli_epi16(c, 8), _mm512_set1_epi16(-0x8000));
+  const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+  const Halves half =
+      _mm512_mask_blend_epi16(nan, _mm512_slli_epi16(magnitude, 7), _mm512_set1_epi16(0x7e00));
+  return _mm512_or_si512(half, sign);
+}
+inline Halves e5m2_halves(Halves c) { return _mm512_slli_epi16(c, 8); }
+inline void store_halves(float* out, Halves h, float scale) {
+  const __m512 s = _mm512_set1_ps(scale);
+  const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
+  const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
+  _mm512_storeu_ps(out, _mm512_mul_ps(low, s));
+  _mm512_storeu_ps(out + 16, _mm512_mul_ps(high, s));
+}
+#else
+constexpr int64_t kWide = 16;
+using Halves = __m256i;
+
+inline Halves widen(const void* x) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(x)));
+}
+inline Halves e4m3_halves(Halves c) {
+  const Halves magnitude = _mm256_and_si256(c, _mm256_set1_epi16(0x7f));
+  const Halves sign = _mm256_and_si256(_mm256_slli_epi16(c, 8), _mm256_set1_epi16(-0x8000));
+  const Halves nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+  const Halves half =
+      _mm256_blendv_epi8(_mm256_slli_epi16(magnitude, 7), _mm256_set1_epi16(0x7e00), nan);
+  return _mm256_or_si256(half, sign);
+}
+inline Halves e5m2_halves(Halves c) { return _mm256_slli_epi16(c, 8); }
+inline void store_halves(float* out, Halves h, float scale) {
+  const __m256 s = _mm256_set1_ps(scale);
+  const __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
+  const __m256 high = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
+  _mm256_storeu_ps(out, _mm256_mul_ps(low, s));
+  _mm256_storeu_ps(out + 8, _mm256_mul_ps(high, s));
+}
+#endif
+
+template <>
+inline void load<e4m3>(float* __restrict out, const e4m3* __restrict x, int64_t n, float scale) {
+  int64_t i = 0;
+  // Two exact steps: scale * 2^8 may overflow where scale * value does not.
+  const bool exact = scale < 1e30f;
+  for (; exact && i + kWide <= n; i += kWide)
+    store_halves(out + i, e4m3_halves(widen(x + i)), scale * 256.0f);
+  for (; i < n; ++i) out[i] = TensorCodec<e4m3>::decode(x[i], scale);
+}
+
+template <>
+inline void load<e5m2>(float* __restrict out, const e5m2* __restrict x, int64_t n, float scale) {
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) store_halves(out + i, e5m2_halves(widen(x + i)), scale);
+  for (; i < n; ++i) out[i] = TensorCodec<e5m2>::decode(x[i], scale);
+}
+
+template <>
+inline void store<f16>(f16* __restrict out, const float* __restrict x, int64_t n,
+                       float inverse_scale) {
+  store_f16(out, x, n, inverse_scale, false);
+}
+
+template <>
+inline void store_divided<f16>(f16* __restrict out, const float* __restrict x, int64_t n,
+                               float scale) {
+  store_f16(out, x, n, scale, true);
+}
+#endif
+
+#if defined(__AVX512F__)
+// fp8.h's nearest-even encoding of 16 values, in half of the instructions that the compiler needs.
+// Adding a power of two whose ulp is the code's rounds; the sum's low bits are then the mantissa,
+// with the implicit one for normal values, and the exponent goes on top.
+template <class T>
+inline __m128i encode16(__m512 v) {
+  using F = Format<T>;
+  constexpr int drop = 23 - F::mantissa;
+  constexpr int exponent = 127 + 1 - F::bias;  // of the smallest normal value
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i positive = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+  const __m512 a = _mm512_min_ps(_mm512_castsi512_ps(positive), _mm512_set1_ps(F::finite_max));
+  const __m512i e =
+      _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7f800000)),
+                       _mm512_set1_epi32(exponent << 23));
+  const __m512i magic = _mm512_add_epi32(e, _mm512_set1_epi32(drop << 23));
+  const __m512 sum = _mm512_add_ps(a, _mm512_castsi512_ps(magic));
+  const __m512i mantissa = _mm512_sub_epi32(_mm512_castps_si512(sum), magic);
+  __m512i code = _mm512_add_epi32(mantissa, _mm512_srli_epi32(e, drop));
+  code = _mm512_sub_epi32(code, _mm512_set1_epi32(exponent << F::mantissa));
+  // code | (bits >> 24 & 0x80)
+  code =
+      _mm512_ternarylogic_epi32(code, _mm512_srli_epi32(bits, 24), _mm512_set1_epi32(0x80), 0xf8);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  code = _mm512_mask_mov_epi32(code, nan, _mm512_set1_epi32(F::nan_code));
+  return _mm512_cvtepi32_epi8(code);
+}
+
+template <class T, bool kDivide>
+inline void store_fp8(T* __restrict out, const float* __restrict x, int64_t n, float factor) {
+  const __m512 f = _mm512_set1_ps(factor);
+  auto scaled = [f](__m512 v) { return kDivide ? _mm512_div_ps(v, f) : _mm512_mul_ps(v, f); };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     encode16<T>(scaled(_mm512_loadu_ps(x + i))));
+  if (i == n) return;
+  const __mmask16 rest = static_cast<__mmask16>((1u << (n - i)) - 1u);
+  _mm_mask_storeu_epi8(out + i, rest, encode16<T>(scaled(_mm512_maskz_loadu_ps(rest, x + i))));
+}
+
+#define QUAVER_STORE_FP8(T)                                                                     \
+  template <>                                                                                   \
+  inline void store<T>(T* __restrict out, const float* __restrict x, int64_t n, float factor) { \
+    store_fp8<T, false>(out, x, n, factor);                                                     \
+  }                                                                                             \
+  template <>                                                                                   \
+  inline void store_divided<T>(T* __restrict out, const float* __restrict x, int64_t n,         \
+                               float factor) {                                                  \
+    store_fp8<T, true>(out, x, n, factor);                                                      \
+  }
+QUAVER_STORE_FP8(e4m3)
+QUAVER_STORE_FP8(e5m2)
+#undef QUAVER_STORE_FP8
+#endif
+
+}  // namespace
+}  // namespace quaver::cpu::QUAVER_ISA

@@ -1,0 +1,289 @@
+"""Plain-torch oracles of every op: slow, short and plainly right. Tests compare against them.
+
+Where an op promises bits, its oracle gives the bits; `gemm`, `grad_norm` and `adamw` are f64.
+Scales decode: x ~= scale * q.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import deque
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+E4M3, E5M2, F16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float16
+FORMATS = {E4M3: (8, 3, 7), E5M2: (8, 2, 15), F16: (16, 10, 15)}  # width, mantissa bits, bias
+MASTER_TO_FP8 = 128.0  # the scale of a weight's e4m3 copy over that of its f16 master (dtype.h)
+MIN_SCALE = 2.0**-126
+HISTORY = 16
+
+
+def scale_max(dtype: torch.dtype) -> float:
+    """What an amax is scaled to: the finite maximum, but for f16 e4m3's times 2^7 (dtype.h)."""
+    return torch.finfo(E4M3).max * MASTER_TO_FP8 if dtype == F16 else torch.finfo(dtype).max
+
+
+def scale_from_amax(
+    amax: Tensor, dtype: torch.dtype, power_of_two: bool = True, previous: float = 1.0
+) -> Tensor:
+    """amax / maximum in f32, or the smallest power of two that is not below it.
+
+    FP8-LM (arXiv 2310.18313), section 2.2: 2^floor(log2(maximum / amax)) on the encode side.
+    An amax of 0, and one that is not finite, keeps `previous`.
+    """
+    usable = (amax > 0) & amax.isfinite()
+    amax = torch.where(usable, amax.float(), 1.0)
+    scale = amax / scale_max(dtype)
+    if power_of_two:  # in f64 the quotient is a power of two exactly where the true one is
+        mantissa, exponent = torch.frexp(amax.double() / scale_max(dtype))
+        scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int()).float()
+    return torch.where(usable, scale.clamp(min=MIN_SCALE), previous)
+
+
+@functools.cache
+def magnitudes(dtype: torch.dtype) -> Tensor:
+    """The f64 value of every finite code without a sign, ascending: the index is the code.
+
+    OCP 8-bit Floating Point Specification 1.0, section 5; IEEE 754 for f16.
+    """
+    width, mantissa, bias = FORMATS[dtype]
+    code = torch.arange(2 ** (width - 1))
+    exponent, fraction = code >> mantissa, (code & (2**mantissa - 1)).double()
+    significand = torch.where(exponent == 0, fraction, fraction + 2.0**mantissa)
+    value = torch.ldexp(significand, exponent.clamp(min=1) - bias - mantissa)
+    return value[value <= torch.finfo(dtype).max]
+
+
+def encode(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest value of the format, ties to the even code, saturating; NaN is all ones."""
+    table = magnitudes(dtype)
+    middle = (table[1:] + table[:-1]) / 2  # exact in f64
+    magnitude = x.double().abs().contiguous()
+    code = torch.searchsorted(middle, magnitude)  # at a tie, the code below
+    tie = magnitude == middle[code.clamp(max=len(middle) - 1)]
+    code += tie & (code % 2 == 1)
+    return _from_codes(code, x, dtype)
+
+
+def _from_codes(code: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes of magnitudes, with the sign of x, and x's NaNs."""
+    sign = 1 << (FORMATS[dtype][0] - 1)
+    code = torch.where(x.isnan(), sign - 1, code + sign * x.signbit())
+    return code.to(torch.uint16 if dtype == F16 else torch.uint8).view(dtype)
+
+
+def philox(seed: int, counter: Tensor) -> Tensor:
+    """The four 32-bit words [..., 4] of Philox4x32-10 (Salmon et al., SC 2011, section 3.3)."""
+    mask = 0xFFFFFFFF
+    key = [seed & mask, seed >> 32 & mask]
+    c = [counter & mask, counter >> 32 & mask, torch.zeros_like(counter), torch.zeros_like(counter)]
+
+    def product(constant, x):  # high and low words; int64 holds 32 x 16 bits
+        low = constant * (x & 0xFFFF)
+        high = constant * (x >> 16) + (low >> 16)
+        return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+    for _ in range(10):
+        high0, low0 = product(0xD2511F53, c[0])
+        high1, low1 = product(0xCD9E8D57, c[2])
+        c = [high1 ^ c[1] ^ key[0], low1, high0 ^ c[3] ^ key[1], low0]
+        key = [key[0] + 0x9E3779B9 & mask, key[1] + 0xBB67AE85 & mask]
+    return torch.stack(c, -1)
+
+
+def encode_stochastic(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """Up with the probability of the dropped fraction: one Philox word for each flat index."""
+    _, mantissa, bias = FORMATS[dtype]
+    dropped = 23 - mantissa  # bits of an f32 that the format lacks
+    flat = x.double().abs().flatten()
+    index = torch.arange(flat.numel())
+    words = philox(seed, index // 4).gather(1, (index % 4)[:, None])[:, 0]
+    _, exponent = torch.frexp(flat)
+    ulp = torch.ldexp(torch.ones_like(flat), exponent.clamp(min=2 - bias) - 1 - mantissa)
+    known = torch.floor(flat / ulp * 2.0**dropped)  # finer than that is lost, in subnormals only
+    noise = (words & (2**dropped - 1)).double()
+    value = torch.floor((known + noise) / 2.0**dropped) * ulp
+    codes = torch.searchsorted(magnitudes(dtype), value).clamp(max=len(magnitudes(dtype)) - 1)
+    return _from_codes(codes.reshape(x.shape), x, dtype)
+
+
+def quantize(
+    x: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    granularity: str = "tensor",
+    block: int = 128,
+    power_of_two: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, scale and amax: q = encode(x / scale), with an f32 division."""
+    x = x.float()
+    if granularity == "tensor":
+        amax = x.abs().amax() if x.numel() else torch.zeros(())
+    else:
+        line = x if x.dim() else x[None]
+        width = block if granularity == "block" else max(line.shape[-1], 1)
+        count = 1 if granularity == "row" else -(-line.shape[-1] // width)
+        padded = F.pad(line, (0, count * width - line.shape[-1]))
+        amax = padded.reshape(*line.shape[:-1], count, width).abs().amax(-1)
+    if scale is None:
+        scale = scale_from_amax(amax, dtype, power_of_two)
+    return encode(x / expand_scale(scale, x, granularity, block), dtype), scale, amax
+
+
+def expand_scale(scale: Tensor, x: Tensor, granularity: str, block: int = 128) -> Tensor:
+    """The scales, shaped to multiply x."""
+    if granularity == "block":
+        scale = scale.repeat_interleave(block, -1)[..., : x.shape[-1] if x.dim() else 1]
+    return scale if x.dim() else scale.reshape(())
+
+
+def dequantize(
+    q: Tensor, scale: Tensor, dtype: torch.dtype, granularity: str = "tensor", block: int = 128
+) -> Tensor:
+    """scale * q in f32, then rounded to `dtype`; f16 saturates, as every encoding does."""
+    value = q.float() * expand_scale(scale, q, granularity, block)
+    return encode(value, F16) if dtype == F16 else value.to(dtype)
+
+
+def cast_transpose(
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, its transpose, scale and amax."""
+    q, scale, amax = quantize(x, dtype, scale, power_of_two=power_of_two)
+    return q, q.t().contiguous(), scale, amax
+
+
+class DelayedScale:
+    """Delayed scaling (FP8-LM's reference, MS-AMP): just in time for the first 16 casts, then from
+    the maximum of the last 16 amaxes. A non-finite amax empties the history."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.history: deque[float] = deque(maxlen=HISTORY)
+
+    def cast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale = None
+        if len(self.history) == HISTORY:
+            scale = scale_from_amax(torch.tensor(max(self.history)), self.dtype)
+        q, scale, amax = quantize(x, self.dtype, scale)
+        if amax.isfinite():
+            self.history.append(amax.item())
+        else:
+            self.history.clear()
+        return q, scale, amax
+
+
+def gemm(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """scale_a * scale_b * a @ b.T + bias in f64; scales are 0-D or [rows, 1]."""
+    y = (a.double() * scale_a.double()) @ (b.double() * scale_b.double()).t()
+    return y if bias is None else y + bias.double()
+
+
+def gemm_tolerance(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, out_dtype: torch.dtype,
+    addend: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """|gemm - f64| of any order of f32 sums: K roundings of the magnitudes' sum, one of the result.
+
+    Higham, Accuracy and Stability of Numerical Algorithms, section 3.1; the products are exact.
+    """
+    magnitude = gemm(a.float().abs(), scale_a.abs(), b.float().abs(), scale_b.abs())
+    if addend is not None:
+        magnitude = magnitude + addend.double().abs()
+    last = torch.finfo(out_dtype).eps / 2
+    return magnitude * ((a.shape[1] + 4) * 2.0**-24 + last) + torch.finfo(out_dtype).tiny
+
+
+def accumulate(
+    q: Tensor, scale: Tensor, amax: Tensor, other: Tensor, other_scale: Tensor | None = None,
+    other_amax: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q + other in f32, re-encoded just in time (MS-AMP's add_to_fp8); bf16 has scale 1."""
+    one = torch.ones(())
+    total = q.float() * scale + other.float() * (one if other_scale is None else other_scale)
+    seen = total.abs().amax() if total.numel() else torch.zeros(())
+    if q.dtype == torch.bfloat16:
+        new, codes = one, total.to(torch.bfloat16)
+    else:
+        new = scale_from_amax(seen, q.dtype, previous=scale)
+        codes = encode(total / new, q.dtype)
+    finite = amax.isfinite() & (one if other_amax is None else other_amax).isfinite()
+    return codes, new, torch.where(finite, seen, torch.nan)
+
+
+def grad_norm(values: list[Tensor], scales: list[Tensor]) -> tuple[float, list[float]]:
+    """The two-norm over all gradients in f64, and each one's amax."""
+    decoded = [v.double() * s.double() for v, s in zip(values, scales, strict=True)]
+    norm = math.sqrt(sum(g.square().sum().item() for g in decoded))
+    return norm, [g.abs().max().item() if g.numel() else 0.0 for g in decoded]
+
+
+def adamw(
+    w: Tensor, m: Tensor, v: Tensor, g: Tensor, t: int, lr, beta1, beta2, eps, weight_decay
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step t (from 1) of AdamW in f64: weight, exp_avg, exp_avg_sq.
+
+    Loshchilov & Hutter, arXiv 1711.05101, algorithm 2.
+    """
+    w, m, v, g = w.double(), m.double(), v.double(), g.double()
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    update = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    return w - lr * weight_decay * w - lr * update, m, v
+
+
+def update_bound(t: int, lr, beta1, beta2) -> float:
+    """Upper bound of |w' - decay * w|: Cauchy-Schwarz on the two moving averages (adam.h)."""
+    c1, c2 = 1 - beta1**t, 1 - beta2**t
+    ratio = beta1 * beta1 / beta2 if beta2 > 0 else 1.0
+    terms = 1 / (1 - ratio) if ratio < 1 else t
+    peak = (1 - beta1) * math.sqrt(terms / (1 - beta2)) * math.sqrt(c2) / c1
+    return 2 * abs(lr) * max(peak, 1.0)
+
+
+def adamw_fp8(
+    states: list[tuple[Tensor, Tensor, Tensor]], g: Tensor, g_amax: Tensor, t: int, lr, beta1,
+    beta2, eps, weight_decay,
+) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Step t of AdamW on stored (codes, scale, amax) of weight, exp_avg and exp_avg_sq.
+
+    FP8-LM, section 2.2, in one pass: each new scale comes from a bound of the new amax that is
+    known before (adam.h), and the amax of what was stored is what the next starts from. f32, in
+    the order of adam.h, so that every bit can be compared. Unscaled states have scale 1.
+    """
+    f32 = functools.partial(torch.tensor, dtype=torch.float32)
+    w, m, v = (codes.float() * scale for codes, scale, _ in states)
+    g = g.float()
+    b1, r1, b2, r2 = f32(beta1), f32(1 - beta1), f32(beta2), f32(1 - beta2)
+    m = b1 * m + r1 * g
+    v = b2 * v + r2 * (g * g)
+    root = v.double().sqrt().float()  # correctly rounded, as torch's f32 sqrt is not always
+    denominator = root * f32(1 / math.sqrt(1 - beta2**t)) + f32(eps)
+    w = f32(1 - lr * weight_decay) * w - f32(lr / (1 - beta1**t)) * (m / denominator)
+
+    top = g_amax * 1.125  # rounding to FP8 may have raised it
+    bounds = [
+        states[0][2] + f32(update_bound(t, lr, beta1, beta2)),
+        b1 * states[1][2] + r1 * top,
+        b2 * states[2][2] + r2 * (top * top),
+    ]
+    stored = []
+    for value, bound, (codes, scale, _) in zip((w, m, v), bounds, states, strict=True):
+        if codes.dtype in FORMATS:
+            scale = scale_from_amax(bound, codes.dtype, previous=scale)
+            codes = encode(value / scale, codes.dtype)
+        else:
+            codes = value.to(codes.dtype)
+        amax = (codes.float() * scale).abs().amax() if codes.numel() else f32(0.0)
+        stored.append((codes, scale, amax))
+    return stored
+
+
+def fp8_weight(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The e4m3 GEMM copy of an f16 master, and its scale: a function of the codes (dtype.h)."""
+    return encode(codes.float() / MASTER_TO_FP8, E4M3), scale * MASTER_TO_FP8

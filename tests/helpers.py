@@ -1,0 +1,79 @@
+"""What the tests share."""
+
+import contextlib
+
+import torch
+
+from quaver import _C
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# What an op's refusal arrives as; the stable ABI of some torch versions keeps the C++ type.
+REFUSAL = (RuntimeError, ValueError)
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(t):
+    return t.detach().contiguous().view(_BITS[t.element_size()])
+
+
+def assert_same(got, wanted, what=""):
+    """Bit for bit, dtype and shape included; NaNs of wider formats count as one."""
+    assert got.dtype == wanted.dtype, what
+    assert got.shape == wanted.shape, what
+    same = bits(got) == bits(wanted)
+    if got.dtype in (torch.float32, torch.float64, torch.bfloat16):
+        same |= got.isnan() & wanted.isnan()
+    bad = (~same).nonzero()
+    first = tuple(bad[0].tolist()) if len(bad) else None
+    assert first is None, (
+        f"{what}: {len(bad)} of {same.numel()} differ, the first at {first}: "
+        f"got {got[first].item()}, wanted {wanted[first].item()}"
+    )
+
+
+def random_bits(n, seed=0):
+    """Floats of every exponent, subnormals, infinities and NaNs included."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randint(-(2**31), 2**31, (n,), dtype=torch.int64, generator=generator)
+        .to(torch.int32)
+        .view(torch.float32)
+    )
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@contextlib.contextmanager
+def isa(name):
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_cpu_isa(before)
+
+
+@contextlib.contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def everywhere(function):
+    """`function()`, a list of tensors, after checking that every instruction set and every number
+    of threads gives the same bits."""
+    wanted = None
+    for name in _C.available_isas():
+        for count in (1, 2, 3):
+            with isa(name), threads(count):
+                got = function()
+            wanted = got if wanted is None else wanted
+            for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+                assert_same(a, b, f"{name}, {count} threads, output {i}")
+    return wanted

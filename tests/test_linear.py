@@ -1,0 +1,555 @@
+"""Linear: forward, dgrad and wgrad against f64 over the codes that were multiplied; its habits."""
+
+import copy
+import dataclasses
+import io
+
+import pytest
+import torch
+from helpers import FP8, assert_same, bits, randn
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import quaver as qv
+from quaver import ScaledTensor, recipe, reference
+from quaver.nn import Linear
+from quaver.nn import linear as implementation
+
+E4M3, E5M2 = FP8
+RECIPES = [name for name in recipe.names() if recipe.get(name).linear is not None]
+INF = float("inf")
+
+
+def layer(name="fp8lm-o2", k=48, n=32, bias=True, seed=0):
+    torch.manual_seed(seed)
+    return Linear(k, n, bias, recipe=name)
+
+
+def plain(t):
+    return t.dequantize() if isinstance(t, ScaledTensor) else t
+
+
+def variant(**changes):
+    base = recipe.get("fp8lm-o2")
+    return dataclasses.replace(base, name="v", linear=dataclasses.replace(base.linear, **changes))
+
+
+def weight_codes(net):
+    w = net.weight.detach()
+    if isinstance(w, ScaledTensor):
+        return reference.fp8_weight(w.qdata, w.scale)
+    return reference.quantize(w, E4M3)[:2]
+
+
+def check_close(got, q1, s1, q2, s2, dtype, addend=None):
+    """Within the roundings of one product to `dtype`; the codes themselves are given."""
+    wanted = reference.gemm(q1, s1, q2, s2, addend)
+    bound = reference.gemm_tolerance(q1, s1, q2, s2, dtype, addend)
+    assert ((got.double() - wanted).abs() <= bound).all()
+
+
+SIZES = [(16, 48, 32), (1, 1, 1), (5, 7, 3), (33, 17, 65)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward_dgrad_and_wgrad_against_f64(name, size, dtype):
+    m, k, n = size
+    net = layer(name, k, n)
+    if dtype == torch.bfloat16:
+        net.bias.data = net.bias.data.bfloat16()  # a bias in f32 would be rounded to bf16 first
+    x = randn(m, k, dtype=dtype).requires_grad_()
+    dy = randn(m, n, seed=1, dtype=dtype)
+    y = net(x)
+    y.backward(dy)
+    xq, xs, _ = reference.quantize(x.detach(), E4M3)
+    gq, gs, _ = reference.quantize(dy, E5M2)
+    wq, ws = weight_codes(net)
+    assert y.dtype == x.grad.dtype == dtype
+    check_close(y.detach(), xq, xs, wq, ws, dtype, net.bias.detach())
+    check_close(x.grad, gq, gs, wq.t(), ws, dtype)
+    wgrad = reference.gemm(gq.t(), gs, xq.t(), xs)
+    bound = reference.gemm_tolerance(gq.t(), gs, xq.t(), xs, dtype)
+    grad = net.weight.grad
+    assert grad.dtype == torch.float32
+    if isinstance(grad, ScaledTensor):  # e4m3: half an ulp of a normal, or of a subnormal
+        assert grad.qdata.dtype == E4M3
+        bound = bound * 2 + wgrad.abs() * 2**-4 + grad.scale.double() * 2**-10
+    assert ((plain(grad).double() - wgrad).abs() <= bound).all()
+    torch.testing.assert_close(
+        net.bias.grad.double(), dy.double().sum(0), rtol=torch.finfo(net.bias.dtype).eps, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("shape", [(48,), (3, 48), (2, 3, 48), (2, 1, 4, 48), (0, 48), (3, 0, 48)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_any_number_of_axes(shape, bias):
+    net = layer(bias=bias)
+    x = randn(*shape).requires_grad_()
+    y = net(x)
+    assert y.shape == (*shape[:-1], 32)
+    y.sum().backward()
+    flat = x.detach().reshape(-1, 48).requires_grad_()
+    other = layer(bias=bias)
+    z = other(flat)
+    z.sum().backward()
+    assert_same(y.detach().reshape(-1, 32), z.detach())
+    assert_same(x.grad.reshape(-1, 48), flat.grad)
+    assert_same(plain(net.weight.grad), plain(other.weight.grad))
+    if 0 in shape:
+        assert plain(net.weight.grad).abs().max() == 0
+    if bias:
+        assert_same(net.bias.grad, other.bias.grad)
+
+
+def test_strided_and_expanded_inputs():
+    net = layer()
+    base = randn(5, 48, 4)
+    for x in (base.transpose(1, 2), base[..., 0], base[:1, :, 0].expand(7, 48), base[::2, :, 1]):
+        assert_same(net(x).detach(), net(x.contiguous()).detach())
+    x = randn(8, 48).requires_grad_()
+    net(x).sum().backward()  # an expanded output gradient
+    net(x).t().contiguous().t().square().sum().backward()  # and one in column order
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, 0)])
+def test_a_layer_without_features_does_what_torch_does(size):
+    net = layer(k=size[0], n=size[1])
+    x = randn(3, size[0]).requires_grad_()
+    y = net(x)
+    assert_same(y.detach(), net.bias.detach().expand(3, size[1]).contiguous())
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_frozen_weight_and_frozen_input(name):
+    reference_net, net = layer(name), layer(name)
+    x = randn(16, 48).requires_grad_()
+    reference_net(x).sum().backward()
+    wanted = x.grad.clone()
+    net.weight.requires_grad_(False)
+    x.grad = None
+    net(x).sum().backward()
+    assert net.weight.grad is None
+    assert_same(x.grad, wanted)
+    net = layer(name)
+    net(x.detach()).sum().backward()
+    assert_same(plain(net.weight.grad), plain(reference_net.weight.grad))
+    net.requires_grad_(False)
+    assert not net(x.detach()).requires_grad
+
+
+def saved(function):
+    """Storages that autograd saves while `function` runs: {dtype: bytes}."""
+    found, seen = {}, set()
+
+    def pack(t):
+        key = t.untyped_storage().data_ptr()
+        if key not in seen:
+            found[t.dtype] = found.get(t.dtype, 0) + t.untyped_storage().nbytes()
+        seen.add(key)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()
+    return found, result
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_input_is_saved_in_fp8_and_nothing_else(name, dtype):
+    net = layer(name)
+    x = randn(64, 48, dtype=dtype).requires_grad_()
+    found, y = saved(lambda: net(x))
+    assert found == {E4M3: 64 * 48, torch.float32: 4}
+    y.float().sum().backward()
+    net.weight.requires_grad_(False)
+    found, _ = saved(lambda: net(x))
+    assert E4M3 not in found  # dgrad needs no input
+
+
+def test_layers_that_share_an_input_share_its_cast(monkeypatch):
+    calls = []
+    real = torch.ops.quaver.cast_transpose
+
+    class Counting:
+        def __getattr__(self, name):
+            if name == "cast_transpose":
+                return lambda *a: calls.append(a[0].shape) or real(*a)
+            return getattr(torch.ops.quaver, name)
+
+    q, k, v = (layer(seed=i, bias=False) for i in range(3))
+    monkeypatch.setattr(implementation, "_ops", Counting())
+    x = randn(64, 48).requires_grad_()
+    found, ys = saved(lambda: [net(x) for net in (q, k, v)])
+    assert calls == [(64, 48)]
+    assert found[E4M3] == 64 * 48  # one saved copy
+    alone = layer(seed=2, bias=False)
+    assert_same(ys[2].detach(), alone(x.detach().clone()).detach())
+    calls.clear()
+    with torch.no_grad():
+        x.mul_(2)  # changed in place: another input
+    assert_same(q(x).detach(), layer(bias=False)(x.detach().clone()).detach())
+    assert calls
+
+
+@pytest.mark.parametrize("name", ["fp8lm-o2", "tensorwise"])
+def test_delayed_scaling_follows_the_oracle(name):
+    """40 steps, growing and shrinking, with an infinity in the middle of both passes."""
+    net = layer(name, bias=False)
+    delayed = recipe.get(name).linear.scaling == "delayed"
+    inputs, grads = reference.DelayedScale(E4M3), reference.DelayedScale(E5M2)
+    wq, ws = weight_codes(net)
+    for step in range(40):
+        x = (randn(16, 48, seed=step) * 1.5 ** (step % 9)).requires_grad_()
+        dy = randn(16, 32, seed=100 + step) * 1.7 ** -(step % 7)
+        if step == 20:
+            with torch.no_grad():
+                x[3, 3] = INF
+            dy[2, 2] = INF
+        y = net(x)
+        y.backward(dy)
+        if step == 20:
+            inputs.cast(x.detach()), grads.cast(dy)
+            assert not (y.isfinite().any() or x.grad.isfinite().any())
+            continue
+        if delayed:
+            xq, xs, _ = inputs.cast(x.detach())
+            gq, gs, _ = grads.cast(dy)
+        else:
+            xq, xs, _ = reference.quantize(x.detach(), E4M3)
+            gq, gs, _ = reference.quantize(dy, E5M2)
+        check_close(y.detach(), xq, xs, wq, ws, torch.float32)
+        check_close(x.grad, gq, gs, wq.t(), ws, torch.float32)
+
+
+def test_eval_leaves_no_trace_and_ignores_the_history():
+    net = layer()
+    for step in range(20):
+        net(randn(16, 48, seed=step).requires_grad_()).sum().backward()
+    state = net.input_history.clone(), net.grad_history.clone()
+    assert state[0][0] >= 16
+    net.eval()
+    x = randn(16, 48) * 1000
+    y = net(x)  # far beyond the history, and yet not saturated
+    net(x.requires_grad_()).sum().backward()
+    assert_same(net.input_history, state[0])
+    assert_same(net.grad_history, state[1])
+    wq, ws = weight_codes(net)
+    check_close(
+        y.detach(), *reference.quantize(x.detach(), E4M3)[:2], wq, ws, torch.float32, net.bias
+    )
+
+
+@pytest.mark.parametrize("outer", [torch.bfloat16, torch.float16])
+def test_autocast_decides_the_output_type(outer):
+    net, x = layer(), randn(16, 48).requires_grad_()
+    with torch.autocast("cpu", outer):
+        y = net(x)
+    assert y.dtype == outer
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    with torch.autocast("cpu", outer), torch.autocast("cpu", enabled=False):
+        assert net(x).dtype == torch.float32
+
+
+def test_inference_mode_and_training_after_it():
+    net = layer()
+    x = randn(16, 48)
+    wanted = net.eval()(x).detach()
+    with torch.inference_mode():
+        assert_same(net(x), wanted)
+        y = net(net(x).repeat(1, 2)[:, :48])
+        assert y.isfinite().all()
+    fresh = layer()
+    fresh.weight.__dict__.pop("fp8_weight")
+    with torch.inference_mode():
+        fresh(x)
+    optimizer = qv.AdamW(fresh.parameters())
+    fresh.train()(x).sum().backward()
+    optimizer.step()
+    assert_same(bits(fresh.refresh().row), bits(weight_codes(fresh)[0]))
+
+
+def test_an_infinity_is_not_saturated_away():
+    """Neither forward nor backward may turn one into a number that looks sound."""
+    for name in RECIPES:
+        net = layer(name, bias=False)
+        x = randn(16, 48).requires_grad_()
+        with torch.no_grad():
+            x[3, 3] = INF
+        assert not net(x).isfinite().any()
+        assert not net.eval()(x).isfinite().any()
+        x = randn(16, 48).requires_grad_()
+        dy = randn(16, 32)
+        dy[3, 3] = -INF
+        net.train()(x).backward(dy)
+        assert not plain(net.weight.grad).isfinite().any() and not x.grad.isfinite().any()
+
+
+def test_a_weight_changed_before_its_backward_is_refused():
+    net = layer()
+    optimizer = qv.AdamW(net.parameters())
+    x = randn(16, 48).requires_grad_()
+    first, second = net(x), net(x)
+    first.sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="changed in place between"):
+        second.sum().backward()
+
+
+def double_backward(net):
+    x = randn(4, 48).requires_grad_()
+    (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    with pytest.raises(RuntimeError):
+        double_backward(layer())
+
+
+# --- the weight's copies ------------------------------------------------------------------------
+
+
+def assert_copies_fresh(net):
+    x = randn(5, net.in_features, seed=9)
+    y = net.eval()(x).detach()
+    bias = None if net.bias is None else net.bias.detach()
+    codes = reference.quantize(x, E4M3)[:2]
+    check_close(y, *codes, *weight_codes(net), torch.float32, bias)
+    net.train()
+
+
+def in_place(net):
+    with torch.no_grad():
+        net.weight.mul_(torch.linspace(-1, 1, net.in_features))
+
+
+CHANGES = {
+    "mul_": lambda net: net.weight.detach().mul_(-3.0),
+    "no_grad": in_place,
+    "copy_": lambda net: net.weight.detach().copy_(randn(*net.weight.shape, seed=5)),
+    "init": lambda net: nn.init.normal_(net.weight),
+    "zero_": lambda net: net.weight.detach().zero_(),
+    "reset_parameters": lambda net: net.reset_parameters(),
+    "load_state_dict": lambda net: net.load_state_dict(layer_like(net).state_dict()),
+    "assign": lambda net: net.load_state_dict(layer_like(net).state_dict(), assign=True),
+    "to": lambda net: net.to(torch.bfloat16).to(torch.float32),
+    "new parameter": lambda net: setattr(net, "weight", nn.Parameter(layer_like(net).weight.data)),
+}
+
+
+def layer_like(net):
+    name = "fp8lm-o2" if isinstance(net.weight, ScaledTensor) else "tensorwise"
+    return layer(name, net.in_features, net.out_features, seed=7)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["fp8lm-o2", "tensorwise"])
+@pytest.mark.parametrize("k", [48, 50])
+def test_the_copies_follow_any_change_of_the_weight(change, name, k):
+    net = layer(name, k)
+    assert_copies_fresh(net)
+    before = plain(net.weight.detach()).clone()
+    CHANGES[change](net)
+    changed = plain(net.weight.detach())
+    assert change == "to" or (changed != before).any()
+    assert_copies_fresh(net)
+
+
+@pytest.mark.parametrize("write", ["mul_", "copy_", "lerp_"])
+def test_the_copies_follow_a_write_through_data(write):
+    """What averaging and older optimizers do; a master's write is seen by the tensor itself."""
+    net = layer("fp8lm-o2")
+    other = randn(32, 48, seed=5)
+    data = net.weight.data
+    {"mul_": lambda: data.mul_(3.0), "copy_": lambda: data.copy_(other),
+     "lerp_": lambda: data.lerp_(other, 0.5)}[write]()  # fmt: skip
+    assert_copies_fresh(net)
+
+
+def count_encodes(monkeypatch):
+    calls = []
+    real = implementation.GemmWeight.encode
+
+    def encode(weight, dtype):
+        calls.append(weight.shape)
+        return real(weight, dtype)
+
+    monkeypatch.setattr(implementation.GemmWeight, "encode", staticmethod(encode))
+    return calls
+
+
+@pytest.mark.parametrize(("name", "k", "encodes"), [("fp8lm-o2", 48, 0), ("fp8lm-o2", 50, 3),
+                                                   ("tensorwise", 48, 3)])  # fmt: skip
+def test_a_weight_is_encoded_once_a_step_and_not_for_each_micro_batch(
+    name, k, encodes, monkeypatch
+):
+    net = layer(name, k)
+    optimizer = qv.AdamW(net.parameters(), recipe=name)
+    calls = count_encodes(monkeypatch)
+    for step in range(3):
+        for i in range(4):
+            net(randn(16, k, seed=4 * step + i)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    net(randn(16, k))
+    assert len(calls) == encodes  # none where the optimizer's pass writes the copies itself
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_deepcopies_go_their_own_way(name):
+    net = layer(name)
+    twin = copy.deepcopy(net)
+    x = randn(16, 48)
+    assert_same(twin(x.clone()).detach(), net(x.clone()).detach())
+    with torch.no_grad():
+        twin.weight.mul_(2.0)
+    assert_copies_fresh(twin)
+    assert_copies_fresh(net)
+    optimizer = qv.AdamW(twin.parameters(), lr=0.1, recipe=name)
+    before = plain(net.weight.detach()).clone()
+    twin(x).sum().backward()
+    optimizer.step()
+    assert_copies_fresh(twin)
+    assert_copies_fresh(net)
+    assert_same(plain(net.weight.detach()), before)
+    assert net.weight.grad is None
+
+
+# --- weight gradients -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "bf16", "f32"])
+def test_micro_batches_accumulate_as_the_recipe_says(kind):
+    net = layer(variant(weight_grad=kind))
+    exact, scale = torch.zeros(32, 48, dtype=torch.float64), 0.0
+    for i in range(6):
+        x, dy = randn(16, 48, seed=i), randn(16, 32, seed=50 + i)
+        net(x).backward(dy)
+        xq, xs, _ = reference.quantize(x, E4M3)
+        gq, gs, _ = reference.quantize(dy, E5M2)
+        exact += reference.gemm(gq.t(), gs, xq.t(), xs)
+        scale = max(scale, exact.abs().max().item())
+    grad = net.weight.grad
+    low = isinstance(grad, ScaledTensor)
+    stored = grad.qdata.dtype if low else grad.dtype
+    assert stored == {"e4m3": E4M3, "bf16": torch.bfloat16, "f32": torch.float32}[kind]
+    half_ulp = {"e4m3": 2**-4, "bf16": 2**-8, "f32": 2**-20}[kind]
+    # 6 gradients and 5 sums are rounded, none beyond the largest sum.
+    assert ((plain(grad).double() - exact).abs() <= 11 * half_ulp * scale).all()
+    assert qv.ops.grad_norm([grad])[1].item() == pytest.approx(scale, rel=2 * half_ulp * 11)
+
+
+def test_a_weight_used_twice_sums_its_gradients():
+    for kind in ("e4m3", "bf16", "f32"):
+        net = layer(variant(weight_grad=kind), 32, 32, bias=False)
+        x = randn(16, 32)
+        (net(x) + net(x * 2)).sum().backward()
+        once = layer(variant(weight_grad=kind), 32, 32, bias=False)
+        once(x * 3).sum().backward()
+        got, wanted = plain(net.weight.grad), plain(once.weight.grad)
+        assert ((got - wanted).abs() <= 4 * 2**-4 * wanted.abs().max()).all()
+
+
+def test_a_non_finite_gradient_survives_to_the_optimizer():
+    for where in ("input", "gradient"):
+        for kind in ("e4m3", "bf16", "f32"):
+            net = layer(variant(weight_grad=kind))
+            x, dy = randn(16, 48), randn(16, 32)
+            (x if where == "input" else dy)[3, 3] = INF
+            net(x).backward(dy)
+            net(randn(16, 48)).sum().backward()
+            bad = [p.grad for p in net.parameters()]
+            assert not qv.ops.grad_norm(bad)[0].isfinite(), (where, kind)
+
+
+# --- habits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_gradient_checkpointing_gives_the_same_gradients_and_history(use_reentrant, name):
+    def build():
+        torch.manual_seed(0)
+        return qv.convert(
+            nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)), recipe=name
+        )
+
+    nets, losses = [build(), build()], [[], []]
+    optimizers = [qv.AdamW(n.parameters(), lr=1e-2, recipe=name) for n in nets]
+    for step in range(20):
+        for i, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
+            x = randn(16, 32, seed=step).requires_grad_()
+            y = checkpoint(net, x, use_reentrant=use_reentrant) if i else net(x)
+            loss = (y - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[i].append(loss.item())
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+    for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
+        assert_same(plain(a), plain(b))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_state_dicts_through_files(name):
+    net = layer(name)
+    for i in range(3):
+        net(randn(16, 48, seed=i)).sum().backward()
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    other = layer(name, seed=3)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    x = randn(16, 48)
+    assert_same(other(x.clone()).detach(), net(x.clone()).detach())
+    if net.input_history is not None:
+        assert_same(other.input_history, net.input_history)
+    plain_state = nn.Linear(48, 32).state_dict()
+    other.load_state_dict(plain_state, strict=False)  # f32 weights are encoded on the way in
+    assert_copies_fresh(other)
+    error = (plain(other.weight.detach()) - plain_state["weight"]).abs().max()
+    assert error <= plain_state["weight"].abs().max() * 2**-11
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_another_module_dtype_keeps_the_history_and_trains(name):
+    net = layer(name).to(torch.bfloat16)
+    assert net.weight.dtype == torch.bfloat16
+    if net.input_history is not None:
+        assert net.input_history.dtype == net.grad_history.dtype == torch.float32
+    optimizer = qv.AdamW(net.parameters(), recipe=name)
+    x = randn(16, 48, dtype=torch.bfloat16)
+    before = plain(net.weight.detach()).clone()
+    net(x).float().square().sum().backward()
+    assert net.weight.grad.dtype == torch.bfloat16
+    optimizer.step()
+    assert (plain(net.weight.detach()) != before).any()
+    assert_copies_fresh(net.float())
+
+
+def test_refused_by_name():
+    net = layer()
+    for x, error, message in (
+        (randn(4, 47), ValueError, r"last axis must be 48, got \(4, 47\)"),
+        (torch.tensor(1.0), ValueError, r"last axis must be 48, got \(\)"),
+        (
+            randn(4, 48).double(),
+            TypeError,
+            "must be float32, .* got torch.float64",
+        ),
+        (torch.ones(4, 48, dtype=torch.int64), TypeError, "got torch.int64"),
+    ):
+        with pytest.raises(error, match=message):
+            net(x)
+    with pytest.raises(ValueError, match="recipe 'bf16' has no FP8 linear layer"):
+        Linear(4, 4, recipe="bf16")
+    with pytest.raises(ValueError, match="unknown recipe 'fp9'"):
+        Linear(4, 4, recipe="fp9")
+    assert "delayed scaling, f16-tensor weight" in repr(net)

@@ -1,0 +1,104 @@
+"""Every op keeps torch's rules: schema, aliasing, fake kernels, compilation."""
+
+import copy
+
+import pytest
+import torch
+from helpers import FP8, assert_same, randn
+from torch.library import opcheck
+
+import quaver as qv
+
+E4M3, E5M2 = FP8
+ops = torch.ops.quaver
+ONE = torch.ones(())
+
+
+def history():
+    state = torch.zeros(17)
+    state[:4] = torch.tensor([3.0, 1.0, 2.0, 1.5])
+    return state
+
+
+def adam(n=2):
+    shape, none = (16, 32), torch.empty(0)
+
+    def each(make):
+        return [make() for _ in range(n)]
+
+    return (
+        each(lambda: randn(*shape).half()), each(ONE.clone), each(ONE.clone),
+        each(lambda: torch.zeros(shape).to(E4M3)), each(ONE.clone), each(ONE.clone),
+        each(lambda: torch.zeros(shape).half()), each(ONE.clone), each(ONE.clone),
+        each(lambda: randn(*shape)), each(lambda: none), torch.ones(n),
+        each(lambda: torch.zeros(shape).to(E4M3)), each(lambda: torch.zeros(shape[::-1]).to(E4M3)),
+        each(ONE.clone), each(lambda: torch.zeros((), dtype=torch.int64)),
+        torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
+        torch.zeros((), dtype=torch.int64),
+    )  # fmt: skip
+
+
+A, B = qv.quantize(randn(16, 32)), qv.quantize(randn(48, 32), E5M2)
+GEMM = (A.qdata, A.scale, B.qdata, B.scale)
+LAYOUT = [("tensor", 1, (8, 40)), ("row", 1, (3, 5, 40)), ("block", 16, (8, 40)), ("row", 1, ())]
+NO = torch.empty(0)
+
+
+def target():
+    return A.qdata.clone(), A.scale.clone(), A.amax.clone()
+
+
+CASES = [
+    *((ops.quantize, (randn(*shape), E4M3, None, None, g, b, True, False, 0))
+      for g, b, shape in LAYOUT),
+    (ops.quantize, (randn(8, 40).bfloat16(), E5M2, ONE, None, "tensor", 1, True, True, 7)),
+    (ops.quantize, (randn(8, 9).t(), torch.float16, None, history(), "tensor", 1, False, False, 0)),
+    (ops.quantize, (randn(0, 40), E4M3, None, None, "block", 16, True, False, 0)),
+    *((ops.dequantize, (t.qdata, t.scale, dtype, g, b))
+      for dtype in (torch.float32, torch.bfloat16)
+      for g, b, shape in LAYOUT
+      for t in [qv.quantize(randn(*shape), granularity=g, block=b)]),
+    (ops.cast_transpose, (randn(20, 30), E4M3, None, None, True)),
+    (ops.cast_transpose, (randn(30, 20).t(), E5M2, ONE, None, False)),
+    (ops.cast_transpose, (randn(20, 30).half(), E4M3, None, history(), True)),
+    (ops.gemm, (*GEMM, None, torch.bfloat16, True)),
+    (ops.gemm, (*GEMM, randn(48), torch.float32, False)),
+    (ops.gemm_, (randn(16, 48), *GEMM, None, True, True)),
+    (ops.gemm_, (randn(16, 48).bfloat16(), *GEMM, randn(48), False, False)),
+    (ops.grad_norm, ([randn(4, 5), A.qdata], [NO, A.scale], [NO, A.amax])),
+    (ops.accumulate_, (*target(), randn(16, 32), None, None)),
+    (ops.accumulate_, (*target(), A.qdata, A.scale, A.amax)),
+    (ops.adam_, adam()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "args"), CASES, ids=lambda x: str(x) if callable(x) else "")
+def test_opcheck(op, args):
+    flat = [a for arg in args for a in (arg if isinstance(arg, list) else [arg])]
+    takes_fp8 = any(isinstance(a, torch.Tensor) and a.dtype in FP8 for a in flat)
+    # torch compares arguments by allclose, which knows no FP8; test_arguments does it by bits.
+    tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    opcheck(op.default, args, test_utils=tests if takes_fp8 else ["test_schema", *tests])
+
+
+def tensors(tree):
+    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize(("op", "args"), CASES, ids=lambda x: str(x) if callable(x) else "")
+def test_arguments_change_and_alias_as_the_schema_says(op, args):
+    args = copy.deepcopy(args)
+    before = copy.deepcopy(args)
+    out = op(*args)
+    for argument, now, then in zip(op.default._schema.arguments, args, before, strict=True):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            continue
+        for a, b in zip(tensors(now), tensors(then), strict=True):
+            assert_same(a, b, argument.name)
+    inputs = {t.untyped_storage().data_ptr() for t in tensors(args) if t.numel()}
+    assert not inputs & {t.untyped_storage().data_ptr() for t in tensors(out) if t.numel()}
+
+
+def test_every_op_is_checked():
+    names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "quaver::" in n}
+    assert names == {op._qualified_op_name.split("::")[1] for op, _ in CASES}
