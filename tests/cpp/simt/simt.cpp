@@ -78,21 +78,35 @@ void prepare(Fiber& f) {
   makecontext(&f.context, enter, 0);
 }
 
+// Runs each thread that can run up to its next barrier or exchange; false if none could.
+bool run_threads(const int* begin, const int* end, int* left) {
+  bool progress = false;
+  for (const int* t = begin; t != end; ++t) {
+    Fiber& f = block.fibers[*t];
+    if (f.done || !ready(f, block.warps[*t / 32])) continue;
+    progress = true;
+    block.current = *t;
+    thread_index.x = static_cast<unsigned>(*t);
+    swapcontext(&block.scheduler, &f.context);
+    *left -= f.done;
+    if (block.problem) std::rethrow_exception(std::exchange(block.problem, nullptr));
+  }
+  return progress;
+}
+
 void run_block(const std::vector<int>& order) {
   block.arrivals = 0;
   for (Warp& warp : block.warps) std::fill(warp.arrived, warp.arrived + kSlots, 0u);
   for (int t = 0; t < block.threads; ++t) prepare(block.fibers[t]);
+  // Each warp goes as far ahead of the others as it can: what only luck protects then breaks.
+  const auto* first = order.data();
   for (int left = block.threads; left > 0;) {
     bool progress = false;
-    for (const int t : order) {
-      Fiber& f = block.fibers[t];
-      if (f.done || !ready(f, block.warps[t / 32])) continue;
-      progress = true;
-      block.current = t;
-      thread_index.x = static_cast<unsigned>(t);
-      swapcontext(&block.scheduler, &f.context);
-      left -= f.done;
-      if (block.problem) std::rethrow_exception(std::exchange(block.problem, nullptr));
+    for (int begin = 0; begin < block.threads;) {
+      int end = begin + 1;
+      while (end < block.threads && first[end] / 32 == first[begin] / 32) ++end;
+      while (run_threads(first + begin, first + end, &left)) progress = true;
+      begin = end;
     }
     if (!progress)
       throw std::runtime_error("simt: " + std::to_string(left) + " of " +
@@ -111,6 +125,15 @@ std::vector<int> ordered(int n) {
   return order;
 }
 
+// Threads by warps, both in the order of the run.
+std::vector<int> ordered_threads(int threads) {
+  std::vector<int> result;
+  for (const int warp : ordered((threads + 31) / 32))
+    for (const int lane : ordered(32))
+      if (warp * 32 + lane < threads) result.push_back(warp * 32 + lane);
+  return result;
+}
+
 }  // namespace
 
 void set_order(Order order) { order_of_run = order; }
@@ -126,7 +149,7 @@ void run(int64_t blocks, int threads, void (*body)(void*), void* context) {
   block.argument = context;
   grid_size.x = static_cast<unsigned>(blocks);
   block_size.x = static_cast<unsigned>(threads);
-  const std::vector<int> order = ordered(threads);
+  const std::vector<int> order = ordered_threads(threads);
   for (const int b : ordered(static_cast<int>(blocks))) {
     block_index.x = static_cast<unsigned>(b);
     run_block(order);
