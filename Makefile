@@ -30,7 +30,8 @@ export PATH := $(dir $(PY)):$(PATH)
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc include -type f)
 BUILT := build/.built$(subst /,-,$(PY))
-ARCHS := $(or $(QUAVER_CUDA_ARCHS),90a)
+# What `make cuda` compiles for; a build in place is for sm_90a alone unless told otherwise.
+ARCHS := $(or $(QUAVER_CUDA_ARCHS),80;89;90a;100)
 GEMMS := $(wildcard csrc/cuda/gemm_sm90_*.cu)
 HAS_TORCH := import importlib.metadata as m; assert tuple(map(int, m.version('torch').split('.')[:2])) >= (2, 11)
 SHA256 := import hashlib, torch, quaver._load as q; \
@@ -67,7 +68,8 @@ bench: $(BUILT)
 # Needs nvcc, but no GPU.
 cuda: $(READY) $(if $(GEMMS),build/cutlass/.$(CUTLASS)) $(if $(shell command -v cuobjdump),,build/cuobjdump/.$(CUOBJDUMP))
 	cmake -S . -B build/cuda -G Ninja -DQUAVER_CUDA=on -DQUAVER_BINDING=OFF \
-	  -DQUAVER_CUDA_ARCHS="$(ARCHS)" -DQUAVER_CUTLASS_DIR="$(QUAVER_CUTLASS_DIR)"
+	  -DQUAVER_CUDA_ARCHS="$(ARCHS)" -DQUAVER_CUTLASS_DIR="$(QUAVER_CUTLASS_DIR)" \
+	  -DCMAKE_CUDA_FLAGS="-Werror=all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
 	cmake --build build/cuda --target quaver_cuda
 	PATH="$$PATH:$(CURDIR)/build/cuobjdump/nvidia/cu13/bin" $(PY) cmake/check_cuda.py build/cuda/libquaver_cuda.a $(subst ;, ,$(ARCHS))
 

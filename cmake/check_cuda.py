@@ -1,39 +1,96 @@
-"""Checks the machine code of the CUDA backend: every kernel is there for every architecture."""
+"""Checks the machine code of the CUDA backend and prints what each kernel uses.
+
+Every kernel must exist for every architecture (matrix products: sm_90a only), and none may spill,
+use local memory or have a stack.
+"""
 
 import re
+import shutil
 import subprocess
 import sys
+from collections import defaultdict
+
+GEMM_ARCH = "90a"
 
 
-def run(*command):
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def run(*command, text=None):
+    return subprocess.run(command, check=True, capture_output=True, text=True, input=text).stdout
 
 
-def main(library, *archs):
-    usage = run("cuobjdump", "--dump-resource-usage", library)
-    kernels = {arch: set() for arch in archs}
-    spills = []
-    arch = None
-    for line in usage.splitlines():
+def resources(library):
+    """{(arch, function): {"REG": .., "SHARED": .., "STACK": .., "LOCAL": ..}}"""
+    found, arch, name = {}, None, None
+    for line in run("cuobjdump", "--dump-resource-usage", library).splitlines():
         if match := re.search(r"arch = sm_(\w+)", line):
             arch = match[1]
         elif match := re.search(r"Function (\S+):", line):
             name = match[1]
-            kernels.setdefault(arch, set()).add(name)
-        elif (match := re.search(r"LOCAL:(\d+)", line)) and int(match[1]):
-            spills.append(f"{name} (sm_{arch}): {match[1]} bytes of local memory")
-    everything = set().union(*kernels.values())
+        elif "REG:" in line:
+            found[arch, name] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+def instructions(library):
+    """{(arch, function): {opcode: count}}: local loads and stores, matrix products."""
+    counts, arch, name = defaultdict(lambda: defaultdict(int)), None, None
+    for line in run("cuobjdump", "--dump-sass", library).splitlines():
+        if match := re.search(r"arch = sm_(\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\S+)", line):
+            name = match[1]
+        elif match := re.search(r"\b(LDL|STL|QGMMA|HGMMA)\b", line):
+            counts[arch, name][match[1]] += 1
+    return counts
+
+
+def readable(names):
+    """Demangled, without namespaces and parameters."""
+    names = sorted(names)
+    if not shutil.which("c++filt"):
+        return {name: name for name in names}
+    lines = run("c++filt", text="\n".join(names)).splitlines()
+    short = {}
+    for name, line in zip(names, lines, strict=True):
+        line = re.sub(r"\(anonymous namespace\)::|quaver::(cuda::)?|^void ", "", line)
+        short[name] = re.sub(r"\(bool\)", "", line).split("(")[0]
+    return short
+
+
+def main(library, *archs):
+    usage, ops = resources(library), instructions(library)
+    names = {name for _, name in usage}
+    short = readable(names)
+    wanted = {
+        name: [a for a in archs if a == GEMM_ARCH] if "gemm" in short[name] else archs
+        for name in names
+    }
     problems = [
-        f"sm_{arch} lacks {name}" for arch in archs for name in sorted(everything - kernels[arch])
+        f"sm_{arch} lacks {short[name]}"
+        for name in sorted(names)
+        for arch in wanted[name]
+        if (arch, name) not in usage
     ]
-    if not everything:
+    if not names:
         problems.append("no kernel at all")
+    head = ("kernel", "sm", "regs", "shared", "local", "spills", "qgmma")
+    row = "{:<60} {:>4} {:>5} {:>7} {:>6} {:>7} {:>6}"
+    print(row.format(*head))
+    for (arch, name), use in sorted(
+        usage.items(), key=lambda item: (short[item[0][1]], item[0][0])
+    ):
+        op = ops[arch, name]
+        local, spills = use["LOCAL"] + use["STACK"], op["LDL"] + op["STL"]
+        numbers = (use["REG"], use["SHARED"], local, spills, op["QGMMA"])
+        print(row.format(short[name][:60], arch, *numbers))
+        where = f"{short[name]} (sm_{arch})"
+        if local or spills:
+            problems.append(f"{where}: {local} bytes of local memory, {spills} accesses to it")
+        if "gemm" in short[name] and not op["QGMMA"]:
+            problems.append(f"{where}: no QGMMA")
     for arch in archs:
-        print(f"sm_{arch}: {len(kernels[arch])} kernels")
-    for line in spills:
-        print(f"note: {line}")
+        print(f"sm_{arch}: {sum(a == arch for a, _ in usage)} kernels")
     if problems:
-        sys.exit(f"{library}: " + "; ".join(problems))
+        sys.exit(f"{library}:\n  " + "\n  ".join(problems))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-# The CUDA backend, where nvcc and kernels are. auto builds it if it can, on fails if it cannot.
+# The CUDA backend. auto builds it where nvcc, kernels and a torch that can use them are; on builds
+# it for any torch (the library loads on one without CUDA too) and fails if it cannot.
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
 file(GLOB gemm_sources CONFIGURE_DEPENDS csrc/cuda/gemm_sm90_*.cu)
 set(cutlass_version "")
@@ -9,6 +10,9 @@ elseif(QUAVER_CUDA STREQUAL "off")
   return()
 elseif(NOT cuda_sources)
   set(missing "csrc/cuda has no kernels")
+elseif(QUAVER_CUDA STREQUAL "auto" AND QUAVER_BINDING
+       AND NOT EXISTS ${torch_dir}/lib/libtorch_cuda.so)
+  set(missing "torch ${torch_version} has no CUDA (QUAVER_CUDA=on builds the backend all the same)")
 else()
   include(CheckLanguage)
   check_language(CUDA)
@@ -36,14 +40,31 @@ set(CMAKE_CUDA_ARCHITECTURES OFF)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
+
+# The same bits as the CPU: IEEE division and square root, subnormals kept, no contraction into
+# fma. NDEBUG whatever the build type: without it ptxas serialises wgmma (C7510).
+add_library(quaver_cuda_flags INTERFACE)
+target_link_libraries(quaver_cuda_flags INTERFACE quaver_flags)
+target_compile_options(quaver_cuda_flags INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:
+  --expt-relaxed-constexpr -fmad=false -prec-div=true -prec-sqrt=true -ftz=false -DNDEBUG
+  -Xcompiler=-Wall,-Wextra>)
+
 add_library(quaver_cuda STATIC ${cuda_sources})
-target_link_libraries(quaver_cuda PUBLIC quaver_flags)
+target_link_libraries(quaver_cuda PUBLIC quaver_cuda_flags)
 target_compile_definitions(quaver_cuda PUBLIC QUAVER_HAVE_CUDA)
-target_compile_options(quaver_cuda PRIVATE --expt-relaxed-constexpr -fmad=false)
-foreach(arch IN LISTS QUAVER_CUDA_ARCHS)
-  target_compile_options(quaver_cuda PRIVATE -gencode=arch=compute_${arch},code=sm_${arch})
+# The matrix products are written for sm_90a alone; what surrounds them runs on other machines too.
+foreach(source IN LISTS cuda_sources)
+  set(archs ${QUAVER_CUDA_ARCHS})
+  if(source IN_LIST gemm_sources)
+    set(archs 90a)
+    set_property(SOURCE ${source} APPEND PROPERTY COMPILE_OPTIONS
+      "-isystem${Cutlass_INCLUDE_DIRS}")
+  endif()
+  foreach(arch IN LISTS archs)
+    set_property(SOURCE ${source} APPEND PROPERTY COMPILE_OPTIONS
+      -gencode=arch=compute_${arch},code=sm_${arch})
+  endforeach()
 endforeach()
 if(Cutlass_FOUND)
-  target_include_directories(quaver_cuda SYSTEM PRIVATE ${Cutlass_INCLUDE_DIRS})
   set(cutlass_version ${Cutlass_VERSION})
 endif()

@@ -1,6 +1,6 @@
 """A plain PyTorch loop in FP8: convert, train, save.
 
-    python examples/train_loop.py [steps]
+python examples/train_loop.py [steps]
 """
 
 import sys

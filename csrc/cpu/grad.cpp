@@ -5,7 +5,9 @@
 #include <limits>
 #include <vector>
 
+#include "../arguments.h"
 #include "parallel.h"
+#include "quaver/norm.h"
 #include "quaver/scale.h"
 #include "simd.h"
 
@@ -16,8 +18,6 @@ namespace {
 struct Piece {
   int64_t tensor, begin, n;
 };
-
-constexpr int64_t kPiece = 1 << 16;
 
 float scale_of(const ScaledView& g) { return g.scale != nullptr ? *g.scale : 1.0f; }
 
@@ -30,8 +30,8 @@ void grad_norm(float* norm, float* amax, const ScaledView* grads, int64_t count)
   for (int64_t t = 0; t < count; ++t) {
     amax[t] = 0.0f;
     const int64_t numel = grads[t].values.numel();
-    for (int64_t i = 0; i < numel; i += kPiece)
-      pieces.push_back({t, i, std::min(kPiece, numel - i)});
+    for (int64_t i = 0; i < numel; i += kNormPiece)
+      pieces.push_back({t, i, std::min(kNormPiece, numel - i)});
   }
   std::vector<double> sums(pieces.size());
   std::vector<uint32_t> maxima(pieces.size());
@@ -42,14 +42,17 @@ void grad_norm(float* norm, float* amax, const ScaledView* grads, int64_t count)
     }
   };
   parallel_for(static_cast<int64_t>(pieces.size()), 1, body);
-  double total = 0.0;
+  double strands[kNormStrands] = {};
   for (size_t p = 0; p < pieces.size(); ++p) {
     const int64_t t = pieces[p].tensor;
     const double scale = scale_of(grads[t]);
-    total += sums[p] * scale * scale;
+    strands[p % kNormStrands] += sums[p] * scale * scale;
     const uint32_t seen = bit_cast<uint32_t>(amax[t]);
     amax[t] = bit_cast<float>(std::max(seen, maxima[p]));
   }
+  for (int half = kNormStrands / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) strands[i] += strands[i + half];
+  double total = strands[0];
   constexpr float nan = std::numeric_limits<float>::quiet_NaN();
   for (int64_t t = 0; t < count; ++t) {
     amax[t] *= std::fabs(scale_of(grads[t]));
@@ -61,10 +64,7 @@ void grad_norm(float* norm, float* amax, const ScaledView* grads, int64_t count)
 }
 
 void accumulate(const TensorView& target, float* scale, float* amax, const ScaledView& other) {
-  QUAVER_CHECK(is_fp8(target.dtype) || target.dtype == DType::bf16,
-               "accumulate: target must be e4m3, e5m2 or bf16, got ", name_of(target.dtype));
-  QUAVER_CHECK(target.numel() == other.values.numel(), "accumulate: target has ", target.numel(),
-               " values, other ", other.values.numel());
+  check_accumulate(target, other);
   const TensorView& b = other.values;
   auto pass = [&](bool write, float new_scale) {
     AtomicAmax result;

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "../arguments.h"
 #include "parallel.h"
-#include "quaver/codec.h"
 #include "simd.h"
 
 namespace quaver::cpu {
@@ -21,53 +21,11 @@ struct Piece {
   int64_t parameter, begin, n;
 };
 
-bool scaled(const StateView& s) { return scale_max(s.values.dtype) > 0.0f; }
-
-void check_state(const char* name, const StateView& s, int64_t numel) {
-  QUAVER_CHECK(s.values.numel() == numel, "adam_: ", name, " has ", s.values.numel(),
-               " values, its parameter ", numel);
-  QUAVER_CHECK(!scaled(s) || (s.scale != nullptr && s.amax != nullptr), "adam_: ", name, " is ",
-               name_of(s.values.dtype), " and needs a scale and an amax");
-}
-
-void check(const AdamParameter& p) {
-  const int64_t n = p.weight.values.numel();
-  const DType w = p.weight.values.dtype;
-  const DType m = p.exp_avg.values.dtype, v = p.exp_avg_sq.values.dtype;
-  bool known = false;
-#define QUAVER_CASE(W, M, V) \
-  known = known || (w == DTypeOf<W>::value && m == DTypeOf<M>::value && v == DTypeOf<V>::value);
-  QUAVER_ADAM_CODECS(QUAVER_CASE)
-#undef QUAVER_CASE
-  QUAVER_CHECK(known, "adam_: no codec for weight, exp_avg and exp_avg_sq in ", name_of(w), ", ",
-               name_of(m), " and ", name_of(v));
-  check_state("weight", p.weight, n);
-  check_state("exp_avg", p.exp_avg, n);
-  check_state("exp_avg_sq", p.exp_avg_sq, n);
-  QUAVER_CHECK(p.grad.numel() == n, "adam_: grad has ", p.grad.numel(), " values, its parameter ",
-               n);
-  QUAVER_CHECK(p.grad_amax != nullptr && p.step != nullptr && p.hyper != nullptr,
-               "adam_: grad_amax, step and hyper are needed");
-  if (p.fp8.data == nullptr) return;
-  QUAVER_CHECK(w == DType::f16, "adam_: an FP8 copy goes with an f16 weight, got ", name_of(w));
-  QUAVER_CHECK(p.fp8.dtype == DType::e4m3 && p.fp8_t.dtype == DType::e4m3,
-               "adam_: FP8 copies must be e4m3, got ", name_of(p.fp8.dtype), " and ",
-               name_of(p.fp8_t.dtype));
-  QUAVER_CHECK(p.fp8.numel() == n && p.fp8_t.rows == p.fp8.cols && p.fp8_t.cols == p.fp8.rows &&
-                   p.fp8_scale != nullptr,
-               "adam_: FP8 copies must be [N, K] and [K, N] like the weight, with a scale");
-}
-
-// A state's scale for the values that this step will store.
-float next_scale(const StateView& s, float bound) {
-  return scaled(s) ? scale_from_amax(bound, scale_max(s.values.dtype), true, *s.scale) : 1.0f;
-}
-
 void prepare(const AdamParameter& p, Plan* plan) {
   const double* h = p.hyper;
   plan->step = adam_step(h[0], h[1], h[2], h[3], h[4], *p.step + 1);
-  auto scale = [](const StateView& s) { return scaled(s) ? *s.scale : 1.0f; };
-  auto amax = [](const StateView& s) { return scaled(s) ? *s.amax : 0.0f; };
+  auto scale = [](const StateView& s) { return is_scaled(s) ? *s.scale : 1.0f; };
+  auto amax = [](const StateView& s) { return is_scaled(s) ? *s.amax : 0.0f; };
   AdamSpan& s = plan->span;
   s.weight = p.weight.values.data;
   s.exp_avg = p.exp_avg.values.data;
@@ -83,10 +41,13 @@ void prepare(const AdamParameter& p, Plan* plan) {
   s.exp_avg_sq_scale = scale(p.exp_avg_sq);
   s.grad_scale = p.grad_scale != nullptr ? *p.grad_scale : 1.0f;
   const AdamStep& step = plan->step;
-  s.new_weight_scale = next_scale(p.weight, weight_bound(step, amax(p.weight)));
-  s.new_exp_avg_scale = next_scale(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax));
+  auto next = [&](const StateView& state, float bound) {
+    return next_scale(scale_max(state.values.dtype), bound, scale(state));
+  };
+  s.new_weight_scale = next(p.weight, weight_bound(step, amax(p.weight)));
+  s.new_exp_avg_scale = next(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax));
   s.new_exp_avg_sq_scale =
-      next_scale(p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax));
+      next(p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax));
 }
 
 void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
@@ -114,7 +75,7 @@ void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
 
 void finish(const AdamParameter& p, const Plan& plan) {
   auto record = [&](const StateView& s, float scale, int k) {
-    if (!scaled(s)) return;
+    if (!is_scaled(s)) return;
     *s.scale = scale;
     *s.amax = bit_cast<float>(plan.amax[k].bits());
   };
@@ -130,7 +91,7 @@ void finish(const AdamParameter& p, const Plan& plan) {
 void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped) {
   bool finite = true;
   for (int64_t i = 0; i < count; ++i) {
-    check(parameters[i]);
+    check_adam(parameters[i]);
     finite = finite && is_finite(*parameters[i].grad_amax);
   }
   if (!finite) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "../arguments.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -13,14 +14,6 @@ constexpr int64_t kSpan = 4096;
 
 const char* at(const TensorView& x, int64_t i) { return x.as<const char>() + i * size_of(x.dtype); }
 char* out_at(const TensorView& x, int64_t i) { return x.as<char>() + i * size_of(x.dtype); }
-
-void check_cast(const char* op, const TensorView& q, const TensorView& x) {
-  QUAVER_CHECK(scale_max(q.dtype) > 0.0f, op, ": dtype must be e4m3, e5m2 or f16, got ",
-               name_of(q.dtype));
-  QUAVER_CHECK(!is_fp8(x.dtype), op, ": x must be f32, f16 or bf16, got ", name_of(x.dtype));
-  QUAVER_CHECK(q.rows == x.rows && q.cols == x.cols, op, ": q must have x's shape [", x.rows, ", ",
-               x.cols, "], got [", q.rows, ", ", q.cols, "]");
-}
 
 // Encoding multiplies by the reciprocal where that is exact.
 void cast_span(const TensorView& q, const TensorView& x, int64_t begin, int64_t n, float scale,
@@ -83,14 +76,8 @@ void quantize_tensor(const TensorView& q, float* scale, float* amax, const Tenso
 
 void quantize(const TensorView& q, const TensorView& scale, const TensorView& amax,
               const TensorView& x, const QuantizeOptions& o, const ScaleSource& source) {
-  check_cast("quantize", q, x);
-  QUAVER_CHECK(o.granularity != Granularity::block || o.block > 0,
-               "quantize: block must be positive, got ", o.block);
+  check_quantize(q, scale, amax, x, o, source);
   const int64_t groups = scale_count(x, o);
-  QUAVER_CHECK(scale.numel() == groups && amax.numel() == groups, "quantize: wanted ", groups,
-               " scales, got ", scale.numel());
-  QUAVER_CHECK(!source.history || (o.granularity == Granularity::tensor && !source.given),
-               "quantize: a history goes with tensor granularity and without a scale");
   if (o.granularity == Granularity::tensor) {
     quantize_tensor(q, scale.as<float>(), amax.as<float>(), x, o, source);
     return;
@@ -115,11 +102,8 @@ void quantize(const TensorView& q, const TensorView& scale, const TensorView& am
 
 void dequantize(const TensorView& out, const TensorView& q, const TensorView& scale,
                 const QuantizeOptions& o) {
-  QUAVER_CHECK(!is_fp8(out.dtype), "dequantize: dtype must be f32, f16 or bf16, got ",
-               name_of(out.dtype));
+  check_dequantize(out, q, scale, o);
   const int64_t groups = scale_count(q, o);
-  QUAVER_CHECK(scale.numel() == groups, "dequantize: wanted ", groups, " scales, got ",
-               scale.numel());
   const float* scales = scale.as<const float>();
   if (o.granularity == Granularity::tensor) {
     auto body = [&](int64_t begin, int64_t end) {
@@ -146,13 +130,7 @@ void dequantize(const TensorView& out, const TensorView& q, const TensorView& sc
 void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView& scale,
                     const TensorView& amax, const TensorView& x, bool power_of_two,
                     const ScaleSource& source) {
-  check_cast("cast_transpose", q, x);
-  QUAVER_CHECK(is_fp8(q.dtype) && qt.dtype == q.dtype,
-               "cast_transpose: dtype must be e4m3 or e5m2, got ", name_of(q.dtype));
-  QUAVER_CHECK(qt.rows == x.cols && qt.cols == x.rows, "cast_transpose: qt must be [", x.cols, ", ",
-               x.rows, "], got [", qt.rows, ", ", qt.cols, "]");
-  QUAVER_CHECK(!source.history || !source.given,
-               "cast_transpose: a history and a given scale exclude each other");
+  check_cast_transpose(q, qt, x, source);
   bool known;
   const float s = choose_scale(x, scale_max(q.dtype), power_of_two, scale.as<float>(), source,
                                amax.as<float>(), &known);

@@ -3,6 +3,7 @@
 // the conversions that they share. Tests compare the bits of all instruction sets.
 #include "simd.h"
 
+#include "quaver/norm.h"
 #include "quaver/philox.h"
 #include "span.h"
 
@@ -171,25 +172,28 @@ void transpose(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t strid
 }
 
 double sum_squares(const void* x, DType type, int64_t n, uint32_t* amax_bits) {
-  constexpr int lanes = 16;
-  double sums[lanes] = {};
+  constexpr int group = 16, groups = kNormLanes / group;
+  static_assert(kNormLanes == kBlock, "a lane is a place in the buffer");
+  alignas(64) double lanes[kNormLanes] = {};
   alignas(64) float buffer[kBlock];
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
     load_any(buffer, at(x, type, i), type, m, 1.0f);
-    for (int64_t j = m; j % lanes != 0; ++j) buffer[j] = 0.0f;
-    for (int64_t j = 0; j < m; j += lanes) {
-      QUAVER_SIMD
-      for (int lane = 0; lane < lanes; ++lane) {
-        const double v = buffer[j + lane];
-        sums[lane] += v * v;
-      }
+    QUAVER_SIMD
+    for (int64_t j = 0; j < m; ++j) {
+      const double v = buffer[j];
+      lanes[j] += v * v;
     }
   }
   *amax_bits = amax(x, type, n);
-  double total = 0.0;
-  for (int lane = 0; lane < lanes; ++lane) total += sums[lane];
-  return total;
+  double sums[groups];
+  for (int g = 0; g < groups; ++g) {
+    sums[g] = 0.0;
+    for (int k = 0; k < group; ++k) sums[g] += lanes[g * group + k];
+  }
+  for (int half = groups / 2; half > 0; half /= 2)
+    for (int g = 0; g < half; ++g) sums[g] += sums[g + half];
+  return sums[0];
 }
 
 uint32_t add(void* out, DType out_type, float scale, const void* a, DType a_type, float scale_a,

@@ -1,6 +1,9 @@
 #include "quaver/optimizer.h"
 
-#include "bridge.h"
+#include <initializer_list>
+#include <utility>
+
+#include "device.h"
 
 namespace quaver::binding {
 namespace {
@@ -12,18 +15,36 @@ StateView state(const char* name, const Tensor& values, const Tensor& scale, con
           optional_scalar("adam_", "amax", amax)};
 }
 
-void adam_cpu_(const Tensors& weights, const Tensors& weight_scales, const Tensors& weight_amaxes,
-               const Tensors& exp_avgs, const Tensors& exp_avg_scales,
-               const Tensors& exp_avg_amaxes, const Tensors& exp_avg_sqs,
-               const Tensors& exp_avg_sq_scales, const Tensors& exp_avg_sq_amaxes,
-               const Tensors& grads, const Tensors& grad_scales, const Tensor& grad_amax,
-               const Tensors& fp8s, const Tensors& fp8_ts, const Tensors& fp8_scales,
-               const Tensors& steps, const Tensor& hyper, Tensor skipped) {
+void adam_(const Tensors& weights, const Tensors& weight_scales, const Tensors& weight_amaxes,
+           const Tensors& exp_avgs, const Tensors& exp_avg_scales, const Tensors& exp_avg_amaxes,
+           const Tensors& exp_avg_sqs, const Tensors& exp_avg_sq_scales,
+           const Tensors& exp_avg_sq_amaxes, const Tensors& grads, const Tensors& grad_scales,
+           const Tensor& grad_amax, const Tensors& fp8s, const Tensors& fp8_ts,
+           const Tensors& fp8_scales, const Tensors& steps, const Tensor& hyper, Tensor skipped) {
   const size_t n = weights.size();
-  for (const Tensors* list : {&weight_scales, &weight_amaxes, &exp_avgs, &exp_avg_scales,
-                              &exp_avg_amaxes, &exp_avg_sqs, &exp_avg_sq_scales, &exp_avg_sq_amaxes,
-                              &grads, &grad_scales, &fp8s, &fp8_ts, &fp8_scales, &steps})
-    QUAVER_CHECK(list->size() == n, "adam_: ", n, " weights, but a list of ", list->size());
+  if (n == 0) return;
+  for (const auto& [name, list] : std::initializer_list<std::pair<const char*, const Tensors*>>{
+           {"weights", &weights},
+           {"weight_scales", &weight_scales},
+           {"weight_amaxes", &weight_amaxes},
+           {"exp_avgs", &exp_avgs},
+           {"exp_avg_scales", &exp_avg_scales},
+           {"exp_avg_amaxes", &exp_avg_amaxes},
+           {"exp_avg_sqs", &exp_avg_sqs},
+           {"exp_avg_sq_scales", &exp_avg_sq_scales},
+           {"exp_avg_sq_amaxes", &exp_avg_sq_amaxes},
+           {"grads", &grads},
+           {"grad_scales", &grad_scales},
+           {"fp8s", &fp8s},
+           {"fp8_ts", &fp8_ts},
+           {"fp8_scales", &fp8_scales},
+           {"steps", &steps}}) {
+    QUAVER_CHECK(list->size() == n, "adam_: ", n, " weights, but ", list->size(), " ", name);
+    check_device("adam_", weights[0], name, *list);
+  }
+  check_device("adam_", weights[0], "grad_amax", grad_amax);
+  check_device("adam_", weights[0], "hyper", hyper);
+  check_device("adam_", weights[0], "skipped", skipped);
   const auto count = static_cast<int64_t>(n);
   QUAVER_CHECK(grad_amax.numel() == count && grad_amax.scalar_type() == ScalarType::Float,
                "adam_: grad_amax must be ", count, " float32");
@@ -53,11 +74,20 @@ void adam_cpu_(const Tensors& weights, const Tensors& weight_scales, const Tenso
     p.step = static_cast<int64_t*>(steps[i].data_ptr());
     p.hyper = static_cast<const double*>(hyper.data_ptr()) + 5 * i;
   }
-  cpu::adam(parameters.data(), count, static_cast<int64_t*>(skipped.data_ptr()));
+  auto* skips = static_cast<int64_t*>(skipped.data_ptr());
+  on_device(
+      "adam_", weights[0], [&] { cpu::adam(parameters.data(), count, skips); },
+      [&](auto stream) {
+        Tensor memory = workspace(weights[0], cuda::adam_workspace_bytes(count));
+        cuda::adam(parameters.data(), count, skips, memory.data_ptr(), stream);
+      });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) { m.impl("adam_", TORCH_BOX(&adam_cpu_)); }
+STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) { m.impl("adam_", TORCH_BOX(&adam_)); }
+#if defined(QUAVER_HAVE_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) { m.impl("adam_", TORCH_BOX(&adam_)); }
+#endif
 
 }  // namespace quaver::binding

@@ -3,7 +3,7 @@
 #include <string>
 #include <tuple>
 
-#include "bridge.h"
+#include "device.h"
 
 namespace quaver::binding {
 namespace {
@@ -28,6 +28,7 @@ Shape scale_shape(const Tensor& x, const QuantizeOptions& o) {
 Tensor scale_tensor(const char* op, const Tensor& x, const OptionalTensor& given,
                     const Shape& shape) {
   Tensor scale = empty(x, shape, ScalarType::Float);
+  check_device(op, x, "scale", given);
   if (!given.has_value()) return scale;
   QUAVER_CHECK(given->numel() == scale.numel() && given->scalar_type() == ScalarType::Float, op,
                ": scale must be ", scale.numel(), " float32, got ", given->numel(), " of ",
@@ -36,11 +37,11 @@ Tensor scale_tensor(const char* op, const Tensor& x, const OptionalTensor& given
   return scale;
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_cpu(const Tensor& x_in, ScalarType dtype,
-                                                const OptionalTensor& scale_in,
-                                                const OptionalTensor& history,
-                                                const std::string& granularity, int64_t block,
-                                                bool power_of_two, bool stochastic, int64_t seed) {
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_in, ScalarType dtype,
+                                            const OptionalTensor& scale_in,
+                                            const OptionalTensor& history,
+                                            const std::string& granularity, int64_t block,
+                                            bool power_of_two, bool stochastic, int64_t seed) {
   QuantizeOptions o;
   o.granularity = granularity_of("quantize", granularity);
   o.block = block;
@@ -60,13 +61,18 @@ std::tuple<Tensor, Tensor, Tensor> quantize_cpu(const Tensor& x_in, ScalarType d
   ScaleSource source;
   source.given = scale_in.has_value();
   source.history = history_of("quantize", history, kHistoryState);
-  cpu::quantize(view("quantize", "q", q), view("quantize", "scale", scale),
-                view("quantize", "amax", amax), view("quantize", "x", x), o, source);
+  check_device("quantize", x, "history", history);
+  const TensorView q_view = view("quantize", "q", q), x_view = view("quantize", "x", x);
+  const TensorView scales = view("quantize", "scale", scale),
+                   amaxes = view("quantize", "amax", amax);
+  on_device(
+      "quantize", x, [&] { cpu::quantize(q_view, scales, amaxes, x_view, o, source); },
+      [&](auto stream) { cuda::quantize(q_view, scales, amaxes, x_view, o, source, stream); });
   return {q, scale, amax};
 }
 
-Tensor dequantize_cpu(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
-                      const std::string& granularity, int64_t block) {
+Tensor dequantize(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
+                  const std::string& granularity, int64_t block) {
   QuantizeOptions o;
   o.granularity = granularity_of("dequantize", granularity);
   o.block = block;
@@ -76,15 +82,20 @@ Tensor dequantize_cpu(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
                torch::headeronly::toString(scale.scalar_type()));
   const Tensor q = dense(q_in);
   Tensor out = empty(q, shape_of(q), dtype);
-  cpu::dequantize(view("dequantize", "dtype", out), view("dequantize", "q", q),
-                  view("dequantize", "scale", dense(scale)), o);
+  check_device("dequantize", q, "scale", scale);
+  const Tensor scales = dense(scale);
+  const TensorView out_view = view("dequantize", "dtype", out), q_view = view("dequantize", "q", q);
+  const TensorView scale_view = view("dequantize", "scale", scales);
+  on_device(
+      "dequantize", q, [&] { cpu::dequantize(out_view, q_view, scale_view, o); },
+      [&](auto stream) { cuda::dequantize(out_view, q_view, scale_view, o, stream); });
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cast_transpose_cpu(const Tensor& x_in, ScalarType dtype,
-                                                              const OptionalTensor& scale_in,
-                                                              const OptionalTensor& history,
-                                                              bool power_of_two) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cast_transpose(const Tensor& x_in, ScalarType dtype,
+                                                          const OptionalTensor& scale_in,
+                                                          const OptionalTensor& history,
+                                                          bool power_of_two) {
   QUAVER_CHECK(x_in.dim() == 2, "cast_transpose: x must be a matrix, got ", x_in.dim(),
                " dimensions");
   const Tensor x = dense(x_in);
@@ -96,17 +107,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cast_transpose_cpu(const Tensor& x_in
   source.given = scale_in.has_value();
   source.history = history_of("cast_transpose", history, kHistoryState);
   const char* op = "cast_transpose";
-  cpu::cast_transpose(view(op, "dtype", q), view(op, "dtype", qt), view(op, "scale", scale),
-                      view(op, "amax", amax), view(op, "x", x), power_of_two, source);
+  check_device(op, x, "history", history);
+  const TensorView q_view = view(op, "dtype", q), qt_view = view(op, "dtype", qt);
+  const TensorView scales = view(op, "scale", scale), amaxes = view(op, "amax", amax);
+  const TensorView x_view = view(op, "x", x);
+  on_device(
+      op, x,
+      [&] { cpu::cast_transpose(q_view, qt_view, scales, amaxes, x_view, power_of_two, source); },
+      [&](auto stream) {
+        cuda::cast_transpose(q_view, qt_view, scales, amaxes, x_view, power_of_two, source, stream);
+      });
   return {q, qt, scale, amax};
+}
+
+template <class Library>
+void register_ops(Library& m) {
+  m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("cast_transpose", TORCH_BOX(&cast_transpose));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) {
-  m.impl("quantize", TORCH_BOX(&quantize_cpu));
-  m.impl("dequantize", TORCH_BOX(&dequantize_cpu));
-  m.impl("cast_transpose", TORCH_BOX(&cast_transpose_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) { register_ops(m); }
+#if defined(QUAVER_HAVE_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) { register_ops(m); }
+#endif
 
 }  // namespace quaver::binding

@@ -34,9 +34,9 @@ QUAVER_HD AdamStep adam_step(double lr, double beta1, double beta2, double eps, 
   s.step_size = static_cast<float>(lr / c1);
   s.inverse_sqrt_c2 = static_cast<float>(1.0 / ::sqrt(c2));
   // Cauchy-Schwarz on the two moving averages: |m| <= (1-b1) / sqrt((1-b2)(1-b1^2/b2)) * sqrt(v).
-  // Twice that leaves room for the rounding of stored moments. Where b1^2 >= b2 the sum diverges and
-  // no bound is of use (b1^2t / b2^t would flush every weight to zero): t terms, as for gradients of
-  // one size, and a weight that moves further saturates.
+  // Twice that leaves room for the rounding of stored moments. Where b1^2 >= b2 the sum diverges
+  // and no bound is of use (b1^2t / b2^t would flush every weight to zero): t terms, as for
+  // gradients of one size, and a weight that moves further saturates.
   const double ratio = beta2 > 0.0 ? beta1 * beta1 / beta2 : 1.0;
   const double terms = ratio < 1.0 ? 1.0 / (1.0 - ratio) : static_cast<double>(t);
   const double peak = (1.0 - beta1) * ::sqrt(terms / (beta2 < 1.0 ? 1.0 - beta2 : 1.0));
@@ -70,5 +70,10 @@ QUAVER_HD float exp_avg_sq_bound(const AdamStep& s, float amax, float grad_amax)
   return s.beta2 * amax + s.one_minus_beta2 * (g * g);
 }
 QUAVER_HD float weight_bound(const AdamStep& s, float amax) { return amax + s.update_bound; }
+
+// A state's scale for the values that this step will store; 1 for formats that take none.
+QUAVER_HD float next_scale(float finite_max, float bound, float previous) {
+  return finite_max > 0.0f ? scale_from_amax(bound, finite_max, true, previous) : 1.0f;
+}
 
 }  // namespace quaver

@@ -3,7 +3,7 @@
 
 #include "quaver/tensor_view.h"
 
-namespace quaver::cpu {
+namespace quaver {
 
 // One gradient, its decode scale (null: 1) and the amax seen when it was encoded (null: its own).
 // FP8 saturates infinities away, so the amax is where a non-finite gradient shows.
@@ -13,13 +13,29 @@ struct ScaledView {
   const float* amax = nullptr;
 };
 
-// norm = sqrt(sum over all gradients of (scale * value)^2), accumulated in f64 in an order that
-// depends on the shapes only. amax[i] = |scale| * max |value| of gradient i. A gradient that
-// carries a non-finite amax makes both its amax[i] and the norm NaN.
+namespace cpu {
+
+// norm = sqrt(sum over all gradients of (scale * value)^2), accumulated in f64 in the order of
+// norm.h. amax[i] = |scale| * max |value| of gradient i. A gradient that carries a non-finite amax
+// makes both its amax[i] and the norm NaN.
 void grad_norm(float* norm, float* amax, const ScaledView* grads, int64_t count);
 
 // target += other, re-encoded with the just-in-time scale of the sum (MS-AMP's add_to_fp8).
 // Writes target's scale and amax; the amax is NaN where either amax was not finite.
 void accumulate(const TensorView& target, float* scale, float* amax, const ScaledView& other);
 
-}  // namespace quaver::cpu
+}  // namespace cpu
+
+namespace cuda {
+
+// The same, on the device; `workspace` is device memory, 16-byte aligned.
+int64_t grad_norm_workspace_bytes(const ScaledView* grads, int64_t count);
+void grad_norm(float* norm, float* amax, const ScaledView* grads, int64_t count, void* workspace,
+               void* stream);
+
+constexpr int64_t kAccumulateWorkspaceBytes = 16;
+void accumulate(const TensorView& target, float* scale, float* amax, const ScaledView& other,
+                void* workspace, void* stream);
+
+}  // namespace cuda
+}  // namespace quaver

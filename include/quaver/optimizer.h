@@ -12,6 +12,8 @@ struct StateView {
   float* amax = nullptr;
 };
 
+inline bool is_scaled(const StateView& s) { return scale_max(s.values.dtype) > 0.0f; }
+
 struct AdamParameter {
   StateView weight;      // f32, bf16, or f16 with scale
   StateView exp_avg;     // f32, or e4m3 with scale
@@ -31,4 +33,16 @@ namespace cpu {
 void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Device memory, 16-byte aligned, that one call needs while it runs.
+int64_t adam_workspace_bytes(int64_t count);
+
+// As the CPU's. Everything that decides is on the device, so a captured graph stays right: the
+// host reads shapes and pointers only.
+void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped, void* workspace,
+          void* stream);
+
+}  // namespace cuda
 }  // namespace quaver

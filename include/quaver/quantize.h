@@ -46,4 +46,19 @@ void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView&
                     const ScaleSource& source);
 
 }  // namespace cpu
+
+// The same on the device, in `stream` (a cudaStream_t): all pointers are device pointers, scales,
+// amaxes and histories included, and nothing waits.
+namespace cuda {
+
+void quantize(const TensorView& q, const TensorView& scale, const TensorView& amax,
+              const TensorView& x, const QuantizeOptions& options, const ScaleSource& source,
+              void* stream);
+void dequantize(const TensorView& out, const TensorView& q, const TensorView& scale,
+                const QuantizeOptions& layout, void* stream);
+void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView& scale,
+                    const TensorView& amax, const TensorView& x, bool power_of_two,
+                    const ScaleSource& source, void* stream);
+
+}  // namespace cuda
 }  // namespace quaver

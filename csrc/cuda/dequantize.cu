@@ -1,0 +1,67 @@
+// out = scale * q, with one scale for the tensor, each row, or each 1 x B block.
+#include "../arguments.h"
+#include "dispatch.h"
+
+namespace quaver::cuda {
+namespace {
+
+template <class Q, class X>
+QUAVER_DEVICE void decode_one(X* out, const Q* q, int64_t i, int64_t n, float scale, bool aligned) {
+  float v[kVector];
+  decode_vector<Q>(load<sizeof(Q)>(q + i, sizeof(Q), n, aligned), v);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) v[k] *= scale;
+  Packed<sizeof(X)> packed;
+  encode_vector<X>(v, packed);
+  store(out + i, packed, sizeof(X), n, aligned);
+}
+
+template <class Q, class X>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_tensor_kernel(X* out, const Q* q, int64_t n, const float* scale, bool aligned) {
+  const float s = *scale;
+  const int64_t step = int64_t(gridDim.x) * kBlockSpan;
+  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < n; i += step)
+    decode_one(out, q, i, n - i, s, aligned);
+}
+
+template <class Q, class X>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_groups_kernel(X* out, const Q* q, const float* scales, Groups groups, bool aligned) {
+  const Span span = span_of(groups, blockIdx.x, threadIdx.x);
+  if (span.n == 0) return;
+  const float s = scales[span.group];
+  for (int64_t i = threadIdx.x % groups.threads * kVector; i < span.n;
+       i += int64_t(groups.threads) * kVector)
+    decode_one(out, q, span.first + i, span.n - i, s, aligned);
+}
+
+template <class Q, class X>
+void run(const TensorView& out, const TensorView& q, const float* scale, const QuantizeOptions& o,
+         void* stream) {
+  const char* op = "dequantize";
+  if (o.granularity == Granularity::tensor) {
+    launch(op, dequantize_tensor_kernel<Q, X>, loop_blocks(op, q.numel()), kThreads, stream,
+           out.as<X>(), q.as<const Q>(), q.numel(), scale,
+           is_aligned(out.data) && is_aligned(q.data));
+    return;
+  }
+  const Groups groups = make_groups(q, o);
+  launch(op, dequantize_groups_kernel<Q, X>, group_blocks(groups), kThreads, stream, out.as<X>(),
+         q.as<const Q>(), scale, groups, are_aligned(groups, out.data, q.data));
+}
+
+}  // namespace
+
+void dequantize(const TensorView& out, const TensorView& q, const TensorView& scale,
+                const QuantizeOptions& o, void* stream) {
+  check_dequantize(out, q, scale, o);
+  if (q.numel() == 0) return;
+  with_code(q.dtype, [&](auto from) {
+    with_float(out.dtype, [&](auto to) {
+      run<decltype(from), decltype(to)>(out, q, scale.as<const float>(), o, stream);
+    });
+  });
+}
+
+}  // namespace quaver::cuda

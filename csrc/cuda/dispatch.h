@@ -1,0 +1,71 @@
+// From the types and sizes that are known at run time to kernels.
+#pragma once
+
+#include <algorithm>
+
+#include "device.h"
+#include "quaver/quantize.h"
+
+namespace quaver::cuda {
+
+// Calls body(T{}) with the storage type of `type`.
+template <class Body>
+void with_float(DType type, Body body) {
+  if (type == DType::f32) return body(float{});
+  if (type == DType::f16) return body(f16{});
+  body(bf16{});
+}
+
+template <class Body>
+void with_code(DType type, Body body) {
+  if (type == DType::e4m3) return body(e4m3{});
+  if (type == DType::e5m2) return body(e5m2{});
+  body(f16{});
+}
+
+// Blocks of a loop over n elements: enough to fill the device, so that there are few atomics.
+inline int64_t loop_blocks(const char* op, int64_t n) {
+  return std::max<int64_t>(1, std::min(ceil_div(n, kBlockSpan), 8 * multiprocessors(op)));
+}
+
+// The groups of values that share a scale, 1 x width each, and the threads that work on one.
+struct Groups {
+  int64_t count, width, per_row, cols;
+  int threads;  // of one group: up to a warp, or the whole block
+};
+
+inline Groups make_groups(const TensorView& x, const QuantizeOptions& o) {
+  Groups g;
+  g.count = scale_count(x, o);
+  g.width = std::min(o.granularity == Granularity::row ? x.cols : o.block, x.cols);
+  g.per_row = std::max<int64_t>(g.width > 0 ? ceil_div(x.cols, g.width) : 1, 1);
+  g.cols = x.cols;
+  g.threads = 1;
+  while (g.threads < kWarp && g.threads * kVector < g.width) g.threads *= 2;
+  if (g.width > kWarp * kVector) g.threads = kThreads;
+  return g;
+}
+
+inline int64_t group_blocks(const Groups& g) { return ceil_div(g.count, kThreads / g.threads); }
+
+// Group, first element and number of elements of the calling thread's group; none beyond the last.
+struct Span {
+  int64_t group, first, n;
+};
+
+QUAVER_DEVICE Span span_of(const Groups& g, int64_t block, int thread) {
+  const int64_t group = block * (kThreads / g.threads) + thread / g.threads;
+  if (group >= g.count) return {group, 0, 0};
+  const int64_t row = group / g.per_row;
+  const int64_t col = (group - row * g.per_row) * g.width;
+  const int64_t left = g.cols - col;
+  return {group, row * g.cols + col, left < g.width ? left : g.width};
+}
+
+// Whether 16-byte accesses are right for every whole vector of every group.
+inline bool are_aligned(const Groups& g, const void* a, const void* b) {
+  const bool starts = g.cols % kVector == 0 && (g.per_row == 1 || g.width % kVector == 0);
+  return starts && is_aligned(a) && is_aligned(b);
+}
+
+}  // namespace quaver::cuda

@@ -1,0 +1,143 @@
+// Casts to e4m3, e5m2 and scaled f16, with one scale for the tensor, each row, or each 1 x B block.
+// x is read once (twice where a tensor's scale is chosen just in time) and q is written once.
+#include "../arguments.h"
+#include "dispatch.h"
+#include "scale.h"
+
+namespace quaver::cuda {
+namespace {
+
+// Element i of the tensor takes the random bits of (seed, i), as on the CPU.
+template <class Q, int kSize>
+QUAVER_DEVICE void encode_random(const float (&x)[kVector], Packed<kSize>& v, uint64_t seed,
+                                 uint64_t first) {
+  constexpr int per_word = 4 / sizeof(Q);
+#pragma unroll
+  for (int w = 0; w < 4 * kSize; ++w) v.word[w] = 0;
+#pragma unroll
+  for (int i = 0; i < kVector; i += 4) {
+    Philox4 random;
+    if (first % 4 == 0) {
+      random = philox4x32(seed, (first + i) / 4);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) random.word[k] = random_bits(seed, first + i + k);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t code = encode_stochastic<Q>(x[i + k], random.word[k]).bits;
+      v.word[(i + k) / per_word] |= code << (i + k) % per_word * (32 / per_word);
+    }
+  }
+}
+
+template <class Q, bool kStochastic>
+QUAVER_DEVICE void cast(Q* q, int64_t i, int64_t n, bool aligned, float (&x)[kVector], float scale,
+                        uint64_t seed) {
+  Packed<sizeof(Q)> codes;
+  if (kStochastic) {
+    divide(x, {scale, true});
+    encode_random<Q>(x, codes, seed, static_cast<uint64_t>(i));
+  } else {
+    divide(x, divisor(scale));
+    encode_vector<Q>(x, codes);
+  }
+  store(q + i, codes, sizeof(Q), n, aligned);
+}
+
+template <class X, class Q, bool kStochastic>
+__global__ void __launch_bounds__(kThreads)
+    quantize_tensor_kernel(Q* q, const X* x, int64_t n, TensorScale s, uint64_t seed,
+                           bool aligned) {
+  bool known;
+  const float scale = scale_in_cast(s, &known);
+  uint32_t seen = 0;
+  const int64_t step = int64_t(gridDim.x) * kBlockSpan;
+  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < n; i += step) {
+    float v[kVector];
+    decode_vector<X>(load<sizeof(X)>(x + i, sizeof(X), n - i, aligned), v);
+    seen = max_bits(seen, amax_bits(v));
+    cast<Q, kStochastic>(q, i, n - i, aligned, v, scale, seed);
+  }
+  if (!known) block_atomic_max(s.amax, seen);
+}
+
+// Maximum over the `threads` threads of a group, in all of them.
+QUAVER_DEVICE uint32_t group_max(uint32_t value, int threads) {
+  if (threads <= kWarp) {
+    for (int distance = threads / 2; distance > 0; distance /= 2)
+      value = max_bits(value, __shfl_xor_sync(kAllLanes, value, distance));
+    return value;
+  }
+  __shared__ uint32_t result;
+  value = block_max(value);
+  if (threadIdx.x == 0) result = value;
+  __syncthreads();
+  return result;
+}
+
+template <class X, class Q, bool kStochastic>
+__global__ void __launch_bounds__(kThreads)
+    quantize_groups_kernel(Q* q, const X* x, float* scales, float* amaxes, Groups groups,
+                           float finite_max, bool power_of_two, bool given, uint64_t seed,
+                           bool aligned) {
+  const Span span = span_of(groups, blockIdx.x, threadIdx.x);
+  const int thread = threadIdx.x % groups.threads;
+  const int64_t step = int64_t(groups.threads) * kVector;
+  float v[kVector];
+  uint32_t seen = 0;
+  for (int64_t i = thread * kVector; i < span.n; i += step) {
+    decode_vector<X>(load<sizeof(X)>(x + span.first + i, sizeof(X), span.n - i, aligned), v);
+    seen = max_bits(seen, amax_bits(v));
+  }
+  const float amax = bit_cast<float>(group_max(seen, groups.threads));
+  if (span.group >= groups.count) return;
+  const float scale = given ? scales[span.group] : scale_from_amax(amax, finite_max, power_of_two);
+  if (thread == 0) {
+    amaxes[span.group] = amax;
+    if (!given) scales[span.group] = scale;
+  }
+  for (int64_t i = thread * kVector; i < span.n; i += step) {
+    if (span.n > step)  // otherwise v still holds the thread's only vector
+      decode_vector<X>(load<sizeof(X)>(x + span.first + i, sizeof(X), span.n - i, aligned), v);
+    cast<Q, kStochastic>(q, span.first + i, span.n - i, aligned, v, scale, seed);
+  }
+}
+
+template <class X, class Q, bool kStochastic>
+void run(const TensorView& q, const TensorView& scale, const TensorView& amax, const TensorView& x,
+         const QuantizeOptions& o, const ScaleSource& source, void* stream) {
+  const char* op = "quantize";
+  if (o.granularity == Granularity::tensor) {
+    const TensorScale s = tensor_scale(q.dtype, scale, amax, o.power_of_two, source);
+    begin_scale(op, s, x, stream);
+    launch(op, quantize_tensor_kernel<X, Q, kStochastic>, loop_blocks(op, x.numel()), kThreads,
+           stream, q.as<Q>(), x.as<const X>(), x.numel(), s, o.seed,
+           is_aligned(x.data) && is_aligned(q.data));
+    end_scale(op, s, stream);
+    return;
+  }
+  const Groups groups = make_groups(x, o);
+  if (groups.count == 0) return;
+  launch(op, quantize_groups_kernel<X, Q, kStochastic>, group_blocks(groups), kThreads, stream,
+         q.as<Q>(), x.as<const X>(), scale.as<float>(), amax.as<float>(), groups,
+         scale_max(q.dtype), o.power_of_two, source.given, o.seed,
+         are_aligned(groups, x.data, q.data));
+}
+
+}  // namespace
+
+void quantize(const TensorView& q, const TensorView& scale, const TensorView& amax,
+              const TensorView& x, const QuantizeOptions& o, const ScaleSource& source,
+              void* stream) {
+  check_quantize(q, scale, amax, x, o, source);
+  with_float(x.dtype, [&](auto from) {
+    with_code(q.dtype, [&](auto to) {
+      using X = decltype(from);
+      using Q = decltype(to);
+      (o.stochastic ? run<X, Q, true> : run<X, Q, false>)(q, scale, amax, x, o, source, stream);
+    });
+  });
+}
+
+}  // namespace quaver::cuda

@@ -1,0 +1,27 @@
+// The list of tensors of a multi-tensor op, on the device. It travels as kernel arguments: no
+// pinned memory, no copy that the host must outlive, and a captured graph holds it by value.
+#pragma once
+
+#include "device.h"
+
+namespace quaver::cuda {
+
+// Copies host bytes to 16-byte aligned device memory, rounded up to 16 bytes.
+void upload(const char* op, void* to, const void* from, int64_t bytes, void* stream);
+
+// Work is cut into chunks, numbered through all tensors; entry i owns [first, next entry's first).
+// Returns the owner of `chunk`, skipping entries that own none.
+template <class Entry>
+QUAVER_DEVICE int64_t owner_of(const Entry* table, int64_t count, int64_t chunk) {
+  int64_t low = 0, high = count;  // the owner is in [low, high)
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (table[middle].first <= chunk)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+}  // namespace quaver::cuda

@@ -1,0 +1,73 @@
+// Where an op runs: on the CPU, or in the current stream of its tensors' CUDA device.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <string>
+
+#include "bridge.h"
+
+#if defined(QUAVER_HAVE_CUDA)
+// Of libtorch_cuda. Weak, so that the library loads on a torch without it too.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace quaver::binding {
+
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
+  return "another device";
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.get_device_index() == b.get_device_index() && a.is_cuda() == b.is_cuda() &&
+         a.is_cpu() == b.is_cpu();
+}
+
+// Every op's tensors are on one device. An empty tensor of a list stands for "none", wherever it
+// is.
+inline void check_device(const char* op, const Tensor& first, const char* name, const Tensor& t) {
+  QUAVER_CHECK(t.numel() == 0 || same_device(first, t), op, ": ", name, " must be on ",
+               device_name(first), " like the rest, got ", device_name(t));
+}
+
+inline void check_device(const char* op, const Tensor& first, const char* name,
+                         const OptionalTensor& t) {
+  if (t.has_value()) check_device(op, first, name, *t);
+}
+
+inline void check_device(const char* op, const Tensor& first, const char* name,
+                         const std::vector<Tensor>& list) {
+  for (const Tensor& t : list) check_device(op, first, name, t);
+}
+
+// Memory for one call, of the caching allocator: it may be used again as soon as the stream has
+// passed, which is what every kernel of the call needs.
+inline Tensor workspace(const Tensor& like, int64_t bytes) {
+  return empty(like, {bytes}, ScalarType::Byte);
+}
+
+// Calls on_cpu(), or on_cuda(stream) with the device of `t` current. A build without CUDA never
+// instantiates the second.
+template <class OnCpu, class OnCuda>
+void on_device(const char* op, const Tensor& t, OnCpu on_cpu, [[maybe_unused]] OnCuda on_cuda) {
+#if defined(QUAVER_HAVE_CUDA)
+  if (t.is_cuda()) {
+    QUAVER_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op,
+                 ": tensors on cuda, but this torch has no CUDA");
+    const int32_t index = t.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    void* stream = nullptr;
+    QUAVER_CHECK(aoti_torch_get_current_cuda_stream(index, &stream) == 0, op,
+                 ": torch has no current stream for cuda:", index);
+    on_cuda(stream);
+    return;
+  }
+#endif
+  QUAVER_CHECK(t.is_cpu(), op, ": no code for ", device_name(t), " in this build of quaver");
+  on_cpu();
+}
+
+}  // namespace quaver::binding

@@ -1,0 +1,113 @@
+// Runs CUDA kernels on the host: the threads of a block are fibers, blocks run one after another.
+// csrc/cuda/launch.h includes this file where the compiler is not nvcc. It is strict: a barrier
+// that some thread of the block never reaches is an error, and threads and blocks run in an order
+// that a test chooses, so that a missing barrier shows as a difference between orders.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static  // blocks run one after another
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define QUAVER_DEVICE [[maybe_unused]] static inline
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+namespace quaver::simt {
+
+extern dim3 thread_index, block_index, block_size, grid_size;
+
+enum class Order { ascending, descending, shuffled };
+void set_order(Order order);
+
+// Runs body(context) for every thread of every block.
+void run(int64_t blocks, int threads, void (*body)(void*), void* context);
+
+// Waits for all threads of the block.
+void sync_block();
+
+// Gives `value` to the lanes in `mask` and waits for theirs; the result is indexed by lane and
+// valid until the next exchange.
+const uint64_t* exchange(uint32_t mask, uint64_t value);
+
+int lane();
+
+template <class T>
+T shuffle(uint32_t mask, T value, int from, int width) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const uint64_t* all = exchange(mask, bits);
+  const int first = lane() / width * width;
+  if (from >= first && from < first + width && (mask >> from & 1)) bits = all[from];
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace quaver::simt
+
+#define threadIdx quaver::simt::thread_index
+#define blockIdx quaver::simt::block_index
+#define blockDim quaver::simt::block_size
+#define gridDim quaver::simt::grid_size
+
+inline void __syncthreads() { quaver::simt::sync_block(); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu) { quaver::simt::exchange(mask, 0); }
+int __syncthreads_or(int predicate);
+
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int from, int width = 32) {
+  return quaver::simt::shuffle(mask, value, quaver::simt::lane() / width * width + from % width,
+                               width);
+}
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int distance, int width = 32) {
+  return quaver::simt::shuffle(mask, value, quaver::simt::lane() ^ distance, width);
+}
+uint32_t __reduce_max_sync(uint32_t mask, uint32_t value);
+
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+
+inline uint32_t atomicMax(uint32_t* to, uint32_t value) {
+  const uint32_t before = *to;
+  *to = std::max(before, value);
+  return before;
+}
+
+namespace quaver::cuda {
+
+template <class... Parameters, class... Arguments>
+void launch(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
+            const Arguments&... arguments) {
+  auto call = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  simt::run(
+      blocks, threads, [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+}
+
+inline void clear(const char*, void* memory, int64_t bytes, void*) {
+  std::memset(memory, 0, static_cast<size_t>(bytes));
+}
+
+// Few, so that loops over the grid take several turns.
+inline int64_t multiprocessors(const char*) { return 1; }
+
+}  // namespace quaver::cuda

@@ -1,0 +1,179 @@
+// adam of the CUDA backend, run on the host: the bits of the CPU backend, step after step.
+#include "quaver/codec.h"
+#include "quaver/optimizer.h"
+#include "simt/cases.h"
+
+using namespace quaver;
+using namespace quaver::test;
+
+namespace {
+
+struct Layout {
+  Shape shape;
+  DType weight, exp_avg, exp_avg_sq, grad;
+  bool fp8 = false;
+  int64_t skew = 0;
+};
+
+constexpr Layout o2(Shape shape, DType grad = DType::e4m3) {
+  return {shape, DType::f16, DType::e4m3, DType::f16, grad, true};
+}
+
+// One parameter's memory, twice: once for each backend.
+class Parameter {
+ public:
+  Parameter(const Layout& layout, uint64_t seed)
+      : layout_(layout), cpu_(layout, seed), cuda_(layout, seed) {}
+
+  void set_grad(uint64_t seed, float amax) {
+    for (Copy* c : {&cpu_, &cuda_}) {
+      fill(&c->grad, layout_.grad, numel(), seed);
+      c->grad_amax = amax;
+    }
+  }
+  AdamParameter cpu() { return cpu_.parameter(layout_); }
+  AdamParameter cuda() { return cuda_.parameter(layout_); }
+  int64_t step() const { return cpu_.step; }
+
+  void check() {
+    for (int k = 0; k < 3; ++k) {
+      CHECK(cpu_.state[k].bytes() == cuda_.state[k].bytes());
+      CHECK(cuda_.state[k].guards_hold());
+    }
+    CHECK(cpu_.fp8.bytes() == cuda_.fp8.bytes());
+    CHECK(cpu_.fp8_t.bytes() == cuda_.fp8_t.bytes());
+    CHECK(cuda_.fp8.guards_hold() && cuda_.fp8_t.guards_hold());
+    CHECK(same_bits(cpu_.scales, cuda_.scales));
+    CHECK(same_bits(cpu_.amaxes, cuda_.amaxes));
+    CHECK_EQ(cpu_.step, cuda_.step);
+  }
+
+ private:
+  struct Copy {
+    Buffer state[3], grad, fp8, fp8_t;
+    std::vector<float> scales{0.0625f, 1.0f, 1.0f, 0.5f, 1.0f};  // states, gradient, copy
+    std::vector<float> amaxes{1.0f, 0.0f, 0.0f};
+    float grad_amax = 1.0f;
+    int64_t step = 0;
+    double hyper[5] = {1e-2, 0.9, 0.95, 1e-8, 0.1};
+
+    Copy(const Layout& l, uint64_t seed)
+        : state{make(l, l.weight), make(l, l.exp_avg), make(l, l.exp_avg_sq)},
+          grad(make(l, l.grad)),
+          fp8(make(l, DType::e4m3, l.fp8)),
+          fp8_t(make(l, DType::e4m3, l.fp8)) {
+      const int64_t n = l.shape.rows * l.shape.cols;
+      fill(&state[0], l.weight, n, seed);
+      for (int k = 1; k < 3; ++k)
+        for (unsigned char* b = state[k].data(); b < state[k].data() + state[k].size(); ++b) *b = 0;
+    }
+    static Buffer make(const Layout& l, DType type, bool present = true) {
+      return Buffer(present ? l.shape.rows * l.shape.cols * size_of(type) : 0,
+                    l.skew * size_of(type));
+    }
+    AdamParameter parameter(const Layout& l) {
+      const int64_t rows = l.shape.rows, cols = l.shape.cols;
+      AdamParameter p;
+      StateView* states[] = {&p.weight, &p.exp_avg, &p.exp_avg_sq};
+      const DType types[] = {l.weight, l.exp_avg, l.exp_avg_sq};
+      for (int k = 0; k < 3; ++k) {
+        const bool scaled = scale_max(types[k]) > 0.0f;
+        *states[k] = {view(state[k], types[k], rows, cols), scaled ? &scales[k] : nullptr,
+                      scaled ? &amaxes[k] : nullptr};
+      }
+      p.grad = view(grad, l.grad, rows, cols);
+      p.grad_scale = is_fp8(l.grad) ? &scales[3] : nullptr;
+      p.grad_amax = &grad_amax;
+      if (l.fp8) {
+        p.fp8 = view(fp8, DType::e4m3, rows, cols);
+        p.fp8_t = view(fp8_t, DType::e4m3, cols, rows);
+        p.fp8_scale = &scales[4];
+      }
+      p.step = &step;
+      p.hyper = hyper;
+      return p;
+    }
+  };
+
+  int64_t numel() const { return layout_.shape.rows * layout_.shape.cols; }
+
+  Layout layout_;
+  Copy cpu_, cuda_;
+};
+
+// Three steps, of which the second is skipped: one gradient is not finite.
+void check(const std::vector<Layout>& layouts) {
+  std::vector<Parameter> parameters;
+  for (size_t i = 0; i < layouts.size(); ++i) parameters.emplace_back(layouts[i], 50 + i);
+  const auto count = static_cast<int64_t>(layouts.size());
+  int64_t skipped = 0, cuda_skipped = 0;
+  for (int step = 0; step < 3; ++step) {
+    std::vector<AdamParameter> cpu, cuda;
+    for (size_t i = 0; i < layouts.size(); ++i) {
+      const bool bad = step == 1 && i + 1 == layouts.size();
+      parameters[i].set_grad(1000 * step + i, bad ? std::numeric_limits<float>::infinity() : 4.0f);
+      cpu.push_back(parameters[i].cpu());
+      cuda.push_back(parameters[i].cuda());
+    }
+    Buffer workspace(cuda::adam_workspace_bytes(count));
+    cpu::adam(cpu.data(), count, &skipped);
+    cuda::adam(cuda.data(), count, &cuda_skipped, workspace.data(), nullptr);
+    CHECK(workspace.guards_hold());
+    for (Parameter& p : parameters) p.check();
+  }
+  CHECK_EQ(skipped, 1);
+  CHECK_EQ(cuda_skipped, 1);
+  for (const Parameter& p : parameters) CHECK_EQ(p.step(), 2);
+}
+
+}  // namespace
+
+TEST(low_precision_of_every_shape) {
+  for (const Shape& shape : kShapes) check({o2(shape)});
+  for (const int64_t rows : {127, 128, 129, 256})
+    for (const int64_t cols : {16, 127, 144, 257}) check({o2({rows, cols})});
+}
+
+TEST(every_type_of_state) {
+  for (const DType grad : {DType::f32, DType::bf16, DType::e5m2}) {
+#define QUAVER_CASE(W, M, V) \
+  check({{{7, 100}, DTypeOf<W>::value, DTypeOf<M>::value, DTypeOf<V>::value, grad}});
+    QUAVER_ADAM_CODECS(QUAVER_CASE)
+#undef QUAVER_CASE
+  }
+}
+
+TEST(many_parameters_in_one_launch) {
+  in_every_order([] {
+    check({{{1, 33}, DType::f32, DType::f32, DType::f32, DType::f32},
+           o2({130, 144}, DType::bf16),
+           {{0, 5}, DType::f32, DType::f32, DType::f32, DType::f32},
+           {{1, 20000}, DType::bf16, DType::f32, DType::f32, DType::bf16},
+           o2({1, 1}),
+           o2({0, 7}),
+           {{3, 5}, DType::f16, DType::e4m3, DType::f16, DType::f16}});
+  });
+}
+
+// A table of several pages, and more parameters than threads.
+TEST(very_many_parameters) {
+  std::vector<Layout> layouts;
+  for (int64_t i = 0; i < 300; ++i) layouts.push_back(o2({i % 4, i % 9}));
+  check(layouts);
+}
+
+TEST(views_that_are_not_aligned) {
+  for (const int64_t skew : {1, 8}) {
+    Layout layout = o2({96, 160});
+    layout.skew = skew;
+    check({layout});
+  }
+}
+
+TEST(wrong_arguments_are_named) {
+  Parameter p(o2({4, 8}), 1);
+  AdamParameter a = p.cuda();
+  a.grad.cols = 7;
+  CHECK_THROWS(cuda::adam(&a, 1, nullptr, nullptr, nullptr),
+               "grad has 28 values, its parameter 32");
+}

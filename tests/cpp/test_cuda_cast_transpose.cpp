@@ -1,0 +1,82 @@
+// cast_transpose of the CUDA backend, run on the host: the bits of the CPU backend.
+#include "quaver/quantize.h"
+#include "simt/cases.h"
+
+using namespace quaver;
+using namespace quaver::test;
+
+namespace {
+
+void check(const Shape& shape, DType from, DType to, bool given, int64_t skew = 0) {
+  const int64_t rows = shape.rows, cols = shape.cols, n = rows * cols;
+  Buffer x(n * size_of(from), skew * size_of(from));
+  fill(&x, from, n, 23);
+  const TensorView values = view(x, from, rows, cols);
+  Buffer wanted(n), wanted_t(n), got(n, skew, 0x3b), got_t(n, skew, 0x3b);
+  std::vector<float> scale(1, 0.37f), amax(1, -1.0f), cuda_scale = scale, cuda_amax(1, -2.0f);
+  ScaleSource source;
+  source.given = given;
+  cpu::cast_transpose(view(wanted, to, rows, cols), view(wanted_t, to, cols, rows), view(scale),
+                      view(amax), values, true, source);
+  cuda::cast_transpose(view(got, to, rows, cols), view(got_t, to, cols, rows), view(cuda_scale),
+                       view(cuda_amax), values, true, source, nullptr);
+  CHECK(wanted.bytes() == got.bytes());
+  CHECK(wanted_t.bytes() == got_t.bytes());
+  CHECK(same_bits(scale, cuda_scale) && same_bits(amax, cuda_amax));
+  CHECK(got.guards_hold() && got_t.guards_hold());
+}
+
+}  // namespace
+
+TEST(every_shape) {
+  for (const Shape& shape : kShapes)
+    for (const bool given : {false, true}) check(shape, DType::bf16, DType::e4m3, given);
+}
+
+TEST(around_a_tile) {
+  for (const int64_t rows : {15, 16, 127, 128, 129, 256})
+    for (const int64_t cols : {16, 112, 127, 128, 144, 257})
+      check({rows, cols}, DType::f32, DType::e5m2, false);
+}
+
+TEST(every_type) {
+  for (const DType from : {DType::f32, DType::f16, DType::bf16})
+    for (const DType to : {DType::e4m3, DType::e5m2}) check({144, 160}, from, to, false);
+}
+
+TEST(views_that_are_not_aligned) {
+  for (const int64_t skew : {1, 3, 8}) check({144, 160}, DType::bf16, DType::e4m3, false, skew);
+}
+
+TEST(orders) {
+  in_every_order([] { check({200, 300}, DType::bf16, DType::e4m3, true); });
+}
+
+TEST(delayed_scaling) {
+  constexpr int64_t rows = 48, cols = 80, n = rows * cols;
+  Buffer x(2 * n), wanted(n), wanted_t(n), got(n), got_t(n);
+  std::vector<float> history(kHistoryState, 0.0f), cuda_history = history;
+  for (int step = 0; step < 2 * kHistory; ++step) {
+    fill(&x, DType::bf16, n, 100 + step);
+    std::vector<float> scale(1, -1.0f), amax(1, -1.0f), cuda_scale(1, -2.0f), cuda_amax(1, -2.0f);
+    const TensorView from = view(x, DType::bf16, rows, cols);
+    cpu::cast_transpose(view(wanted, DType::e5m2, rows, cols),
+                        view(wanted_t, DType::e5m2, cols, rows), view(scale), view(amax), from,
+                        true, {false, history.data()});
+    cuda::cast_transpose(view(got, DType::e5m2, rows, cols), view(got_t, DType::e5m2, cols, rows),
+                         view(cuda_scale), view(cuda_amax), from, true,
+                         {false, cuda_history.data()}, nullptr);
+    CHECK(wanted.bytes() == got.bytes() && wanted_t.bytes() == got_t.bytes());
+    CHECK(same_bits(scale, cuda_scale) && same_bits(amax, cuda_amax));
+    CHECK(same_bits(history, cuda_history));
+  }
+}
+
+TEST(wrong_arguments_are_named) {
+  Buffer x(64), q(16), qt(16);
+  std::vector<float> scale(1), amax(1);
+  CHECK_THROWS(
+      cuda::cast_transpose(view(q, DType::e4m3, 2, 8), view(qt, DType::e4m3, 2, 8), view(scale),
+                           view(amax), view(x, DType::f32, 2, 8), true, {}, nullptr),
+      "qt must be [8, 2], got [2, 8]");
+}
