@@ -131,7 +131,7 @@ def test_grad_norm():
     types = [torch.float32, torch.bfloat16, *CODES]
     grads = [values((n,), types[i % 5], i) for i, n in enumerate(sizes)]
     none = torch.empty(0)
-    scales = [torch.tensor(0.5) if i % 2 else none for i in range(len(grads))]
+    scales = [torch.tensor(0.5 - i) if i % 2 else none for i in range(len(grads))]
     amaxes = [torch.tensor(1.0) if i % 2 else none for i in range(len(grads))]
     norm, _ = both(ops.grad_norm, grads, scales, amaxes)[:2]
     assert norm.isfinite()

@@ -57,7 +57,7 @@ void dequantize(const TensorView& out, const TensorView& q, const TensorView& sc
                 const QuantizeOptions& o, void* stream) {
   check_dequantize(out, q, scale, o);
   if (q.numel() == 0) return;
-  with_code(q.dtype, [&](auto from) {
+  with_any(q.dtype, [&](auto from) {
     with_float(out.dtype, [&](auto to) {
       run<decltype(from), decltype(to)>(out, q, scale.as<const float>(), o, stream);
     });

@@ -23,6 +23,12 @@ void with_code(DType type, Body body) {
   body(f16{});
 }
 
+template <class Body>
+void with_any(DType type, Body body) {
+  if (is_fp8(type)) return with_code(type, body);
+  with_float(type, body);
+}
+
 // Blocks of a loop over n elements: enough to fill the device, so that there are few atomics.
 inline int64_t loop_blocks(const char* op, int64_t n) {
   return std::max<int64_t>(1, std::min(ceil_div(n, kBlockSpan), 8 * multiprocessors(op)));

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) total_kernel(Problem p) {
   for (int64_t i = threadIdx.x; i < p.count; i += kThreads) {
     const Entry& e = p.table[i];
     const bool carried = e.amax == nullptr || is_finite(*e.amax);
-    p.amax[i] = carried ? p.amax[i] * scale_of(e) : bit_cast<float>(0x7fc00000u);
+    p.amax[i] = carried ? p.amax[i] * ::fabsf(scale_of(e)) : bit_cast<float>(0x7fc00000u);
     bad = bad || !carried;
   }
   bad = __syncthreads_or(bad);

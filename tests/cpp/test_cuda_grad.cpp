@@ -23,7 +23,7 @@ struct Gradients {
       const DType type = types[i % 5];
       buffers.emplace_back(sizes[i] * size_of(type), skew * size_of(type));
       fill(&buffers[i], type, sizes[i], 31 + i);
-      scales[i] = 0.01f * float(i + 1);
+      scales[i] = (i % 4 == 1 ? -0.01f : 0.01f) * float(i + 1);
     }
     for (size_t i = 0; i < sizes.size(); ++i) {
       views[i].values = view(buffers[i], types[i % 5], 1, sizes[i]);

@@ -151,7 +151,7 @@ TEST(delayed_scaling) {
 }
 
 TEST(dequantize) {
-  for (const DType from : kCodes)
+  for (const DType from : {DType::e4m3, DType::e5m2, DType::f16, DType::bf16, DType::f32})
     for (const DType to : kFloats)
       for (const Shape& shape : kShapes)
         for (const int64_t skew : {0, 3})
