@@ -601,3 +601,19 @@ def test_training_lowers_the_loss(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.xfail(reason="0.9 x the smallest e4m3 codes rounds back to them, while v decays")
+def test_weights_that_get_no_more_gradient_come_to_rest():
+    """Rows whose gradient stops (a dead unit) move on by some lr / (1 - beta1) at most."""
+    lr, w = 1e-3, randn(64, 64) * 0.02
+    p = nn.Parameter(qv.quantize(w, torch.float16))
+    optimizer = qv.AdamW([p], lr=lr, weight_decay=0.0)
+    for t in range(500):
+        p.grad = randn(64, 64, seed=t)
+        if t >= 20:
+            p.grad[:8] = 0
+        if t == 20:
+            before = p.detach().dequantize()
+        optimizer.step()
+    assert (p.detach().dequantize() - before)[:8].abs().max() < 10 * lr
