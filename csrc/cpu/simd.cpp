@@ -255,6 +255,11 @@ inline __attribute__((always_inline)) void adam_run(W* weight, M* exp_avg, V* ex
     m[j] = e.exp_avg;
     v[j] = e.exp_avg_sq;
   }
+  if (std::is_same<M, e4m3>::value) {
+    const float scale = p.new_exp_avg_scale;
+    QUAVER_SIMD
+    for (int64_t j = 0; j < count; ++j) m[j] = settle_exp_avg(m[j], scale, inverse[1]);
+  }
   store(weight, w, count, inverse[0]);
   store(exp_avg, m, count, inverse[1]);
   store(exp_avg_sq, v, count, inverse[2]);

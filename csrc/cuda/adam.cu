@@ -125,7 +125,9 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, Loaded& l, uint32_t
     const AdamElement element = adamw(p.step, {x[0][j], x[1][j], x[2][j]}, grad[j]);
     // Beyond the edge all is zero, and 0 / (0 + eps) is NaN where eps is 0.
     x[0][j] = j < l.n ? element.weight : 0.0f;
-    x[1][j] = element.exp_avg;
+    x[1][j] = e.type[1] == DType::e4m3
+                  ? settle_exp_avg(element.exp_avg, p.new_scale[1], p.inverse[1])
+                  : element.exp_avg;
     x[2][j] = element.exp_avg_sq;
   }
 #pragma unroll

@@ -57,6 +57,23 @@ QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
   return e;
 }
 
+// An e4m3 first moment as it will be stored: toward zero below the format's normal range. To
+// nearest, beta1 * k rounds back to k for its smallest codes, so the moment of a weight that gets
+// no more gradient would never decay while its second moment does, and m / sqrt(v) would run away.
+// `scale` is a power of two, so that scaling there and back is exact.
+QUAVER_HD float settle_exp_avg(float m, float scale, float inverse) {
+  using F = Format<e4m3>;
+  constexpr float min_normal = 1.0f / (1 << (F::bias - 1));
+  constexpr float steps = 1 << (F::bias - 1 + F::mantissa);  // 1 / smallest subnormal
+  const float x = m * inverse;
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const bool small = bit_cast<float>(bits & 0x7fffffffu) < min_normal;
+  const float kept = bit_cast<float>(select(small, bits, 0u)) * steps;
+  const float whole = static_cast<float>(static_cast<int32_t>(kept)) / steps;
+  const uint32_t settled = bit_cast<uint32_t>(whole) | (bits & 0x80000000u);  // -0 stays
+  return bit_cast<float>(select(small, settled, bits)) * scale;
+}
+
 // Upper bounds of the next amaxes, known before the pass, so that its scales can be too. They are
 // at most about one binade loose, and the amax of what the pass stored feeds the next bound. A
 // gradient's amax was taken before it was encoded, and rounding to e4m3 or e5m2 may have raised it.

@@ -276,7 +276,10 @@ def adamw_fp8(
     for value, bound, (codes, scale, _) in zip((w, m, v), bounds, states, strict=True):
         if codes.dtype in FORMATS:
             scale = scale_from_amax(bound, codes.dtype, previous=scale)
-            codes = encode(value / scale, codes.dtype)
+            value = value / scale
+            if codes.dtype == E4M3:  # toward zero below 2^-6, the normal range: else m cannot decay
+                value = torch.where(value.abs() < 2**-6, (value * 512).trunc() / 512, value)
+            codes = encode(value, codes.dtype)
         else:
             codes = value.to(codes.dtype)
         amax = (codes.float() * scale).abs().amax() if codes.numel() else f32(0.0)
