@@ -103,7 +103,7 @@ int main(int argc, char** argv) {
       {"grad_norm e4m3",
        [&] {
          float norm;
-         const cpu::ScaledView grad{g8.view, &scales[3], nullptr};
+         const ScaledView grad{g8.view, &scales[3], nullptr};
          cpu::grad_norm(&norm, &amax, &grad, 1);
        }},
       {"accumulate e4m3",

@@ -64,14 +64,16 @@ QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
 QUAVER_HD float settle_exp_avg(float m, float scale, float inverse) {
   using F = Format<e4m3>;
   constexpr float min_normal = 1.0f / (1 << (F::bias - 1));
-  constexpr float steps = 1 << (F::bias - 1 + F::mantissa);  // 1 / smallest subnormal
+  constexpr float step = min_normal / (1 << F::mantissa);  // the smallest subnormal
+  constexpr float aligner = step * (1 << 23);              // its ulp is `step`: adding it rounds
   const float x = m * inverse;
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const bool small = bit_cast<float>(bits & 0x7fffffffu) < min_normal;
-  const float kept = bit_cast<float>(select(small, bits, 0u)) * steps;
-  const float whole = static_cast<float>(static_cast<int32_t>(kept)) / steps;
-  const uint32_t settled = bit_cast<uint32_t>(whole) | (bits & 0x80000000u);  // -0 stays
-  return bit_cast<float>(select(small, settled, bits)) * scale;
+  const uint32_t sign = bit_cast<uint32_t>(x) & 0x80000000u;
+  const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffffu;
+  const float a = bit_cast<float>(magnitude);
+  const float nearest = (a + aligner) - aligner;
+  const float below = nearest - bit_cast<float>(select(nearest > a, bit_cast<uint32_t>(step), 0u));
+  return bit_cast<float>(select(a < min_normal, bit_cast<uint32_t>(below), magnitude) | sign) *
+         scale;
 }
 
 // Upper bounds of the next amaxes, known before the pass, so that its scales can be too. They are
