@@ -21,15 +21,16 @@ inline std::string device_name(const Tensor& t) {
   return "another device";
 }
 
+// By index alone, which is -1 on the CPU: ops are registered for the CPU and CUDA only, and lists
+// are long.
 inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.get_device_index() == b.get_device_index() && a.is_cuda() == b.is_cuda() &&
-         a.is_cpu() == b.is_cpu();
+  return a.get_device_index() == b.get_device_index();
 }
 
 // Every op's tensors are on one device. An empty tensor of a list stands for "none", wherever it
 // is.
 inline void check_device(const char* op, const Tensor& first, const char* name, const Tensor& t) {
-  QUAVER_CHECK(t.numel() == 0 || same_device(first, t), op, ": ", name, " must be on ",
+  QUAVER_CHECK(same_device(first, t) || t.numel() == 0, op, ": ", name, " must be on ",
                device_name(first), " like the rest, got ", device_name(t));
 }
 
