@@ -10,7 +10,7 @@ namespace quaver::cpu {
 namespace {
 
 // Read twice in a pass (amax, then cast), so a span should stay in the first-level cache.
-constexpr int64_t kSpan = 4096;
+constexpr int64_t kSpan = 512;
 
 const char* at(const TensorView& x, int64_t i) { return x.as<const char>() + i * size_of(x.dtype); }
 char* out_at(const TensorView& x, int64_t i) { return x.as<char>() + i * size_of(x.dtype); }

@@ -18,6 +18,12 @@ namespace {
 
 #define QUAVER_SIMD _Pragma("omp simd")
 
+// Asks for what a stream needs 4 KiB later: the loops here end every few hundred values, where the
+// hardware's own prefetch starts anew. Beyond the end of the data it does nothing.
+inline void prefetch(const void* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + 4096));
+}
+
 template <class T>
 inline void load(float* __restrict out, const T* __restrict x, int64_t n, float scale) {
   QUAVER_SIMD
@@ -220,9 +226,11 @@ inline void store_fp8(T* __restrict out, const float* __restrict x, int64_t n, f
   const __m512 f = _mm512_set1_ps(factor);
   auto scaled = [f](__m512 v) { return kDivide ? _mm512_div_ps(v, f) : _mm512_mul_ps(v, f); };
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
+  for (; i + 16 <= n; i += 16) {
+    prefetch(x + i);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
                      encode16<T>(scaled(_mm512_loadu_ps(x + i))));
+  }
   if (i == n) return;
   const __mmask16 rest = static_cast<__mmask16>((1u << (n - i)) - 1u);
   _mm_mask_storeu_epi8(out + i, rest, encode16<T>(scaled(_mm512_maskz_loadu_ps(rest, x + i))));
