@@ -59,10 +59,17 @@ void quantize_tensor(const TensorView& q, float* scale, float* amax, const Tenso
   const float s = choose_scale(x, scale_max(q.dtype), o.power_of_two, scale, source, amax, &known);
   AtomicAmax collected;
   auto body = [&](int64_t begin, int64_t end) {
+    // After a pass for the amax, from the back: what that pass read last is still in the cache.
+    for (int64_t left = known ? end : begin; left > begin;) {
+      const int64_t n = std::min(kGrain, left - begin);
+      left -= n;
+      cast_span(q, x, left, n, s, o);
+    }
+    if (known) return;
     uint32_t bits = 0;
     for (int64_t i = begin; i < end; i += kSpan) {
       const int64_t n = std::min(kSpan, end - i);
-      if (!known) bits = std::max(bits, simd().amax(at(x, i), x.dtype, n));
+      bits = std::max(bits, simd().amax(at(x, i), x.dtype, n));
       cast_span(q, x, i, n, s, o);
     }
     collected.add(bits);
