@@ -199,6 +199,17 @@ def gemm_tolerance(
     return magnitude * ((a.shape[1] + 4) * 2.0**-24 + last) + torch.finfo(out_dtype).tiny
 
 
+def gemm_quantize(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype, out_scale: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The lowest and highest codes that gemm may give: rounding is monotonic, so they are those of
+    the ends of its tolerance."""
+    y = gemm(a, scale_a, b, scale_b, bias)
+    bound = gemm_tolerance(a, scale_a, b, scale_b, torch.float32, bias)
+    return tuple(encode(((y + end).float() / out_scale), dtype) for end in (-bound, bound))
+
+
 def accumulate(
     q: Tensor, scale: Tensor, amax: Tensor, other: Tensor, other_scale: Tensor | None = None,
     other_amax: Tensor | None = None,
