@@ -35,8 +35,8 @@ void share_scales(float* scales, float* sum_scales, const float* amaxes, const f
                   int64_t ranks, int64_t count, DType dtype) {
   check_share_scales(dtype, ranks);
   for (int64_t t = 0; t < count; ++t) {
-    const SharedScale s = shared_scale(amaxes + t, ranks, count, scale_max(dtype),
-                                       mu != nullptr ? mu + t : nullptr);
+    const SharedScale s =
+        shared_scale(amaxes + t, ranks, count, scale_max(dtype), mu != nullptr ? mu + t : nullptr);
     scales[t] = s.scale;
     sum_scales[t] = s.sum_scale;
   }

@@ -64,8 +64,7 @@ void pack(const TensorView& bucket, const ScaledView* tensors, int64_t count, co
   for (int64_t t = 0; t < count; ++t) {
     const TensorView& x = tensors[t].values;
     const int64_t length = bucket_length(x.numel());
-    entries[t] = {x.data, tensors[t].scale, x.numel(), offset,
-                  chunks, x.dtype,          is_aligned(x.data)};
+    entries[t] = {x.data, tensors[t].scale, x.numel(), offset, chunks, x.dtype, is_aligned(x.data)};
     chunks += ceil_div(length, kChunk);
     offset += length;
   }

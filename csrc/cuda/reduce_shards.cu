@@ -71,8 +71,7 @@ __global__ void __launch_bounds__(kThreads) reduce_shards_kernel(Problem p) {
       Packed<sizeof(Q)> codes[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k)
-        codes[k] =
-            load<sizeof(Q)>(shards + (r + k) * p.length + i, sizeof(Q), kVector, p.aligned);
+        codes[k] = load<sizeof(Q)>(shards + (r + k) * p.length + i, sizeof(Q), kVector, p.aligned);
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) add<Q>(codes[k], scale, sum);
     }

@@ -12,10 +12,9 @@ using Sizes = std::vector<int64_t>;
 // `count` contiguous f32, or null where there are none.
 float* floats(const char* op, const char* name, const OptionalTensor& t, int64_t count) {
   if (!t.has_value()) return nullptr;
-  QUAVER_CHECK(
-      t->numel() == count && t->scalar_type() == ScalarType::Float && t->is_contiguous(), op, ": ",
-      name, " must be ", count, " contiguous float32, got ", t->numel(), " of ",
-      torch::headeronly::toString(t->scalar_type()));
+  QUAVER_CHECK(t->numel() == count && t->scalar_type() == ScalarType::Float && t->is_contiguous(),
+               op, ": ", name, " must be ", count, " contiguous float32, got ", t->numel(), " of ",
+               torch::headeronly::toString(t->scalar_type()));
   return static_cast<float*>(t->data_ptr());
 }
 

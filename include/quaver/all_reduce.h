@@ -25,11 +25,11 @@ struct SharedScale {
   float scale, sum_scale;
 };
 
-// From the amaxes of all ranks, in rank order, `stride` apart; negative ones are of ranks that have
-// no values. `scale` fits the largest (equation 4: the smallest of the encode scales). `sum_scale`
-// fits the sum of what can have been stored, so that encoding the sum cannot overflow, whatever the
-// values are: with no second message, and tight where one rank has the outliers. With `mu`, partial
-// sums are to stay in the format (equation 3): both scales are those of mu * value, over mu.
+// From the amaxes of all ranks, in rank order, `stride` apart. `scale` fits the largest (equation
+// 4: the smallest of the encode scales). `sum_scale` fits the sum of what can have been stored, so
+// that encoding the sum cannot overflow, whatever the values are: with no second message, and tight
+// where one rank has the outliers. With `mu`, partial sums are to stay in the format (equation 3):
+// both scales are those of mu * value, over mu.
 QUAVER_HD SharedScale shared_scale(const float* amaxes, int64_t ranks, int64_t stride,
                                    float finite_max, const float* mu) {
   constexpr float largest_float = 3.40282347e38f;
@@ -48,8 +48,7 @@ QUAVER_HD SharedScale shared_scale(const float* amaxes, int64_t ranks, int64_t s
   const float scale = scale_from_amax(largest, finite_max, true);
   float bound = 0.0f;
   for (int64_t r = 0; r < ranks; ++r) {
-    const float a = amaxes[r * stride] > 0.0f ? amaxes[r * stride] : 0.0f;
-    const float stored = a * kRoundedUp;
+    const float stored = amaxes[r * stride] * kRoundedUp;
     bound += stored < finite_max * scale ? stored : finite_max * scale;
   }
   return {scale, scale_from_amax(is_finite(bound) ? bound : largest_float, finite_max, true)};
@@ -57,11 +56,11 @@ QUAVER_HD SharedScale shared_scale(const float* amaxes, int64_t ranks, int64_t s
 
 // Where the tensors of a bucket are summed.
 struct ShardedSum {
-  TensorView shards;               // [ranks, length] codes: this rank's shard of every rank's bucket
-  int64_t first = 0;               // the shard's first element in the bucket
-  const int64_t* sizes = nullptr;  // elements of each of the bucket's tensors, on the host
-  int64_t count = 0;               // tensors of the bucket
-  const float* scales = nullptr;   // decode scale of each tensor's codes; null: 1
+  TensorView shards;  // [ranks, length] codes: this rank's shard of every rank's bucket
+  int64_t first = 0;  // the shard's first element in the bucket
+  const int64_t* sizes = nullptr;     // elements of each of the bucket's tensors, on the host
+  int64_t count = 0;                  // tensors of the bucket
+  const float* scales = nullptr;      // decode scale of each tensor's codes; null: 1
   const float* sum_scales = nullptr;  // of the result; null: 1
 };
 

@@ -160,8 +160,7 @@ def share_scales(
     """Decode scales for the values of every rank, and for their sum (FP8-LM, equation 4).
 
     Args:
-        amaxes: float32 [ranks, tensors], the same on every rank; negative for a rank without
-            values.
+        amaxes: float32 [ranks, tensors], the same on every rank.
         dtype: float8_e4m3fn or float8_e5m2.
         mu: float32 [tensors]. With it, partial sums of mu * value are to stay in the format
             (equation 3) and both scales are one. Without, a sum cannot overflow its scale.

@@ -231,11 +231,11 @@ def shared_scale(
     if not all(math.isfinite(a) for a in amaxes):
         return f32(1.0), f32(1.0)
     if mu is not None:
-        return (scale_from_amax(f32(max(0.0, *amaxes)) / f32(mu), dtype),) * 2
-    scale = scale_from_amax(f32(max(0.0, *amaxes)), dtype)
+        return (scale_from_amax(f32(max(amaxes)) / f32(mu), dtype),) * 2
+    scale = scale_from_amax(f32(max(amaxes)), dtype)
     bound = f32(0.0)
     for a in amaxes:
-        bound += torch.minimum(f32(max(a, 0.0)) * ROUNDED_UP, scale * scale_max(dtype))
+        bound += torch.minimum(f32(a) * ROUNDED_UP, scale * scale_max(dtype))
     return scale, scale_from_amax(bound, dtype)
 
 

@@ -79,7 +79,6 @@ TEST(scales_of_many_tensors) {
   for (int64_t i = 0; i < ranks * count; ++i) {
     float& a = amaxes.as<float>()[i];
     a = a < 0.0f ? -a : a;
-    if (i % 50 == 7) a = -1.0f;
     if (i % 70 == 9) a = std::numeric_limits<float>::quiet_NaN();
     if (i % 90 == 11) a = 3e38f;
   }
@@ -145,7 +144,7 @@ TEST(wrong_arguments_are_named) {
                "a bucket of e4m3 needs scales");
   ShardedSum sum;
   sum.shards = view(a, DType::e4m3, 2, 24);
-  CHECK_THROWS(cuda::reduce_shards(view(b, DType::e4m3, 1, 24), nullptr, nullptr, sum, nullptr,
-                                   nullptr),
-               "a shard's length must be a multiple of 16, got 24");
+  CHECK_THROWS(
+      cuda::reduce_shards(view(b, DType::e4m3, 1, 24), nullptr, nullptr, sum, nullptr, nullptr),
+      "a shard's length must be a multiple of 16, got 24");
 }
