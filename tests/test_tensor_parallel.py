@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import FP8, assert_same, randn
-from ranks import run
+from rank_pool import run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
