@@ -35,6 +35,14 @@ STABLE_TORCH_LIBRARY(quaver, m) {
       "Tensor[] grads, Tensor[] grad_scales, Tensor grad_amax, "
       "Tensor(j!)[] fp8s, Tensor(k!)[] fp8_ts, Tensor(l!)[] fp8_scales, "
       "Tensor(m!)[] steps, Tensor hyper, Tensor(n!) skipped) -> ()");
+  m.def("comm_id_(Tensor(a!) id, str library) -> ()");
+  m.def("comm_create(Tensor id, int rank, int size, float timeout, str library, bool host) -> int");
+  m.def("comm_all_to_all_(int comm, Tensor send, Tensor(a!) recv) -> ()");
+  m.def("comm_all_gather_(int comm, Tensor send, Tensor(a!) recv) -> ()");
+  m.def("comm_all_reduce_(int comm, Tensor(a!) values, str reduction) -> ()");
+  m.def("comm_check(int comm) -> ()");
+  m.def("comm_abort(int comm) -> ()");
+  m.def("comm_close(int comm) -> ()");
 }
 
 namespace {

@@ -148,6 +148,12 @@ class ScaledTensor(torch.Tensor):
             self.amax.copy_(amax)
         return self.refresh_copies()
 
+    def __setitem__(self, index, value) -> None:
+        """Decodes, writes and encodes anew. torch's own would write into a decoded copy."""
+        plain = self.detach().dequantize()
+        plain[index] = value
+        self.copy_(plain)
+
     def __getstate__(self):
         """For files and copies; the FP8 copies of a weight are a function of it."""
         return {k: v for k, v in self.__dict__.items() if k != "fp8_weight"}
