@@ -15,9 +15,9 @@ inline const char* at(const TensorView& x, int64_t i) {
   return x.as<const char>() + i * size_of(x.dtype);
 }
 
-// Rows of one strip and at most kBlock columns.
-struct Block {
-  int64_t row, rows, col, cols;
+// Rows whose codes are transposed together.
+struct Strip {
+  int64_t row, rows;
 };
 
 constexpr int kMaxOutputs = 2;
@@ -35,38 +35,57 @@ inline void use_scale(CastState* s, const GemmCast& to, float scale) {
   s->factor = s->divide ? scale : 1.0f / scale;
 }
 
-// Calls body(block) for every block of a matrix, in order within a strip.
 template <class Body>
-void for_blocks(int64_t rows, int64_t cols, Body& body) {
-  const int64_t strips = (rows + kTile - 1) / kTile;
+void for_strips(int64_t rows, int64_t cols, Body& body) {
   auto run = [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; ++strip)
-      for (int64_t col = 0; col < cols; col += kBlock)
-        body(Block{strip * kTile, std::min(kTile, rows - strip * kTile), col,
-                   std::min(kBlock, cols - col)});
+      body(Strip{strip * kTile, std::min(kTile, rows - strip * kTile)});
   };
-  parallel_for(strips, kGrain / std::max<int64_t>(kTile * cols, 1), run);
+  parallel_for((rows + kTile - 1) / kTile, kGrain / std::max<int64_t>(kTile * cols, 1), run);
 }
 
-// Zeros behind a block's values, and its transpose.
-inline void finish_block(const GemmCast& to, const Block& b, int64_t rows, int64_t cols) {
-  const int64_t width = to.q.cols, height = to.qt.cols;
-  const int64_t padded_cols = b.col + b.cols == cols ? width - b.col : b.cols;
-  const int64_t padded_rows = b.row + b.rows == rows ? height - b.row : b.rows;
-  uint8_t* q = to.q.as<uint8_t>() + b.row * width + b.col;
-  for (int64_t r = 0; r < padded_rows; ++r) {
-    const int64_t kept = r < b.rows ? b.cols : 0;
-    std::memset(q + r * width + kept, 0, static_cast<size_t>(padded_cols - kept));
+// What a pass does with the values of a strip: it looks for the amax, encodes, or both.
+struct Sink {
+  const GemmCast* outputs;
+  const CastState* state;
+  int count;
+  int64_t rows, cols;  // of the matrix
+  bool see, encode;
+  uint32_t amax_bits[kMaxOutputs] = {};
+
+  // n <= kBlock values of one row, from column `col` on.
+  void put(int k, int64_t row, int64_t col, int64_t n, const float* values) {
+    if (see) amax_bits[k] = std::max(amax_bits[k], simd().amax(values, DType::f32, n));
+    if (!encode) return;
+    const TensorView& q = outputs[k].q;
+    simd().cast(q.as<uint8_t>() + row * q.cols + col, q.dtype, values, DType::f32, n,
+                state[k].factor, state[k].divide);
   }
-  uint8_t* qt = to.qt.as<uint8_t>() + b.col * height + b.row;
-  for (int64_t c = 0; c < padded_cols; c += kTile)
-    simd().transpose(qt + c * height, height, q + c, width, padded_rows,
-                     std::min(kTile, padded_cols - c));
-}
 
-// produce(block, first, sink) computes the values of a block and calls sink(output, row, values)
-// for each of its rows and outputs; it is called for every block, once or, where some scale is
-// chosen just in time, twice: `first` says which.
+  // All rows of the strip are there from column `col` on: the zeros behind them, and qt.
+  void finish(const Strip& s, int64_t col, int64_t n) const {
+    if (!encode) return;
+    for (int k = 0; k < count; ++k) {
+      const int64_t width = outputs[k].q.cols, height = outputs[k].qt.cols;
+      const int64_t padded_cols = col + n == cols ? width - col : n;
+      const int64_t padded_rows = s.row + s.rows == rows ? height - s.row : s.rows;
+      uint8_t* q = outputs[k].q.as<uint8_t>() + s.row * width + col;
+      for (int64_t r = 0; r < padded_rows; ++r) {
+        const int64_t kept = r < s.rows ? n : 0;
+        if (kept < padded_cols)
+          std::memset(q + r * width + kept, 0, static_cast<size_t>(padded_cols - kept));
+      }
+      uint8_t* qt = outputs[k].qt.as<uint8_t>() + col * height + s.row;
+      for (int64_t c = 0; c < padded_cols; c += kTile)
+        simd().transpose(qt + c * height, height, q + c, width, padded_rows,
+                         std::min(kTile, padded_cols - c));
+    }
+  }
+};
+
+// produce(strip, first, sink) computes the values of a strip and gives all of them to sink.put, in
+// any order, and their columns to sink.finish. It is called for every strip once or, where some
+// scale is chosen just in time, twice: `first` says which.
 template <class Produce>
 void cast_both(const GemmCast* outputs, int count, int64_t rows, int64_t cols, Produce produce) {
   CastState state[kMaxOutputs];
@@ -80,38 +99,22 @@ void cast_both(const GemmCast* outputs, int count, int64_t rows, int64_t cols, P
     if (!state[k].measure) use_scale(&state[k], to, scale);
     measure = measure || state[k].measure;
   }
-  auto see = [&](uint32_t* bits, int k, const Block& b, const float* values) {
-    bits[k] = std::max(bits[k], simd().amax(values, DType::f32, b.cols));
-  };
-  auto add = [&](const uint32_t* bits) {
-    for (int k = 0; k < count; ++k) state[k].amax.add(bits[k]);
-  };
-  if (measure) {
-    auto body = [&](const Block& b) {
-      uint32_t bits[kMaxOutputs] = {};
-      produce(b, true, [&](int k, int64_t, const float* values) { see(bits, k, b, values); });
-      add(bits);
+  auto pass = [&](bool first, bool see, bool encode) {
+    auto body = [&](const Strip& s) {
+      Sink sink = {outputs, state, count, rows, cols, see, encode};
+      produce(s, first, sink);
+      for (int k = 0; k < count; ++k) state[k].amax.add(sink.amax_bits[k]);
     };
-    for_blocks(rows, cols, body);
-    for (int k = 0; k < count; ++k) {
-      const GemmCast& to = outputs[k];
-      const float amax = bit_cast<float>(state[k].amax.bits());
-      if (state[k].measure)
-        use_scale(&state[k], to, scale_from_amax(amax, scale_max(to.q.dtype), to.power_of_two));
-    }
-  }
-  auto body = [&](const Block& b) {
-    uint32_t bits[kMaxOutputs] = {};
-    produce(b, !measure, [&](int k, int64_t row, const float* values) {
-      const GemmCast& to = outputs[k];
-      if (!measure) see(bits, k, b, values);
-      simd().cast(to.q.as<uint8_t>() + row * to.q.cols + b.col, to.q.dtype, values, DType::f32,
-                  b.cols, state[k].factor, state[k].divide);
-    });
-    for (int k = 0; k < count; ++k) finish_block(outputs[k], b, rows, cols);
-    add(bits);
+    for_strips(rows, cols, body);
   };
-  for_blocks(rows, cols, body);
+  if (measure) pass(true, true, false);
+  for (int k = 0; k < count; ++k) {
+    if (!state[k].measure) continue;
+    const float amax = bit_cast<float>(state[k].amax.bits());
+    use_scale(&state[k], outputs[k],
+              scale_from_amax(amax, scale_max(outputs[k].q.dtype), outputs[k].power_of_two));
+  }
+  pass(!measure, !measure, true);
   for (int k = 0; k < count; ++k) {
     *outputs[k].amax = bit_cast<float>(state[k].amax.bits());
     if (outputs[k].source.history != nullptr)

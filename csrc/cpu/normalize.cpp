@@ -38,21 +38,26 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
     if (mean != nullptr) std::fill(mean, mean + x.rows, 0.0f);
     std::fill(rstd, rstd + x.rows, inverse_deviation(0.0f, eps));
   }
-  cast_both(&y, 1, x.rows, x.cols, [&](const Block& b, bool first, auto sink) {
+  cast_both(&y, 1, x.rows, x.cols, [&](const Strip& s, bool first, Sink& sink) {
     alignas(64) float values[kBlock];
-    for (int64_t row = b.row; row < b.row + b.rows; ++row) {
-      if (first && b.col == 0) {
-        const Statistics s = statistics(x, row, mean != nullptr, eps);
-        if (mean != nullptr) mean[row] = s.mean;
-        rstd[row] = s.rstd;
+    for (int64_t row = s.row; row < s.row + s.rows; ++row) {
+      if (first) {
+        const Statistics of = statistics(x, row, mean != nullptr, eps);
+        if (mean != nullptr) mean[row] = of.mean;
+        rstd[row] = of.rstd;
         loops.save_groups(saved.codes.as<uint8_t>() + row * x.cols, saved.scale + row * groups,
                           at(x, row * x.cols), x.dtype, x.cols, saved.block);
       }
-      loops.normalize(values, at(x, row * x.cols + b.col), x.dtype, b.cols,
-                      mean != nullptr ? mean[row] : 0.0f, rstd[row], channels_from(weight, b.col),
-                      channels_from(bias, b.col));
-      sink(0, row, values);
+      for (int64_t col = 0; col < x.cols; col += kBlock) {
+        const int64_t n = std::min(kBlock, x.cols - col);
+        loops.normalize(values, at(x, row * x.cols + col), x.dtype, n,
+                        mean != nullptr ? mean[row] : 0.0f, rstd[row], channels_from(weight, col),
+                        channels_from(bias, col));
+        sink.put(0, row, col, n, values);
+      }
     }
+    for (int64_t col = 0; col < x.cols; col += kBlock)
+      sink.finish(s, col, std::min(kBlock, x.cols - col));
   });
 }
 

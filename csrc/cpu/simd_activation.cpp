@@ -68,24 +68,60 @@ void normalize(float* __restrict out, const void* x, DType type, int64_t n, floa
   }
 }
 
+// The scale of a group, stored; its reciprocal, which is exact.
+inline float save_scale(uint8_t* scale, uint32_t amax_bits) {
+  const float s = scale_from_amax(bit_cast<float>(amax_bits), scale_max(DType::e4m3), true);
+  *scale = encode_e8m0(s);
+  return 1.0f / s;
+}
+
+// Whole groups, and perhaps a short last one, at most kBlock values in all. A constant `block`
+// gives loops without remainders.
+template <class Block>
+inline __attribute__((always_inline)) void save_few(e4m3* codes, uint8_t* scale,
+                                                    const float* __restrict x, int64_t n,
+                                                    Block block) {
+  alignas(64) float scaled[kBlock];
+  int64_t i = 0;
+  for (; i + block <= n; i += block) {
+    const float inverse = save_scale(scale + i / block, amax_code<uint32_t>(x + i, block));
+    QUAVER_SIMD
+    for (int64_t j = 0; j < block; ++j) scaled[i + j] = x[i + j] * inverse;
+  }
+  if (i < n) {
+    const float inverse = save_scale(scale + i / block, amax_code<uint32_t>(x + i, n - i));
+    for (int64_t j = i; j < n; ++j) scaled[j] = x[j] * inverse;
+  }
+  store(codes, scaled, n, 1.0f);
+}
+
 void save_groups(uint8_t* codes, uint8_t* scale, const void* x, DType type, int64_t n,
                  int64_t block) {
   alignas(64) float buffer[kBlock];
-  const int64_t step = block < kBlock ? block : kBlock;
-  for (int64_t first = 0; first < n; first += block) {
+  e4m3* to = reinterpret_cast<e4m3*>(codes);
+  const int64_t few = kBlock / block * block;  // 0: a group does not fit
+  for (int64_t i = 0; few > 0 && i < n; i += few) {
+    const int64_t m = n - i < few ? n - i : few;
+    const float* v = values_of(buffer, at(x, type, i), type, m);
+    if (block == 32)
+      save_few(to + i, scale + i / block, v, m, std::integral_constant<int64_t, 32>{});
+    else if (block == 16)
+      save_few(to + i, scale + i / block, v, m, std::integral_constant<int64_t, 16>{});
+    else
+      save_few(to + i, scale + i / block, v, m, block);
+  }
+  for (int64_t first = 0; few == 0 && first < n; first += block) {
     const int64_t end = n - first < block ? n : first + block;
     uint32_t bits = 0;
-    for (int64_t i = first; i < end; i += step) {
-      const int64_t m = end - i < step ? end - i : step;
+    for (int64_t i = first; i < end; i += kBlock) {
+      const int64_t m = end - i < kBlock ? end - i : kBlock;
       const uint32_t seen = amax_code<uint32_t>(values_of(buffer, at(x, type, i), type, m), m);
       bits = bits < seen ? seen : bits;
     }
-    const float s = scale_from_amax(bit_cast<float>(bits), scale_max(DType::e4m3), true);
-    scale[first / block] = encode_e8m0(s);
-    for (int64_t i = first; i < end; i += step) {
-      const int64_t m = end - i < step ? end - i : step;
-      const float* v = values_of(buffer, at(x, type, i), type, m);
-      store(reinterpret_cast<e4m3*>(codes + i), v, m, 1.0f / s);
+    const float inverse = save_scale(scale + first / block, bits);
+    for (int64_t i = first; i < end; i += kBlock) {
+      const int64_t m = end - i < kBlock ? end - i : kBlock;
+      store(to + i, values_of(buffer, at(x, type, i), type, m), m, inverse);
     }
   }
 }
