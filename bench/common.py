@@ -245,15 +245,15 @@ def _parser(stage, devices):
 
 
 def main(stage, bench=None, cases=None):
-    """The body of a bench script. `cases(device)` returns its Cases, for "cpu" and for "cuda";
-    `bench(pairs)` yields rows of `compare` on the CPU instead."""
+    """The body of a bench script. `cases(device)` returns its Cases for "cpu" and "cuda"; where
+    there is a `bench`, `bench(pairs)` yields the CPU's rows instead, made by `compare`."""
     parser = _parser(stage, ["cpu"] if cases is None else ["cpu", "cuda"])
     args = parser.parse_args()
     if args.device == "cuda" and args.out is None and not args.list:
         parser.error("--device cuda needs --out: bench/results/ has the CPU's rows by this name")
     if args.list:
-        if cases is None:
-            parser.error(f"the {stage} bench cannot list its rows")
+        if bench is not None and args.device == "cpu":
+            parser.error(f"the {stage} bench cannot list its CPU rows")
         for case in cases(args.device):
             unknown = case.target is not None and case.target not in targets.TARGETS
             print(json.dumps(case.heading()))
@@ -263,7 +263,7 @@ def main(stage, bench=None, cases=None):
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"{stage}: --device cuda, but torch {torch.__version__} finds no GPU")
     print(describe(machine()))
-    if cases is None:
+    if bench is not None and args.device == "cpu":
         save(stage, list(bench(args.pairs)), args.out)
         return
     if args.device == "cuda":
