@@ -205,6 +205,8 @@ class Job:
         if done is not None:
             with Metrics(self.folder.metrics_path(name), settings.steps) as metrics:
                 return done, [line["loss"] for line in metrics.lines]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         model, optimizer = self.build(name)
         checkpoint = self.folder.checkpoint_path(name)
         start, skipped = 0, 0
@@ -309,6 +311,12 @@ class Job:
         loss.backward()
         return qv.memory_report(model, optimizer, activations=saved)
 
+    def _peak_memory(self):
+        """The most bytes that this recipe had on the GPU at once; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device)
+
     def _result(self, name, model, optimizer, lines):
         last = [line["loss"] for line in lines[-max(1, round(len(lines) * LAST)) :]]
         return {
@@ -316,6 +324,7 @@ class Job:
             "val_loss": self._validate(name, model),
             "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
             "memory": self._memory(name, model, optimizer),
+            "peak_memory": self._peak_memory(),
             "steps": len(lines),
             "skipped": lines[-1]["skipped"],
             "nonfinite_losses": sum(line["loss"] is None for line in lines),
