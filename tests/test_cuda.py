@@ -126,6 +126,59 @@ def test_cast_transpose(to):
         both(lambda x, s: ops.cast_transpose(x, to, s, None, True), x, torch.tensor(0.25))
 
 
+MATRICES = [(1, 1), (16, 16), (63, 65), (129, 257), (1000, 33), (512, 1024), (70, 4096)]
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_normalize_and_its_backward(centered):
+    for i, (shape, x_dtype) in enumerate(itertools.product(MATRICES, FLOATS)):
+        x, dy = values(shape, x_dtype, 1).clamp(-100, 100), values(shape, x_dtype, 2)
+        weight, bias = (values(shape[1:], FLOATS[i % 3], k) for k in (3, 4))
+        block, to = (16, 32, 7, 512)[i % 4], FP8[i % 2]
+        for scale in (None, torch.tensor(0.25)):
+            out = both(ops.normalize, x, weight, bias, 1e-5, centered, to, scale, None, True, block)
+        both(ops.normalize_backward, dy, *out[4:8], weight, block, True, x_dtype)
+        both(ops.normalize_backward, dy, *out[4:8], None, block, False, x_dtype)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
+def test_activate_and_its_backward(kind):
+    for i, (shape, dtype) in enumerate(itertools.product(MATRICES, FLOATS)):
+        x, up, dy = (values(shape, dtype, k) for k in range(3))
+        smooth = values(shape[1:], torch.float32, 3) if i % 2 else None
+        block, to = (16, 32, 7, 256)[i % 4], FP8[i % 2]
+        for gate in (up, None):
+            out = both(ops.activate, x, gate, kind, smooth, to, None, None, True, block)
+            saved = out[4:8] if gate is not None else [*out[4:6], None, None]
+            both(
+                ops.activate_backward,
+                dy, *saved, kind, smooth, block, FP8[1], None, None, True,
+            )  # fmt: skip
+
+
+def test_delayed_scaling_of_fused_ops():
+    norm, act, dx, dup = (torch.zeros(17) for _ in range(4))
+    for step in range(36):
+        x, up = (values((130, 48), torch.bfloat16, 2 * step + k) for k in range(2))
+        if step == 25:
+            up[3, 3] = float("inf")
+        norm = both(ops.normalize, x, None, None, 1e-5, False, FP8[0], None, norm, True, 32)[-1]
+        out = both(ops.activate, x, up, "silu", None, FP8[0], None, act, True, 32)
+        act = out[-1]
+        *_, dx, dup = both(
+            ops.activate_backward, x, *out[4:8], "silu", None, 32, FP8[1], dx, dup, True
+        )
+
+
+def test_every_gate_on_the_machine():
+    """The functions of activation.h at all exponents, and where they turn."""
+    bits = torch.arange(-(2**16), 2**16, dtype=torch.int64) << 15
+    x = torch.cat([bits.to(torch.int32).view(torch.float32), torch.linspace(-100, 100, 2**17)])
+    x = x.reshape(-1, 512)
+    for kind, scale in itertools.product(("silu", "gelu", "gelu_tanh"), (1e-3, 1.0, 1e30)):
+        both(ops.activate, x, None, kind, None, FP8[1], torch.tensor(scale), None, True, 32)
+
+
 def test_grad_norm():
     sizes = [1, 33, 16384, 16385, 100_000, 3_000_000]
     types = [torch.float32, torch.bfloat16, *CODES]
