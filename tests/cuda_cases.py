@@ -18,8 +18,19 @@ NOT_FINITE = (float("inf"), -float("inf"), float("nan"))
 ops = torch.ops.quaver
 
 CASES = {}
-# Compared with a tolerance, in test_gemm.py.
-NOT_BITWISE = ("gemm", "gemm_")
+# Ops that compute no bits of their own, or not the same on both, and where they are tested.
+ELSEWHERE = {
+    "gemm": "test_gemm.py",
+    "gemm_": "test_gemm.py",
+    "comm_id_": "test_comm.py",
+    "comm_create": "test_comm.py",
+    "comm_all_to_all_": "test_comm.py",
+    "comm_all_gather_": "test_comm.py",
+    "comm_all_reduce_": "test_comm.py",
+    "comm_check": "test_comm.py",
+    "comm_abort": "test_comm.py",
+    "comm_close": "test_comm.py",
+}
 
 
 def cases(op):
@@ -204,3 +215,136 @@ def adam():
     yield "a step that is skipped", bad
     yield "misaligned", adam_arguments(((96, 160),), move=misaligned)
     yield "many", adam_arguments(tuple((i % 4 + 1, i % 9 + 1) for i in range(300)))
+
+
+ACTIVATION_SHAPES = ((0, 5), (5, 0), (1, 1), (3, 33), (17, 511), (70, 513), (129, 64), (40, 4100))
+
+
+def channels(cols, seed, dtype=torch.float32):
+    return (1 + 0.3 * values((cols,), torch.float32, seed).clamp(-2, 2)).to(dtype)
+
+
+def normalize_calls():
+    """(what, arguments of normalize): every type and shape, both kinds, bad values, histories."""
+    for i, (shape, centered) in enumerate(itertools.product(ACTIVATION_SHAPES, (False, True))):
+        for k, source in enumerate(FLOATS):
+            param = (*FLOATS, None)[(i + k) % 4]
+            weight = None if param is None else channels(shape[1], 1, param)
+            bias = None if param is None else channels(shape[1], 2, param)
+            block = (16, 32, 7, 128)[(i + k) % 4]
+            yield (
+                f"{shape} {source}, parameters {param}, {centered=}, block {block}",
+                (values(shape, source, i), weight, bias, 1e-5, centered, FP8[k % 2], None, None,
+                 i % 3 > 0, block),
+            )  # fmt: skip
+    for bad in NOT_FINITE:
+        x = values((9, 70), torch.bfloat16)
+        x[4, 3] = bad
+        yield f"{bad}", (x, None, None, 1e-5, True, FP8[0], None, None, True, 32)
+    cast = lambda x, state: ops.quantize(*_quantize(x, FP8[0], None, state))  # noqa: E731
+    for step, state in histories(cast):
+        x = values((130, 48), torch.bfloat16, step)
+        yield f"delayed, {step} casts before", (
+            x, channels(48, 1), None, 1e-6, False, FP8[0], None, state, True, 32)  # fmt: skip
+    x = values((160, 144), torch.bfloat16)
+    given = (torch.tensor(0.25), None, True, 32)
+    yield "scale given", (x, None, None, 1e-6, False, FP8[0], *given)
+    yield "a misaligned view", (misaligned(x), None, None, 1e-6, False, FP8[0], *given)
+
+
+@cases("normalize")
+def normalize():
+    yield from normalize_calls()
+
+
+@cases("normalize_backward")
+def normalize_backward():
+    for i, (what, arguments) in enumerate(normalize_calls()):
+        x, weight, bias, block = arguments[0], arguments[1], arguments[2], arguments[9]
+        _, _, _, _, codes, scales, mean, rstd = ops.normalize(*arguments)
+        dy = values(x.shape, FLOATS[i % 3], 50 + i)
+        yield what, (dy, codes, scales, mean, rstd, weight, block, bias is not None, x.dtype)
+
+
+def activate_calls():
+    """(what, arguments of activate)."""
+    kinds = ("silu", "gelu", "gelu_tanh")
+    for i, (shape, kind) in enumerate(itertools.product(ACTIVATION_SHAPES, kinds)):
+        for gated, smooth in ((False, False), (True, False), (True, True)):
+            source, block = FLOATS[i % 3], (16, 32, 7, 128)[i % 4]
+            yield (
+                f"{shape} {source} {kind}, {gated=}, {smooth=}, block {block}",
+                (values(shape, source, i), values(shape, source, 90 + i) if gated else None, kind,
+                 channels(shape[1], 3) if smooth else None, FP8[i % 2], None, None, True, block),
+            )  # fmt: skip
+    for bad in NOT_FINITE:
+        x, up = values((9, 70), torch.bfloat16), values((9, 70), torch.bfloat16, 1)
+        up[4, 3] = bad
+        yield f"{bad}", (x, up, "silu", None, FP8[0], None, None, True, 32)
+    x = values((160, 144), torch.bfloat16)
+    yield "a misaligned view", (misaligned(x), misaligned(x), "silu", None, FP8[0],
+                                torch.tensor(0.25), None, False, 32)  # fmt: skip
+
+
+@cases("activate")
+def activate():
+    yield from activate_calls()
+
+
+@cases("activate_backward")
+def activate_backward():
+    for i, (what, arguments) in enumerate(activate_calls()):
+        x, up, kind, channel_scale, block = *arguments[:4], arguments[8]
+        _, _, _, _, xq, xscale, uq, uscale, _ = ops.activate(*arguments)
+        if up is None:
+            uq = uscale = None
+        dy = values(x.shape, FLOATS[i % 3], 50 + i)
+        states = [None, None] if i % 2 else [torch.zeros(17), torch.zeros(17) if up is not None
+                                             else None]  # fmt: skip
+        yield what, (dy, xq, xscale, uq, uscale, kind, channel_scale, block, FP8[1], *states,
+                     i % 3 > 0)  # fmt: skip
+
+
+SIZES = (5, 0, 16, 700, 1, 4096 * 20 + 3)
+PLACES = sum(-(-n // 16) * 16 for n in SIZES) + 64  # of a bucket, and some behind it
+
+
+def shared(ranks, dtype):
+    """Scales of buckets and of sums, None for types that need none."""
+    if dtype not in FP8:
+        return None, None
+    amaxes = values((ranks, len(SIZES)), torch.float32).abs()
+    return ops.share_scales(amaxes, None, dtype)
+
+
+@cases("share_scales")
+def share_scales():
+    for ranks, dtype in itertools.product((1, 3, 8), FP8):
+        amaxes = values((ranks, 300), torch.float32).abs()
+        amaxes[0, :3] = torch.tensor(NOT_FINITE).abs()
+        for mu in (None, torch.full((300,), 0.35)):
+            yield f"{ranks} ranks, {dtype}, mu {mu is not None}", (amaxes, mu, dtype)
+
+
+def bucket(dtype, scales):
+    tensors = [values((n,), torch.float32, i) for i, n in enumerate(SIZES)]
+    return tensors, [torch.empty(0)] * len(SIZES), scales, dtype, PLACES
+
+
+@cases("pack")
+def pack():
+    for dtype in (*FP8, torch.bfloat16, torch.float32):
+        yield f"{dtype}", bucket(dtype, shared(3, dtype)[0])
+
+
+@cases("reduce_shards")
+def reduce_shards():
+    for dtype, ranks in itertools.product((*FP8, torch.bfloat16, torch.float32), (1, 3, 8)):
+        scales, sums = shared(ranks, dtype)
+        one = ops.pack(*bucket(dtype, scales))
+        shards = torch.stack([one.roll(16 * r) for r in range(ranks)])
+        for first, last in ((0, 736), (736, PLACES)):
+            part = shards[:, first:last].contiguous()
+            for out, given in {dtype: sums, torch.float32: None}.items():
+                yield (f"{dtype} to {out}, {ranks} ranks, from {first}",
+                       (part, scales, given, list(SIZES), first, out))  # fmt: skip
