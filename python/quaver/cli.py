@@ -81,6 +81,14 @@ def _add_train(commands):
         help="steps between checkpoints",
     )
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs too")
+    p.add_argument(
+        "--probe",
+        type=int,
+        default=default.probe,
+        metavar="N",
+        help="every N steps measure what FP8 does to each tensor (SNR, zeros, saturated values, "
+        "k), into metrics.jsonl and TensorBoard; 0 never",
+    )
     again = p.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")

@@ -9,7 +9,7 @@ import signal
 import statistics
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 import quaver as qv
 from quaver import data, machine, models, recipe
 from quaver.errors import UsageError
-from quaver.plot import plot_losses
+from quaver.plot import plot_losses, plot_memory
+from quaver.probe import Probe
 from quaver.progress import Progress, baseline, table
 from quaver.rundir import Metrics, RunDir
 
@@ -56,6 +57,7 @@ class Settings:
     resume: bool = False
     overwrite: bool = False
     tensorboard: bool = False
+    probe: int = 0
 
     def __post_init__(self):
         for name in ("steps", "batch", "seq", "accumulate", "save_every"):
@@ -65,6 +67,8 @@ class Settings:
                 raise UsageError(f"--{flag} must be at least 1, got {value}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError(f"--lr must be a positive number, got {self.lr}")
+        if self.probe < 0:
+            raise UsageError(f"--probe must be 0 (off) or a number of steps, got {self.probe}")
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 20)
         if not 0 <= self.warmup < self.steps:
@@ -101,7 +105,7 @@ def _model_config(settings, vocab):
 
 def _describe(settings, model, device, text):
     """What decides the numbers of a run: written to config.json and compared on resumption."""
-    left_out = ("out", "resume", "overwrite", "save_every", "tensorboard", "recipe")
+    left_out = ("out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe")
     config = {key: value for key, value in asdict(settings).items() if key not in left_out}
     return config | {
         "data": list(settings.data),
@@ -141,7 +145,11 @@ def run(settings):
         rows = settings.batch * settings.accumulate
         title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
         plot_losses(folder.plot_path, losses, title, baseline(losses))
-    print(f"\n{table(results)}\n\n{folder.summary_path}  {folder.plot_path}")
+        memories = {name: result["memory"] for name, result in results.items()}
+        title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
+        plot_memory(folder.memory_plot_path, memories, title, baseline(memories))
+    paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
+    print(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
     return summary
 
 
@@ -187,6 +195,15 @@ def _groups(model):
     ]
 
 
+def _probe_scalars(probe):
+    """("probe/TENSOR/FIGURE", number) for every figure that a probe has."""
+    for tensor, figures in probe.items():
+        k = figures.get("k", {})
+        for key, value in (figures | {f"k_{part}": k[part] for part in k}).items():
+            if isinstance(value, float):
+                yield f"probe/{tensor}/{key}", value
+
+
 def _finite(value):
     return value if math.isfinite(value) else None
 
@@ -208,6 +225,9 @@ class Job:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         model, optimizer = self.build(name)
+        report = qv.convert_report(model)
+        if report.converted:
+            print(f"{name} {report}")
         checkpoint = self.folder.checkpoint_path(name)
         start, skipped = 0, 0
         if settings.resume and checkpoint.exists():
@@ -235,6 +255,8 @@ class Job:
                     for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
                         if line[key] is not None:
                             board.add_scalar(key, line[key], step)
+                    for key, value in _probe_scalars(line.get("probe", {})):
+                        board.add_scalar(key, value, step)
                 asked = stop.is_set()
                 if asked or step % settings.save_every == 0 or step == settings.steps:
                     metrics.sync()
@@ -276,12 +298,18 @@ class Job:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
+        probed = settings.probe and step % settings.probe == 0
+        probe = Probe(model, optimizer) if probed else None
         for micro in range(settings.accumulate):
-            loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
-            loss.backward()
+            with probe.watching() if probe and micro == 0 else nullcontext():
+                loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
+                loss.backward()
             total += loss.detach()
         norm = qv.clip_grad_norm_(model.parameters(), CLIP)
+        if probe:
+            probe.before_update()
         optimizer.step()
+        measured = {"probe": probe.after_update()} if probe else {}
         value = total.item()  # waits for the device, so the time is that of the whole step
         tokens = settings.batch * settings.seq * settings.accumulate
         return {
@@ -290,7 +318,7 @@ class Job:
             "lr": lr,
             "grad_norm": _finite(float(norm)),
             "tokens_per_s": tokens / (time.perf_counter() - began),
-        }
+        } | measured
 
     @torch.no_grad()
     def _validate(self, name, model):
