@@ -12,6 +12,7 @@ from pathlib import Path
 
 import quaver as qv
 from quaver import _C, machine, models, recipe, train
+from quaver.distributed import RankFailure
 from quaver.errors import UsageError
 
 __all__ = ["main"]
@@ -80,7 +81,21 @@ def _add_train(commands):
         metavar="N",
         help="steps between checkpoints",
     )
+    p.add_argument(
+        "--parallel",
+        metavar="KIND=N",
+        help="under torchrun with N processes, which share each micro-batch: dp=N, or zero=N with "
+        "optimizer states spread over them",
+    )
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs too")
+    p.add_argument(
+        "--probe",
+        type=int,
+        default=default.probe,
+        metavar="N",
+        help="every N steps measure what FP8 does to each tensor (SNR, zeros, saturated values, "
+        "k), into metrics.jsonl and TensorBoard; 0 never",
+    )
     again = p.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -206,7 +221,7 @@ def main(arguments=None):
     except UsageError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, RankFailure) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     except (train.Interrupted, KeyboardInterrupt):

@@ -30,8 +30,8 @@ class LinearRecipe:
 class ActivationRecipe:
     """What is kept in FP8 between linear layers (COAT, arXiv 2410.19313, section 5).
 
-    `norm` and `mlp`: norms and MLPs give FP8 to the linear layers that read them, and save their own
-    inputs for backward in e4m3 groups of 1 x `block` with power-of-two scales.
+    `norm` and `mlp`: norms and MLPs give FP8 to the linear layers that read them, and save their
+    own inputs for backward in e4m3 groups of 1 x `block` with power-of-two scales.
     """
 
     block: int = 128
