@@ -98,9 +98,9 @@ def _probed_form(module: nn.Module) -> NormForm:
             for offset in (0.0, 1.0):
                 y = xhat * (weight + offset) + (0.0 if bias is None else bias)
                 # A few roundings of f32; a formula that differs is off in the first digits.
-                if isinstance(got, Tensor) and got.shape == y.shape:
-                    if torch.allclose(got.float(), y, rtol=1e-4, atol=1e-5):
-                        return NormForm(width, eps, centered, offset)
+                same = isinstance(got, Tensor) and got.shape == y.shape
+                if same and torch.allclose(got.float(), y, rtol=1e-4, atol=1e-5):
+                    return NormForm(width, eps, centered, offset)
     raise Unknown("it computes something else than RMSNorm or LayerNorm")
 
 

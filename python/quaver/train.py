@@ -60,11 +60,8 @@ class Settings:
     resume: bool = False
     overwrite: bool = False
     tensorboard: bool = False
-<<<<<<< HEAD
     probe: int = 0
-=======
     parallel: str | None = None
->>>>>>> dist
 
     def __post_init__(self):
         for name in ("steps", "batch", "seq", "accumulate", "save_every"):
@@ -115,11 +112,9 @@ def _model_config(settings, vocab):
 
 def _describe(settings, model, device, text):
     """What decides the numbers of a run: written to config.json and compared on resumption."""
-<<<<<<< HEAD
-    left_out = ("out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe")
-=======
-    left_out = ("out", "resume", "overwrite", "save_every", "tensorboard", "recipe", "parallel")
->>>>>>> dist
+    left_out = (
+        "out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "parallel",
+    )  # fmt: skip
     config = {key: value for key, value in asdict(settings).items() if key not in left_out}
     return config | {
         "data": list(settings.data),
@@ -188,17 +183,13 @@ def _run(settings, world, writer):
             world.first(lambda: folder.write_summary(summary))
         rows = settings.batch * settings.accumulate
         title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
-<<<<<<< HEAD
-        plot_losses(folder.plot_path, losses, title, baseline(losses))
+        world.first(lambda: plot_losses(folder.plot_path, losses, title, baseline(losses)))
         memories = {name: result["memory"] for name, result in results.items()}
         title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
-        plot_memory(folder.memory_plot_path, memories, title, baseline(memories))
+        path = folder.memory_plot_path
+        world.first(lambda: plot_memory(path, memories, title, baseline(memories)))
     paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
-    print(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
-=======
-        world.first(lambda: plot_losses(folder.plot_path, losses, title, baseline(losses)))
-    show(f"\n{table(results)}\n\n{folder.summary_path}  {folder.plot_path}")
->>>>>>> dist
+    show(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
     return summary
 
 
@@ -285,14 +276,11 @@ class Job:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         model, optimizer = self.build(name)
-<<<<<<< HEAD
         report = qv.convert_report(model)
-        if report.converted:
+        if report.converted and writes:
             print(f"{name} {report}")
-=======
         if world.size > 1:
             self.parallel = distributed.ddp(model, optimizer=optimizer)
->>>>>>> dist
         checkpoint = self.folder.checkpoint_path(name)
         start, skipped = 0, 0
         if settings.resume and world.share(checkpoint.exists())[0]:
@@ -320,12 +308,8 @@ class Job:
                     for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
                         if line[key] is not None:
                             board.add_scalar(key, line[key], step)
-<<<<<<< HEAD
                     for key, value in _probe_scalars(line.get("probe", {})):
                         board.add_scalar(key, value, step)
-                asked = stop.is_set()
-=======
->>>>>>> dist
                 if asked or step % settings.save_every == 0 or step == settings.steps:
                     metrics.sync()
                     extra = {"skipped": line["skipped"]}
@@ -381,30 +365,24 @@ class Job:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-<<<<<<< HEAD
+        before = dict(self.parallel.transport.traffic) if self.parallel else {}
         probed = settings.probe and step % settings.probe == 0
         probe = Probe(model, optimizer) if probed else None
         for micro in range(settings.accumulate):
-            with probe.watching() if probe and micro == 0 else nullcontext():
+            with ExitStack() as stack:
+                if self.parallel and micro + 1 < settings.accumulate:
+                    stack.enter_context(self.parallel.no_sync())
+                if probe and micro == 0:
+                    stack.enter_context(probe.watching())
                 loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
-                loss.backward()
-            total += loss.detach()
-        norm = qv.clip_grad_norm_(model.parameters(), CLIP)
-        if probe:
-            probe.before_update()
-=======
-        before = dict(self.parallel.transport.traffic) if self.parallel else {}
-        for micro in range(settings.accumulate):
-            loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
-            waits = self.parallel and micro + 1 < settings.accumulate
-            with self.parallel.no_sync() if waits else nullcontext():
                 loss.backward()
             total += loss.detach()
         if isinstance(optimizer, distributed.ZeroAdamW):
             norm = optimizer.clip_grad_norm_(CLIP)
         else:
             norm = qv.clip_grad_norm_(model.parameters(), CLIP)
->>>>>>> dist
+        if probe:
+            probe.before_update()
         optimizer.step()
         measured = {"probe": probe.after_update()} if probe else {}
         value = total.item()  # waits for the device, so the time is that of the whole step
@@ -415,15 +393,11 @@ class Job:
             "lr": lr,
             "grad_norm": _finite(float(norm)),
             "tokens_per_s": tokens / (time.perf_counter() - began),
-<<<<<<< HEAD
         } | measured
-=======
-        }
         if self.parallel:
             after = self.parallel.transport.traffic
             line["communication"] = {kind: after[kind] - before[kind] for kind in after}
         return line
->>>>>>> dist
 
     @torch.no_grad()
     def _validate(self, name, model):
@@ -463,11 +437,8 @@ class Job:
             "val_loss": self._validate(name, model),
             "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
             "memory": self._memory(name, model, optimizer),
-<<<<<<< HEAD
             "peak_memory": self._peak_memory(),
-=======
             "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
->>>>>>> dist
             "steps": len(lines),
             "skipped": lines[-1]["skipped"],
             "nonfinite_losses": sum(line["loss"] is None for line in lines),
