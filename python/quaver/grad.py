@@ -36,7 +36,7 @@ def clip_grad_norm_(
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
-    if sharding.groups(parameters):
+    if sharding.transports(parameters):
         norm = sharding.grad_norm(parameters, norm_type)
     else:
         norm, amax = ops.grad_norm(grads)
