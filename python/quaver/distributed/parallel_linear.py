@@ -53,17 +53,24 @@ class Wire:
 
 class _Again:
     """The sequence of an input's shards for the backwards of all layers that took the input: the
-    first gathers it, the last lets it go."""
+    first gathers it, the last lets it go. Each calls `start`, and then `finish` for the result."""
 
     def __init__(self, transport: Transport | None, prepare):
         self.transport, self.prepare = transport, prepare  # None: what was kept is the sequence
         self.users = self.served = 0
-        self.result = None
+        self.waiting = self.result = None
 
-    def __call__(self, kept: Tensor) -> Tensor:
+    def start(self, kept: Tensor) -> None:
+        if self.waiting is not None or self.result is not None:
+            return
+        if self.transport is None:
+            self.waiting = lambda: kept
+        else:
+            self.waiting = sequence.start_gather(kept, self.transport)
+
+    def finish(self) -> Tensor:
         if self.result is None:
-            full = kept if self.transport is None else sequence.gather(kept, self.transport)
-            self.result = self.prepare(full)
+            self.result, self.waiting = self.prepare(self.waiting()), None
         result = self.result
         self.served += 1
         if self.served >= self.users:
@@ -118,8 +125,9 @@ def _out_dtype(x: Tensor) -> torch.dtype:
 
 class _Product(torch.autograd.Function):
     """The local FP8 products of a layer. `codes`: the input in the GEMM's layout; `kept`: what to
-    save of it; `again`: its transposed codes from what was saved; `wire`: of a row-parallel layer,
-    whose output is summed and whose output gradient is gathered."""
+    save of it, of which `again` makes the transposed codes, where they are not what was saved;
+    `wire`: of a row-parallel layer, whose output is summed and whose output gradient is gathered.
+    """
 
     @staticmethod
     def forward(
@@ -149,6 +157,8 @@ class _Product(torch.autograd.Function):
         rule, (n, k) = ctx.rule, ctx.weight.shape
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
+        if needs_weight and ctx.again is not None:
+            ctx.again.start(kept)  # it travels during dgrad
         if needs_bias:
             db = _matrix(dy).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         if ctx.wire is not None:
@@ -171,7 +181,8 @@ class _Product(torch.autograd.Function):
             dx = dx[: math.prod(ctx.x_shape[:-1]), :k].reshape(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:
             wide = torch.float32 if rule.weight_grad == "f32" else ctx.product
-            dw = _ops.gemm(gt, g_scale, ctx.again(kept), scale, None, wide, False)[:n, :k]
+            xt = kept if ctx.again is None else ctx.again.finish()
+            dw = _ops.gemm(gt, g_scale, xt, scale, None, wide, False)[:n, :k]
             dw = _weight_grad(dw, rule.weight_grad, ctx.weight_dtype)
         return dx, dw, db, *(None,) * 11
 
@@ -204,10 +215,12 @@ class _PlainProduct(torch.autograd.Function):
         kept, low = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
+        if needs_weight:
+            ctx.again.start(kept)
         if needs_x:
             dx = dy @ low
         if needs_weight:
-            dw = (_matrix(dy).t() @ ctx.again(kept)).to(ctx.dtypes[0])
+            dw = (_matrix(dy).t() @ ctx.again.finish()).to(ctx.dtypes[0])
         if needs_bias:
             db = _matrix(dy).sum(0, dtype=torch.float32).to(ctx.dtypes[1])
         return dx, dw, db, None, None
@@ -305,15 +318,11 @@ class RowParallelLinear(Linear):
         both = torch.is_grad_enabled() and self.weight.requires_grad
         q, qt, scale = self._cast(x, both)
         y = _Product.apply(
-            x, self.weight, None, q, qt, scale, row, col, w_scale, _same, self.wire,
+            x, self.weight, None, q, qt, scale, row, col, w_scale, None, self.wire,
             self.grad_history if self.training else None,
             torch.bfloat16 if out == torch.bfloat16 else torch.float32, self.rule,
         ).to(out)  # fmt: skip
         return y if self.bias is None else y + self.bias.to(out)
-
-
-def _same(kept: Tensor) -> Tensor:
-    return kept
 
 
 class PlainColumnParallelLinear(_Column, nn.Linear):

@@ -6,6 +6,8 @@ f32 in rank order, so that every backend gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +20,13 @@ _ops = torch.ops.quaver
 
 def gather(x: Tensor, transport: Transport) -> Tensor:
     """The sequence [..., S, C] of shards x [..., S / ranks, C]."""
-    shards = transport.all_gather(x, "activation").wait()
-    return _moved(shards, 0, -3).flatten(-3, -2).view(x.dtype)
+    return start_gather(x, transport)()
+
+
+def start_gather(x: Tensor, transport: Transport) -> Callable[[], Tensor]:
+    """`gather`, under way: the call of what this returns waits for it."""
+    pending = transport.all_gather(x, "activation")
+    return lambda: _moved(pending.wait(), 0, -3).flatten(-3, -2).view(x.dtype)
 
 
 def own(x: Tensor, transport: Transport) -> Tensor:
