@@ -18,6 +18,26 @@ STABLE_TORCH_LIBRARY(quaver, m) {
       "cast_transpose(Tensor x, ScalarType dtype, Tensor? scale, Tensor(a!)? history, "
       "bool power_of_two) -> (Tensor q, Tensor qt, Tensor scale, Tensor amax)");
   m.def(
+      "normalize(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, "
+      "ScalarType dtype, Tensor? scale, Tensor(a!)? history, bool power_of_two, int block) "
+      "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, "
+      "Tensor mean, Tensor rstd)");
+  m.def(
+      "normalize_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor mean, Tensor rstd, "
+      "Tensor? weight, int block, bool has_bias, ScalarType dx_dtype) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "activate(Tensor x, Tensor? up, str kind, Tensor? channel_scale, ScalarType dtype, "
+      "Tensor? scale, Tensor(a!)? history, bool power_of_two, int block) "
+      "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, Tensor uq, "
+      "Tensor uscale, Tensor channel_amax)");
+  m.def(
+      "activate_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor? uq, Tensor? uscale, "
+      "str kind, Tensor? channel_scale, int block, ScalarType dtype, Tensor(a!)? x_history, "
+      "Tensor(b!)? up_history, bool power_of_two) "
+      "-> (Tensor dxq, Tensor dxqt, Tensor dxscale, Tensor dxamax, Tensor duq, Tensor duqt, "
+      "Tensor duscale, Tensor duamax)");
+  m.def(
       "gemm(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
       "ScalarType out_dtype, bool fast_accumulate) -> Tensor");
   m.def(

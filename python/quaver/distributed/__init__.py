@@ -1,9 +1,12 @@
 """FP8 across ranks, on stock torch.distributed."""
 
+from . import tensor_parallel
 from .all_reduce import all_reduce_mean, reduce_scatter_mean
 from .auto_scale import AutoScale, AutoScaleRule
 from .ddp import DataParallel, ddp
 from .health import RankFailure
+from .tensor_parallel import parallelize
+from .tensor_state import gather_state, scatter_state
 from .transport import Transport
 
 __all__ = [
@@ -14,5 +17,9 @@ __all__ = [
     "Transport",
     "all_reduce_mean",
     "ddp",
+    "gather_state",
+    "parallelize",
     "reduce_scatter_mean",
+    "scatter_state",
+    "tensor_parallel",
 ]
