@@ -23,9 +23,9 @@ from quaver.distributed.tensor_parallel import parallelize
 BARS = {"FP8 gathers": 0.67, "FP8 gathers and sums": 0.52}
 LOSS_PERCENT = 0.5
 MODES = [
-    ("FP8 gathers", {}),
+    ("FP8 gathers, codes kept", {"regather": False}),
     ("FP8 gathers, gathered again", {"regather": True}),
-    ("FP8 gathers and sums", {"fp8_sum": True}),
+    ("FP8 gathers and sums, codes kept", {"fp8_sum": True, "regather": False}),
     ("FP8 gathers and sums, gathered again", {"fp8_sum": True, "regather": True}),
 ]
 
@@ -50,7 +50,7 @@ def _work(rank, size, out, function, args):
 
 
 def sent(rank, modes, layers, seq):
-    """Bytes of a step by kind in every mode, of a narrow model: ratios depend on its depth alone."""
+    """Bytes of a step by kind in every mode. The model is narrow: ratios depend on its depth."""
     config = models.Config(dim=64, heads=8, kv_heads=8, ffn=128, layers=layers, context=seq)
     tokens = torch.zeros(2, seq, dtype=torch.int64)
     found = []
