@@ -3,11 +3,13 @@
 from . import tensor_parallel
 from .all_reduce import all_reduce_mean, reduce_scatter_mean
 from .auto_scale import AutoScale, AutoScaleRule
+from .checkpoint import load, save
 from .ddp import DataParallel, ddp
 from .health import RankFailure
 from .tensor_parallel import parallelize
 from .tensor_state import gather_state, scatter_state
 from .transport import Transport
+from .zero import ZeroAdamW, zero_partition
 
 __all__ = [
     "AutoScale",
@@ -15,11 +17,15 @@ __all__ = [
     "DataParallel",
     "RankFailure",
     "Transport",
+    "ZeroAdamW",
     "all_reduce_mean",
     "ddp",
     "gather_state",
+    "load",
     "parallelize",
     "reduce_scatter_mean",
+    "save",
     "scatter_state",
     "tensor_parallel",
+    "zero_partition",
 ]

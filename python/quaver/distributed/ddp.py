@@ -20,7 +20,7 @@ from ..nn.linear import HISTORY_STATE
 from ..tensor import ScaledTensor
 from .all_reduce import ALGORITHMS, FP8, Protocol, Reduced, reduce_to_owners, ring, two_shot
 from .auto_scale import AutoScale, AutoScaleRule
-from .transport import Transport
+from .transport import Transport, compare
 
 __all__ = ["DataParallel", "ddp"]
 
@@ -204,7 +204,7 @@ class DataParallel:
         for i, (name, p) in enumerate(named.items()):
             kind = p.qdata.dtype if isinstance(p, ScaledTensor) else p.dtype
             mine[f"parameter {i}"] = f"{name} {list(p.shape)} {kind} {rules.get(name, '')}".strip()
-        _compare(self.transport.share(mine, next(iter(named.values())).device))
+        compare("ddp", self.transport.share(mine, next(iter(named.values())).device))
 
     @torch.no_grad()
     def _send_start(self) -> None:
@@ -323,15 +323,6 @@ def _histories(model: nn.Module) -> list[Tensor]:
         for name, b in model.named_buffers()
         if name.endswith("_history") and b.shape == (HISTORY_STATE,) and b.dtype == torch.float32
     ]
-
-
-def _compare(found: list[dict]) -> None:
-    """Raises ValueError naming the first thing in which a rank differs from rank 0."""
-    for rank, other in enumerate(found):
-        for key in [*found[0], *other]:
-            a, b = found[0].get(key, "nothing"), other.get(key, "nothing")
-            if a != b:
-                raise ValueError(f"ddp: {key} is {a} on rank 0, {b} on rank {rank}")
 
 
 def ddp(model: nn.Module, **options) -> DataParallel:
