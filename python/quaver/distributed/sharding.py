@@ -70,19 +70,23 @@ def transports(parameters: Iterable[Tensor]) -> list[Transport]:
     return list(found.values())
 
 
-def grad_norm(parameters: Iterable[Tensor], kind: float) -> Tensor:
-    """The norm (`kind`: 2 or inf) of the gradients of a model that is spread over a group: of all
-    ranks' parts, and once of what they all hold. Float32 0-D, the same bits on every rank."""
+def grad_norm(
+    parameters: Iterable[Tensor], kind: float = 2.0, of: Iterable[Tensor] | None = None
+) -> Tensor:
+    """The norm (`kind`: 2 or inf) of the gradients of `parameters`, float32 0-D. Where `of`, the
+    parameters of the model (default: these), are spread over a group, it is that of all ranks'
+    parts, and once of what they all hold, with the same bits on every rank; all must call.
+    """
     parameters = [p for p in parameters if p.grad is not None]
-    found = transports(parameters)
-    if len(found) != 1:
-        raise ValueError(f"grad_norm: wanted parameters spread over one group, got {len(found)}")
-    mine = []
-    for spread in (True, False):
-        grads = [p.grad for p in parameters if (shard_of(p) is not None) == spread]
-        norm, amax = ops.grad_norm(grads or [parameters[0].new_zeros(1)])
-        mine.append(norm if kind == 2.0 else amax.max())
-    every = found[0].all_gather(torch.stack(mine), "scale").wait()
+    of = parameters if of is None else list(of)
+    over = transports(of)
+    if not over:
+        return _local_norm(parameters, kind)
+    if len(over) > 1:
+        raise ValueError("grad_norm: the parameters are spread over several groups; wanted one")
+    spread, replicated = ([p for p in parameters if (shard_of(p) is None) == b] for b in (0, 1))
+    mine = [_local_norm(some, kind).to(of[0].device) for some in (spread, replicated)]
+    every = over[0].all_gather(torch.stack(mine), "scale").wait()
     # What all hold is counted as the first rank has it, so that all get one result.
     norms = torch.cat((every[:, 0], every[:1, 1])).double()
     if kind != 2.0:
@@ -90,10 +94,25 @@ def grad_norm(parameters: Iterable[Tensor], kind: float) -> Tensor:
     return norms.square().sum().sqrt().float()
 
 
+def _local_norm(parameters: list[Tensor], kind: float) -> Tensor:
+    if not parameters:
+        return torch.zeros(())
+    norm, amax = ops.grad_norm([p.grad for p in parameters])
+    return norm if kind == 2.0 else amax.max()
+
+
 def agree_to_skip(amax: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """`amax` of gradients (f32 [n]), made infinite where a gradient on a rank that holds another
     part of the model is not finite: all ranks skip the step or none."""
+    parameters = list(parameters)
+    if not transports(parameters):
+        return amax
+    bad = anywhere((~amax.isfinite().all()).float(), parameters)
+    return torch.where(bad > 0, float("inf"), amax)
+
+
+def anywhere(flag: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """The largest `flag` (f32 0-D) of the ranks over which `parameters` are spread."""
     for transport in transports(parameters):
-        bad = transport.max((~amax.isfinite().all()).float(), "scale").wait()
-        amax = torch.where(bad > 0, float("inf"), amax)
-    return amax
+        flag = transport.max(flag, "scale").wait()
+    return flag
