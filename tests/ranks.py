@@ -13,7 +13,8 @@ import torch.distributed as dist
 TIMEOUT = 60  # seconds: a hang fails
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "quaver", "quaver.distributed"])
+# What a rank would take seconds to import: converting a model brings the compiler.
+_context.set_forkserver_preload(["torch._dynamo", "quaver", "quaver.train"])
 
 
 class Ranks:
