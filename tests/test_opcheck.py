@@ -125,4 +125,6 @@ def test_arguments_change_and_alias_as_the_schema_says(op, args):
 
 def test_every_op_is_checked():
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "quaver::" in n}
+    # Collectives need their peers: tests/test_comm.py. No graph of a compiler holds them.
+    names = {name for name in names if not name.startswith("comm_")}
     assert names == {op._qualified_op_name.split("::")[1] for op, _ in CASES}

@@ -211,6 +211,7 @@ def relative(a, b):
         (4, "bf16", {}),
         (2, "fp8lm-o2", {"fp8_sum": True}),
         (4, "fp8lm-o2", {}),
+        (2, "coat", {}),
     ],
 )
 def test_a_decoder_gives_what_it_gives_in_one_process(kind, ranks, name, options):

@@ -45,8 +45,9 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
         const Statistics of = statistics(x, row, mean != nullptr, eps);
         if (mean != nullptr) mean[row] = of.mean;
         rstd[row] = of.rstd;
-        loops.save_groups(saved.codes.as<uint8_t>() + row * x.cols, saved.scale + row * groups,
-                          at(x, row * x.cols), x.dtype, x.cols, saved.block);
+        loops.save_groups(
+            {saved.codes.as<uint8_t>() + row * x.cols, saved.scale + row * groups, saved.block},
+            at(x, row * x.cols), x.dtype, x.cols);
       }
       for (int64_t col = 0; col < x.cols; col += kBlock) {
         const int64_t n = std::min(kBlock, x.cols - col);

@@ -68,13 +68,6 @@ void normalize(float* __restrict out, const void* x, DType type, int64_t n, floa
   }
 }
 
-// The scale of a group, stored; its reciprocal, which is exact.
-inline float save_scale(uint8_t* scale, uint32_t amax_bits) {
-  const float s = scale_from_amax(bit_cast<float>(amax_bits), scale_max(DType::e4m3), true);
-  *scale = encode_e8m0(s);
-  return 1.0f / s;
-}
-
 // Whole groups, and perhaps a short last one, at most kBlock values in all. A constant `block`
 // gives loops without remainders.
 template <class Block>
@@ -84,44 +77,54 @@ inline __attribute__((always_inline)) void save_few(e4m3* codes, uint8_t* scale,
   alignas(64) float scaled[kBlock];
   int64_t i = 0;
   for (; i + block <= n; i += block) {
-    const float inverse = save_scale(scale + i / block, amax_code<uint32_t>(x + i, block));
+    const uint32_t code = group_scale(amax_code<uint32_t>(x + i, block));
+    const float inverse = group_inverse(code);
+    scale[i / block] = static_cast<uint8_t>(code);
     QUAVER_SIMD
     for (int64_t j = 0; j < block; ++j) scaled[i + j] = x[i + j] * inverse;
   }
   if (i < n) {
-    const float inverse = save_scale(scale + i / block, amax_code<uint32_t>(x + i, n - i));
+    const uint32_t code = group_scale(amax_code<uint32_t>(x + i, n - i));
+    const float inverse = group_inverse(code);
+    scale[i / block] = static_cast<uint8_t>(code);
     for (int64_t j = i; j < n; ++j) scaled[j] = x[j] * inverse;
   }
   store(codes, scaled, n, 1.0f);
 }
 
-void save_groups(uint8_t* codes, uint8_t* scale, const void* x, DType type, int64_t n,
-                 int64_t block) {
+// Blocks of any size up to kBlock, n <= kBlock values.
+inline void save_few(const SavedRow& to, int64_t first, const float* x, int64_t n) {
+  e4m3* codes = reinterpret_cast<e4m3*>(to.codes + first);
+  uint8_t* scale = to.scale + first / to.block;
+  if (to.block == 32)
+    save_few(codes, scale, x, n, std::integral_constant<int64_t, 32>{});
+  else if (to.block == 16)
+    save_few(codes, scale, x, n, std::integral_constant<int64_t, 16>{});
+  else
+    save_few(codes, scale, x, n, to.block);
+}
+
+void save_groups(const SavedRow& to, const void* x, DType type, int64_t n) {
   alignas(64) float buffer[kBlock];
-  e4m3* to = reinterpret_cast<e4m3*>(codes);
-  const int64_t few = kBlock / block * block;  // 0: a group does not fit
+  const int64_t few = kBlock / to.block * to.block;  // 0: a group does not fit
   for (int64_t i = 0; few > 0 && i < n; i += few) {
     const int64_t m = n - i < few ? n - i : few;
-    const float* v = values_of(buffer, at(x, type, i), type, m);
-    if (block == 32)
-      save_few(to + i, scale + i / block, v, m, std::integral_constant<int64_t, 32>{});
-    else if (block == 16)
-      save_few(to + i, scale + i / block, v, m, std::integral_constant<int64_t, 16>{});
-    else
-      save_few(to + i, scale + i / block, v, m, block);
+    save_few(to, i, values_of(buffer, at(x, type, i), type, m), m);
   }
-  for (int64_t first = 0; few == 0 && first < n; first += block) {
-    const int64_t end = n - first < block ? n : first + block;
+  for (int64_t first = 0; few == 0 && first < n; first += to.block) {
+    const int64_t end = n - first < to.block ? n : first + to.block;
     uint32_t bits = 0;
     for (int64_t i = first; i < end; i += kBlock) {
       const int64_t m = end - i < kBlock ? end - i : kBlock;
       const uint32_t seen = amax_code<uint32_t>(values_of(buffer, at(x, type, i), type, m), m);
       bits = bits < seen ? seen : bits;
     }
-    const float inverse = save_scale(scale + first / block, bits);
+    const uint32_t code = group_scale(bits);
+    to.scale[first / to.block] = static_cast<uint8_t>(code);
     for (int64_t i = first; i < end; i += kBlock) {
       const int64_t m = end - i < kBlock ? end - i : kBlock;
-      store(to + i, values_of(buffer, at(x, type, i), type, m), m, inverse);
+      store(reinterpret_cast<e4m3*>(to.codes + i), values_of(buffer, at(x, type, i), type, m), m,
+            group_inverse(code));
     }
   }
 }
@@ -200,21 +203,19 @@ inline __attribute__((always_inline)) void with_kind(Activation kind, Body body)
 }
 
 void activate(float* __restrict out, const void* x, const void* up, DType type, int64_t n,
-              Activation kind) {
+              Activation kind, const SavedRow& x_saved, const SavedRow& up_saved) {
   alignas(64) float buffer[kBlock];
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t m = n - i < kBlock ? n - i : kBlock;
-    float* __restrict y = out + i;
-    load_any(y, at(x, type, i), type, m, 1.0f);
-    with_kind(kind, [&](auto k) {
-      QUAVER_SIMD
-      for (int64_t j = 0; j < m; ++j) y[j] = quaver::activate<decltype(k)::value>(y[j]);
-    });
-    if (up == nullptr) continue;
-    const float* u = values_of(buffer, at(up, type, i), type, m);
+  const float* __restrict v = values_of(buffer, x, type, n);
+  if (x_saved.codes != nullptr) save_few(x_saved, 0, v, n);
+  with_kind(kind, [&](auto k) {
     QUAVER_SIMD
-    for (int64_t j = 0; j < m; ++j) y[j] *= u[j];
-  }
+    for (int64_t j = 0; j < n; ++j) out[j] = quaver::activate<decltype(k)::value>(v[j]);
+  });
+  if (up == nullptr) return;
+  const float* __restrict u = values_of(buffer, up, type, n);
+  if (up_saved.codes != nullptr) save_few(up_saved, 0, u, n);
+  QUAVER_SIMD
+  for (int64_t j = 0; j < n; ++j) out[j] *= u[j];
 }
 
 void scale_channels(float* __restrict v, uint32_t* __restrict amax_bits,

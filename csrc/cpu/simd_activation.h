@@ -20,6 +20,13 @@ struct GroupedRow {
   int64_t block;
 };
 
+// Where a row of codes and scales is saved; null: nowhere.
+struct SavedRow {
+  uint8_t* codes;
+  uint8_t* scale;
+  int64_t block;
+};
+
 // One row of normalize's backward.
 struct NormalizeRow {
   void* dx;
@@ -39,12 +46,11 @@ struct ActivationSimd {
   void (*normalize)(float* out, const void* x, DType type, int64_t n, float mean, float rstd,
                     const Channels& weight, const Channels& bias);
   void (*normalize_backward)(const NormalizeRow& row, int64_t n);
-  // A row of n values in groups.
-  void (*save_groups)(uint8_t* codes, uint8_t* scale, const void* x, DType type, int64_t n,
-                      int64_t block);
-  // out = f(x) * up; up may be null.
+  // n values in groups, of which only the last may be short.
+  void (*save_groups)(const SavedRow& to, const void* x, DType type, int64_t n);
+  // out = f(x) * up for n <= kBlock; up may be null. Saves both, so that they are decoded once.
   void (*activate)(float* out, const void* x, const void* up, DType type, int64_t n,
-                   Activation kind);
+                   Activation kind, const SavedRow& x_saved, const SavedRow& up_saved);
   // amax = max(amax, |v|), then v = v * scale
   void (*scale_channels)(float* v, uint32_t* amax_bits, const float* scale, int64_t n);
   // Columns first.. of the rows x and up; `up` may be without codes, and dup is then not written.

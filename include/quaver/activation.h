@@ -56,19 +56,17 @@ QUAVER_HD Gate normal_gate(float x) {
   return {bit_cast<float>(value), c * (density * 0.398942280f)};
 }
 
-// Beyond |x| = 128 every gate is 0 or 1 and has no slope: the clamp keeps 0 * inf out of it.
+// Far out a gate is 0 or 1 and has no slope: the clamps keep 0 * inf out of it.
 QUAVER_HD Gate sigmoid_gate(float x) {
-  const float c = clamp(x, -128.0f, 128.0f);
-  const Sigmoid s = sigmoid(c);
-  return {s.value, c * s.value * s.rest};
+  const Sigmoid s = sigmoid(x);
+  return {s.value, clamp(x, -128.0f, 128.0f) * s.value * s.rest};
 }
 
 QUAVER_HD Gate tanh_gate(float x) {
   constexpr float k1 = 1.59576912f, k3 = 0.0713548163f;  // 2 sqrt(2 / pi) and 0.044715 times that
+  const Sigmoid s = sigmoid(x * fma(k3, x * x, k1));
   const float c = clamp(x, -16.0f, 16.0f);
-  const float square = c * c;
-  const Sigmoid s = sigmoid(c * fma(k3, square, k1));
-  return {s.value, c * s.value * s.rest * fma(3.0f * k3, square, k1)};
+  return {s.value, c * s.value * s.rest * fma(3.0f * k3, c * c, k1)};
 }
 
 template <Activation kind>

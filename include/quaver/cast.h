@@ -31,9 +31,20 @@ struct GroupedView {
 
 constexpr int64_t groups_in_row(int64_t cols, int64_t block) { return (cols + block - 1) / block; }
 
-QUAVER_HD uint8_t encode_e8m0(float scale) {
-  return static_cast<uint8_t>(bit_cast<uint32_t>(scale) >> 23);
+// The scale of a group as its e8m0 byte, from the bits of its amax: scale_from_amax for e4m3 and a
+// power of two, by integers alone. The finite maximum is (1 + f) * 2^k, so the exponent is amax's
+// less k, and one more where amax's fraction is above f.
+QUAVER_HD uint32_t group_scale(uint32_t amax_bits) {
+  using F = Format<e4m3>;
+  constexpr uint32_t k = (F::max_code >> F::mantissa) - F::bias;
+  constexpr uint32_t fraction = (F::max_code & ((1u << F::mantissa) - 1u)) << (23 - F::mantissa);
+  const uint32_t exponent = (amax_bits + (0x7fffffu - fraction)) >> 23;
+  const uint32_t chosen = select(exponent > k + 1u, exponent - k, 1u);  // kMinScale
+  return select(amax_bits - 1u < 0x7f7fffffu, chosen, 127u);            // 0, Inf and NaN: scale 1
 }
+
+// 1 / scale of what group_scale gives, exactly.
+QUAVER_HD float group_inverse(uint32_t code) { return bit_cast<float>((254u - code) << 23); }
 
 QUAVER_HD float decode_e8m0(uint8_t code) {
   const uint32_t bits =

@@ -83,7 +83,8 @@ def cast_transpose(
 class Grouped(NamedTuple):
     """A matrix saved for backward: e4m3 codes [R, C] in groups of 1 x `block` along the last axis.
 
-    Scales are powers of two, one byte each: float8_e8m0fnu [R, ceil(C / block)].
+    Scales are powers of two, one byte each, 2^(byte - 127): uint8 [R, ceil(C / block)]. Not
+    float8_e8m0fnu, the dtype of that format: Inductor takes no op that may write and returns one.
     """
 
     codes: Tensor
@@ -92,7 +93,8 @@ class Grouped(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """scale * codes as a plain tensor."""
-        return _ops.dequantize(self.codes, self.scale.float(), dtype, "block", self.block)
+        scale = self.scale.view(torch.float8_e8m0fnu).float()
+        return _ops.dequantize(self.codes, scale, dtype, "block", self.block)
 
 
 class Normalized(NamedTuple):
@@ -431,7 +433,7 @@ def _both_layouts(like, rows, cols, dtype):
 
 def _grouped(like, block):
     rows, cols = like.shape
-    scale = like.new_empty([rows, (cols + block - 1) // block], dtype=torch.float8_e8m0fnu)
+    scale = like.new_empty([rows, (cols + block - 1) // block], dtype=torch.uint8)
     return like.new_empty([rows, cols], dtype=torch.float8_e4m3fn), scale
 
 
@@ -455,7 +457,7 @@ def _(dy, xq, xscale, mean, rstd, weight, block, has_bias, dx_dtype):
 @torch.library.register_fake("quaver::activate")
 def _(x, up, kind, channel_scale, dtype, scale, history, power_of_two, block):
     rows, cols = x.shape
-    none = [x.new_empty([0], dtype=t) for t in (torch.float8_e4m3fn, torch.float8_e8m0fnu)]
+    none = [x.new_empty([0], dtype=t) for t in (torch.float8_e4m3fn, torch.uint8)]
     return (
         *_both_layouts(x, rows, cols, dtype),
         *_grouped(x, block),

@@ -194,11 +194,12 @@ def cast_for_gemm(
 def save_groups(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """e4m3 codes and power-of-two scales as one byte each (OCP MX's e8m0)."""
     q, scale, _ = quantize(x, E4M3, granularity="block", block=block)
-    return q, scale.to(torch.float8_e8m0fnu)
+    return q, scale.to(torch.float8_e8m0fnu).view(torch.uint8)
 
 
 def load_groups(codes: Tensor, scale: Tensor, block: int) -> Tensor:
-    return codes.float() * expand_scale(scale.float(), codes, "block", block)
+    scale = scale.view(torch.float8_e8m0fnu).float()
+    return codes.float() * expand_scale(scale, codes, "block", block)
 
 
 def _tree(lanes: Tensor, axis: int) -> Tensor:

@@ -264,6 +264,8 @@ class Job:
         if done is not None:
             with Metrics(path, settings.steps, writes) as metrics:
                 return done, [line["loss"] for line in metrics.lines]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         model, optimizer = self.build(name)
         if world.size > 1:
             self.parallel = distributed.ddp(model, optimizer=optimizer, group=world.data_group)
@@ -425,6 +427,12 @@ class Job:
         loss.backward()
         return self.world.mean(qv.memory_report(model, optimizer, activations=saved))
 
+    def _peak_memory(self):
+        """The most bytes that this recipe had on the GPU at once; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device)
+
     def _result(self, name, model, optimizer, lines):
         last = [line["loss"] for line in lines[-max(1, round(len(lines) * LAST)) :]]
         sent = [line.get("communication", {}) for line in lines]
@@ -434,6 +442,7 @@ class Job:
             "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
             "memory": self._memory(name, model, optimizer),
             "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
+            "peak_memory": self._peak_memory(),
             "steps": len(lines),
             "skipped": lines[-1]["skipped"],
             "nonfinite_losses": sum(line["loss"] is None for line in lines),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import recipe as recipes
-from ..nn import linear
+from ..nn.common import cast_history, pad, poison, ready_cast
 from ..nn.linear import Linear
 from ..tensor import ScaledTensor
 from . import sequence
@@ -111,7 +111,7 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def _pad(codes: Tensor) -> Tensor:
-    return linear._pad(codes.view(torch.uint8)).view(codes.dtype)
+    return pad(codes.view(torch.uint8)).view(codes.dtype)
 
 
 def _transposed(codes: Tensor) -> Tensor:
@@ -168,10 +168,15 @@ class _Product(torch.autograd.Function):
             g = _pad(_matrix(sequence.gather(own, ctx.wire.transport)))
             gt = _transposed(g) if needs_weight else None
         else:
-            g, gt, g_scale, amax = _ops.cast_transpose(
-                linear._pad(_matrix(dy)), rule.grad_output, None, ctx.history, True
-            )
-            g_scale = linear._poison(g_scale, amax)
+            dy = _matrix(dy)
+            ready = ready_cast(dy, rule.grad_output)
+            if ready is not None:
+                g, gt, g_scale = ready
+            else:
+                g, gt, g_scale, amax = _ops.cast_transpose(
+                    pad(dy), rule.grad_output, None, ctx.history, True
+                )
+                g_scale = poison(g_scale, amax)
         if needs_x:
             if ctx.weight._version != ctx.version:
                 raise RuntimeError(
@@ -284,7 +289,7 @@ class ColumnParallelLinear(_Column, Linear):
 
     def _gather(self, x, dtype):
         # A shared scale, so a shared history: the input's amax is that of the whole sequence.
-        history = self._history(False)
+        history = cast_history(self, self.input_history, False)
         codes, scale = sequence.shared_cast(x, self.rule.input, history, self.wire.transport)
         full = ScaledTensor(sequence.gather(codes, self.wire.transport), scale, None, dtype)
         return codes, scale, full, self.rule.grad_output
