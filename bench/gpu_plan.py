@@ -63,7 +63,7 @@ TRAIN_DRY = _COMMON + "--data bench --model tiny --steps 2 --batch 1 --seq 32 --
 PLAN = (
     Step(
         "build",
-        150,
+        140,
         "the library is built from this tree, or a carried build is of it, and it loads",
         ("{python}", "bench/gpu_build.py", "--work", "{work}"),
         ("{python}", "bench/gpu_build.py", "--work", "{work}", "--dry-run"),
@@ -106,7 +106,13 @@ PLAN = (
         "AdamW against a copy, torch and other 8-bit optimizers",
         ("adam-copy", "adam-torch"),
     ),
-    _bench("layer", 55, "a Llama 7B layer against bf16", ("linears", "layer")),
+    _bench(
+        "kernels",
+        25,
+        "sums of shards, norms, activations and gradients against a copy",
+        ("reduce-encode",),
+    ),
+    _bench("layer", 50, "a Llama 7B layer against bf16", ("linears", "layer")),
     Step(
         "cpp",
         20,
@@ -117,7 +123,7 @@ PLAN = (
     ),
     Step(
         "train",
-        55,
+        45,
         "`quaver train` of a small Llama at equal batch: tokens/s, peak memory, loss",
         tuple(TRAIN.split()),
         tuple(TRAIN_DRY.split()),

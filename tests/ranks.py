@@ -14,7 +14,7 @@ TIMEOUT = 60  # seconds: a hang fails
 
 _context = multiprocessing.get_context("forkserver")
 # What a rank would take seconds to import: converting a model brings the compiler.
-_context.set_forkserver_preload(["torch._dynamo", "quaver", "quaver.train"])
+_context.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "quaver", "quaver.train"])
 
 
 class Ranks:

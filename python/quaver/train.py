@@ -60,11 +60,8 @@ class Settings:
     resume: bool = False
     overwrite: bool = False
     tensorboard: bool = False
-<<<<<<< HEAD
     probe: int = 0
-=======
     parallel: str | None = None
->>>>>>> dist
 
     def __post_init__(self):
         for name in ("steps", "batch", "seq", "accumulate", "save_every"):
@@ -80,9 +77,14 @@ class Settings:
             object.__setattr__(self, "warmup", self.steps // 20)
         if not 0 <= self.warmup < self.steps:
             raise UsageError(f"--warmup must be 0 to {self.steps - 1}, got {self.warmup}")
-        ((_, ranks),) = parse_parallel(self.parallel).items()
-        if self.batch % ranks:
-            raise UsageError(f"--batch {self.batch} does not divide among {ranks} ranks")
+        ranks = parse_parallel(self.parallel)
+        tensor = ranks.pop("tp", 1)
+        if self.batch % math.prod(ranks.values()):
+            raise UsageError(
+                f"--batch {self.batch} does not divide among {math.prod(ranks.values())} ranks"
+            )
+        if self.seq % tensor:
+            raise UsageError(f"--seq {self.seq} does not divide among tp={tensor}")
         if not self.recipe:
             raise UsageError("--recipe names none")
         if len(set(self.recipe)) != len(self.recipe):
@@ -115,19 +117,22 @@ def _model_config(settings, vocab):
 
 def _describe(settings, model, device, text):
     """What decides the numbers of a run: written to config.json and compared on resumption."""
-<<<<<<< HEAD
-    left_out = ("out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe")
-=======
-    left_out = ("out", "resume", "overwrite", "save_every", "tensorboard", "recipe", "parallel")
->>>>>>> dist
+    left_out = (
+        "out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "parallel",
+    )  # fmt: skip
+    tensor = parse_parallel(settings.parallel).get("tp", 1)  # each part has its checkpoint
     config = {key: value for key, value in asdict(settings).items() if key not in left_out}
-    return config | {
-        "data": list(settings.data),
-        "data_sha256": text.fingerprint,
-        "recipes": list(settings.recipe),
-        "model": model.as_dict(),
-        "device": device.type,
-    }
+    return (
+        config
+        | {
+            "data": list(settings.data),
+            "data_sha256": text.fingerprint,
+            "recipes": list(settings.recipe),
+            "model": model.as_dict(),
+            "device": device.type,
+        }
+        | ({"tensor_parallel": tensor} if tensor > 1 else {})
+    )
 
 
 def run(settings):
@@ -146,7 +151,8 @@ def run(settings):
 @contextmanager
 def _world(settings, device):
     """The ranks that --parallel asks for: torchrun has started this process as one of them."""
-    ((_, ranks),) = parse_parallel(settings.parallel).items()
+    parts = parse_parallel(settings.parallel)
+    ranks = math.prod(parts.values())
     started = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if started != ranks:
         raise UsageError(
@@ -159,7 +165,7 @@ def _world(settings, device):
     distributed.init(device.type)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    yield distributed.World(device)
+    yield distributed.World(device, parts.get("tp", 1))
     # Not where something failed: a group with a dead rank is left to the end of the process.
     torch.distributed.destroy_process_group()
 
@@ -188,17 +194,13 @@ def _run(settings, world, writer):
             world.first(lambda: folder.write_summary(summary))
         rows = settings.batch * settings.accumulate
         title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
-<<<<<<< HEAD
-        plot_losses(folder.plot_path, losses, title, baseline(losses))
+        world.first(lambda: plot_losses(folder.plot_path, losses, title, baseline(losses)))
         memories = {name: result["memory"] for name, result in results.items()}
         title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
-        plot_memory(folder.memory_plot_path, memories, title, baseline(memories))
+        path = folder.memory_plot_path
+        world.first(lambda: plot_memory(path, memories, title, baseline(memories)))
     paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
-    print(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
-=======
-        world.first(lambda: plot_losses(folder.plot_path, losses, title, baseline(losses)))
-    show(f"\n{table(results)}\n\n{folder.summary_path}  {folder.plot_path}")
->>>>>>> dist
+    show(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
     return summary
 
 
@@ -285,21 +287,16 @@ class Job:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         model, optimizer = self.build(name)
-<<<<<<< HEAD
         report = qv.convert_report(model)
-        if report.converted:
+        if report.converted and writes:
             print(f"{name} {report}")
-=======
         if world.size > 1:
-            self.parallel = distributed.ddp(model, optimizer=optimizer)
->>>>>>> dist
-        checkpoint = self.folder.checkpoint_path(name)
+            self.parallel = distributed.ddp(model, optimizer=optimizer, group=world.data_group)
+        parts = () if world.tensor is None else (world.tensor.rank, world.tensor.size)
+        checkpoint = self.folder.checkpoint_path(name, *parts)
         start, skipped = 0, 0
-        if settings.resume and world.share(checkpoint.exists())[0]:
-            try:
-                state = distributed.load(checkpoint, model, optimizer, parallel=self.parallel)
-            except qv.CheckpointError as error:
-                raise UsageError(f"{error}; without the file {name} starts anew") from None
+        if settings.resume and any(world.share(checkpoint.exists())):
+            state = self._load(name, checkpoint, model, optimizer)
             start, skipped = state["step"], state["extra"]["skipped"]
         with ExitStack() as stack:
             metrics = stack.enter_context(Metrics(path, start, writes))
@@ -320,12 +317,8 @@ class Job:
                     for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
                         if line[key] is not None:
                             board.add_scalar(key, line[key], step)
-<<<<<<< HEAD
                     for key, value in _probe_scalars(line.get("probe", {})):
                         board.add_scalar(key, value, step)
-                asked = stop.is_set()
-=======
->>>>>>> dist
                 if asked or step % settings.save_every == 0 or step == settings.steps:
                     metrics.sync()
                     extra = {"skipped": line["skipped"]}
@@ -341,6 +334,21 @@ class Job:
             raise Interrupted
         return result, [line["loss"] for line in metrics.lines]
 
+    def _load(self, name, checkpoint, model, optimizer):
+        """The checkpoint's step and notes. An error on one rank is one on all."""
+        state = error = None
+        try:
+            state = distributed.load(checkpoint, model, optimizer, parallel=self.parallel)
+        except qv.CheckpointError as found:
+            error = f"{found}; without the file {name} starts anew"
+        texts, steps = zip(*self.world.share([error, state and state["step"]]), strict=True)
+        if any(texts):
+            raise UsageError(error or next(text for text in texts if text)) from None
+        if len(set(steps)) > 1:
+            parts = ", ".join(map(str, sorted(set(steps))))
+            raise UsageError(f"the parts of the checkpoint of {name} are of several steps: {parts}")
+        return state
+
     def _agree(self, line, stop):
         """Makes the loss that of all ranks; whether one of them was asked to stop."""
         found = self.world.share([line["loss"], stop.is_set()])
@@ -353,10 +361,23 @@ class Job:
         # Initialised on the CPU: the same values whatever the device.
         model = models.build(self.model_config).to(self.device)
         model = qv.convert(model, recipe=name)
-        sharded = "zero" in parse_parallel(self.settings.parallel)
-        kind = distributed.ZeroAdamW if sharded or recipe.get(name).replica else qv.AdamW
-        optimizer = kind(_groups(model), lr=self.settings.lr, betas=BETAS, recipe=name)
-        return model, optimizer
+        chosen, world = recipe.get(name), self.world
+        if world.tensor is not None:
+            try:
+                distributed.parallelize(model, world.tensor, fp8_sum=chosen.fp8_sum)
+            except ValueError as error:
+                raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
+        options = {"lr": self.settings.lr, "betas": BETAS, "recipe": name}
+        if chosen.replica or "zero" in parse_parallel(self.settings.parallel):
+            options["group"] = world.data_group
+            return model, distributed.ZeroAdamW(_groups(model), **options)
+        return model, qv.AdamW(_groups(model), **options)
+
+    def _traffic(self):
+        """Bytes that this rank sent so far, by kind."""
+        transports = [self.parallel.transport] if self.parallel else []
+        transports += [self.world.tensor] if self.world.tensor else []
+        return {kind: sum(t.traffic[kind] for t in transports) for kind in distributed.KINDS}
 
     def _loss(self, name, model, inputs, targets):
         inputs, targets = inputs.to(self.device), targets.to(self.device)
@@ -369,8 +390,8 @@ class Job:
         """This rank's part of a micro-batch."""
         settings, world = self.settings, self.world
         whole = self.text.batch(settings.seed, step, settings.batch, settings.seq, micro)
-        rows = settings.batch // world.size
-        return [part[world.rank * rows : (world.rank + 1) * rows] for part in whole]
+        rows = settings.batch // world.data_size
+        return [part[world.data_rank * rows : (world.data_rank + 1) * rows] for part in whole]
 
     def step(self, name, model, optimizer, step):
         """One optimizer step; returns its line of metrics."""
@@ -381,30 +402,24 @@ class Job:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-<<<<<<< HEAD
+        before = self._traffic()
         probed = settings.probe and step % settings.probe == 0
         probe = Probe(model, optimizer) if probed else None
         for micro in range(settings.accumulate):
-            with probe.watching() if probe and micro == 0 else nullcontext():
+            with ExitStack() as stack:
+                if self.parallel and micro + 1 < settings.accumulate:
+                    stack.enter_context(self.parallel.no_sync())
+                if probe and micro == 0:
+                    stack.enter_context(probe.watching())
                 loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
-                loss.backward()
-            total += loss.detach()
-        norm = qv.clip_grad_norm_(model.parameters(), CLIP)
-        if probe:
-            probe.before_update()
-=======
-        before = dict(self.parallel.transport.traffic) if self.parallel else {}
-        for micro in range(settings.accumulate):
-            loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
-            waits = self.parallel and micro + 1 < settings.accumulate
-            with self.parallel.no_sync() if waits else nullcontext():
                 loss.backward()
             total += loss.detach()
         if isinstance(optimizer, distributed.ZeroAdamW):
             norm = optimizer.clip_grad_norm_(CLIP)
         else:
             norm = qv.clip_grad_norm_(model.parameters(), CLIP)
->>>>>>> dist
+        if probe:
+            probe.before_update()
         optimizer.step()
         measured = {"probe": probe.after_update()} if probe else {}
         value = total.item()  # waits for the device, so the time is that of the whole step
@@ -415,15 +430,11 @@ class Job:
             "lr": lr,
             "grad_norm": _finite(float(norm)),
             "tokens_per_s": tokens / (time.perf_counter() - began),
-<<<<<<< HEAD
         } | measured
-=======
-        }
         if self.parallel:
-            after = self.parallel.transport.traffic
+            after = self._traffic()
             line["communication"] = {kind: after[kind] - before[kind] for kind in after}
         return line
->>>>>>> dist
 
     @torch.no_grad()
     def _validate(self, name, model):
@@ -432,7 +443,7 @@ class Job:
         found = {}
         batches = self.text.validation(self.settings.batch, self.settings.seq)
         for i, (inputs, targets) in enumerate(batches):
-            if i % self.world.size == self.world.rank:
+            if i % self.world.data_size == self.world.data_rank:
                 loss = self._loss(name, model, inputs, targets).item()
                 found[str(i)] = (loss * len(inputs), len(inputs))
         model.train()
@@ -463,11 +474,8 @@ class Job:
             "val_loss": self._validate(name, model),
             "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
             "memory": self._memory(name, model, optimizer),
-<<<<<<< HEAD
             "peak_memory": self._peak_memory(),
-=======
             "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
->>>>>>> dist
             "steps": len(lines),
             "skipped": lines[-1]["skipped"],
             "nonfinite_losses": sum(line["loss"] is None for line in lines),
