@@ -42,7 +42,7 @@ class GemmWeight:
         """row, col and decode scale of `weight`, padded to the GEMM's alignment."""
         if isinstance(weight, ScaledTensor) and weight.qdata.dtype == dtype:
             # Another rank's, which comes without its master: the codes are the copy.
-            row = _pad(weight.qdata.view(torch.uint8)).view(dtype)
+            row = pad(weight.qdata.view(torch.uint8)).view(dtype)
             return row, row.t().contiguous(), weight.scale
         if isinstance(weight, ScaledTensor):
             # e4m3 of the f16 codes: the scales differ by exactly 2^7.
