@@ -17,7 +17,9 @@ import quaver as qv
 from quaver import ScaledTensor, data, models, recipe, train
 from quaver.distributed import Transport, sequence, sharding
 from quaver.distributed import tensor_parallel as tp
+from quaver.distributed.launch import parse_parallel
 from quaver.distributed.tensor_state import gather_state, scatter_state
+from quaver.errors import UsageError
 from quaver.rundir import RunDir
 
 E4M3, E5M2 = FP8
@@ -566,3 +568,16 @@ def test_training_on_two_by_two_ranks_resumes_to_the_same_bits(tmp_path, name):
     assert (sent["weight"] > 0) == (name == "fp8lm-o3")
     for other in results[1:]:
         assert other[0][1] == losses
+
+
+def test_the_flag_names_kinds_and_ranks():
+    assert parse_parallel("dp=2,tp=2") == {"dp": 2, "tp": 2}
+    assert parse_parallel("tp=4") == {"tp": 4}
+    assert parse_parallel("zero=2,tp=2") == {"zero": 2, "tp": 2}
+    for text in ("tp", "tp=0", "tp=2,tp=2", "dp=2,zero=2", "pp=2", "tp=2;dp=2"):
+        with pytest.raises(UsageError, match="--parallel"):
+            parse_parallel(text)
+    with pytest.raises(UsageError, match="--seq 30 does not divide among tp=4"):
+        train.Settings(parallel="tp=4", seq=30)
+    with pytest.raises(UsageError, match="--batch 3 does not divide among 2 ranks"):
+        train.Settings(parallel="dp=2,tp=2", batch=3)
