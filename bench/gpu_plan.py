@@ -56,13 +56,14 @@ def _sanitizer(tool, proves):
 # A model and a batch that train for some ten seconds under each recipe; {recipes} are those of
 # RECIPES that the build knows.
 RECIPES = ("bf16", "fp8lm-o2", "coat")
-_TRAIN = "--data stdlib --model 125m --steps 150 --batch 16 --seq 1024 --device cuda"
-TRAIN_DRY = "--data bench --model tiny --steps 2 --batch 1 --seq 32 --device cpu"
+_COMMON = "{python} -m quaver train --recipe {recipes} --out {work}/train --overwrite "
+TRAIN = _COMMON + "--data stdlib --model 125m --steps 100 --batch 16 --seq 1024 --device cuda"
+TRAIN_DRY = _COMMON + "--data bench --model tiny --steps 2 --batch 1 --seq 32 --device cpu"
 
 PLAN = (
     Step(
         "build",
-        150,
+        140,
         "the library is built from this tree, or a carried build is of it, and it loads",
         ("{python}", "bench/gpu_build.py", "--work", "{work}"),
         ("{python}", "bench/gpu_build.py", "--work", "{work}", "--dry-run"),
@@ -92,7 +93,12 @@ PLAN = (
         ),
         ("{python}", "-m", "pytest", "-m", "cuda", "-q", "--collect-only"),
     ),
-    _bench("gemm", 60, "matrix products against torch._scaled_mm"),
+    _bench(
+        "gemm",
+        60,
+        "matrix products against torch._scaled_mm",
+        ("gemm-fast", "gemm-promoted", "gemm-wgrad", "gemm-fp8-out"),
+    ),
     _bench("quantize", 25, "casts against a copy and against torch", ("cast", "cast-transpose")),
     _bench(
         "optimizer",
@@ -100,7 +106,13 @@ PLAN = (
         "AdamW against a copy, torch and other 8-bit optimizers",
         ("adam-copy", "adam-torch"),
     ),
-    _bench("layer", 55, "a Llama 7B layer against bf16", ("linears", "layer")),
+    _bench(
+        "kernels",
+        25,
+        "sums of shards, norms, activations and gradients against a copy",
+        ("reduce-encode",),
+    ),
+    _bench("layer", 50, "a Llama 7B layer against bf16", ("linears", "layer")),
     Step(
         "cpp",
         20,
@@ -111,10 +123,10 @@ PLAN = (
     ),
     Step(
         "train",
-        55,
+        45,
         "`quaver train` of a small Llama at equal batch: tokens/s, peak memory, loss",
-        tuple((_TRAIN + TRAIN).split()),
-        tuple((_TRAIN + TRAIN_DRY).split()),
+        tuple(TRAIN.split()),
+        tuple(TRAIN_DRY.split()),
     ),
     _sanitizer("memcheck", "no kernel reads or writes where it should not"),
     _sanitizer("racecheck", "no kernel races in shared memory"),

@@ -185,10 +185,9 @@ def why_skipped(step, results, command, env):
     return None
 
 
-def run_plan(plan, work, begin=None):
+def run_plan(plan, work, run=execute, now=time.monotonic):
     """Runs all steps. Returns ({name: result}, what the build says of itself)."""
-    begin = time.monotonic() if begin is None else begin
-    results, build, deadline = {}, None, begin
+    results, build, deadline = {}, None, now()
     for step in plan:
         deadline += step.seconds
         env = environment(build and build["path"])
@@ -196,17 +195,17 @@ def run_plan(plan, work, begin=None):
         command = fill(step.command, values)
         result = {"proves": step.proves, "budget_s": step.seconds, "command": " ".join(command)}
         reason = why_skipped(step, results, command, env)
-        left = deadline - time.monotonic()
+        left = deadline - now()
         if reason is None and left < 1:
             reason = "no time was left"
         if reason is not None:
             result |= {"status": "skipped", "reason": reason}
         else:
             print(f"{step.name} ({left:.0f} s) ... ", end="", flush=True)
-            start = time.monotonic()
+            start = now()
             with clocks.Sampler() as sampler:
-                status, note = execute(command, env, work / f"{step.name}.log", left)
-            result |= {"status": status, "seconds": round(time.monotonic() - start, 1)}
+                status, note = run(command, env, work / f"{step.name}.log", left)
+            result |= {"status": status, "seconds": round(now() - start, 1)}
             result |= {"reason": note} if note else {}
             result |= {"clocks": sampler.result} if sampler.result else {}
         print(f"{step.name}: {result['status']}" + f", {result.get('reason', '')}".rstrip(", "))
@@ -311,7 +310,7 @@ def main():
     shutil.rmtree(WORK, ignore_errors=True)  # what an earlier report left is no result of this one
     WORK.mkdir(parents=True)
     begin = time.monotonic()
-    results, build = run_plan(gpu_plan.PLAN, WORK, begin)
+    results, build = run_plan(gpu_plan.PLAN, WORK)
     result = report(gpu, gpu_plan.PLAN, results, build, WORK, time.monotonic() - begin)
     path = table.RESULTS / f"gpu-{slug(args.name or gpu['name'])}.json"
     path.parent.mkdir(exist_ok=True)

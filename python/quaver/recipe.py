@@ -30,13 +30,17 @@ class LinearRecipe:
 class ActivationRecipe:
     """What is kept in FP8 between linear layers (COAT, arXiv 2410.19313, section 5).
 
-    `norm` and `mlp`: norms and MLPs give FP8 to the linear layers that read them, and save their own
-    inputs for backward in e4m3 groups of 1 x `block` with power-of-two scales.
+    `norm` and `mlp`: norms and MLPs give FP8 to the linear layers that read them, and save their
+    own inputs for backward in e4m3 groups of 1 x `block` with power-of-two scales.
+    `smooth_swiglu`: the product of a gated MLP is divided by a power of two per channel before its
+    cast, from the amaxes of the forward before, and the next layer's FP8 weights are multiplied by
+    it (arXiv 2409.12517); the weights themselves do not change.
     """
 
     block: int = 128
     norm: bool = True
     mlp: bool = True
+    smooth_swiglu: bool = False
 
 
 @dataclass(frozen=True)

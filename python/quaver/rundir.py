@@ -1,6 +1,6 @@
 """The folder of a training run: its configuration, metrics, checkpoints and summary.
 
-    OUT/config.json  OUT/summary.json  OUT/loss.png
+    OUT/config.json  OUT/summary.json  OUT/loss.png  OUT/memory.png
     OUT/RECIPE/metrics.jsonl  OUT/RECIPE/checkpoint/state.safetensors  OUT/RECIPE/tensorboard/
 
 Under tensor parallelism each part of a model has its state: state-tp0of2.safetensors, and so on.
@@ -48,6 +48,7 @@ class RunDir:
         self.config_path = self.path / "config.json"
         self.summary_path = self.path / "summary.json"
         self.plot_path = self.path / "loss.png"
+        self.memory_plot_path = self.path / "memory.png"
 
     def metrics_path(self, recipe):
         return self.path / recipe / "metrics.jsonl"
@@ -108,6 +109,7 @@ class RunDir:
                 shutil.rmtree(self.tensorboard_path(name))
         self.summary_path.unlink(missing_ok=True)
         self.plot_path.unlink(missing_ok=True)
+        self.memory_plot_path.unlink(missing_ok=True)
         # Last, so that a removal that was cut short can be repeated.
         self.config_path.unlink()
 

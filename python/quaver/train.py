@@ -10,7 +10,7 @@ import signal
 import statistics
 import threading
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -20,7 +20,8 @@ import quaver as qv
 from quaver import data, distributed, machine, models, recipe
 from quaver.distributed.launch import parse_parallel
 from quaver.errors import UsageError
-from quaver.plot import plot_losses
+from quaver.plot import plot_losses, plot_memory
+from quaver.probe import Probe
 from quaver.progress import Progress, baseline, table
 from quaver.rundir import Metrics, RunDir
 
@@ -59,6 +60,7 @@ class Settings:
     resume: bool = False
     overwrite: bool = False
     tensorboard: bool = False
+    probe: int = 0
     parallel: str | None = None
 
     def __post_init__(self):
@@ -69,6 +71,8 @@ class Settings:
                 raise UsageError(f"--{flag} must be at least 1, got {value}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError(f"--lr must be a positive number, got {self.lr}")
+        if self.probe < 0:
+            raise UsageError(f"--probe must be 0 (off) or a number of steps, got {self.probe}")
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 20)
         if not 0 <= self.warmup < self.steps:
@@ -113,7 +117,9 @@ def _model_config(settings, vocab):
 
 def _describe(settings, model, device, text):
     """What decides the numbers of a run: written to config.json and compared on resumption."""
-    left_out = ("out", "resume", "overwrite", "save_every", "tensorboard", "recipe", "parallel")
+    left_out = (
+        "out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "parallel",
+    )  # fmt: skip
     tensor = parse_parallel(settings.parallel).get("tp", 1)  # each part has its checkpoint
     config = {key: value for key, value in asdict(settings).items() if key not in left_out}
     return (
@@ -189,7 +195,12 @@ def _run(settings, world, writer):
         rows = settings.batch * settings.accumulate
         title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
         world.first(lambda: plot_losses(folder.plot_path, losses, title, baseline(losses)))
-    show(f"\n{table(results)}\n\n{folder.summary_path}  {folder.plot_path}")
+        memories = {name: result["memory"] for name, result in results.items()}
+        title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
+        path = folder.memory_plot_path
+        world.first(lambda: plot_memory(path, memories, title, baseline(memories)))
+    paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
+    show(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
     return summary
 
 
@@ -242,6 +253,15 @@ def _groups(model):
     ]
 
 
+def _probe_scalars(probe):
+    """("probe/TENSOR/FIGURE", number) for every figure that a probe has."""
+    for tensor, figures in probe.items():
+        k = figures.get("k", {})
+        for key, value in (figures | {f"k_{part}": k[part] for part in k}).items():
+            if isinstance(value, float):
+                yield f"probe/{tensor}/{key}", value
+
+
 def _finite(value):
     return value if math.isfinite(value) else None
 
@@ -267,6 +287,9 @@ class Job:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         model, optimizer = self.build(name)
+        report = qv.convert_report(model)
+        if report.converted and writes:
+            print(f"{name} {report}")
         if world.size > 1:
             self.parallel = distributed.ddp(model, optimizer=optimizer, group=world.data_group)
         parts = () if world.tensor is None else (world.tensor.rank, world.tensor.size)
@@ -294,6 +317,8 @@ class Job:
                     for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
                         if line[key] is not None:
                             board.add_scalar(key, line[key], step)
+                    for key, value in _probe_scalars(line.get("probe", {})):
+                        board.add_scalar(key, value, step)
                 if asked or step % settings.save_every == 0 or step == settings.steps:
                     metrics.sync()
                     extra = {"skipped": line["skipped"]}
@@ -378,17 +403,25 @@ class Job:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         before = self._traffic()
+        probed = settings.probe and step % settings.probe == 0
+        probe = Probe(model, optimizer) if probed else None
         for micro in range(settings.accumulate):
-            loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
-            waits = self.parallel and micro + 1 < settings.accumulate
-            with self.parallel.no_sync() if waits else nullcontext():
+            with ExitStack() as stack:
+                if self.parallel and micro + 1 < settings.accumulate:
+                    stack.enter_context(self.parallel.no_sync())
+                if probe and micro == 0:
+                    stack.enter_context(probe.watching())
+                loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
                 loss.backward()
             total += loss.detach()
         if isinstance(optimizer, distributed.ZeroAdamW):
             norm = optimizer.clip_grad_norm_(CLIP)
         else:
             norm = qv.clip_grad_norm_(model.parameters(), CLIP)
+        if probe:
+            probe.before_update()
         optimizer.step()
+        measured = {"probe": probe.after_update()} if probe else {}
         value = total.item()  # waits for the device, so the time is that of the whole step
         tokens = settings.batch * settings.seq * settings.accumulate
         line = {
@@ -397,7 +430,7 @@ class Job:
             "lr": lr,
             "grad_norm": _finite(float(norm)),
             "tokens_per_s": tokens / (time.perf_counter() - began),
-        }
+        } | measured
         if self.parallel:
             after = self._traffic()
             line["communication"] = {kind: after[kind] - before[kind] for kind in after}
@@ -441,8 +474,8 @@ class Job:
             "val_loss": self._validate(name, model),
             "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
             "memory": self._memory(name, model, optimizer),
-            "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
             "peak_memory": self._peak_memory(),
+            "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
             "steps": len(lines),
             "skipped": lines[-1]["skipped"],
             "nonfinite_losses": sum(line["loss"] is None for line in lines),
