@@ -161,7 +161,7 @@ def adam_arguments(shapes, low=True):
         [torch.zeros(s[::-1], dtype=FP8[0]) if low else none for s in shapes], one(1.0),
         [torch.zeros((), dtype=torch.int64) for _ in range(n)],
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
-        torch.zeros((), dtype=torch.int64),
+        torch.zeros((), dtype=torch.int64), [],
     ]  # fmt: skip
 
 

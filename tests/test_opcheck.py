@@ -34,7 +34,7 @@ def adam(n=2):
         each(lambda: torch.zeros(shape).to(E4M3)), each(lambda: torch.zeros(shape[::-1]).to(E4M3)),
         each(ONE.clone), each(lambda: torch.zeros((), dtype=torch.int64)),
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
-        torch.zeros((), dtype=torch.int64),
+        torch.zeros((), dtype=torch.int64), [],
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def adam(params, ms, vs, grads, hyper=HYPER, copies=None, steps=None, skipped=No
         steps,
         torch.tensor([hyper] * n, dtype=torch.float64),
         skipped,
+        [],
     )
     return steps, skipped
 
@@ -194,7 +195,7 @@ def test_the_op_refuses_by_name():
         (
             ([g.clone()], [g * 0], [g * 0], [g]),
             {"copies": [(row, row.clone(), one)]},
-            "an FP8 copy goes with an f16 weight, got f32",
+            "an FP8 copy goes with a scaled f16 weight, got f32",
         ),
         (
             ([w], [m], [v], [g]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tensor import ScaledTensor
+from .tensor import GROUP, ScaledTensor
 
 _ops = torch.ops.quaver
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -146,6 +146,24 @@ def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     return _ops.grad_norm(*parts(grads))
 
 
+def encode_state(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, expand: bool = True):
+    """Encode x in groups of 128 flat elements with one float32 scale each, as Adam's moments are.
+
+    Without `expand` a group is x ~= scale * q with scale = amax / finite_max. With it the group's
+    dynamic range is first expanded to the format's: see "Dynamic range expansion" in codec.h (COAT,
+    arXiv 2410.19313, section 4). Rounds to nearest; infinity saturates, NaN stays NaN.
+
+    Args:
+        x: float32, float16 or bfloat16, any shape and strides.
+        dtype: float8_e4m3fn or float8_e5m2.
+
+    Raises:
+        RuntimeError: other types.
+    """
+    q, scale = _ops.encode_state(x, dtype, expand)
+    return ScaledTensor(q, scale, None, torch.float32, "expand" if expand else "group", GROUP)
+
+
 @torch.library.register_fake("quaver::quantize")
 def _(x, dtype, scale, history, granularity, block, power_of_two, stochastic, seed):
     shape = list(x.shape) or [1]
@@ -196,5 +214,16 @@ def _(q, scale, amax, other, other_scale, other_amax):
 
 
 @torch.library.register_fake("quaver::adam_")
-def _(*args):
+def _(*args, **kwargs):
     return None
+
+
+@torch.library.register_fake("quaver::encode_state")
+def _(x, dtype, expand):
+    groups = (x.numel() + GROUP - 1) // GROUP
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty([groups], dtype=torch.float32)
+
+
+@torch.library.register_fake("quaver::decode_state")
+def _(q, scale, expand):
+    return q.new_empty(q.shape, dtype=torch.float32)

@@ -246,6 +246,113 @@ def update_bound(t: int, lr, beta1, beta2) -> float:
     return 2 * abs(lr) * max(peak, 1.0)
 
 
+def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+    """a * b + c of f32 values, rounded once.
+
+    The product is exact in f64 and the sum is rounded to odd there, after which rounding to f32 is
+    right (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
+    """
+    b, c = (torch.as_tensor(t, dtype=torch.float32).double() for t in (b, c))
+    product = a.double() * b
+    total = product + c
+    rest = total - product
+    error = (product - (total - rest)) + (c - rest)
+    odd = total.view(torch.int64) % 2 == 1
+    away = torch.where(error > 0, torch.inf, -torch.inf).double()
+    return torch.where((error == 0) | odd, total, torch.nextafter(total, away)).float()
+
+
+def log2_coarse(x: Tensor) -> Tensor:
+    """log2 of normal f32 > 0, within 2^-18: the polynomial of codec.h."""
+    mantissa, exponent = torch.frexp(x)  # [1/2, 1)
+    low = mantissa < math.sqrt(0.5)
+    u = torch.where(low, 2 * mantissa, mantissa) - 1
+    p = torch.full_like(u, -0.206591845)
+    for c in (0.32215485, -0.367489964, 0.479348004, -0.721131861, 1.4427135):
+        p = fma(p, u, c)
+    return fma(p, u, (exponent - low.int()).float())
+
+
+def exp2_coarse(x: Tensor) -> Tensor:
+    """2^x within a relative 2^-18: the polynomial of codec.h."""
+    n = x.round()
+    p = torch.full_like(x, 9.58285294e-3)
+    for c in (5.59064262e-2, 2.40240991e-1, 6.93124175e-1, 1.0):
+        p = fma(p, x - n, c)
+    return torch.ldexp(p.double(), n.int()).float()
+
+
+GROUP = 128  # flat elements that share a scale
+LIFT = 2.0**64  # of groups below 2^-64, so that their logarithms meet normal numbers
+
+
+def _groups(x: Tensor) -> Tensor:
+    flat = x.detach().float().flatten()
+    return F.pad(flat, (0, -len(flat) % GROUP)).reshape(-1, GROUP)
+
+
+def _power(scale: Tensor) -> Tensor:
+    """k of expanded groups: sixteenths in the low byte of the scale's bits."""
+    return ((scale.view(torch.int32) & 255).clamp(min=16) / 16).float()
+
+
+def expanded_scale(groups: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale of each group [n, 128]: the smallest f32 whose low byte is 16 k and that is not
+    below the largest magnitude; k = log2(finite_max^2 / 2) / log2(largest / smallest that is not
+    zero), rounded down to sixteenths, from 1 to 255/16; 1 where the largest is subnormal."""
+    top = torch.finfo(torch.float32).max
+    a = groups.abs().nan_to_num(0.0, posinf=top)
+    most, least = a.amax(1), torch.where(a > 0, a, top).amin(1)
+    lift = torch.where(most < 2.0**-64, LIFT, 1.0)
+    ratio = log2_coarse(most * lift) - log2_coarse(least * lift)
+    log2_max = torch.tensor(math.log2(scale_max(dtype)), dtype=torch.float32)
+    wanted = (2 * log2_max - 1) * 16 / ratio
+    power = torch.where((ratio > 0) & (wanted < 255), wanted.clamp(max=255), 255.0)
+    power = torch.where(most < 2.0**-126, 16.0, power).clamp(min=16).int()
+    seen = most.view(torch.int32)
+    bits = seen & ~255 | power
+    bits = torch.where(bits < seen, bits + 256, bits)
+    return torch.where(bits < 0x7F800000, bits, bits - 256).view(torch.float32)
+
+
+def expand(groups: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """sign(x) * finite_max * (|x| / scale)^k, what is then rounded (COAT, arXiv 2410.19313)."""
+    power, lift = _power(scale), torch.where(scale < 2.0**-64, LIFT, 1.0)
+    log2_max = torch.tensor(math.log2(scale_max(dtype)), dtype=torch.float32)
+    offset = log2_max - power * log2_coarse(scale * lift)
+    x = groups.abs().nan_to_num(posinf=torch.finfo(torch.float32).max) * lift[:, None]
+    usable = torch.where(x >= 2.0**-126, x, 1.0)
+    exponent = fma(log2_coarse(usable), power[:, None], offset[:, None])
+    y = exp2_coarse(torch.where(x >= 2.0**-126, exponent, -40.0).clamp(min=-40))
+    return torch.where(groups.isnan(), groups, y.copysign(groups))
+
+
+def encode_state(x: Tensor, dtype: torch.dtype, expanded: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of groups of 128 flat elements; see ops.encode_state."""
+    groups = _groups(x)
+    if expanded:
+        scale = expanded_scale(groups, dtype)
+        y = expand(groups, scale, dtype)
+    else:
+        amax = groups.abs().nan_to_num(0.0, posinf=torch.finfo(torch.float32).max).amax(1)
+        scale = scale_from_amax(amax, dtype, power_of_two=False)
+        y = groups / scale[:, None]
+    return encode(y, dtype).flatten()[: x.numel()].reshape(x.shape), scale
+
+
+def decode_state(q: Tensor, scale: Tensor, expanded: bool) -> Tensor:
+    """The values of `encode_state`'s codes, f32."""
+    groups = _groups(q)
+    if expanded:
+        a = groups.abs()
+        finite = (a > 0) & a.isfinite()
+        top = torch.tensor(scale_max(q.dtype), dtype=torch.float32)
+        log2 = log2_coarse(torch.where(finite, a, 1.0)) - log2_coarse(top)
+        value = exp2_coarse(log2 * (1 / _power(scale))[:, None])
+        groups = torch.where(finite, value, torch.where(a == 0, a, torch.nan)).copysign(groups)
+    return (groups * scale[:, None]).flatten()[: q.numel()].reshape(q.shape)
+
+
 def adamw_fp8(
     states: list[tuple[Tensor, Tensor, Tensor]], g: Tensor, g_amax: Tensor, t: int, lr, beta1,
     beta2, eps, weight_decay,

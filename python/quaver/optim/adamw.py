@@ -78,8 +78,8 @@ class AdamW(torch.optim.Optimizer):
         if not state:
             low = isinstance(p, ScaledTensor)
             state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
-            state["exp_avg"] = STATES[self.recipe.exp_avg if low else "f32"](p)
-            state["exp_avg_sq"] = STATES[self.recipe.exp_avg_sq if low else "f32"](p)
+            state["exp_avg"] = STATES[self.recipe.exp_avg if low else "f32"].zeros(p)
+            state["exp_avg_sq"] = STATES[self.recipe.exp_avg_sq if low else "f32"].zeros(p)
         return state
 
     @torch.no_grad()
@@ -130,6 +130,7 @@ class AdamW(torch.optim.Optimizer):
             [s["step"] for s in states],
             hyper,
             self._skipped[device],
+            [],
         )
         for p, c in zip(params, copies, strict=True):
             torch.autograd.graph.increment_version(p)
