@@ -59,7 +59,9 @@ def test_every_code_is_its_oracles(name):
         assert_same(got[2 * i + 1], wanted[1], f"case {i}: scales")
 
     def decode():
-        return [torch.ops.quaver.decode_state(*got[i : i + 2], expand) for i in range(0, len(got), 2)]
+        return [
+            torch.ops.quaver.decode_state(*got[i : i + 2], expand) for i in range(0, len(got), 2)
+        ]
 
     for i, value in enumerate(everywhere(decode)):
         wanted = reference.decode_state(*got[2 * i : 2 * i + 2], expand)
@@ -130,7 +132,12 @@ def test_errors_of_moments_with_a_zero_in_any_lane(lane, magnitude):
 @pytest.mark.parametrize("name", EXPANDED)
 @pytest.mark.parametrize(
     "x",
-    [torch.full((128,), 0.7), torch.full((1,), -1e-30), torch.full((300,), 1e30), torch.tensor(5.0)],
+    [
+        torch.full((128,), 0.7),
+        torch.full((1,), -1e-30),
+        torch.full((300,), 1e30),
+        torch.tensor(5.0),
+    ],
 )
 def test_constant_and_single_groups_are_right_to_the_scales_own_bits(name, x):
     torch.testing.assert_close(encode_state(x, name).decode(), x, rtol=2**-15, atol=0)

@@ -126,13 +126,16 @@ def parts(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tenso
         return [], [], []
     first = tensors[0]
     none = none_like(first.qdata if isinstance(first, ScaledTensor) else first)
-    values, scales, amaxes = [], [], []
-    for t in tensors:
-        scaled = isinstance(t, ScaledTensor)
-        values.append(t.qdata if scaled else t)
-        scales.append(t.scale if scaled else none)
-        amaxes.append(t.amax if scaled and t.amax is not None else none)
-    return values, scales, amaxes
+    low = [isinstance(t, ScaledTensor) for t in tensors]
+    if not any(low):
+        return list(tensors), [none] * len(low), [none] * len(low)
+    pairs = list(zip(tensors, low, strict=True))
+    amaxes = [t.amax if scaled else None for t, scaled in pairs]
+    return (
+        [t.qdata if scaled else t for t, scaled in pairs],
+        [t.scale if scaled else none for t, scaled in pairs],
+        [none if amax is None else amax for amax in amaxes],
+    )
 
 
 def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -29,13 +29,18 @@ class LinearRecipe:
 @dataclass(frozen=True)
 class Recipe:
     """`autocast` is the dtype of everything that is not FP8; None runs in the model's dtype.
-    `exp_avg` and `exp_avg_sq` name state codecs of optim/states.py for converted weights."""
+    `exp_avg` and `exp_avg_sq` name state codecs of optim/states.py for converted weights, and with
+    `plain_moments` for all other parameters too. `bf16_master` is how a bf16 parameter takes its
+    update: "nearest", "stochastic" (unbiased, no further bytes) or "remainder" (16 more bits in the
+    optimizer's state, which make it an exact f32 master)."""
 
     name: str
     autocast: torch.dtype | None = torch.bfloat16
     linear: LinearRecipe | None = None
     exp_avg: str = "f32"
     exp_avg_sq: str = "f32"
+    plain_moments: bool = False
+    bf16_master: str = "nearest"
 
 
 _FP8LM = LinearRecipe(scaling="delayed", weight_grad="e4m3", master="f16-tensor")
@@ -48,6 +53,8 @@ _RECIPES = {
         Recipe("tensorwise", linear=LinearRecipe()),
         Recipe("fp8lm-o1", linear=_FP8LM),
         Recipe("fp8lm-o2", linear=_FP8LM, exp_avg="e4m3-tensor", exp_avg_sq="f16-tensor"),
+        Recipe("coat", linear=_FP8LM, exp_avg="e4m3-expand", exp_avg_sq="e4m3-expand",
+               plain_moments=True, bf16_master="stochastic"),
     )
 }
 

@@ -37,6 +37,14 @@ class Codec:
         scale = torch.ones(-(-p.numel() // GROUP), device=p.device)
         return ScaledTensor(codes, scale, None, torch.float32, self.granularity, GROUP)
 
+    def fits(self, state: object, p: Tensor) -> bool:
+        """Whether `state` is a state of this codec for p."""
+        low = isinstance(state, ScaledTensor)
+        if not isinstance(state, Tensor) or state.shape != p.shape:
+            return False
+        kind = (state.qdata.dtype, state.granularity) if low else (state.dtype, None)
+        return kind == (self.dtype, self.granularity)
+
     def encode(self, x: Tensor) -> Tensor:
         """x as the codec stores it, each value to the nearest that it has."""
         if self.granularity is None:
