@@ -39,7 +39,10 @@ void load_state(float* out, const StateSpan& s, int64_t i, int64_t count) {
     const float scale = s.scales[i / kGroup];
     const auto* codes = static_cast<const uint8_t*>(s.values) + i;
     const float* values = expanded_values(s.type, bit_cast<uint32_t>(scale) & kPowerMask);
-    for (int64_t j = 0; j < count; ++j) out[j] = values[codes[j]] * scale;
+    alignas(64) uint32_t bits[kRun];
+    for (int64_t j = 0; j < count; ++j) bits[j] = bit_cast<uint32_t>(values[codes[j]]);
+    QUAVER_SIMD
+    for (int64_t j = 0; j < count; ++j) out[j] = bit_cast<float>(bits[j]) * scale;
     return;
   }
   const float scale = s.scaling == Scaling::group ? s.scales[i / kGroup] : s.scale;
@@ -56,7 +59,14 @@ GroupRange range_of(const float* x, int64_t n) {
   return {most, least};
 }
 
-// y = x in the format's domain; chooses and stores the scale of a group.
+// Chooses and stores the scale of the group that begins at i.
+void choose_scale(const StateSpan& s, int64_t i, GroupRange range) {
+  const bool expands = s.scaling == Scaling::expand;
+  s.scales[i / kGroup] =
+      s.type == DType::e4m3 ? group_scale<e4m3>(expands, range) : group_scale<e5m2>(expands, range);
+}
+
+// y = x in the format's domain.
 template <class T>
 inline void to_format(float* __restrict y, const float* __restrict x, const StateSpan& s, int64_t i,
                       int64_t n) {
@@ -67,13 +77,13 @@ inline void to_format(float* __restrict y, const float* __restrict x, const Stat
     return;
   }
   if constexpr (sizeof(T) == 1) {
-    const bool expands = s.scaling == Scaling::expand;
-    const float scale = group_scale<T>(expands, range_of(x, n));
-    s.scales[i / kGroup] = scale;
-    if (expands) {
+    const float scale = s.scales[i / kGroup];
+    if (s.scaling == Scaling::expand) {
       const Expander e = expander<T>(scale);
       QUAVER_SIMD
-      for (int64_t j = 0; j < n; ++j) y[j] = expand(e, x[j]);
+      for (int64_t j = 0; j < n; ++j) y[j] = log2_expanded(e, x[j]);
+      QUAVER_SIMD
+      for (int64_t j = 0; j < n; ++j) y[j] = expanded(y[j], x[j]);
     } else {
       QUAVER_SIMD
       for (int64_t j = 0; j < n; ++j) y[j] = x[j] / scale;
@@ -138,10 +148,21 @@ void store_weight(const AdamSpan& p, int64_t i, const float* w, int64_t n) {
     }
     return;
   }
-  const uint64_t first = p.first + static_cast<uint64_t>(i);
+  // A draw gives four words, for neighbours; a span begins with a group.
+  alignas(64) uint32_t drawn[4][kRun / 4], random[kRun];
+  const uint64_t first = (p.first + static_cast<uint64_t>(i)) / 4;
   QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j)
-    high[j] = encode_bf16_stochastic(w[j], random_bits(p.seed, first + uint64_t(j), p.offset));
+  for (int64_t b = 0; b < kRun / 4; ++b) {
+    const Philox4 four = philox4x32(p.seed, first + static_cast<uint64_t>(b), p.offset);
+    drawn[0][b] = four.word[0];
+    drawn[1][b] = four.word[1];
+    drawn[2][b] = four.word[2];
+    drawn[3][b] = four.word[3];
+  }
+  for (int64_t b = 0; b < kRun / 4; ++b)
+    for (int k = 0; k < 4; ++k) random[4 * b + k] = drawn[k][b];
+  QUAVER_SIMD
+  for (int64_t j = 0; j < n; ++j) high[j] = encode_bf16_stochastic(w[j], random[j]);
 }
 
 void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, int64_t count) {
@@ -158,6 +179,13 @@ void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, i
       v[j] = e.exp_avg_sq;
     }
   });
+  // Both ranges, then both scales: a scale is a long chain of dependent operations.
+  const bool group_m = p.exp_avg.scaling != Scaling::tensor;
+  const bool group_v = p.exp_avg_sq.scaling != Scaling::tensor;
+  const GroupRange range_m = group_m ? range_of(m, count) : GroupRange{};
+  const GroupRange range_v = group_v ? range_of(v, count) : GroupRange{};
+  if (group_m) choose_scale(p.exp_avg, i, range_m);
+  if (group_v) choose_scale(p.exp_avg_sq, i, range_v);
   store_weight(p, i, w, count);
   store_exp_avg(p.exp_avg, i, m, g, count);
   store_exp_avg_sq(p.exp_avg_sq, i, v, count);
@@ -186,10 +214,15 @@ void encode_groups(const StateSpan& s, const void* x, DType type, int64_t n) {
   alignas(64) float values[kRun], y[kRun];
   for (int64_t i = 0; i < n; i += kRun) {
     const int64_t count = n - i < kRun ? n - i : kRun;
-    load_any(values, at(x, type, i), type, count, 1.0f);
+    const float* from = reinterpret_cast<const float*>(at(x, type, i));
+    if (type != DType::f32) {
+      load_any(values, at(x, type, i), type, count, 1.0f);
+      from = values;
+    }
+    choose_scale(s, i, range_of(from, count));
     auto run = [&](auto format) {
       using T = decltype(format);
-      to_format<T>(y, values, s, i, count);
+      to_format<T>(y, from, s, i, count);
       store(static_cast<T*>(s.values) + i, y, count, 1.0f);
     };
     s.type == DType::e4m3 ? run(e4m3{}) : run(e5m2{});
@@ -197,8 +230,7 @@ void encode_groups(const StateSpan& s, const void* x, DType type, int64_t n) {
 }
 
 void decode_groups(float* out, const StateSpan& s, int64_t n) {
-  for (int64_t i = 0; i < n; i += kRun)
-    load_state(out + i, s, i, n - i < kRun ? n - i : kRun);
+  for (int64_t i = 0; i < n; i += kRun) load_state(out + i, s, i, n - i < kRun ? n - i : kRun);
 }
 
 void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {

@@ -27,8 +27,8 @@ class ExpandedValues {
   void make(uint32_t power) {
     values_[power].reset(new float[256]);
     for (uint32_t code = 0; code < 128; ++code) {
-      const float x = contract<T>(code, log2_of_code<T>(code),
-                                  1.0f / power_of(bit_cast<float>(0x3f800000u | power)));
+      const float x = contract(code, Format<T>::max_code, log2_of_code<T>(code),
+                               1.0f / power_of(bit_cast<float>(0x3f800000u | power)));
       values_[power][code] = x;
       values_[power][code + 128] = -x;
     }

@@ -132,15 +132,22 @@ QUAVER_HD Expander expander(float scale) {
   return {lift, power, Expansion<T>::log2_max - power * log2_coarse(scale * lift)};
 }
 
-QUAVER_HD float expand(const Expander& e, float x) {
+// In two steps, for loops that would not overlap one long chain of dependent operations.
+QUAVER_HD float log2_expanded(const Expander& e, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
-  const float exponent = fma(e.power, log2_coarse(bit_cast<float>(bits) * e.lift), e.offset);
+  return fma(e.power, log2_coarse(bit_cast<float>(bits) * e.lift), e.offset);
+}
+
+QUAVER_HD float expanded(float log2_y, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
   constexpr float floor = -40.0f;  // below any code; a zero, too, is below this
   const uint32_t y = bit_cast<uint32_t>(exp2_coarse(bit_cast<float>(
-      select(exponent > floor, bit_cast<uint32_t>(exponent), bit_cast<uint32_t>(floor)))));
+      select(log2_y > floor, bit_cast<uint32_t>(log2_y), bit_cast<uint32_t>(floor)))));
   return bit_cast<float>(select(bits > 0x7f800000u, 0x7fc00000u, y) |
                          (bit_cast<uint32_t>(x) & 0x80000000u));
 }
+
+QUAVER_HD float expand(const Expander& e, float x) { return expanded(log2_expanded(e, x), x); }
 
 // log2(|code| / max) of a code without sign. Kept as a table of 128 by whoever decodes many.
 template <class T>
@@ -148,12 +155,10 @@ QUAVER_HD float log2_of_code(uint32_t code) {
   return log2_coarse(decode(T{static_cast<uint8_t>(code)})) - log2_coarse(Format<T>::finite_max);
 }
 
-// A magnitude over its group's scale.
-template <class T>
-QUAVER_HD float contract(uint32_t code, float log2_code, float inverse_power) {
+// A magnitude over its group's scale. Codes above `max_code` are NaN.
+QUAVER_HD float contract(uint32_t code, uint32_t max_code, float log2_code, float inverse_power) {
   const uint32_t x = bit_cast<uint32_t>(exp2_coarse(log2_code * inverse_power));
-  return bit_cast<float>(
-      select(code == 0u, 0u, select(code > Format<T>::max_code, 0x7fc00000u, x)));
+  return bit_cast<float>(select(code == 0u, 0u, select(code > max_code, 0x7fc00000u, x)));
 }
 
 // An f32 in a bf16 and 16 further bits, exactly. The bf16 is the nearest one, ties away from zero:

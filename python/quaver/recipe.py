@@ -53,8 +53,14 @@ _RECIPES = {
         Recipe("tensorwise", linear=LinearRecipe()),
         Recipe("fp8lm-o1", linear=_FP8LM),
         Recipe("fp8lm-o2", linear=_FP8LM, exp_avg="e4m3-tensor", exp_avg_sq="f16-tensor"),
-        Recipe("coat", linear=_FP8LM, exp_avg="e4m3-expand", exp_avg_sq="e4m3-expand",
-               plain_moments=True, bf16_master="stochastic"),
+        Recipe(
+            "coat",
+            linear=_FP8LM,
+            exp_avg="e4m3-expand",
+            exp_avg_sq="e4m3-expand",
+            plain_moments=True,
+            bf16_master="stochastic",
+        ),
     )
 }
 
