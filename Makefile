@@ -32,7 +32,6 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc includ
 BUILT := build/.built$(subst /,-,$(PY))
 # What `make cuda` compiles for; a build in place is for sm_90a alone unless told otherwise.
 ARCHS := $(or $(QUAVER_CUDA_ARCHS),80;89;90a;100)
-GEMMS := $(wildcard csrc/cuda/gemm_sm90_*.cu)
 HAS_TORCH := import importlib.metadata as m; assert tuple(map(int, m.version('torch').split('.')[:2])) >= (2, 11)
 SHA256 := import hashlib, torch, quaver._load as q; \
 	print('torch', torch.__version__, hashlib.sha256(q.LIBRARY.read_bytes()).hexdigest(), q.LIBRARY)
@@ -66,11 +65,12 @@ bench: $(BUILT)
 	  echo "== $$bench"; case $$bench in *.py) $(PY) $$bench;; *) $$bench;; esac; done
 
 # Needs nvcc, but no GPU.
-cuda: $(READY) $(if $(GEMMS),build/cutlass/.$(CUTLASS)) $(if $(shell command -v cuobjdump),,build/cuobjdump/.$(CUOBJDUMP))
+cuda: $(READY) $(if $(QUAVER_CUTLASS_DIR),,build/cutlass/.$(CUTLASS)) $(if $(shell command -v cuobjdump),,build/cuobjdump/.$(CUOBJDUMP))
 	cmake -S . -B build/cuda -G Ninja -DQUAVER_CUDA=on -DQUAVER_BINDING=OFF \
 	  -DQUAVER_CUDA_ARCHS="$(ARCHS)" -DQUAVER_CUTLASS_DIR="$(QUAVER_CUTLASS_DIR)" \
 	  -DCMAKE_CUDA_FLAGS="-Werror=all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
-	cmake --build build/cuda --target quaver_cuda bench_cuda
+	cmake --build build/cuda --target quaver_cuda bench_cuda test_cutlass_schedule
+	build/cuda/tests/test_cutlass_schedule
 	PATH="$$PATH:$(CURDIR)/build/cuobjdump/nvidia/cu13/bin" $(PY) cmake/check_cuda.py build/cuda/libquaver_cuda.a $(subst ;, ,$(ARCHS))
 
 # A build for `make gpu-report` on a machine that cannot compile, of QUAVER_PYTHON's version: carry dist/.

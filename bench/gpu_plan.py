@@ -93,7 +93,12 @@ PLAN = (
         ),
         ("{python}", "-m", "pytest", "-m", "cuda", "-q", "--collect-only"),
     ),
-    _bench("gemm", 60, "matrix products against torch._scaled_mm"),
+    _bench(
+        "gemm",
+        60,
+        "matrix products against torch._scaled_mm",
+        ("gemm-fast", "gemm-promoted", "gemm-wgrad", "gemm-fp8-out"),
+    ),
     _bench("quantize", 25, "casts against a copy and against torch", ("cast", "cast-transpose")),
     _bench(
         "optimizer",

@@ -1,9 +1,12 @@
 // What each op wants of its arguments, the same for every backend.
 #pragma once
 
+#include <utility>
+
 #include "quaver/all_reduce.h"
 #include "quaver/cast.h"
 #include "quaver/codec.h"
+#include "quaver/gemm.h"
 #include "quaver/grad.h"
 #include "quaver/optimizer.h"
 #include "quaver/quantize.h"
@@ -208,6 +211,41 @@ inline void check_adam(const AdamParameter& p) {
   QUAVER_CHECK(p.fp8.numel() == n && p.fp8_t.rows == p.fp8.cols && p.fp8_t.cols == p.fp8.rows &&
                    p.fp8_scale != nullptr,
                "adam_: FP8 copies must be [N, K] and [K, N] like the weight, with a scale");
+}
+
+inline void check_gemm(const GemmArguments& g) {
+  QUAVER_CHECK(is_fp8(g.a.dtype) && is_fp8(g.b.dtype), "gemm: a and b must be e4m3 or e5m2, got ",
+               name_of(g.a.dtype), " and ", name_of(g.b.dtype));
+  QUAVER_CHECK(g.a.cols == g.b.cols, "gemm: a [M, K] and b [N, K] must share K, got [", g.a.rows,
+               ", ", g.a.cols, "] and [", g.b.rows, ", ", g.b.cols, "]");
+  QUAVER_CHECK(g.out.rows == g.a.rows && g.out.cols == g.b.rows, "gemm: out must be [", g.a.rows,
+               ", ", g.b.rows, "], got [", g.out.rows, ", ", g.out.cols, "]");
+  QUAVER_CHECK(g.scale_a != nullptr && g.scale_b != nullptr, "gemm: scales are needed");
+  QUAVER_CHECK(!(g.accumulate && g.bias != nullptr),
+               "gemm: bias and accumulate exclude each other");
+  QUAVER_CHECK(!is_fp8(g.out.dtype) || (g.out_scale != nullptr && g.amax != nullptr),
+               "gemm: FP8 out needs a scale and an amax");
+  QUAVER_CHECK(is_fp8(g.out.dtype) || (g.out_scale == nullptr && g.amax == nullptr),
+               "gemm: a scale and an amax go with FP8 out, got ", name_of(g.out.dtype));
+  QUAVER_CHECK(!is_fp8(g.out.dtype) || !g.accumulate, "gemm: FP8 cannot be accumulated into");
+}
+
+// What the tensor cores and TMA want, on every GPU so that it does not depend on which.
+inline void check_gemm_cuda(const GemmArguments& g) {
+  check_gemm(g);
+  QUAVER_CHECK(g.a.dtype == DType::e4m3 || g.b.dtype == DType::e4m3,
+               "gemm: e5m2 x e5m2 has no CUDA kernel; at least one operand must be e4m3");
+  for (const auto& [name, size] : {std::pair{"K", g.a.cols}, std::pair{"N", g.b.rows}})
+    QUAVER_CHECK(size % kGemmAlignment == 0, "gemm: ", name, " must be a multiple of ",
+                 kGemmAlignment, " on CUDA, got ", size);
+  for (const auto& [name, size] :
+       {std::pair{"M", g.a.rows}, std::pair{"N", g.b.rows}, std::pair{"K", g.a.cols}})
+    QUAVER_CHECK(size <= kGemmMaxSize, "gemm: ", name, " must be at most ", kGemmMaxSize,
+                 " on CUDA, got ", size);
+  for (const auto& [name, data] :
+       {std::pair{"a", g.a.data}, std::pair{"b", g.b.data}, std::pair{"out", g.out.data}})
+    QUAVER_CHECK(reinterpret_cast<uintptr_t>(data) % kGemmAlignment == 0, "gemm: ", name,
+                 " must start at a multiple of ", kGemmAlignment, " bytes on CUDA, got ", data);
 }
 
 }  // namespace quaver

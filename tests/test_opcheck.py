@@ -82,6 +82,8 @@ CASES = [
     (ops.gemm, (*GEMM, randn(48), torch.float32, False)),
     (ops.gemm_, (randn(16, 48), *GEMM, None, True, True)),
     (ops.gemm_, (randn(16, 48).bfloat16(), *GEMM, randn(48), False, False)),
+    (ops.gemm_quantize, (*GEMM, None, E4M3, ONE, True)),
+    (ops.gemm_quantize, (*GEMM, randn(48).bfloat16(), E5M2, ONE, False)),
     (ops.grad_norm, ([randn(4, 5), A.qdata], [NO, A.scale], [NO, A.amax])),
     (ops.accumulate_, (*target(), randn(16, 32), None, None)),
     (ops.accumulate_, (*target(), A.qdata, A.scale, A.amax)),

@@ -44,6 +44,9 @@ STABLE_TORCH_LIBRARY(quaver, m) {
       "gemm_(Tensor(a!) out, Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
       "bool accumulate, bool fast_accumulate) -> ()");
   m.def(
+      "gemm_quantize(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
+      "ScalarType out_dtype, Tensor out_scale, bool fast_accumulate) -> (Tensor q, Tensor amax)");
+  m.def(
       "grad_norm(Tensor[] grads, Tensor[] scales, Tensor[] amaxes) -> (Tensor norm, Tensor amax)");
   m.def(
       "accumulate_(Tensor(a!) q, Tensor(b!) scale, Tensor(c!) amax, Tensor other, "

@@ -58,7 +58,8 @@ def convert(
 
     Under a recipe with FP8 activations ("coat"), norms that feed those layers alone and MLPs of the
     forms in nn/mlp.py become FP8 too. They are found by what they compute, so that models of any
-    library convert unmodified; what is not recognised stays as it is, and `convert_report` says why.
+    library convert unmodified; what is not recognised stays as it is, and `convert_report` tells
+    why.
 
     Modules keep their identity, class (but for their forward), names, hooks and mode; `state_dict`
     keeps its keys, and gains the amax histories of delayed scaling. Under recipes with a
@@ -184,7 +185,7 @@ def _convert_mlps(model, chosen, skip, report) -> None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `convert` in place: the modules as they were, with decoded weights; returns the model."""
+    """Undo `convert` in place: modules as they were, with decoded weights; returns the model."""
     weights: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, (Norm, MLP)):
@@ -199,7 +200,7 @@ def restore(model: nn.Module) -> nn.Module:
             weights[id(old)] = plain
             plain.__dict__.pop("fp8_weight", None)
         module.weight = weights[id(old)]
-        del module.input_history, module.grad_history, module.history_before
+        del module.input_history, module.grad_history, module.history_before, module.channel_amax
         del module.rule, module.fp8_weight
         module.__class__ = nn.Linear
     _reports.pop(model, None)

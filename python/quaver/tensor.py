@@ -51,9 +51,9 @@ class ScaledTensor(torch.Tensor):
         amax: float32 largest magnitude of the values that were encoded, shaped like scale, or None.
             Encoding saturates, so a non-finite amax is the only trace of an infinity.
         dtype: the logical dtype that other code sees.
-        col: the codes of the matrix [rows, last axis], transposed and padded with zeros to multiples
-            of 16: the layout in which a weight gradient reads them. Whoever cast an activation, or
-            the gradient of one, wrote both; a linear layer then casts nothing.
+        col: the codes of the matrix [rows, last axis], transposed and padded with zeros to
+            multiples of 16: the layout in which a weight gradient reads them. Whoever cast an
+            activation, or the gradient of one, wrote both; a linear layer then casts nothing.
 
     Raises:
         TypeError: a dtype that is none of the above.

@@ -78,18 +78,30 @@ class Transport:
                 f"rank {self.rank}, {what}: {culprit or 'a message failed'}: {error}"
             ) from error
 
-    def all_gather(self, x: Tensor, kind: str, out: Tensor | None = None) -> Pending:
-        """Every rank's x, of one shape: [ranks, *shape], in `out` where that is given, of which
-        x may be this rank's row."""
+    def all_gather(self, x: Tensor, kind: str) -> Pending:
+        """Every rank's x, of one shape: [ranks, *shape]."""
         shape = (self.size, *x.shape)
         if self.size == 1:
             return self._pending("all_gather", (), lambda: x.reshape(shape))
         sent = _bytes(x)
-        got = sent.new_empty(self.size * sent.numel()) if out is None else _bytes(out)
+        got = sent.new_empty(self.size * sent.numel())
         self.traffic[kind] += (self.size - 1) * sent.numel()
         work = self._start("all_gather", lambda: _all_gather(
             got, sent, group=self.group, async_op=True))  # fmt: skip
         return self._pending("all_gather", (work,), lambda: got.view(x.dtype).reshape(shape))
+
+    def gather_rows(self, rows: list[Tensor], kind: str) -> Pending:
+        """Overwrites row r of every rank, bytes of any number, with that of rank r; in place."""
+        if self.size == 1:
+            return self._pending("gather_rows", (), lambda: rows[0])
+        self.traffic[kind] += (self.size - 1) * rows[self.rank].numel()
+        works = [
+            self._start("gather_rows", lambda r=r, row=row: dist.broadcast(
+                row, group=self.group, group_src=r, async_op=True))
+            for r, row in enumerate(rows)
+            if row.numel()
+        ]  # fmt: skip
+        return self._pending("gather_rows", works, lambda: rows[self.rank])
 
     def all_to_all(self, x: Tensor, lengths: list[int], kind: str) -> Pending:
         """Cuts x, 1-D, into pieces of `lengths`, the same on every rank; piece r goes to rank r.

@@ -43,6 +43,7 @@ class Attention(nn.Module):
             part.view(batch, length, -1, self.head_dim).transpose(1, 2)
             for part in self.qkv(x).split(self.split, dim=-1)
         )
+        v = v.contiguous()  # attention saves v, and a view would keep all of qkv alive
         if position is not None:
             q, k = rotate(q, *position), rotate(k, *position)
         y = F.scaled_dot_product_attention(
