@@ -191,7 +191,7 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(
-        UsageError, match="RANK, WORLD_SIZE, .* not set: start the ranks with torch"
+        UsageError, match=r"RANK, WORLD_SIZE, .* not set: start the ranks with torch"
     ):
         init()
     with socket.socket() as free:

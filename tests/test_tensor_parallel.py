@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import quaver as qv
 from quaver import ScaledTensor, models, recipe
-from quaver.distributed import sequence, sharding, traffic
+from quaver.distributed import Transport, sequence, sharding
 from quaver.distributed import tensor_parallel as tp
 from quaver.distributed.tensor_state import gather_state, scatter_state
 
@@ -62,12 +62,12 @@ def whole_gradients(model):
 
 
 def mlp_on_a_rank(rank, name, fp8_sum, regather):
-    group = dist.group.WORLD
-    model = tp.parallelize(mlp(name), group, PLAN, fp8_sum=fp8_sum, regather=regather)
-    x = sequence.own(X, group).requires_grad_()
+    transport = Transport()
+    model = tp.parallelize(mlp(name), transport, PLAN, fp8_sum=fp8_sum, regather=regather)
+    x = sequence.own(X, transport).requires_grad_()
     y = model(x)
-    y.backward(sequence.own(DY, group))
-    whole = sequence.gather(y.detach(), group), sequence.gather(x.grad, group)
+    y.backward(sequence.own(DY, transport))
+    whole = sequence.gather(y.detach(), transport), sequence.gather(x.grad, transport)
     return *whole, whole_gradients(model)
 
 
@@ -211,6 +211,7 @@ def relative(a, b):
         (4, "bf16", {}),
         (2, "fp8lm-o2", {"fp8_sum": True}),
         (4, "fp8lm-o2", {}),
+        (2, "coat", {}),
     ],
 )
 def test_a_decoder_gives_what_it_gives_in_one_process(kind, ranks, name, options):
@@ -256,10 +257,10 @@ def bytes_on_a_rank(rank, runs):
     found = []
     for name, options in runs:
         model = models.build(CONFIG.replace(layers=LAYERS))
-        tp.parallelize(qv.convert(model, recipe=name), dist.group.WORLD, **options)
-        traffic.reset()
-        loss_of(model, name, TOKENS)[0].backward()
-        found.append(traffic.sent())
+        transport = Transport()
+        tp.parallelize(qv.convert(model, recipe=name), transport, **options)
+        loss_of(model, name)[0].backward()
+        found.append(transport.traffic)
     return found
 
 
@@ -357,7 +358,7 @@ def test_a_nan_on_one_rank_makes_all_skip_and_go_on(name):
 def infinity_on_a_rank(rank):
     """An input that is not finite on one rank alone is seen by all, saturation or not."""
     model = tp.parallelize(mlp("fp8lm-o2"), dist.group.WORLD, PLAN)
-    x = sequence.own(X, dist.group.WORLD)
+    x = sequence.own(X, Transport())
     if rank == 1:
         x[0, 0, 0] = float("inf")
     return model(x).isnan().all().item()

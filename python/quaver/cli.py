@@ -84,8 +84,8 @@ def _add_train(commands):
     p.add_argument(
         "--parallel",
         metavar="KIND=N",
-        help="under torchrun with N processes, which share each micro-batch: dp=N, or zero=N with "
-        "optimizer states spread over them",
+        help="under torchrun: dp=N processes that share each micro-batch, or zero=N with optimizer "
+        "states spread over them; tp=N that share the model; dp=N,tp=M is N x M processes",
     )
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs too")
     p.add_argument(

@@ -10,7 +10,7 @@ import signal
 import statistics
 import threading
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -77,9 +77,14 @@ class Settings:
             object.__setattr__(self, "warmup", self.steps // 20)
         if not 0 <= self.warmup < self.steps:
             raise UsageError(f"--warmup must be 0 to {self.steps - 1}, got {self.warmup}")
-        ((_, ranks),) = parse_parallel(self.parallel).items()
-        if self.batch % ranks:
-            raise UsageError(f"--batch {self.batch} does not divide among {ranks} ranks")
+        ranks = parse_parallel(self.parallel)
+        tensor = ranks.pop("tp", 1)
+        if self.batch % math.prod(ranks.values()):
+            raise UsageError(
+                f"--batch {self.batch} does not divide among {math.prod(ranks.values())} ranks"
+            )
+        if self.seq % tensor:
+            raise UsageError(f"--seq {self.seq} does not divide among tp={tensor}")
         if not self.recipe:
             raise UsageError("--recipe names none")
         if len(set(self.recipe)) != len(self.recipe):
@@ -112,16 +117,22 @@ def _model_config(settings, vocab):
 
 def _describe(settings, model, device, text):
     """What decides the numbers of a run: written to config.json and compared on resumption."""
-    left_out = {"out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe"}
-    left_out.add("parallel")  # a run may continue on another number of ranks
+    left_out = (
+        "out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "parallel",
+    )  # fmt: skip
+    tensor = parse_parallel(settings.parallel).get("tp", 1)  # each part has its checkpoint
     config = {key: value for key, value in asdict(settings).items() if key not in left_out}
-    return config | {
-        "data": list(settings.data),
-        "data_sha256": text.fingerprint,
-        "recipes": list(settings.recipe),
-        "model": model.as_dict(),
-        "device": device.type,
-    }
+    return (
+        config
+        | {
+            "data": list(settings.data),
+            "data_sha256": text.fingerprint,
+            "recipes": list(settings.recipe),
+            "model": model.as_dict(),
+            "device": device.type,
+        }
+        | ({"tensor_parallel": tensor} if tensor > 1 else {})
+    )
 
 
 def run(settings):
@@ -140,7 +151,8 @@ def run(settings):
 @contextmanager
 def _world(settings, device):
     """The ranks that --parallel asks for: torchrun has started this process as one of them."""
-    ((_, ranks),) = parse_parallel(settings.parallel).items()
+    parts = parse_parallel(settings.parallel)
+    ranks = math.prod(parts.values())
     started = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if started != ranks:
         raise UsageError(
@@ -153,7 +165,7 @@ def _world(settings, device):
     distributed.init(device.type)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    yield distributed.World(device)
+    yield distributed.World(device, parts.get("tp", 1))
     # Not where something failed: a group with a dead rank is left to the end of the process.
     torch.distributed.destroy_process_group()
 
@@ -182,17 +194,14 @@ def _run(settings, world, writer):
             world.first(lambda: folder.write_summary(summary))
         rows = settings.batch * settings.accumulate
         title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
-        world.first(lambda: _plot(folder, losses, results, title, settings))
+        world.first(lambda: plot_losses(folder.plot_path, losses, title, baseline(losses)))
+        memories = {name: result["memory"] for name, result in results.items()}
+        title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
+        path = folder.memory_plot_path
+        world.first(lambda: plot_memory(path, memories, title, baseline(memories)))
     paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
     show(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
     return summary
-
-
-def _plot(folder, losses, results, title, settings):
-    plot_losses(folder.plot_path, losses, title, baseline(losses))
-    memories = {name: result["memory"] for name, result in results.items()}
-    title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
-    plot_memory(folder.memory_plot_path, memories, title, baseline(memories))
 
 
 def _open(folder, config, settings, stack):
@@ -282,14 +291,12 @@ class Job:
         if report.converted and writes:
             print(f"{name} {report}")
         if world.size > 1:
-            self.parallel = distributed.ddp(model, optimizer=optimizer)
-        checkpoint = self.folder.checkpoint_path(name)
+            self.parallel = distributed.ddp(model, optimizer=optimizer, group=world.data_group)
+        parts = () if world.tensor is None else (world.tensor.rank, world.tensor.size)
+        checkpoint = self.folder.checkpoint_path(name, *parts)
         start, skipped = 0, 0
-        if settings.resume and world.share(checkpoint.exists())[0]:
-            try:
-                state = distributed.load(checkpoint, model, optimizer, parallel=self.parallel)
-            except qv.CheckpointError as error:
-                raise UsageError(f"{error}; without the file {name} starts anew") from None
+        if settings.resume and any(world.share(checkpoint.exists())):
+            state = self._load(name, checkpoint, model, optimizer)
             start, skipped = state["step"], state["extra"]["skipped"]
         with ExitStack() as stack:
             metrics = stack.enter_context(Metrics(path, start, writes))
@@ -327,6 +334,21 @@ class Job:
             raise Interrupted
         return result, [line["loss"] for line in metrics.lines]
 
+    def _load(self, name, checkpoint, model, optimizer):
+        """The checkpoint's step and notes. An error on one rank is one on all."""
+        state = error = None
+        try:
+            state = distributed.load(checkpoint, model, optimizer, parallel=self.parallel)
+        except qv.CheckpointError as found:
+            error = f"{found}; without the file {name} starts anew"
+        texts, steps = zip(*self.world.share([error, state and state["step"]]), strict=True)
+        if any(texts):
+            raise UsageError(error or next(text for text in texts if text)) from None
+        if len(set(steps)) > 1:
+            parts = ", ".join(map(str, sorted(set(steps))))
+            raise UsageError(f"the parts of the checkpoint of {name} are of several steps: {parts}")
+        return state
+
     def _agree(self, line, stop):
         """Makes the loss that of all ranks; whether one of them was asked to stop."""
         found = self.world.share([line["loss"], stop.is_set()])
@@ -339,10 +361,23 @@ class Job:
         # Initialised on the CPU: the same values whatever the device.
         model = models.build(self.model_config).to(self.device)
         model = qv.convert(model, recipe=name)
-        sharded = "zero" in parse_parallel(self.settings.parallel)
-        kind = distributed.ZeroAdamW if sharded or recipe.get(name).replica else qv.AdamW
-        optimizer = kind(_groups(model), lr=self.settings.lr, betas=BETAS, recipe=name)
-        return model, optimizer
+        chosen, world = recipe.get(name), self.world
+        if world.tensor is not None:
+            try:
+                distributed.parallelize(model, world.tensor, fp8_sum=chosen.fp8_sum)
+            except ValueError as error:
+                raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
+        options = {"lr": self.settings.lr, "betas": BETAS, "recipe": name}
+        if chosen.replica or "zero" in parse_parallel(self.settings.parallel):
+            options["group"] = world.data_group
+            return model, distributed.ZeroAdamW(_groups(model), **options)
+        return model, qv.AdamW(_groups(model), **options)
+
+    def _traffic(self):
+        """Bytes that this rank sent so far, by kind."""
+        transports = [self.parallel.transport] if self.parallel else []
+        transports += [self.world.tensor] if self.world.tensor else []
+        return {kind: sum(t.traffic[kind] for t in transports) for kind in distributed.KINDS}
 
     def _loss(self, name, model, inputs, targets):
         inputs, targets = inputs.to(self.device), targets.to(self.device)
@@ -355,8 +390,8 @@ class Job:
         """This rank's part of a micro-batch."""
         settings, world = self.settings, self.world
         whole = self.text.batch(settings.seed, step, settings.batch, settings.seq, micro)
-        rows = settings.batch // world.size
-        return [part[world.rank * rows : (world.rank + 1) * rows] for part in whole]
+        rows = settings.batch // world.data_size
+        return [part[world.data_rank * rows : (world.data_rank + 1) * rows] for part in whole]
 
     def step(self, name, model, optimizer, step):
         """One optimizer step; returns its line of metrics."""
@@ -367,15 +402,15 @@ class Job:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        before = dict(self.parallel.transport.traffic) if self.parallel else {}
+        before = self._traffic()
         probed = settings.probe and step % settings.probe == 0
         probe = Probe(model, optimizer) if probed else None
         for micro in range(settings.accumulate):
-            waits = self.parallel and micro + 1 < settings.accumulate
-            with (
-                probe.watching() if probe and micro == 0 else nullcontext(),
-                self.parallel.no_sync() if waits else nullcontext(),
-            ):
+            with ExitStack() as stack:
+                if self.parallel and micro + 1 < settings.accumulate:
+                    stack.enter_context(self.parallel.no_sync())
+                if probe and micro == 0:
+                    stack.enter_context(probe.watching())
                 loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
                 loss.backward()
             total += loss.detach()
@@ -397,7 +432,7 @@ class Job:
             "tokens_per_s": tokens / (time.perf_counter() - began),
         } | measured
         if self.parallel:
-            after = self.parallel.transport.traffic
+            after = self._traffic()
             line["communication"] = {kind: after[kind] - before[kind] for kind in after}
         return line
 
@@ -408,7 +443,7 @@ class Job:
         found = {}
         batches = self.text.validation(self.settings.batch, self.settings.seq)
         for i, (inputs, targets) in enumerate(batches):
-            if i % self.world.size == self.world.rank:
+            if i % self.world.data_size == self.world.data_rank:
                 loss = self._loss(name, model, inputs, targets).item()
                 found[str(i)] = (loss * len(inputs), len(inputs))
         model.train()
@@ -439,8 +474,8 @@ class Job:
             "val_loss": self._validate(name, model),
             "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
             "memory": self._memory(name, model, optimizer),
-            "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
             "peak_memory": self._peak_memory(),
+            "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
             "steps": len(lines),
             "skipped": lines[-1]["skipped"],
             "nonfinite_losses": sum(line["loss"] is None for line in lines),
