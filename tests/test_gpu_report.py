@@ -5,6 +5,7 @@ import json
 import sys
 import zipfile
 
+import bench_gemm
 import bench_kernels
 import bench_layer
 import bench_optimizer
@@ -23,7 +24,7 @@ from gpu_plan import Step
 
 from quaver import models
 
-BENCHES = (bench_quantize, bench_optimizer, bench_kernels, bench_layer)
+BENCHES = (bench_gemm, bench_quantize, bench_optimizer, bench_kernels, bench_layer)
 
 
 class Clock:
@@ -165,6 +166,8 @@ def test_the_device_clock_counts_turns_that_the_host_held_up(monkeypatch):
 def small_on_cpu(monkeypatch):
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "CACHE_BYTES", 1 << 12)
+    monkeypatch.setattr(bench_gemm, "WEIGHTS", ((16, 48), (32, 16), (48, 32)))
+    monkeypatch.setattr(bench_gemm, "TOKENS", (16, 32, 48))
     monkeypatch.setattr(bench_quantize, "SHAPES", ((16, 32), (48, 16)))
     monkeypatch.setattr(bench_optimizer, "FEW_HUGE", ((32, 48), (16, 16)))
     monkeypatch.setattr(bench_optimizer, "MANY_SMALL", ((8, 8),) * 3)
