@@ -194,14 +194,17 @@ def _run(settings, world, writer):
             world.first(lambda: folder.write_summary(summary))
         rows = settings.batch * settings.accumulate
         title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
-        world.first(lambda: plot_losses(folder.plot_path, losses, title, baseline(losses)))
-        memories = {name: result["memory"] for name, result in results.items()}
-        title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
-        path = folder.memory_plot_path
-        world.first(lambda: plot_memory(path, memories, title, baseline(memories)))
+        world.first(lambda: _plot(folder, losses, results, title, settings))
     paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
     show(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
     return summary
+
+
+def _plot(folder, losses, results, title, settings):
+    plot_losses(folder.plot_path, losses, title, baseline(losses))
+    memories = {name: result["memory"] for name, result in results.items()}
+    title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
+    plot_memory(folder.memory_plot_path, memories, title, baseline(memories))
 
 
 def _open(folder, config, settings, stack):
