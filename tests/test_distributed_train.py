@@ -169,9 +169,9 @@ def test_an_error_of_the_first_rank_ends_all(flags, tmp_path):
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ("tp=2", "--parallel tp=2: tp is not there yet"),
-        ("dp=2,tp=2", "tp is not there yet"),
-        ("dp", "wants dp=N or zero=N, N at least 1, got 'dp'"),
+        ("fsdp=2", "--parallel fsdp=2: fsdp is not there yet"),
+        ("dp=2,tp=2", "is for 4 processes, 1 started"),
+        ("dp", "wants dp=N, zero=N or tp=N, N at least 1, got 'dp'"),
         ("dp=0", "got 'dp=0'"),
         ("dp=x", "got 'dp=x'"),
         ("", "got ''"),
