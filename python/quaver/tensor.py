@@ -7,6 +7,8 @@ gets its decoded value.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -25,6 +27,17 @@ def _implements(*ops):
         return function
 
     return register
+
+
+def is_sharded(t) -> bool:
+    """Whether `t` is a DTensor. Whoever has one has imported them; that takes half a second."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(t, distributed.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    return t._local_tensor if is_sharded(t) else t
 
 
 def _scale_shape(qdata: Tensor, granularity: str, block: int) -> tuple[int, ...]:
@@ -85,6 +98,7 @@ class ScaledTensor(torch.Tensor):
         self.amax = amax
         self.granularity = granularity
         self.block = block
+        self.part = False  # a slice of another ScaledTensor, whose scale it shares
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded values as a plain tensor of `dtype` (default: the logical dtype)."""
@@ -123,7 +137,11 @@ class ScaledTensor(torch.Tensor):
         return self
 
     def _encode_(self, value: Tensor) -> ScaledTensor:
-        """Overwrite the contents with `value`, with a fresh just-in-time scale."""
+        """Overwrite the contents with `value`, with a fresh just-in-time scale; a slice keeps the
+        scale, since the rest of its tensor has it too.
+
+        Raises ValueError if a value does not fit into a slice's scale.
+        """
         if self.qdata.dtype == torch.bfloat16:
             self.qdata.copy_(value)
             self.scale.fill_(1.0)
@@ -134,7 +152,7 @@ class ScaledTensor(torch.Tensor):
         q, scale, amax = torch.ops.quaver.quantize(
             value.expand(self.shape).contiguous(),
             self.qdata.dtype,
-            None,
+            self.scale if self.part else None,
             None,
             self.granularity,
             self.block,
@@ -142,11 +160,28 @@ class ScaledTensor(torch.Tensor):
             False,
             0,
         )
+        if self.part and amax > self.scale * torch.finfo(self.qdata.dtype).max:
+            raise ValueError(
+                f"ScaledTensor: {amax.item()} does not fit into a slice with scale "
+                f"{self.scale.item()}; write the whole tensor"
+            )
         self.qdata.copy_(q)
         self.scale.copy_(scale)
         if self.amax is not None:
-            self.amax.copy_(amax)
+            self.amax.copy_(torch.maximum(amax, self.amax) if self.part else amax)
         return self.refresh_copies()
+
+    # FSDP2's extension of its all-gather: it finds these on the shard. Imported late, because what
+    # FSDP2 needs of this class is here and what it does is there.
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        from .distributed.fsdp import pre_all_gather
+
+        return pre_all_gather(self, mesh, outer_size, module)
+
+    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
+        from .distributed.fsdp import post_all_gather
+
+        return post_all_gather(outputs, metadata, param_dtype, out)
 
     def __getstate__(self):
         """For files and copies; the FP8 copies of a weight are a function of it."""
@@ -212,6 +247,7 @@ def _decoded(func, args, kwargs):
 @_implements(aten.detach.default, aten.alias.default)
 def _alias(func, x):
     out = x._map(func)
+    out.part = x.part
     if "fp8_weight" in x.__dict__:  # a write through `.data` reaches the copies too
         out.fp8_weight = x.fp8_weight
     return out
@@ -247,7 +283,35 @@ def _to_copy(func, x, *, dtype=None, device=None, non_blocking=False, **kwargs):
 def _view(func, x, *args):
     if x.granularity != "tensor":
         return NotImplemented
-    return x._like(func(x.qdata, *args))
+    out = x._like(func(x.qdata, *args))
+    out.part = x.part
+    return out
+
+
+@_implements(aten.slice.Tensor, aten.split.Tensor, aten.as_strided.default)
+def _rows(func, x, *args, **kwargs):
+    """Some of the rows, or all: how FSDP2 cuts a weight into shards. Other slices are decoded."""
+
+    def part(qdata):
+        out = x._like(qdata)
+        out.part = x.part or qdata.numel() != x.numel()
+        return out
+
+    if x.granularity != "tensor" or not x.qdata.is_contiguous():
+        return NotImplemented
+    qdata = func(x.qdata, *args, **kwargs)
+    one = isinstance(qdata, Tensor)
+    if not all(q.is_contiguous() for q in ([qdata] if one else qdata)):
+        return NotImplemented
+    return part(qdata) if one else [part(q) for q in qdata]
+
+
+@_implements(aten.new_zeros.default)
+def _new_zeros(func, x, size, *, dtype=None, device=None, **kwargs):
+    """Of the tensor's kind and scale: what FSDP2 pads a shard with."""
+    if x.granularity != "tensor" or dtype is not None or device is not None:
+        return NotImplemented
+    return x._map(torch.clone)._like(func(x.qdata, size))
 
 
 @_implements(aten.copy_.default)
@@ -259,13 +323,14 @@ def _copy_(func, target, source, non_blocking=False):
         and source.qdata.dtype == target.qdata.dtype
         and source.shape == target.shape
         and source.scale.shape == target.scale.shape
+        and not (target.part and source.scale != target.scale)
     )
     if not same:
         value = source.dequantize() if isinstance(source, ScaledTensor) else source
         return target._encode_(value.to(target.device))
     target.qdata.copy_(source.qdata, non_blocking)
     target.scale.copy_(source.scale, non_blocking)
-    if target.amax is not None:
+    if target.amax is not None and not target.part:
         known = source.amax is not None
         target.amax.copy_(source.amax if known else source.dequantize().abs().amax())
     return target.refresh_copies()
@@ -274,7 +339,7 @@ def _copy_(func, target, source, non_blocking=False):
 @_implements(aten.zero_.default)
 def _zero_(func, x):
     x.qdata.zero_()
-    if x.amax is not None:
+    if x.amax is not None and not x.part:
         x.amax.zero_()
     return x.refresh_copies()
 
@@ -285,7 +350,7 @@ def _scale_(func, x, factor):
     one = not isinstance(factor, Tensor) or (
         factor.dim() == 0 and not isinstance(factor, ScaledTensor)
     )
-    if not (isinstance(x, ScaledTensor) and one):
+    if not (isinstance(x, ScaledTensor) and one) or x.part:
         return NotImplemented
     func(x.scale, factor)
     if x.amax is not None:

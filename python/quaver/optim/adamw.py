@@ -9,8 +9,16 @@ from torch import Tensor
 
 from .. import ops
 from .. import recipe as recipes
-from ..tensor import ScaledTensor
+from ..tensor import ScaledTensor, is_sharded, local
 from .states import STATES
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _shards():
+    from ..distributed import shards  # not before torch.distributed is in use
+
+    return shards
 
 
 class AdamW(torch.optim.Optimizer):
@@ -19,7 +27,8 @@ class AdamW(torch.optim.Optimizer):
     Converted weights (ScaledTensors) have their moments in the recipe's codecs and are themselves
     the master weight; their FP8 GEMM copies are written in the same pass. All other parameters
     (norms, biases, embeddings) keep f32 moments. A step with a non-finite gradient changes nothing
-    and is counted in `skipped`.
+    and is counted in `skipped`. Of FSDP2's parameters each rank steps its shard, with the scales of
+    the whole tensor: the codes of all shards are those of one process, and all ranks skip alike.
 
     Args:
         params: parameters or groups, as torch's optimizers take them.
@@ -62,7 +71,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"AdamW: weight_decay must be >= 0, got {added['weight_decay']}")
         for p in added["params"]:
             if p.dtype not in ops.FLOATS or (
-                p.dtype == torch.float16 and not isinstance(p, ScaledTensor)
+                p.dtype == torch.float16 and not isinstance(local(p), ScaledTensor)
             ):
                 raise ValueError(
                     f"AdamW: parameters must be float32, bfloat16 or converted, got {p.dtype}"
@@ -76,10 +85,12 @@ class AdamW(torch.optim.Optimizer):
     def _state(self, p: Tensor) -> dict:
         state = self.state[p]
         if not state:
-            low = isinstance(p, ScaledTensor)
+            part = local(p)
+            low = isinstance(part, ScaledTensor)
             state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
-            state["exp_avg"] = STATES[self.recipe.exp_avg if low else "f32"](p)
-            state["exp_avg_sq"] = STATES[self.recipe.exp_avg_sq if low else "f32"](p)
+            for key in MOMENTS:
+                zeros = STATES[getattr(self.recipe, key) if low else "f32"](part)
+                state[key] = _shards().like(p, zeros) if is_sharded(p) else zeros
         return state
 
     @torch.no_grad()
@@ -107,13 +118,17 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _step_device(self, device: torch.device, items: list) -> None:
-        params = [p for p, _ in items]
-        grads = [p.grad for p in params]
-        states = [self._state(p) for p in params]
+        wholes = [p for p, _ in items]
+        sharded = any(is_sharded(p) for p in wholes)
+        params = [local(p) for p in wholes]
+        grads = [local(p.grad) for p in wholes]
+        states = [{k: local(v) for k, v in self._state(p).items()} for p in wholes]
         hyper = torch.tensor([h for _, h in items], dtype=torch.float64).to(device)
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         grad_amax = self._amax(grads)
+        if sharded:
+            _shards().share_max_(grad_amax, wholes)
         grad_values, grad_scales, _ = ops.parts(grads)
         copies = [self._fused_copies(p) for p in params]
         none = grad_amax.new_empty(0)
@@ -131,7 +146,10 @@ class AdamW(torch.optim.Optimizer):
             hyper,
             self._skipped[device],
         )
-        for p, c in zip(params, copies, strict=True):
+        if sharded:
+            moments = [self.state[p][key] for p in wholes for key in MOMENTS]
+            _shards().share_amaxes_([*wholes, *moments])
+        for p, c in zip(wholes, copies, strict=True):
             torch.autograd.graph.increment_version(p)
             if c is not None:
                 c.version = p._version

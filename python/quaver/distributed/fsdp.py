@@ -1,0 +1,232 @@
+"""FSDP2 (torch.distributed.fsdp.fully_shard) with FP8 on the wire.
+
+A converted weight is sharded as it is stored: f16 codes and one scale, which all ranks know. Its
+all-gather carries the e4m3 codes that the products take, one byte a value and no scale; they are
+freed with the unsharded weight, and their transpose is made when backward needs it. Gradients are
+reduce-scattered in FP8 and summed in f32. (FP8-LM, arXiv 2310.18313, section 2.3; torchao's
+float8 all-gather has the idea for f32 masters.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import fsdp as torch_fsdp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..memory import plain_tensors
+from ..nn.linear import GemmWeight, Linear
+from ..tensor import ScaledTensor, is_sharded, local
+from . import traffic
+from .reduce_scatter import FORMATS, ReduceScatter
+from .shards import share_amaxes_, share_max_
+
+
+def pre_all_gather(shard: ScaledTensor, mesh: DeviceMesh, outer_size: torch.Size, module):
+    """FSDP2 asks a shard: what is to be gathered, and what the other side needs to know."""
+    if isinstance(module, Linear):
+        codes, scale = GemmWeight.rows(shard, module.rule.weight)
+    else:  # whoever else uses a converted weight gets its decoded values
+        codes, scale = shard.qdata, shard.scale
+    missing = -(-outer_size[0] // mesh.size()) - codes.shape[0]
+    if missing:  # the last ranks have less, or nothing
+        codes = F.pad(codes.view(torch.uint8), (0, 0) * (codes.dim() - 1) + (0, missing))
+        codes = codes.view(shard.qdata.dtype if scale is shard.scale else module.rule.weight)
+    return (codes,), scale
+
+
+def post_all_gather(outputs: tuple[Tensor, ...], scale: Tensor, dtype: torch.dtype, out):
+    """FSDP2 makes a weight of what was gathered; later gathers fill the same memory."""
+    (codes,) = outputs
+    if out is not None:
+        out.scale.copy_(scale)
+        return None
+    return ScaledTensor(codes, scale.clone(), None, dtype), ()
+
+
+class _AllGather:
+    """torch's all-gather, counted."""
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        traffic.count("weight", (group.size() - 1) * input_tensor.nbytes)
+        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+# torch 2.13 renamed it, with a warning under the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def fully_shard(
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    *,
+    gradient: str = "e4m3",
+    average: bool = True,
+    **options,
+) -> nn.Module:
+    """Shard a converted model over the ranks of `mesh`, in place, as torch's fully_shard does: one
+    unit for each element of each nn.ModuleList (a block, in most models), one for the rest. Returns
+    the model. Build `quaver.AdamW` afterwards.
+
+    torch's own fully_shard takes a converted model too, in units of your choice; this adds checks,
+    FP8 gradients, shared amax histories and the count of bytes in `quaver.distributed.traffic`.
+
+    Args:
+        mesh: one-dimensional; None is all ranks of the process group.
+        gradient: what a converted weight's gradient is sent as, "e4m3" (1.01 bytes a value),
+            "bf16" or "f32". Other gradients go as bf16, or as f32 under "f32". Sums are f32, in
+            rank order.
+        average: gradients are the mean over ranks, as FSDP2 has it. False makes them the sum: with
+            a loss that is divided by the token count of all ranks, what a token contributes is then
+            the same bits on any number of ranks.
+        options: for torch's fully_shard, such as mp_policy or reshard_after_forward.
+
+    Raises:
+        RuntimeError: no process group.
+        ValueError: a model without converted layers (unless gradient is "bf16" or "f32"), one that
+            is sharded already, a mesh of two axes or of another device type, an unknown gradient
+            format, or ranks whose parameters differ in name, order, shape, recipe or value: found
+            before anything is sharded, on every rank.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "fully_shard: no process group; start with torchrun and call "
+            "torch.distributed.init_process_group"
+        )
+    if gradient not in FORMATS:
+        raise ValueError(f"fully_shard: gradient must be one of {FORMATS}, got {gradient!r}")
+    parameters = dict(model.named_parameters())
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    if not linears and gradient == "e4m3":
+        raise ValueError(
+            "fully_shard: the model has no FP8 layer; call quaver.convert first, or pass "
+            'gradient="bf16" or "f32" to shard it as it is'
+        )
+    already = [name for name, p in parameters.items() if is_sharded(p)]
+    if already:
+        raise ValueError(f"fully_shard: {already[0]} is sharded already")
+    devices = {p.device.type for p in parameters.values()}
+    if mesh is None:
+        if len(devices) != 1:
+            raise ValueError(f"fully_shard: parameters on one device type wanted, got {devices}")
+        mesh = init_device_mesh(*devices, (dist.get_world_size(),))
+    if mesh.ndim != 1:
+        raise ValueError(f"fully_shard: mesh must have one axis, got {mesh.ndim}: {mesh}")
+    if devices != {mesh.device_type}:
+        raise ValueError(f"fully_shard: a mesh of {mesh.device_type}, parameters on {devices}")
+    group = mesh.get_group()
+    _check_alike(parameters, linears, mesh.device_type, group)
+
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    units = list(dict.fromkeys(b for stack in stacks for b in stack if list(b.parameters())))
+    for unit in [*reversed(units), model]:  # inner ones first: modules() lists outer ones first
+        torch_fsdp.fully_shard(unit, mesh=mesh, **options)
+    for unit in [*units, model]:
+        unit.set_custom_all_gather(_AllGather())
+        unit.set_custom_reduce_scatter(ReduceScatter(unit, gradient))
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_gradient_divide_factor(float(mesh.size()) if average else 1.0)
+    for linear in linears:
+        linear.refresh()  # drops the copies of the whole weight
+    model.register_forward_pre_hook(_share_histories)
+    return model
+
+
+def _digest(*values) -> int:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(value if isinstance(value, bytes) else repr(value).encode())
+    return int.from_bytes(digest.digest()[:8], "big", signed=True)
+
+
+def _checksum(t: Tensor) -> list[int]:
+    return [
+        int(part.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
+        for part in plain_tensors(t)
+    ]
+
+
+def _gather_lists(numbers: list[int], device: str, group) -> Tensor:
+    """Every rank's int64 list of one length, [ranks, n]."""
+    mine = torch.tensor(numbers, device=device)
+    everyone = mine.new_empty(group.size() * len(numbers))
+    _all_gather(everyone, mine, group=group)
+    return everyone.view(group.size(), -1).cpu()
+
+
+def _check_alike(parameters: dict, linears: list, device: str, group) -> None:
+    """ValueError on every rank if one has other parameters than the first."""
+    rules = {id(linear.weight): linear.rule for linear in linears}
+    kinds = [
+        _digest(name, tuple(p.shape), p.dtype, rules.get(id(p))) for name, p in parameters.items()
+    ]
+    values = [_digest(_checksum(p)) for p in parameters.values()]
+    for rank, (count,) in enumerate(counts := _gather_lists([len(kinds)], device, group).tolist()):
+        if [count] != counts[0]:
+            raise ValueError(
+                f"fully_shard: {counts[0][0]} parameters on the first rank, {count} on rank {rank}"
+            )
+    for digests, problem in (
+        (kinds, "another name, shape, dtype or recipe"),
+        (values, "other values (seed every rank alike, or load before sharding)"),
+    ):
+        lists = _gather_lists(digests, device, group)
+        wrong = (lists != lists[:1]).nonzero().tolist()
+        if wrong:
+            rank, i = wrong[0]
+            raise ValueError(f"fully_shard: parameter {list(parameters)[i]} has {problem} on rank "
+                             f"{rank} than on the first")  # fmt: skip
+
+
+def histories(model: nn.Module) -> list[Tensor]:
+    """The amax histories of all delayed scaling."""
+    return [
+        history
+        for module in model.modules()
+        if isinstance(module, Linear)
+        for history in (module.input_history, module.grad_history)
+        if history is not None
+    ]
+
+
+def share_histories(model: nn.Module) -> None:
+    """Amax histories become the maximum over ranks, those of the whole batch: then scales and
+    checkpoints do not depend on who saw what. One all-reduce, of 17 floats a history."""
+    shared = histories(model)
+    if shared:
+        values = share_max_(torch.cat(shared), model.parameters())
+        torch._foreach_copy_(shared, list(values.split(shared[0].numel())))
+
+
+@torch.no_grad()
+def _share_histories(model: nn.Module, arguments) -> None:
+    # Within a backward it is activation checkpointing that runs the forward, on old histories.
+    if model.training and torch._C._current_graph_task_id() == -1:
+        share_histories(model)
+
+
+@torch.no_grad()
+def sync_scales(model: nn.Module) -> None:
+    """Give all shards of each converted weight one scale again, after anything but `quaver.AdamW`
+    wrote to them (an initialiser, say). One all-reduce for all weights."""
+    weights = [p for p in model.parameters() if isinstance(local(p), ScaledTensor)]
+    weights = [p for p in weights if is_sharded(p)]
+    if not weights:
+        return
+    share_amaxes_(weights)
+    scales = share_max_(torch.stack([local(p).scale for p in weights]), weights)
+    for p, scale in zip(weights, scales.unbind(), strict=True):
+        shard = local(p)
+        codes, _, _ = torch.ops.quaver.quantize(
+            shard.dequantize(torch.float32), shard.qdata.dtype, scale, None, "tensor", 128, True,
+            False, 0,
+        )  # fmt: skip
+        shard.qdata.copy_(codes)
+        shard.scale.copy_(scale)
