@@ -10,7 +10,7 @@ from torch import nn
 from . import recipe as recipes
 from .nn.linear import Linear, convert_weight
 from .ops import FLOATS
-from .tensor import ScaledTensor
+from .tensor import ScaledTensor, is_sharded
 
 
 def convert(
@@ -30,7 +30,7 @@ def convert(
 
     Raises:
         TypeError: `skip` is a string, the model is no module, or a weight is, say, float64.
-        ValueError: an unknown recipe, or a model that was converted by another one.
+        ValueError: an unknown recipe, a model that was converted by another one, or a sharded one.
     """
     if isinstance(skip, str):
         raise TypeError(f"convert: skip must be several names, got the string {skip!r}")
@@ -49,6 +49,10 @@ def convert(
         # A weight that is no Parameter of the module is computed by a hook (nn.utils.weight_norm).
         own = type(module) is nn.Linear and isinstance(module.weight, nn.Parameter)
         if own and not _matches(name, skip):
+            if is_sharded(module.weight):
+                raise ValueError(
+                    f"convert: {name or 'the model'} is sharded over ranks; convert before sharding"
+                )
             if module.weight.dtype not in FLOATS:
                 raise TypeError(
                     f"convert: {name or 'the model'} has a weight of {module.weight.dtype}; wanted "

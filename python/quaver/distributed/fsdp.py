@@ -185,21 +185,17 @@ def _check_alike(parameters: dict, linears: list, device: str, group) -> None:
                              f"{rank} than on the first")  # fmt: skip
 
 
-def histories(model: nn.Module) -> list[Tensor]:
-    """The amax histories of all delayed scaling."""
-    return [
-        history
-        for module in model.modules()
-        if isinstance(module, Linear)
-        for history in (module.input_history, module.grad_history)
-        if history is not None
-    ]
+def histories(model: nn.Module, *names: str) -> list[Tensor]:
+    """The amax histories of delayed scaling, of these names."""
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    found = [getattr(linear, name) for linear in linears for name in names]
+    return [history for history in found if history is not None]
 
 
 def share_histories(model: nn.Module) -> None:
     """Amax histories become the maximum over ranks, those of the whole batch: then scales and
     checkpoints do not depend on who saw what. One all-reduce, of 17 floats a history."""
-    shared = histories(model)
+    shared = histories(model, "input_history", "grad_history")
     if shared:
         values = share_max_(torch.cat(shared), model.parameters())
         torch._foreach_copy_(shared, list(values.split(shared[0].numel())))

@@ -70,9 +70,11 @@ def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def like(t: Tensor, part: Tensor) -> Tensor:
-    """`part`, this rank's part of a tensor of t's shape, sharded as `t` is."""
+    """`part`, this rank's rows of something with a row for each of t's, sharded as `t` is."""
     if not is_sharded(t):
         return part
+    shape = torch.Size([t.shape[0], *part.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        part, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+        part, t.device_mesh, t.placements, run_check=False, shape=shape, stride=stride
     )
