@@ -1,6 +1,7 @@
 // What each op wants of its arguments, the same for every backend.
 #pragma once
 
+#include "quaver/all_reduce.h"
 #include "quaver/codec.h"
 #include "quaver/grad.h"
 #include "quaver/optimizer.h"
@@ -56,6 +57,43 @@ inline void check_accumulate(const TensorView& target, const ScaledView& other) 
                "accumulate: target must be e4m3, e5m2 or bf16, got ", name_of(target.dtype));
   QUAVER_CHECK(target.numel() == other.values.numel(), "accumulate: target has ", target.numel(),
                " values, other ", other.values.numel());
+}
+
+inline void check_share_scales(DType dtype, int64_t ranks) {
+  QUAVER_CHECK(is_fp8(dtype), "share_scales: dtype must be e4m3 or e5m2, got ", name_of(dtype));
+  QUAVER_CHECK(ranks > 0, "share_scales: amaxes must be [ranks, tensors], got ", ranks, " ranks");
+}
+
+inline void check_pack(const TensorView& bucket, const ScaledView* tensors, int64_t count,
+                       const float* scales) {
+  int64_t length = 0;
+  for (int64_t t = 0; t < count; ++t) length += bucket_length(tensors[t].values.numel());
+  QUAVER_CHECK(length <= bucket.numel(), "pack: ", count, " tensors take ", length,
+               " values, the bucket has ", bucket.numel());
+  QUAVER_CHECK(bucket.numel() % kBucketAlignment == 0,
+               "pack: the bucket's length must be a multiple of ", kBucketAlignment, ", got ",
+               bucket.numel());
+  QUAVER_CHECK(!is_fp8(bucket.dtype) || scales != nullptr || count == 0, "pack: a bucket of ",
+               name_of(bucket.dtype), " needs scales");
+}
+
+inline void check_reduce_shards(const TensorView& out, const ShardedSum& s) {
+  const char* op = "reduce_shards";
+  QUAVER_CHECK(s.shards.rows > 0, op, ": shards must be [ranks, length], got ", s.shards.rows,
+               " ranks");
+  QUAVER_CHECK(s.shards.cols % kBucketAlignment == 0, op,
+               ": a shard's length must be a multiple of ", kBucketAlignment, ", got ",
+               s.shards.cols);
+  QUAVER_CHECK(s.first >= 0 && s.first % kBucketAlignment == 0, op,
+               ": first must be a multiple of ", kBucketAlignment, " and not negative, got ",
+               s.first);
+  QUAVER_CHECK(out.numel() == s.shards.cols, op, ": out must have ", s.shards.cols, " values, got ",
+               out.numel());
+  QUAVER_CHECK(out.dtype == s.shards.dtype || out.dtype == DType::f32, op,
+               ": dtype must be f32 or that of the shards, ", name_of(s.shards.dtype), ", got ",
+               name_of(out.dtype));
+  for (int64_t t = 0; t < s.count; ++t)
+    QUAVER_CHECK(s.sizes[t] >= 0, op, ": sizes must not be negative, got ", s.sizes[t]);
 }
 
 inline void check_state(const char* name, const StateView& s, int64_t numel) {

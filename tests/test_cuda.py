@@ -244,3 +244,25 @@ def test_linear_and_adamw_train_on_the_gpu():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", [*FP8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_shards(dtype, ranks):
+    sizes = [5, 0, 16, 700, 1, 4096 * 20 + 3]
+    length = sum(map(qv.ops.bucket_length, sizes)) + 64
+    low = dtype in FP8
+    mu = torch.full((len(sizes),), 0.35)
+    scales = sums = None
+    if low:
+        amaxes = values((ranks, len(sizes)), torch.float32).abs()
+        both(ops.share_scales, amaxes, mu, dtype)
+        scales, sums = both(ops.share_scales, amaxes, None, dtype)[:2]
+    tensors = [values((n,), torch.float32, i) for i, n in enumerate(sizes)]
+    none = [torch.empty(0)] * len(sizes)
+    bucket = both(ops.pack, tensors, none, scales, dtype, length)[0]
+    shards = torch.stack([bucket.roll(16 * r) for r in range(ranks)])
+    for first, last in ((0, 736), (736, length)):
+        part = shards[:, first:last].contiguous()
+        both(ops.reduce_shards, part, scales, sums, sizes, first, dtype)
+        both(ops.reduce_shards, part, scales, None, sizes, first, torch.float32)

@@ -69,6 +69,13 @@ CASES = [
     (ops.accumulate_, (*target(), randn(16, 32), None, None)),
     (ops.accumulate_, (*target(), A.qdata, A.scale, A.amax)),
     (ops.adam_, adam()),
+    (ops.share_scales, (randn(3, 5).abs(), None, E4M3)),
+    (ops.share_scales, (randn(3, 5).abs(), torch.ones(5), E5M2)),
+    (ops.pack, ([randn(4, 5), A.qdata], [NO, A.scale], torch.ones(2), E4M3, 560)),
+    (ops.pack, ([randn(7)], [NO], None, torch.float32, 16)),
+    (ops.reduce_shards, (torch.stack([A.qdata.view(-1)] * 2), ONE[None], ONE[None] * 4, [512], 0,
+                         E4M3)),
+    (ops.reduce_shards, (randn(3, 32), None, None, [5, 9], 16, torch.float32)),
 ]  # fmt: skip
 
 

@@ -29,6 +29,15 @@ STABLE_TORCH_LIBRARY(quaver, m) {
       "accumulate_(Tensor(a!) q, Tensor(b!) scale, Tensor(c!) amax, Tensor other, "
       "Tensor? other_scale, Tensor? other_amax) -> ()");
   m.def(
+      "share_scales(Tensor amaxes, Tensor? mu, ScalarType dtype) "
+      "-> (Tensor scales, Tensor sum_scales)");
+  m.def(
+      "pack(Tensor[] tensors, Tensor[] tensor_scales, Tensor? scales, ScalarType dtype, "
+      "int length) -> Tensor");
+  m.def(
+      "reduce_shards(Tensor shards, Tensor? scales, Tensor? sum_scales, int[] sizes, int first, "
+      "ScalarType dtype) -> (Tensor out, Tensor amax, Tensor saturated)");
+  m.def(
       "adam_(Tensor(a!)[] weights, Tensor(b!)[] weight_scales, Tensor(c!)[] weight_amaxes, "
       "Tensor(d!)[] exp_avgs, Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_amaxes, "
       "Tensor(g!)[] exp_avg_sqs, Tensor(h!)[] exp_avg_sq_scales, Tensor(i!)[] exp_avg_sq_amaxes, "

@@ -6,7 +6,7 @@ _C = load_library()  # before the rest: it registers torch.ops.quaver
 build_info = _C.build_info
 __version__ = build_info()["version"]
 
-from . import nn, optim, recipe  # noqa: E402
+from . import distributed, nn, optim, recipe  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .convert import convert, restore  # noqa: E402
 from .grad import clip_grad_norm_  # noqa: E402
@@ -25,6 +25,7 @@ __all__ = [
     "clip_grad_norm_",
     "convert",
     "dequantize",
+    "distributed",
     "gemm",
     "load",
     "memory_report",

@@ -30,6 +30,7 @@ from ..files import FileError, write_text
 from ..tensor import is_sharded, local
 from .fsdp import histories, share_histories
 from .shards import like
+from .transport import Transport
 
 FORMAT = "quaver distributed checkpoint"
 VERSION = 1
@@ -126,12 +127,11 @@ def _ranks() -> int:
 
 
 def _gather(value) -> list:
-    """Every rank's value."""
-    if not dist.is_initialized():
-        return [value]
-    everyone = [None] * _ranks()
-    dist.all_gather_object(everyone, value)
-    return everyone
+    """Every rank's JSON value."""
+    device = torch.get_default_device()
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Transport().share(value, device)
 
 
 def _merge(mine: dict) -> dict:

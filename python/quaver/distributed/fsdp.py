@@ -9,8 +9,6 @@ float8 all-gather has the idea for f32 masters.)
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,9 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ..memory import plain_tensors
 from ..nn.linear import GemmWeight, Linear
 from ..tensor import ScaledTensor, is_sharded, local
-from . import traffic
 from .reduce_scatter import FORMATS, ReduceScatter
-from .shards import share_amaxes_, share_max_
+from .shards import share_amaxes_, share_max_, transport, transports
+from .transport import KINDS, Transport
 
 
 def pre_all_gather(shard: ScaledTensor, mesh: DeviceMesh, outer_size: torch.Size, module):
@@ -49,18 +47,15 @@ def post_all_gather(outputs: tuple[Tensor, ...], scale: Tensor, dtype: torch.dty
 
 
 class _AllGather:
-    """torch's all-gather, counted."""
+    """torch's all-gather, counted, with an error that names the rank that is gone."""
 
     def allocate(self, size, *, dtype, device):
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor, input_tensor, group, async_op=False):
-        traffic.count("weight", (group.size() - 1) * input_tensor.nbytes)
-        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
-
-
-# torch 2.13 renamed it, with a warning under the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        if async_op:
+            raise ValueError("all-gather of weights: set_unshard_async_op is not supported")
+        transport(group).all_gather(input_tensor, "weight", output_tensor).wait()
 
 
 def fully_shard(
@@ -76,7 +71,7 @@ def fully_shard(
     the model. Build `quaver.AdamW` afterwards.
 
     torch's own fully_shard takes a converted model too, in units of your choice; this adds checks,
-    FP8 gradients, shared amax histories and the count of bytes in `quaver.distributed.traffic`.
+    FP8 gradients, shared amax histories and a count of the bytes sent (`fsdp.traffic`).
 
     Args:
         mesh: one-dimensional; None is all ranks of the process group.
@@ -121,8 +116,7 @@ def fully_shard(
         raise ValueError(f"fully_shard: mesh must have one axis, got {mesh.ndim}: {mesh}")
     if devices != {mesh.device_type}:
         raise ValueError(f"fully_shard: a mesh of {mesh.device_type}, parameters on {devices}")
-    group = mesh.get_group()
-    _check_alike(parameters, linears, mesh.device_type, group)
+    _check_alike(parameters, linears, transport(mesh.get_group()))
 
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     units = list(dict.fromkeys(b for stack in stacks for b in stack if list(b.parameters())))
@@ -139,50 +133,24 @@ def fully_shard(
     return model
 
 
-def _digest(*values) -> int:
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(value if isinstance(value, bytes) else repr(value).encode())
-    return int.from_bytes(digest.digest()[:8], "big", signed=True)
-
-
-def _checksum(t: Tensor) -> list[int]:
-    return [
-        int(part.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
-        for part in plain_tensors(t)
-    ]
-
-
-def _gather_lists(numbers: list[int], device: str, group) -> Tensor:
-    """Every rank's int64 list of one length, [ranks, n]."""
-    mine = torch.tensor(numbers, device=device)
-    everyone = mine.new_empty(group.size() * len(numbers))
-    _all_gather(everyone, mine, group=group)
-    return everyone.view(group.size(), -1).cpu()
-
-
-def _check_alike(parameters: dict, linears: list, device: str, group) -> None:
-    """ValueError on every rank if one has other parameters than the first."""
+def _check_alike(parameters: dict, linears: list, link: Transport) -> None:
+    """ValueError on every rank, naming the first difference, if one has other parameters."""
     rules = {id(linear.weight): linear.rule for linear in linears}
-    kinds = [
-        _digest(name, tuple(p.shape), p.dtype, rules.get(id(p))) for name, p in parameters.items()
-    ]
-    values = [_digest(_checksum(p)) for p in parameters.values()]
-    for rank, (count,) in enumerate(counts := _gather_lists([len(kinds)], device, group).tolist()):
-        if [count] != counts[0]:
-            raise ValueError(
-                f"fully_shard: {counts[0][0]} parameters on the first rank, {count} on rank {rank}"
-            )
-    for digests, problem in (
-        (kinds, "another name, shape, dtype or recipe"),
-        (values, "other values (seed every rank alike, or load before sharding)"),
-    ):
-        lists = _gather_lists(digests, device, group)
-        wrong = (lists != lists[:1]).nonzero().tolist()
-        if wrong:
-            rank, i = wrong[0]
-            raise ValueError(f"fully_shard: parameter {list(parameters)[i]} has {problem} on rank "
-                             f"{rank} than on the first")  # fmt: skip
+    mine = {}
+    for i, (name, p) in enumerate(parameters.items()):
+        mine[f"parameter {i}"] = f"{name} {list(p.shape)} {p.dtype} {rules.get(id(p), '')}".strip()
+    for name, p in parameters.items():
+        sums = [
+            int(part.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
+            for part in plain_tensors(p)
+        ]
+        mine[f"checksum of {name} (were all ranks seeded alike?)"] = sums
+    found = link.share(mine, next(iter(parameters.values())).device)
+    for rank, other in enumerate(found):
+        for key in [*found[0], *other]:
+            a, b = found[0].get(key, "nothing"), other.get(key, "nothing")
+            if a != b:
+                raise ValueError(f"fully_shard: {key} is {a} on rank 0, {b} on rank {rank}")
 
 
 def histories(model: nn.Module, *names: str) -> list[Tensor]:
@@ -197,8 +165,19 @@ def share_histories(model: nn.Module) -> None:
     checkpoints do not depend on who saw what. One all-reduce, of 17 floats a history."""
     shared = histories(model, "input_history", "grad_history")
     if shared:
-        values = share_max_(torch.cat(shared), model.parameters())
-        torch._foreach_copy_(shared, list(values.split(shared[0].numel())))
+        values = torch.stack(shared)
+        # A rank that saw a non-finite amax starts anew, and so all do: the least count.
+        values[:, 0].neg_()
+        values = share_max_(values, model.parameters())
+        values[:, 0].neg_()
+        torch._foreach_copy_(shared, list(values.unbind()))
+
+
+def traffic(model: nn.Module) -> dict[str, int]:
+    """The bytes that this rank has sent for a sharded model, by kind: "weight", "gradient",
+    "scale"."""
+    links = {link: None for p in model.parameters() for link in transports(p)}
+    return {kind: sum(link.traffic[kind] for link in links) for kind in KINDS}
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..nn.linear import Linear
-from . import traffic
+from .shards import transport
+from .transport import Transport
 
 FORMATS = ("e4m3", "bf16", "f32")
 BLOCK = 128
@@ -56,7 +57,7 @@ class ReduceScatter:
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
         if op != dist.ReduceOp.SUM or async_op:
             raise ValueError(f"reduce-scatter of gradients: wanted a synchronous SUM, got {op}")
-        n = group.size()
+        link, n = transport(group), group.size()
         rows = input_tensor.view(n, -1).float()
         low = self._low_precision(rows.shape[1], n)
         rest = _complement(low, rows.shape[1])
@@ -68,11 +69,11 @@ class ReduceScatter:
             columns = _gather(rows, low)
             fp8 = self.gradient == "e4m3"
             message = encode_e4m3(columns) if fp8 else columns.to(wide)
-            for part in _all_to_all(message, group):
+            for part in _exchange(message, link):
                 part = decode_e4m3(part[None], columns.shape[1])[0] if fp8 else part.float()
                 _add(total, low, part)
         if rest:
-            for part in _all_to_all(_gather(rows, rest).to(wide), group):
+            for part in _exchange(_gather(rows, rest).to(wide), link):
                 _add(total, rest, part.float())
         if total is not output_tensor:
             output_tensor.copy_(total)
@@ -120,11 +121,6 @@ def _add(total: Tensor, spans: list[tuple[int, int]], part: Tensor) -> None:
         total[a:b] += values
 
 
-def _all_to_all(message: Tensor, group) -> Tensor:
+def _exchange(message: Tensor, link: Transport) -> Tensor:
     """Row i goes to rank i; row i of the result came from it."""
-    sent = message.contiguous().view(torch.uint8)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    n = group.size()
-    traffic.count("gradient", sent.nbytes // n * (n - 1))
-    return received.view(message.dtype)
+    return link.all_to_all(message.flatten(), [message.shape[1]] * link.size, "gradient").wait()

@@ -4,41 +4,38 @@ would have, whatever the number of ranks."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .. import ops
 from ..tensor import ScaledTensor, is_sharded, local
-from . import traffic
+from .transport import Transport
+
+# One Transport for each group: it counts what is sent over it.
+transport = functools.cache(Transport)
 
 
-def groups(t: Tensor, only_sharded: bool = False) -> tuple:
-    """The process groups over which `t` is spread; `only_sharded` leaves out those of replicas."""
+def transports(t: Tensor, only_sharded: bool = False) -> tuple[Transport, ...]:
+    """Over which `t` is spread; `only_sharded` leaves out those that join replicas."""
     if not is_sharded(t):
         return ()
     mesh = t.device_mesh
     wanted = [mesh.size(i) > 1 for i in range(mesh.ndim)]
     if only_sharded:
         wanted = [w and not p.is_replicate() for w, p in zip(wanted, t.placements, strict=True)]
-    return tuple(mesh.get_group(i) for i in range(mesh.ndim) if wanted[i])
-
-
-def _count_all_reduce(t: Tensor, group) -> None:
-    n = group.size()
-    traffic.count("scale", 2 * (n - 1) * t.nbytes // n)
+    return tuple(transport(mesh.get_group(i)) for i in range(mesh.ndim) if wanted[i])
 
 
 def share_max_(values: Tensor, tensors: Iterable[Tensor]) -> Tensor:
     """The maximum of `values` (float32 [n], the same n everywhere) over all ranks that hold a part
     of one of `tensors`, in place. A value that is not finite on one rank is infinite on all."""
     values.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    for group in {group: None for t in tensors for group in groups(t)}:  # in order, each once
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
-        _count_all_reduce(values, group)
+    for link in {link: None for t in tensors for link in transports(t)}:  # in order, each once
+        values.copy_(link.max(values, "scale").wait())
     return values
 
 
@@ -54,16 +51,15 @@ def share_amaxes_(tensors: Iterable[Tensor]) -> None:
 def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     """`quaver.ops.grad_norm` of whole gradients, of which this rank may hold parts; the same bits
     on all ranks. The amaxes (float32 [n]) are of the parts, in no particular order."""
-    by_groups: dict[tuple, list[Tensor]] = {}
+    spread: dict[tuple, list[Tensor]] = {}
     for g in grads:
-        by_groups.setdefault(groups(g, only_sharded=True), []).append(local(g))
+        spread.setdefault(transports(g, only_sharded=True), []).append(local(g))
     squares, amaxes = [], []
-    for spread, parts in by_groups.items():
+    for links, parts in spread.items():
         norm, amax = ops.grad_norm(parts)
         square = norm.double().square()
-        for group in spread:
-            dist.all_reduce(square, group=group)
-            _count_all_reduce(square, group)
+        for link in links:
+            square = link.all_gather(square, "scale").wait().sum()
         squares.append(square)
         amaxes.append(amax)
     return torch.stack(squares).sum().sqrt().float(), torch.cat(amaxes)

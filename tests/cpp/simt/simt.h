@@ -93,6 +93,12 @@ inline uint32_t atomicMax(uint32_t* to, uint32_t value) {
   return before;
 }
 
+inline int32_t atomicAdd(int32_t* to, int32_t value) {
+  const int32_t before = *to;
+  *to = before + value;
+  return before;
+}
+
 namespace quaver::cuda {
 
 template <class... Parameters, class... Arguments>
