@@ -13,7 +13,10 @@ import torch.distributed as dist
 TIMEOUT = 60  # seconds: a hang fails
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "quaver", "quaver.distributed"])
+# What takes seconds to import, the compiler (which converting a model imports) most of all.
+_context.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "quaver"]
+)
 
 
 class Ranks:

@@ -48,9 +48,14 @@ def clip_grad_norm_(
             norm = amax.max()
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"clip_grad_norm_: the gradient norm is {norm.item()}")
+    clip_by_norm_(grads, norm, max_norm)
+    return norm
+
+
+def clip_by_norm_(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients whose norm is `norm` (0-D float32); none where it is not finite."""
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     scaled = [g for g in grads if isinstance(g, ScaledTensor)]
     plain = [g for g in grads if not isinstance(g, ScaledTensor)]
     factors = [g.scale for g in scaled] + [g.amax for g in scaled if g.amax is not None]
     torch._foreach_mul_(factors + plain, factor)
-    return norm

@@ -78,7 +78,8 @@ def memory_report(model, optimizer=None, activations=None):
     ledger = _Ledger()
     updated = set()
     if optimizer is not None:
-        updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        owns = getattr(optimizer, "owns", lambda p: True)  # a sharded one has masters elsewhere
+        updated = {id(p) for group in optimizer.param_groups for p in group["params"] if owns(p)}
     converted = {id(p): p for p in _linear_weights(model)}
     weights = dict.fromkeys(KINDS, 0)
 

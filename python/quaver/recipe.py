@@ -29,13 +29,16 @@ class LinearRecipe:
 @dataclass(frozen=True)
 class Recipe:
     """`autocast` is the dtype of everything that is not FP8; None runs in the model's dtype.
-    `exp_avg` and `exp_avg_sq` name state codecs of optim/states.py for converted weights."""
+    `exp_avg` and `exp_avg_sq` name state codecs of optim/states.py for converted weights. `replica`
+    is what distributed.ZeroAdamW leaves of a converted weight on every rank, beside the master of
+    its owner; None leaves copies of the master."""
 
     name: str
     autocast: torch.dtype | None = torch.bfloat16
     linear: LinearRecipe | None = None
     exp_avg: str = "f32"
     exp_avg_sq: str = "f32"
+    replica: torch.dtype | None = None
 
 
 _FP8LM = LinearRecipe(scaling="delayed", weight_grad="e4m3", master="f16-tensor")
@@ -48,6 +51,9 @@ _RECIPES = {
         Recipe("tensorwise", linear=LinearRecipe()),
         Recipe("fp8lm-o1", linear=_FP8LM),
         Recipe("fp8lm-o2", linear=_FP8LM, exp_avg="e4m3-tensor", exp_avg_sq="f16-tensor"),
+        Recipe(
+            "fp8lm-o3", linear=_FP8LM, exp_avg="e4m3-tensor", exp_avg_sq="f16-tensor", replica=E4M3
+        ),
     )
 }
 

@@ -99,6 +99,7 @@ class ScaledTensor(torch.Tensor):
         self.granularity = granularity
         self.block = block
         self.part = False  # a slice of another ScaledTensor, whose scale it shares
+        self.gathered = False  # by FSDP2, which frees the codes and fills them again
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded values as a plain tensor of `dtype` (default: the logical dtype)."""
@@ -136,12 +137,21 @@ class ScaledTensor(torch.Tensor):
             copies.rewrite(self)
         return self
 
+    def _shares_its_scale(self) -> bool:
+        """Whether the tensor that this is a slice of holds anything else. (The padding of FSDP2's
+        shards is zero.)"""
+        whole = torch.empty(0, dtype=torch.uint8, device=self.device)
+        whole.set_(self.qdata.untyped_storage())
+        mine = self.qdata.reshape(-1).view(torch.uint8)
+        return bool(whole.count_nonzero() != mine.count_nonzero())
+
     def _encode_(self, value: Tensor) -> ScaledTensor:
         """Overwrite the contents with `value`, with a fresh just-in-time scale; a slice keeps the
-        scale, since the rest of its tensor has it too.
+        scale, since the rest of its tensor has it too, unless that is zero.
 
         Raises ValueError if a value does not fit into a slice's scale.
         """
+        tied = self.part and self._shares_its_scale()
         if self.qdata.dtype == torch.bfloat16:
             self.qdata.copy_(value)
             self.scale.fill_(1.0)
@@ -152,7 +162,7 @@ class ScaledTensor(torch.Tensor):
         q, scale, amax = torch.ops.quaver.quantize(
             value.expand(self.shape).contiguous(),
             self.qdata.dtype,
-            self.scale if self.part else None,
+            self.scale if tied else None,
             None,
             self.granularity,
             self.block,
@@ -160,7 +170,7 @@ class ScaledTensor(torch.Tensor):
             False,
             0,
         )
-        if self.part and amax > self.scale * torch.finfo(self.qdata.dtype).max:
+        if tied and amax > self.scale * torch.finfo(self.qdata.dtype).max:
             raise ValueError(
                 f"ScaledTensor: {amax.item()} does not fit into a slice with scale "
                 f"{self.scale.item()}; write the whole tensor"
@@ -168,7 +178,7 @@ class ScaledTensor(torch.Tensor):
         self.qdata.copy_(q)
         self.scale.copy_(scale)
         if self.amax is not None:
-            self.amax.copy_(torch.maximum(amax, self.amax) if self.part else amax)
+            self.amax.copy_(torch.maximum(amax, self.amax) if tied else amax)
         return self.refresh_copies()
 
     # FSDP2's extension of its all-gather: it finds these on the shard. Imported late, because what
@@ -247,7 +257,7 @@ def _decoded(func, args, kwargs):
 @_implements(aten.detach.default, aten.alias.default)
 def _alias(func, x):
     out = x._map(func)
-    out.part = x.part
+    out.part, out.gathered = x.part, x.gathered
     if "fp8_weight" in x.__dict__:  # a write through `.data` reaches the copies too
         out.fp8_weight = x.fp8_weight
     return out
@@ -294,7 +304,7 @@ def _rows(func, x, *args, **kwargs):
 
     def part(qdata):
         out = x._like(qdata)
-        out.part = x.part or qdata.numel() != x.numel()
+        out.part, out.gathered = x.part or qdata.numel() != x.numel(), x.gathered
         return out
 
     if x.granularity != "tensor" or not x.qdata.is_contiguous():
@@ -308,8 +318,10 @@ def _rows(func, x, *args, **kwargs):
 
 @_implements(aten.new_zeros.default)
 def _new_zeros(func, x, size, *, dtype=None, device=None, **kwargs):
-    """Of the tensor's kind and scale: what FSDP2 pads a shard with."""
-    if x.granularity != "tensor" or dtype is not None or device is not None:
+    """Where FSDP2 asks, for memory to copy a shard into: of the tensor's kind and scale."""
+    rows = list(size[1:]) == list(x.shape[1:]) and dtype is None and device is None
+    fsdp = rows and (x.part or not torch.is_grad_enabled())
+    if x.granularity != "tensor" or not fsdp:
         return NotImplemented
     return x._map(torch.clone)._like(func(x.qdata, size))
 

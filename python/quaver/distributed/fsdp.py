@@ -43,7 +43,9 @@ def post_all_gather(outputs: tuple[Tensor, ...], scale: Tensor, dtype: torch.dty
     if out is not None:
         out.scale.copy_(scale)
         return None
-    return ScaledTensor(codes, scale.clone(), None, dtype), ()
+    weight = ScaledTensor(codes, scale.clone(), None, dtype)
+    weight.gathered = codes.dtype != torch.float16
+    return weight, ()
 
 
 class _AllGather:
@@ -55,7 +57,7 @@ class _AllGather:
     def __call__(self, output_tensor, input_tensor, group, async_op=False):
         if async_op:
             raise ValueError("all-gather of weights: set_unshard_async_op is not supported")
-        transport(group).all_gather(input_tensor, "weight", output_tensor).wait()
+        transport(group).all_gather(input_tensor, "weight", out=output_tensor).wait()
 
 
 def fully_shard(

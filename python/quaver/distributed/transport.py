@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .health import Heartbeat, RankFailure
 
-__all__ = ["KINDS", "Pending", "Transport"]
+__all__ = ["KINDS", "Pending", "Transport", "compare"]
 
 # Renamed in torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -78,14 +78,14 @@ class Transport:
                 f"rank {self.rank}, {what}: {culprit or 'a message failed'}: {error}"
             ) from error
 
-    def all_gather(self, x: Tensor, kind: str, into: Tensor | None = None) -> Pending:
-        """Every rank's x, of one shape: [ranks, *shape]. `into`: memory for it, of which x may be
-        this rank's part."""
+    def all_gather(self, x: Tensor, kind: str, out: Tensor | None = None) -> Pending:
+        """Every rank's x, of one shape: [ranks, *shape], in `out` where that is given, of which
+        x may be this rank's row."""
         shape = (self.size, *x.shape)
-        if self.size == 1 and into is None:
+        if self.size == 1 and out is None:
             return self._pending("all_gather", (), lambda: x.reshape(shape))
         sent = _bytes(x)
-        got = sent.new_empty(self.size * sent.numel()) if into is None else _bytes(into)
+        got = sent.new_empty(self.size * sent.numel()) if out is None else _bytes(out)
         self.traffic[kind] += (self.size - 1) * sent.numel()
         work = self._start("all_gather", lambda: _all_gather(
             got, sent, group=self.group, async_op=True))  # fmt: skip
@@ -118,6 +118,18 @@ class Transport:
             dist.P2POp(dist.irecv, got, group=self.group, group_peer=before),
         ]))  # fmt: skip
         return self._pending("shift", works, lambda: got.view(x.dtype).view(x.shape))
+
+    def send(self, x: Tensor, to: int) -> None:
+        """x to one rank, which calls `receive`; waits. Not counted: for checkpoints."""
+        sent = _bytes(x)
+        work = self._start("send", lambda: dist.isend(sent, group=self.group, group_dst=to))
+        self._pending("send", (work,), lambda: sent).wait()
+
+    def receive(self, x: Tensor, source: int) -> None:
+        """Overwrites x, contiguous, with what `source` sends; waits."""
+        got = x.view(-1).view(torch.uint8)
+        work = self._start("receive", lambda: dist.irecv(got, group=self.group, group_src=source))
+        self._pending("receive", (work,), lambda: got).wait()
 
     def max(self, x: Tensor, kind: str) -> Pending:
         """The largest of all ranks, element by element, of finite numbers."""
@@ -155,3 +167,12 @@ class Transport:
                 sent, group=self.group, group_src=0, async_op=True))  # fmt: skip
             self._pending("broadcast", (work,), lambda: None).wait()
             t.copy_(sent.view(t.dtype).view(t.shape))
+
+
+def compare(op: str, found: list[dict]) -> None:
+    """Raises ValueError naming the first thing in which a rank differs from rank 0."""
+    for rank, other in enumerate(found):
+        for key in [*found[0], *other]:
+            a, b = found[0].get(key, "nothing"), other.get(key, "nothing")
+            if a != b:
+                raise ValueError(f"{op}: {key} is {a} on rank 0, {b} on rank {rank}")

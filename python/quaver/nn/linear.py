@@ -64,6 +64,10 @@ class GemmWeight:
     @staticmethod
     def encode(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """row, col and decode scale of `weight`, padded to the GEMM's alignment."""
+        if isinstance(weight, ScaledTensor) and weight.qdata.dtype == dtype:
+            # Another rank's, which comes without its master: the codes are the copy.
+            row = _pad(weight.qdata.view(torch.uint8)).view(dtype)
+            return row, row.t().contiguous(), weight.scale
         if isinstance(weight, ScaledTensor):
             # e4m3 of the f16 codes: the scales differ by exactly 2^7.
             step = weight.scale.new_full((), MASTER_TO_FP8)
@@ -219,7 +223,7 @@ class Linear(nn.Linear):
         """The weight's FP8 copies, encoded anew if it changed since, by whatever hand. None where
         FSDP2 holds the weight: it is a shard, or codes gathered for one forward or backward."""
         weight = self.weight
-        if is_sharded(weight) or self._is_gathered():
+        if is_sharded(weight) or getattr(weight, "gathered", False):
             self.fp8_weight = None
             return None
         copies = weight.__dict__.get("fp8_weight")
@@ -233,12 +237,8 @@ class Linear(nn.Linear):
         self.fp8_weight = copies  # a graph cannot look into the weight
         return copies
 
-    def _is_gathered(self) -> bool:
-        """Whether the weight is nothing but the codes that the product takes."""
-        return isinstance(self.weight, ScaledTensor) and self.weight.qdata.dtype == self.rule.weight
-
     def _gemm_weight(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        if self._is_gathered():
+        if getattr(self.weight, "gathered", False):
             self.fp8_weight = None
             return _pad(self.weight.qdata), None, self.weight.scale
         if not torch.compiler.is_compiling():
