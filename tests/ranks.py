@@ -13,23 +13,27 @@ import torch.distributed as dist
 TIMEOUT = 60  # seconds: a hang fails
 
 _context = multiprocessing.get_context("forkserver")
-# What takes seconds to import, the compiler (which converting a model imports) most of all.
-_context.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "quaver"]
-)
+# What a rank would take seconds to import: converting a model brings the compiler.
+_context.set_forkserver_preload([
+    "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "matplotlib.pyplot",
+    "quaver", "quaver.train",
+])  # fmt: skip
 
 
 class Ranks:
-    """`size` processes that each run function(rank, *args). `results` waits for all of them."""
+    """`size` processes that each run function(rank, *args), in a group unless they `init` one
+    themselves. `results` waits for all of them."""
 
-    def __init__(self, size, function, *args, timeout=TIMEOUT):
+    def __init__(self, size, function, *args, timeout=TIMEOUT, init=True):
         self.deadline = time.monotonic() + timeout
         port = _free_port()
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_main, args=(theirs, rank, size, port, timeout, function, args), daemon=True
+                target=_main,
+                args=(theirs, rank, size, port, timeout if init else None, function, args),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -71,9 +75,9 @@ class Ranks:
             process.join()
 
 
-def run(size, function, *args, timeout=TIMEOUT):
+def run(size, function, *args, **options):
     """The results of function(rank, *args) on every rank."""
-    return Ranks(size, function, *args, timeout=timeout).results()
+    return Ranks(size, function, *args, **options).results()
 
 
 def _free_port():
@@ -92,10 +96,11 @@ def _main(pipe, rank, size, port, timeout, function, args):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        result = function(rank, *args)
-        send("ok", result)
-        dist.barrier()
-        dist.destroy_process_group()
+        if timeout is not None:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        send("ok", function(rank, *args))
+        if timeout is not None:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         send("error", traceback.format_exc())

@@ -16,7 +16,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 import quaver as qv
 from quaver import models, recipe
 from quaver.checkpoint import _parts
-from quaver.distributed import fsdp
 from quaver.distributed.reduce_scatter import decode_e4m3, encode_e4m3
 from quaver.distributed.shards import like
 from quaver.models.config import Config
@@ -221,9 +220,10 @@ STEPS = 12
 def _trained(rank, size, **options):
     model = qv.distributed.fully_shard(build(), average=False, **options)
     optimizer = adamw(model)
-    before = fsdp.traffic(model)
+    traffic = qv.distributed.transport_of(model).traffic
+    before = dict(traffic)
     losses = train(model, optimizer, range(STEPS), rank, size)
-    sent = {kind: n - before[kind] for kind, n in fsdp.traffic(model).items()}
+    sent = {kind: n - before[kind] for kind, n in traffic.items()}
     return losses, qv.memory_report(model, optimizer), sent, here(model, optimizer)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import quaver as qv
 from quaver import machine, models, recipe, train
+from quaver.distributed import RankFailure
 from quaver.errors import UsageError
 
 __all__ = ["main"]
@@ -79,6 +80,12 @@ def _add_train(commands):
         default=default.save_every,
         metavar="N",
         help="steps between checkpoints",
+    )
+    p.add_argument(
+        "--parallel",
+        metavar="KIND=N",
+        help="under torchrun with N processes, which share each micro-batch: dp=N, zero=N with "
+        "optimizer states spread over them, or fsdp=N with everything sharded (FSDP2)",
     )
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs too")
     again = p.add_mutually_exclusive_group()
@@ -155,7 +162,7 @@ def main(arguments=None):
     except UsageError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, RankFailure) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     except (train.Interrupted, KeyboardInterrupt):

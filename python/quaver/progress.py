@@ -25,13 +25,13 @@ def _duration(seconds):
 
 class Progress:
     """Shows steps `start`+1..`steps` of one recipe. On a terminal a tqdm bar; otherwise a line for
-    the first and last step and every ten seconds between."""
+    the first and last step and every ten seconds between. One that is not `shown` says nothing."""
 
-    def __init__(self, name, start, steps):
-        self.name, self.start, self.steps = name, start, steps
+    def __init__(self, name, start, steps, shown=True):
+        self.name, self.start, self.steps, self.quiet = name, start, steps, not shown
         self.began = self.shown = time.monotonic()
         self.bar = None
-        if sys.stdout.isatty():
+        if shown and sys.stdout.isatty():
             # The size is passed on, since tqdm shows nothing on a terminal that reports none.
             size = shutil.get_terminal_size()
             self.bar = tqdm(
@@ -52,12 +52,16 @@ class Progress:
             self.bar.close()
 
     def say(self, text):
+        if self.quiet:
+            return
         if self.bar:
             self.bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
 
     def step(self, step, line):
+        if self.quiet:
+            return
         trouble = f"  skipped {line['skipped']}" if line["skipped"] else ""
         loss, speed = _number(line["loss"]), f"{line['tokens_per_s']:,.0f}"
         if self.bar:

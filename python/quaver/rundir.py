@@ -120,13 +120,16 @@ class Metrics:
 
     Opened at `step` it keeps exactly the lines 1..step that an earlier process wrote: what came
     after the checkpoint is trained, and written, again. Raises UsageError if some of them are
-    missing.
+    missing. One that does not write leaves the file alone: of several ranks, the first writes.
     """
 
-    def __init__(self, path, step=0):
+    def __init__(self, path, step=0, writes=True):
         self.lines = _complete_lines(path)[:step]
         if [line.get("step") for line in self.lines] != list(range(1, step + 1)):
             raise UsageError(f"{path} lacks steps before the checkpoint's step {step}")
+        self.file = None
+        if not writes:
+            return
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
@@ -135,16 +138,20 @@ class Metrics:
         return self
 
     def __exit__(self, *error):
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
     def write(self, line):
         self.lines.append(line)
+        if self.file is None:
+            return
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()
 
     def sync(self):
         """Makes the lines durable: before a checkpoint that counts on them."""
-        os.fsync(self.file.fileno())
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
 
 def _complete_lines(path):

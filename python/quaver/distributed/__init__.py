@@ -7,27 +7,33 @@ from .auto_scale import AutoScale, AutoScaleRule
 from .checkpoint import load, save
 from .ddp import DataParallel, ddp
 from .health import RankFailure
-from .transport import Transport
+from .launch import World, init
+from .transport import KINDS, Transport, compare
 from .zero import ZeroAdamW, zero_partition
 
 __all__ = [
+    "KINDS",
     "AutoScale",
     "AutoScaleRule",
     "DataParallel",
     "RankFailure",
     "Transport",
+    "World",
     "ZeroAdamW",
     "all_reduce_mean",
+    "compare",
     "ddp",
     "fully_shard",
+    "init",
     "load",
     "reduce_scatter_mean",
     "save",
     "sync_scales",
+    "transport_of",
     "zero_partition",
 ]
 
-_FSDP = ("fully_shard", "sync_scales")
+_FSDP = ("fully_shard", "sync_scales", "transport_of")
 
 
 def __getattr__(name):

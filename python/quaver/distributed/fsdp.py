@@ -21,7 +21,7 @@ from ..nn.linear import GemmWeight, Linear
 from ..tensor import ScaledTensor, is_sharded, local
 from .reduce_scatter import FORMATS, ReduceScatter
 from .shards import share_amaxes_, share_max_, transport, transports
-from .transport import KINDS, Transport
+from .transport import Transport
 
 
 def pre_all_gather(shard: ScaledTensor, mesh: DeviceMesh, outer_size: torch.Size, module):
@@ -73,7 +73,7 @@ def fully_shard(
     the model. Build `quaver.AdamW` afterwards.
 
     torch's own fully_shard takes a converted model too, in units of your choice; this adds checks,
-    FP8 gradients, shared amax histories and a count of the bytes sent (`fsdp.traffic`).
+    FP8 gradients, shared amax histories and a count of the bytes sent (`transport_of`).
 
     Args:
         mesh: one-dimensional; None is all ranks of the process group.
@@ -175,11 +175,13 @@ def share_histories(model: nn.Module) -> None:
         torch._foreach_copy_(shared, list(values.unbind()))
 
 
-def traffic(model: nn.Module) -> dict[str, int]:
-    """The bytes that this rank has sent for a sharded model, by kind: "weight", "gradient",
-    "scale"."""
-    links = {link: None for p in model.parameters() for link in transports(p)}
-    return {kind: sum(link.traffic[kind] for link in links) for kind in KINDS}
+def transport_of(model: nn.Module) -> Transport:
+    """Over which a sharded model is spread; its `traffic` counts the bytes that this rank has sent
+    over that group. Raises ValueError for a model that is not sharded."""
+    links = [link for p in model.parameters() for link in transports(p)]
+    if not links:
+        raise ValueError("transport_of: the model is not sharded")
+    return links[0]
 
 
 @torch.no_grad()

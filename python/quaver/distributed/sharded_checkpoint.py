@@ -49,6 +49,8 @@ def save(path, model, optimizer=None, *, step=0, extra=None) -> None:
     _reshard(model)
     share_histories(model)
     with _together(path):
+        if hasattr(optimizer, "owners"):
+            raise CheckpointError("a folder is for FSDP2; ZeRO's states go into a file")
         tensors, document = collect(model, optimizer, step, extra)
         random = torch.tensor(list(json.dumps(document.pop("random")).encode()), dtype=torch.uint8)
         tensors |= {"rng.plain": random}

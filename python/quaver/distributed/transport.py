@@ -91,6 +91,19 @@ class Transport:
             got, sent, group=self.group, async_op=True))  # fmt: skip
         return self._pending("all_gather", (work,), lambda: got.view(x.dtype).reshape(shape))
 
+    def gather_rows(self, rows: list[Tensor], kind: str) -> Pending:
+        """Overwrites row r of every rank, bytes of any number, with that of rank r; in place."""
+        if self.size == 1:
+            return self._pending("gather_rows", (), lambda: rows[0])
+        self.traffic[kind] += (self.size - 1) * rows[self.rank].numel()
+        works = [
+            self._start("gather_rows", lambda r=r, row=row: dist.broadcast(
+                row, group=self.group, group_src=r, async_op=True))
+            for r, row in enumerate(rows)
+            if row.numel()
+        ]  # fmt: skip
+        return self._pending("gather_rows", works, lambda: rows[self.rank])
+
     def all_to_all(self, x: Tensor, lengths: list[int], kind: str) -> Pending:
         """Cuts x, 1-D, into pieces of `lengths`, the same on every rank; piece r goes to rank r.
         Gives the pieces of all ranks for this one: [ranks, lengths[rank]]."""

@@ -145,18 +145,18 @@ class ZeroAdamW(torch.optim.Optimizer):
         return self.recipe.replica or p.qdata.dtype
 
     def _place(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
-        """Moves the weights into two buffers [ranks, bytes], converted ones and others, with a row
-        for each owner, so that a gather in place brings everything. Returns the masters of this
+        """Moves the weights into two buffers, converted ones and others, with a row of bytes for
+        each owner, so that the rows of all ranks come in place. Returns the masters of this
         rank's parameters."""
         masters = {}
-        self._weights = []
+        self._rows = []
         for converted in (True, False):
             chosen = [p for p in parameters if isinstance(p, ScaledTensor) == converted]
             if chosen:
-                self._weights.append(self._place_in_one(chosen, masters))
+                self._rows.append(self._place_in_one(chosen, masters))
         return masters
 
-    def _place_in_one(self, parameters: list[nn.Parameter], masters: dict) -> Tensor:
+    def _place_in_one(self, parameters: list[nn.Parameter], masters: dict) -> list[Tensor]:
         ends = [0] * self.transport.size
 
         def reserve(p: nn.Parameter, count: int, alignment: int) -> int:
@@ -170,12 +170,11 @@ class ZeroAdamW(torch.optim.Optimizer):
         for p in parameters:  # behind all codes: a scale, and the amax of what is its own master
             if isinstance(p, ScaledTensor):
                 places[p] += [reserve(p, 4, 4) for _ in range(2)]
-        length = -(-max(ends) // ALIGNMENT) * ALIGNMENT
-        buffer = torch.zeros(
-            (self.transport.size, length), dtype=torch.uint8, device=parameters[0].device
-        )
+        lengths = [-(-end // ALIGNMENT) * ALIGNMENT for end in ends]
+        buffer = torch.zeros(sum(lengths), dtype=torch.uint8, device=parameters[0].device)
+        rows = list(buffer.split(lengths))
         for p in parameters:
-            row = buffer[self.owners[p]]
+            row = rows[self.owners[p]]
 
             def view(start, count, dtype, row=row):
                 return row[start : start + count * dtype.itemsize].view(dtype)
@@ -190,7 +189,7 @@ class ZeroAdamW(torch.optim.Optimizer):
                 p.data = codes
             if self.owns(p):
                 masters[p] = master
-        return buffer
+        return rows
 
     def _split(self, p: nn.Parameter, codes: Tensor, scale: Tensor, amax: Tensor) -> nn.Parameter:
         """Stores a converted weight in the given memory; returns its master."""
@@ -279,9 +278,7 @@ class ZeroAdamW(torch.optim.Optimizer):
 
     def _gather(self) -> None:
         """Every rank's weights, in place, and the copies that follow from them."""
-        rank = self.transport.rank
-        pending = [self.transport.all_gather(w[rank], "weight", out=w) for w in self._weights]
-        for message in pending:
+        for message in [self.transport.gather_rows(rows, "weight") for rows in self._rows]:
             message.wait()
         for p in self.owners:
             copies = p.__dict__.get("fp8_weight")
