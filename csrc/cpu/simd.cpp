@@ -10,54 +10,6 @@
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
 
-// Calls body(T*) with the storage type of `type`.
-template <class Pointer, class Body>
-inline __attribute__((always_inline)) void with_type(DType type, Pointer* p, Body body) {
-  switch (type) {
-    case DType::f32: return body(static_cast<const float*>(p));
-    case DType::f16: return body(static_cast<const f16*>(p));
-    case DType::bf16: return body(static_cast<const bf16*>(p));
-    case DType::e4m3: return body(static_cast<const e4m3*>(p));
-    case DType::e5m2: return body(static_cast<const e5m2*>(p));
-  }
-}
-
-inline const char* at(const void* p, DType type, int64_t i) {
-  return static_cast<const char*>(p) + i * size_of(type);
-}
-inline char* at(void* p, DType type, int64_t i) {
-  return static_cast<char*>(p) + i * size_of(type);
-}
-
-void load_any(float* out, const void* x, DType type, int64_t n, float scale) {
-  with_type(type, x, [&](auto* p) { load(out, p, n, scale); });
-}
-
-template <class T>
-T* mutable_pointer(const T* p) {
-  return const_cast<T*>(p);
-}
-
-void store_any(void* out, DType type, const float* x, int64_t n, float inverse_scale) {
-  with_type(type, out, [&](auto* p) { store(mutable_pointer(p), x, n, inverse_scale); });
-}
-
-void store_divided_any(void* out, DType type, const float* x, int64_t n, float scale) {
-  with_type(type, out, [&](auto* p) { store_divided(mutable_pointer(p), x, n, scale); });
-}
-
-// The magnitude's bits order like the magnitudes, with every NaN above infinity.
-template <class Bits, class T>
-Bits amax_code(const T* x, int64_t n) {
-  constexpr Bits mask = static_cast<Bits>(~Bits(0)) >> 1;
-  Bits result = 0;
-  _Pragma("omp simd reduction(max : result)") for (int64_t i = 0; i < n; ++i) {
-    const Bits code = bit_cast<Bits>(x[i]) & mask;
-    result = result < code ? code : result;
-  }
-  return result;
-}
-
 uint32_t amax(const void* x, DType type, int64_t n) {
   float result = 0.0f;
   switch (type) {

@@ -2,7 +2,7 @@
 // First in plain C++ for any type and machine, then by hand where an instruction set has something
 // better for f16 and FP8. All give the bits of include/quaver/fp8.h.
 //
-// For simd.cpp only, which is compiled once per instruction set.
+// For simd*.cpp only, which are compiled once per instruction set.
 #pragma once
 
 #include "quaver/codec.h"
@@ -236,6 +236,60 @@ inline void store_fp8(T* __restrict out, const float* __restrict x, int64_t n, f
   _mm_mask_storeu_epi8(out + i, rest, encode16<T>(scaled(_mm512_maskz_loadu_ps(rest, x + i))));
 }
 
+#elif defined(__AVX2__)
+// The same for 8 values, as 32-bit codes.
+template <class T>
+inline __m256i encode8(__m256 v) {
+  using F = Format<T>;
+  constexpr int drop = 23 - F::mantissa;
+  constexpr int exponent = 127 + 1 - F::bias;
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i positive = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
+  const __m256 a = _mm256_min_ps(_mm256_castsi256_ps(positive), _mm256_set1_ps(F::finite_max));
+  const __m256i e =
+      _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7f800000)),
+                       _mm256_set1_epi32(exponent << 23));
+  const __m256i magic = _mm256_add_epi32(e, _mm256_set1_epi32(drop << 23));
+  const __m256 sum = _mm256_add_ps(a, _mm256_castsi256_ps(magic));
+  const __m256i mantissa = _mm256_sub_epi32(_mm256_castps_si256(sum), magic);
+  __m256i code = _mm256_add_epi32(mantissa, _mm256_srli_epi32(e, drop));
+  code = _mm256_sub_epi32(code, _mm256_set1_epi32(exponent << F::mantissa));
+  code =
+      _mm256_or_si256(code, _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80)));
+  const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_blendv_epi8(code, _mm256_set1_epi32(F::nan_code), _mm256_castps_si256(nan));
+}
+
+template <class T>
+inline __m128i encode16(__m256 low, __m256 high) {
+  const __m256i words =
+      _mm256_permute4x64_epi64(_mm256_packus_epi32(encode8<T>(low), encode8<T>(high)), 0xd8);
+  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+
+template <class T, bool kDivide>
+inline void store_fp8(T* __restrict out, const float* __restrict x, int64_t n, float factor) {
+  const __m256 f = _mm256_set1_ps(factor);
+  auto scaled = [f](const float* p) {
+    const __m256 v = _mm256_loadu_ps(p);
+    return kDivide ? _mm256_div_ps(v, f) : _mm256_mul_ps(v, f);
+  };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    prefetch(x + i);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     encode16<T>(scaled(x + i), scaled(x + i + 8)));
+  }
+  if (i == n) return;
+  float rest[16] = {};
+  memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(float));
+  T codes[16];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), encode16<T>(scaled(rest), scaled(rest + 8)));
+  memcpy(out + i, codes, static_cast<size_t>(n - i));
+}
+#endif
+
+#if defined(__AVX2__)
 #define QUAVER_STORE_FP8(T)                                                                     \
   template <>                                                                                   \
   inline void store<T>(T* __restrict out, const float* __restrict x, int64_t n, float factor) { \
@@ -250,6 +304,54 @@ QUAVER_STORE_FP8(e4m3)
 QUAVER_STORE_FP8(e5m2)
 #undef QUAVER_STORE_FP8
 #endif
+
+// Calls body(T*) with the storage type of `type`.
+template <class Pointer, class Body>
+inline __attribute__((always_inline)) void with_type(DType type, Pointer* p, Body body) {
+  switch (type) {
+    case DType::f32: return body(static_cast<const float*>(p));
+    case DType::f16: return body(static_cast<const f16*>(p));
+    case DType::bf16: return body(static_cast<const bf16*>(p));
+    case DType::e4m3: return body(static_cast<const e4m3*>(p));
+    case DType::e5m2: return body(static_cast<const e5m2*>(p));
+  }
+}
+
+inline const char* at(const void* p, DType type, int64_t i) {
+  return static_cast<const char*>(p) + i * size_of(type);
+}
+inline char* at(void* p, DType type, int64_t i) {
+  return static_cast<char*>(p) + i * size_of(type);
+}
+
+inline void load_any(float* out, const void* x, DType type, int64_t n, float scale) {
+  with_type(type, x, [&](auto* p) { load(out, p, n, scale); });
+}
+
+template <class T>
+inline T* mutable_pointer(const T* p) {
+  return const_cast<T*>(p);
+}
+
+inline void store_any(void* out, DType type, const float* x, int64_t n, float inverse_scale) {
+  with_type(type, out, [&](auto* p) { store(mutable_pointer(p), x, n, inverse_scale); });
+}
+
+inline void store_divided_any(void* out, DType type, const float* x, int64_t n, float scale) {
+  with_type(type, out, [&](auto* p) { store_divided(mutable_pointer(p), x, n, scale); });
+}
+
+// The magnitude's bits order like the magnitudes, with every NaN above infinity.
+template <class Bits, class T>
+inline Bits amax_code(const T* x, int64_t n) {
+  constexpr Bits mask = static_cast<Bits>(~Bits(0)) >> 1;
+  Bits result = 0;
+  _Pragma("omp simd reduction(max : result)") for (int64_t i = 0; i < n; ++i) {
+    const Bits code = bit_cast<Bits>(x[i]) & mask;
+    result = result < code ? code : result;
+  }
+  return result;
+}
 
 }  // namespace
 }  // namespace quaver::cpu::QUAVER_ISA

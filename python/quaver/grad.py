@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .distributed import sharding
 from .tensor import ScaledTensor, is_sharded, local
 
 
@@ -21,7 +22,8 @@ def clip_grad_norm_(
 
     The norm is of whole gradients: all ranks that share FSDP2's get the same, and must call this.
     An FP8 gradient is scaled through its scale: its codes are not touched and lose nothing. Where
-    the norm is not finite the gradients stay as they are, and the optimizer skips the step.
+    the norm is not finite the gradients stay as they are, and the optimizer skips the step. Where
+    parameters are spread over ranks (tensor parallel) the norm is the whole model's; all must call.
 
     Raises:
         ValueError: norm_type other than 2 or inf, or a negative max_norm.
@@ -42,6 +44,8 @@ def clip_grad_norm_(
         if norm_type == float("inf"):
             norm = shards.share_max_(amax.amax().reshape(1), grads)[0]
         grads = [local(g) for g in grads]
+    elif sharding.groups(parameters):
+        norm = sharding.grad_norm(parameters, norm_type)
     else:
         norm, amax = ops.grad_norm(grads)
         if norm_type == float("inf"):

@@ -83,7 +83,8 @@ MIB = 2**20
 LEGEND = """\
 loss: mean over the last 5 % of the steps. B/param: master, gradient and moments
 of a linear weight; +copies: with its cached FP8 copies. saved MiB: activations
-kept for backward by all layers, and by the linear ones."""
+kept for backward by all layers, and by the linear ones. total MiB: parameters,
+gradients, states and saved activations; less: of which factor that is."""
 
 
 def _row(name, result, base):
@@ -101,6 +102,8 @@ def _row(name, result, base):
         "+copies": f"{per['all']:.2f}" if per else "-",
         "saved MiB": f"{memory['activation'] / MIB:.1f}",
         "linear": f"{memory['activation_linear'] / MIB:.1f}",
+        "total MiB": f"{memory['total'] / MIB:.1f}",
+        "less": f"{base['memory']['total'] / memory['total']:.2f} x",
         "skipped": str(result["skipped"]),
     }
 

@@ -27,6 +27,19 @@ class LinearRecipe:
 
 
 @dataclass(frozen=True)
+class ActivationRecipe:
+    """What is kept in FP8 between linear layers (COAT, arXiv 2410.19313, section 5).
+
+    `norm` and `mlp`: norms and MLPs give FP8 to the linear layers that read them, and save their
+    own inputs for backward in e4m3 groups of 1 x `block` with power-of-two scales.
+    """
+
+    block: int = 128
+    norm: bool = True
+    mlp: bool = True
+
+
+@dataclass(frozen=True)
 class Recipe:
     """`autocast` is the dtype of everything that is not FP8; None runs in the model's dtype.
     `exp_avg` and `exp_avg_sq` name state codecs of optim/states.py for converted weights. `replica`
@@ -36,12 +49,15 @@ class Recipe:
     name: str
     autocast: torch.dtype | None = torch.bfloat16
     linear: LinearRecipe | None = None
+    activation: ActivationRecipe | None = None
     exp_avg: str = "f32"
     exp_avg_sq: str = "f32"
     replica: torch.dtype | None = None
 
 
 _FP8LM = LinearRecipe(scaling="delayed", weight_grad="e4m3", master="f16-tensor")
+# Just in time: the norm's and the activation's kernel reduces its own amax (Group Scaling).
+_COAT = LinearRecipe(scaling="current", weight_grad="e4m3", master="f16-tensor")
 
 _RECIPES = {
     r.name: r
@@ -53,6 +69,13 @@ _RECIPES = {
         Recipe("fp8lm-o2", linear=_FP8LM, exp_avg="e4m3-tensor", exp_avg_sq="f16-tensor"),
         Recipe(
             "fp8lm-o3", linear=_FP8LM, exp_avg="e4m3-tensor", exp_avg_sq="f16-tensor", replica=E4M3
+        ),
+        Recipe(
+            "coat",
+            linear=_COAT,
+            activation=ActivationRecipe(),
+            exp_avg="e4m3-tensor",
+            exp_avg_sq="f16-tensor",
         ),
     )
 }

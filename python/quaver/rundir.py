@@ -1,6 +1,6 @@
 """The folder of a training run: its configuration, metrics, checkpoints and summary.
 
-    OUT/config.json  OUT/summary.json  OUT/loss.png
+    OUT/config.json  OUT/summary.json  OUT/loss.png  OUT/memory.png
     OUT/RECIPE/metrics.jsonl  OUT/RECIPE/checkpoint/state.safetensors  OUT/RECIPE/tensorboard/
 
 Only files of these names are ever removed. OUT/.lock keeps two processes from writing one run.
@@ -46,6 +46,7 @@ class RunDir:
         self.config_path = self.path / "config.json"
         self.summary_path = self.path / "summary.json"
         self.plot_path = self.path / "loss.png"
+        self.memory_plot_path = self.path / "memory.png"
 
     def metrics_path(self, recipe):
         return self.path / recipe / "metrics.jsonl"
@@ -104,6 +105,7 @@ class RunDir:
                 shutil.rmtree(self.tensorboard_path(name))
         self.summary_path.unlink(missing_ok=True)
         self.plot_path.unlink(missing_ok=True)
+        self.memory_plot_path.unlink(missing_ok=True)
         # Last, so that a removal that was cut short can be repeated.
         self.config_path.unlink()
 

@@ -64,6 +64,9 @@ class ScaledTensor(torch.Tensor):
         amax: float32 largest magnitude of the values that were encoded, shaped like scale, or None.
             Encoding saturates, so a non-finite amax is the only trace of an infinity.
         dtype: the logical dtype that other code sees.
+        col: the codes of the matrix [rows, last axis], transposed and padded with zeros to
+            multiples of 16: the layout in which a weight gradient reads them. Whoever cast an
+            activation, or the gradient of one, wrote both; a linear layer then casts nothing.
 
     Raises:
         TypeError: a dtype that is none of the above.
@@ -73,15 +76,32 @@ class ScaledTensor(torch.Tensor):
     qdata: Tensor
     scale: Tensor
     amax: Tensor | None
+    col: Tensor | None
 
     @staticmethod
-    def __new__(cls, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128):
+    def __new__(
+        cls,
+        qdata,
+        scale,
+        amax=None,
+        dtype=torch.float32,
+        granularity="tensor",
+        block=128,
+        col=None,
+    ):
         return torch.Tensor._make_wrapper_subclass(
             cls, qdata.size(), strides=qdata.stride(), dtype=dtype, device=qdata.device
         )
 
     def __init__(
-        self, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128
+        self,
+        qdata,
+        scale,
+        amax=None,
+        dtype=torch.float32,
+        granularity="tensor",
+        block=128,
+        col=None,
     ):
         if qdata.dtype not in QDTYPES:
             raise TypeError(f"ScaledTensor: qdata must be one of {QDTYPES}, got {qdata.dtype}")
@@ -98,6 +118,7 @@ class ScaledTensor(torch.Tensor):
         self.amax = amax
         self.granularity = granularity
         self.block = block
+        self.col = col
         self.part = False  # a slice of another ScaledTensor, whose scale it shares
         self.gathered = False  # by FSDP2, which frees the codes and fills them again
 
@@ -114,7 +135,7 @@ class ScaledTensor(torch.Tensor):
         )
         return out if direct else out.to(dtype)
 
-    def _like(self, qdata, scale=None, amax=None, dtype=None) -> ScaledTensor:
+    def _like(self, qdata, scale=None, amax=None, dtype=None, col=None) -> ScaledTensor:
         """This tensor's kind around other data."""
         return ScaledTensor(
             qdata,
@@ -123,15 +144,17 @@ class ScaledTensor(torch.Tensor):
             dtype or self.dtype,
             self.granularity,
             self.block,
+            col,
         )
 
     def _map(self, function, dtype=None) -> ScaledTensor:
         """`function` on every tensor inside."""
-        amax = None if self.amax is None else function(self.amax)
-        return self._like(function(self.qdata), function(self.scale), amax, dtype)
+        amax, col = (None if t is None else function(t) for t in (self.amax, self.col))
+        return self._like(function(self.qdata), function(self.scale), amax, dtype, col)
 
     def refresh_copies(self) -> ScaledTensor:
         """To be called after the contents changed: a weight's FP8 copies follow it."""
+        self.col = None
         copies = self.__dict__.get("fp8_weight")
         if copies is not None:
             copies.rewrite(self)
@@ -193,19 +216,31 @@ class ScaledTensor(torch.Tensor):
 
         return post_all_gather(outputs, metadata, param_dtype, out)
 
+    def __setitem__(self, index, value) -> None:
+        """Decodes, writes and encodes anew. torch's own would write into a decoded copy."""
+        plain = self.detach().dequantize()
+        plain[index] = value
+        self.copy_(plain)
+
     def __getstate__(self):
         """For files and copies; the FP8 copies of a weight are a function of it."""
         return {k: v for k, v in self.__dict__.items() if k != "fp8_weight"}
 
     def __tensor_flatten__(self):
-        names = ["qdata", "scale"] + (["amax"] if self.amax is not None else [])
-        return names, (self.dtype, self.granularity, self.block)
+        optional = [name for name in ("amax", "col") if getattr(self, name) is not None]
+        return ["qdata", "scale", *optional], (self.dtype, self.granularity, self.block)
 
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride):
         dtype, granularity, block = context
         return ScaledTensor(
-            inner["qdata"], inner["scale"], inner.get("amax"), dtype, granularity, block
+            inner["qdata"],
+            inner["scale"],
+            inner.get("amax"),
+            dtype,
+            granularity,
+            block,
+            inner.get("col"),
         )
 
     def __repr__(self, *, tensor_contents=None):
@@ -293,7 +328,10 @@ def _to_copy(func, x, *, dtype=None, device=None, non_blocking=False, **kwargs):
 def _view(func, x, *args):
     if x.granularity != "tensor":
         return NotImplemented
-    out = x._like(func(x.qdata, *args))
+    qdata = func(x.qdata, *args)
+    # Leading axes split or joined are the same matrix.
+    views = func in (aten.view.default, aten._unsafe_view.default)
+    out = x._like(qdata, col=x.col if views and qdata.shape[-1:] == x.shape[-1:] else None)
     out.part = x.part
     return out
 
@@ -395,6 +433,7 @@ def _accumulate_(func, target, other, *, alpha=1):
         other.scale if scaled else None,
         other.amax if scaled else None,
     )
+    target.col = None
     return target
 
 

@@ -20,7 +20,8 @@ import quaver as qv
 from quaver import data, distributed, machine, models, recipe
 from quaver.distributed.launch import parse_parallel
 from quaver.errors import UsageError
-from quaver.plot import plot_losses
+from quaver.plot import plot_losses, plot_memory
+from quaver.probe import Probe
 from quaver.progress import Progress, baseline, table
 from quaver.rundir import Metrics, RunDir
 
@@ -59,6 +60,7 @@ class Settings:
     resume: bool = False
     overwrite: bool = False
     tensorboard: bool = False
+    probe: int = 0
     parallel: str | None = None
 
     def __post_init__(self):
@@ -69,6 +71,8 @@ class Settings:
                 raise UsageError(f"--{flag} must be at least 1, got {value}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError(f"--lr must be a positive number, got {self.lr}")
+        if self.probe < 0:
+            raise UsageError(f"--probe must be 0 (off) or a number of steps, got {self.probe}")
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 20)
         if not 0 <= self.warmup < self.steps:
@@ -108,7 +112,8 @@ def _model_config(settings, vocab):
 
 def _describe(settings, model, device, text):
     """What decides the numbers of a run: written to config.json and compared on resumption."""
-    left_out = ("out", "resume", "overwrite", "save_every", "tensorboard", "recipe", "parallel")
+    left_out = {"out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe"}
+    left_out.add("parallel")  # a run may continue on another number of ranks
     config = {key: value for key, value in asdict(settings).items() if key not in left_out}
     return config | {
         "data": list(settings.data),
@@ -177,9 +182,17 @@ def _run(settings, world, writer):
             world.first(lambda: folder.write_summary(summary))
         rows = settings.batch * settings.accumulate
         title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
-        world.first(lambda: plot_losses(folder.plot_path, losses, title, baseline(losses)))
-    show(f"\n{table(results)}\n\n{folder.summary_path}  {folder.plot_path}")
+        world.first(lambda: _plot(folder, losses, results, title, settings))
+    paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
+    show(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
     return summary
+
+
+def _plot(folder, losses, results, title, settings):
+    plot_losses(folder.plot_path, losses, title, baseline(losses))
+    memories = {name: result["memory"] for name, result in results.items()}
+    title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
+    plot_memory(folder.memory_plot_path, memories, title, baseline(memories))
 
 
 def _open(folder, config, settings, stack):
@@ -231,6 +244,15 @@ def _groups(model):
     ]
 
 
+def _probe_scalars(probe):
+    """("probe/TENSOR/FIGURE", number) for every figure that a probe has."""
+    for tensor, figures in probe.items():
+        k = figures.get("k", {})
+        for key, value in (figures | {f"k_{part}": k[part] for part in k}).items():
+            if isinstance(value, float):
+                yield f"probe/{tensor}/{key}", value
+
+
 def _finite(value):
     return value if math.isfinite(value) else None
 
@@ -253,7 +275,12 @@ class Job:
         if done is not None:
             with Metrics(path, settings.steps, writes) as metrics:
                 return done, [line["loss"] for line in metrics.lines]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         model, optimizer = self.build(name)
+        report = qv.convert_report(model)
+        if report.converted and writes:
+            print(f"{name} {report}")
         if world.size > 1:
             self._connect(model, optimizer)
         checkpoint = self.folder.checkpoint_path(name)
@@ -283,6 +310,8 @@ class Job:
                     for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
                         if line[key] is not None:
                             board.add_scalar(key, line[key], step)
+                    for key, value in _probe_scalars(line.get("probe", {})):
+                        board.add_scalar(key, value, step)
                 if asked or step % settings.save_every == 0 or step == settings.steps:
                     metrics.sync()
                     extra = {"skipped": line["skipped"]}
@@ -363,17 +392,25 @@ class Job:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         before = dict(self.transport.traffic) if self.transport else {}
+        probed = settings.probe and step % settings.probe == 0
+        probe = Probe(model, optimizer) if probed else None
         for micro in range(settings.accumulate):
-            loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
             waits = self.parallel and micro + 1 < settings.accumulate
-            with self.parallel.no_sync() if waits else nullcontext():
+            with (
+                probe.watching() if probe and micro == 0 else nullcontext(),
+                self.parallel.no_sync() if waits else nullcontext(),
+            ):
+                loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
                 loss.backward()
             total += loss.detach()
         if isinstance(optimizer, distributed.ZeroAdamW):
             norm = optimizer.clip_grad_norm_(CLIP)
         else:
             norm = qv.clip_grad_norm_(model.parameters(), CLIP)
+        if probe:
+            probe.before_update()
         optimizer.step()
+        measured = {"probe": probe.after_update()} if probe else {}
         value = total.item()  # waits for the device, so the time is that of the whole step
         tokens = settings.batch * settings.seq * settings.accumulate
         line = {
@@ -382,7 +419,7 @@ class Job:
             "lr": lr,
             "grad_norm": _finite(float(norm)),
             "tokens_per_s": tokens / (time.perf_counter() - began),
-        }
+        } | measured
         if self.transport:
             after = self.transport.traffic
             line["communication"] = {kind: after[kind] - before[kind] for kind in after}
@@ -415,6 +452,12 @@ class Job:
         loss.backward()
         return self.world.mean(qv.memory_report(model, optimizer, activations=saved))
 
+    def _peak_memory(self):
+        """The most bytes that this recipe had on the GPU at once; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device)
+
     def _result(self, name, model, optimizer, lines):
         last = [line["loss"] for line in lines[-max(1, round(len(lines) * LAST)) :]]
         sent = [line.get("communication", {}) for line in lines]
@@ -424,6 +467,7 @@ class Job:
             "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
             "memory": self._memory(name, model, optimizer),
             "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
+            "peak_memory": self._peak_memory(),
             "steps": len(lines),
             "skipped": lines[-1]["skipped"],
             "nonfinite_losses": sum(line["loss"] is None for line in lines),

@@ -17,6 +17,7 @@ from torch.distributed import fsdp as torch_fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..memory import plain_tensors
+from ..nn.common import HISTORY_STATE
 from ..nn.linear import GemmWeight, Linear
 from ..tensor import ScaledTensor, is_sharded, local
 from .reduce_scatter import FORMATS, ReduceScatter
@@ -155,17 +156,19 @@ def _check_alike(parameters: dict, linears: list, link: Transport) -> None:
                 raise ValueError(f"fully_shard: {key} is {a} on rank 0, {b} on rank {rank}")
 
 
-def histories(model: nn.Module, *names: str) -> list[Tensor]:
-    """The amax histories of delayed scaling, of these names."""
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    found = [getattr(linear, name) for linear in linears for name in names]
-    return [history for history in found if history is not None]
+def histories(model: nn.Module, ending: str = "_history") -> list[Tensor]:
+    """The amax histories of delayed scaling: buffers of 17 floats, by the ending of their names."""
+    return [
+        buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith(ending) and buffer.shape == (HISTORY_STATE,)
+    ]
 
 
 def share_histories(model: nn.Module) -> None:
     """Amax histories become the maximum over ranks, those of the whole batch: then scales and
     checkpoints do not depend on who saw what. One all-reduce, of 17 floats a history."""
-    shared = histories(model, "input_history", "grad_history")
+    shared = histories(model)
     if shared:
         values = torch.stack(shared)
         # A rank that saw a non-finite amax starts anew, and so all do: the least count.

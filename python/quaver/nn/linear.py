@@ -17,27 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from .. import recipe as recipes
 from ..tensor import ScaledTensor, is_sharded
+from .common import HISTORY_STATE, cast_history, keep_f32, pad, poison, ready_cast
 
 _ops = torch.ops.quaver
 
-ALIGNMENT = 16  # of every GEMM dimension, for the tensor cores
-HISTORY_STATE = 17  # count and 16 amaxes; scale.h
 MASTER_TO_FP8 = 128.0  # kMasterToFp8 of dtype.h
-
-
-def _padding(n: int) -> int:
-    return -n % ALIGNMENT
-
-
-def _pad(x: Tensor) -> Tensor:
-    rows, cols = _padding(x.shape[0]), _padding(x.shape[1])
-    return F.pad(x, (0, cols, 0, rows)) if rows or cols else x
-
-
-def _poison(scale: Tensor, amax: Tensor) -> Tensor:
-    """The scale, or NaN where the amax is not finite: FP8 saturates an infinity to a number, which
-    would pass for a sound one all the way into the weights."""
-    return scale + (amax - amax)
 
 
 @dataclass(eq=False)
@@ -66,14 +50,14 @@ class GemmWeight:
         """row, col and decode scale of `weight`, padded to the GEMM's alignment."""
         if isinstance(weight, ScaledTensor) and weight.qdata.dtype == dtype:
             # Another rank's, which comes without its master: the codes are the copy.
-            row = _pad(weight.qdata.view(torch.uint8)).view(dtype)
+            row = pad(weight.qdata.view(torch.uint8)).view(dtype)
             return row, row.t().contiguous(), weight.scale
         if isinstance(weight, ScaledTensor):
             # e4m3 of the f16 codes: the scales differ by exactly 2^7.
             step = weight.scale.new_full((), MASTER_TO_FP8)
-            row, col, _, _ = _ops.cast_transpose(_pad(weight.qdata), dtype, step, None, True)
+            row, col, _, _ = _ops.cast_transpose(pad(weight.qdata), dtype, step, None, True)
             return row, col, weight.scale * MASTER_TO_FP8
-        row, col, scale, _ = _ops.cast_transpose(_pad(weight), dtype, None, None, True)
+        row, col, scale, _ = _ops.cast_transpose(pad(weight), dtype, None, None, True)
         return row, col, scale
 
     @torch.no_grad()
@@ -120,8 +104,11 @@ class _LinearFunction(torch.autograd.Function):
         dx = dw = db = None
         if needs_bias:
             db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        if needs_x or needs_weight:
-            g = _pad(dy)
+        ready = ready_cast(dy, ctx.grad_dtype)
+        if ready is not None:
+            gq, gqt, g_scale = ready
+        elif needs_x or needs_weight:
+            g = pad(dy)
             if needs_weight:
                 gq, gqt, g_scale, amax = _ops.cast_transpose(
                     g, ctx.grad_dtype, None, ctx.history, True
@@ -130,7 +117,7 @@ class _LinearFunction(torch.autograd.Function):
                 gq, g_scale, amax = _ops.quantize(
                     g, ctx.grad_dtype, None, ctx.history, "tensor", 128, True, False, 0
                 )
-            g_scale = _poison(g_scale, amax)
+            g_scale = poison(g_scale, amax)
         if needs_x:
             if ctx.weight._version != ctx.version:
                 raise RuntimeError(
@@ -138,7 +125,7 @@ class _LinearFunction(torch.autograd.Function):
                 )
             w_col = ctx.w_col
             if w_col is None:
-                w_col = _pad(ctx.weight.qdata).t().contiguous()
+                w_col = pad(ctx.weight.qdata).t().contiguous()
             dx = _ops.gemm(gq, g_scale, w_col, ctx.w_scale, None, ctx.out_dtype, False)
             dx = dx[: dy.shape[0], :k].reshape(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:
@@ -240,7 +227,7 @@ class Linear(nn.Linear):
     def _gemm_weight(self) -> tuple[Tensor, Tensor | None, Tensor]:
         if getattr(self.weight, "gathered", False):
             self.fp8_weight = None
-            return _pad(self.weight.qdata), None, self.weight.scale
+            return pad(self.weight.qdata), None, self.weight.scale
         if not torch.compiler.is_compiling():
             copies = self.refresh()
         elif isinstance(self.weight, ScaledTensor):
@@ -251,14 +238,17 @@ class Linear(nn.Linear):
 
     def _cast(self, x: Tensor, both: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """The input's codes, their transpose where `both`, and the scale."""
+        ready = ready_cast(x, self.rule.input)
+        if ready is not None:
+            return ready
         # Compiled graphs and inference tensors have no versions to recognise an input by.
         anonymous = torch.compiler.is_compiling() or x.is_inference()
         key = None if anonymous else (x._version, both, self.rule.input, self.training)
         found = None if anonymous else _last_cast.find(x, key)
         if found is not None:
             return found
-        flat = _pad(x.detach().reshape(math.prod(x.shape[:-1]), self.in_features))
-        history = self._history(anonymous)
+        flat = pad(x.detach().reshape(math.prod(x.shape[:-1]), self.in_features))
+        history = cast_history(self, self.input_history, anonymous)
         if both:
             q, qt, scale, amax = _ops.cast_transpose(flat, self.rule.input, None, history, True)
         else:
@@ -266,25 +256,10 @@ class Linear(nn.Linear):
                 flat, self.rule.input, None, history, "tensor", 128, True, False, 0
             )
             qt = None
-        scale = _poison(scale, amax)
+        scale = poison(scale, amax)
         if not anonymous:
             _last_cast.keep(x, key, (q, qt, scale))
         return q, qt, scale
-
-    def _history(self, compiling: bool) -> Tensor | None:
-        """The input history that a cast reads and updates.
-
-        Evaluation leaves no trace in it and casts just in time. Activation checkpointing runs a
-        forward again inside the backward: it reads the history as the forward found it, so that
-        its codes are the forward's, and leaves no second trace.
-        """
-        history = self.input_history if self.training else None
-        if history is None or compiling:
-            return history
-        if torch._C._current_graph_task_id() != -1:
-            return None if self.history_before is None else self.history_before.clone()
-        self.history_before = history.clone()
-        return history
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -308,10 +283,7 @@ class Linear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        for name in ("input_history", "grad_history"):  # model.bfloat16() must not round amaxes
-            state = getattr(self, name)
-            if state is not None and state.dtype != torch.float32:
-                setattr(self, name, state.float())
+        keep_f32(self, "input_history", "grad_history")
         copies = self.weight.__dict__.get("fp8_weight")
         if copies is not None:
             copies.version = -1  # a weight that got other data kept its version

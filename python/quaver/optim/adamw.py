@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from .. import recipe as recipes
+from ..distributed import sharding
 from ..tensor import ScaledTensor, is_sharded, local
 from .states import STATES
 
@@ -126,7 +127,7 @@ class AdamW(torch.optim.Optimizer):
         hyper = torch.tensor([h for _, h in items], dtype=torch.float64).to(device)
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-        grad_amax = self._amax(grads)
+        grad_amax = sharding.agree_to_skip(self._amax(grads), params)
         if sharded:
             _shards().share_max_(grad_amax, wholes)
         grad_values, grad_scales, _ = ops.parts(grads)
