@@ -217,7 +217,6 @@ def adam():
     yield "misaligned", adam_arguments(((96, 160),), move=misaligned)
     yield "many", adam_arguments(tuple((i % 4 + 1, i % 9 + 1) for i in range(300)))
 
-
     for bad in (False, True):
         args = adam_arguments_in_groups(((10, 20), (63, 65), (1000, 33), (1, 1), (0, 5)))
         for _ in range(3):

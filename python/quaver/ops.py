@@ -415,6 +415,8 @@ def reduce_shards(
         finite maximum.
     """
     return _ops.reduce_shards(shards, scales, sum_scales, sizes, first, dtype or shards.dtype)
+
+
 def encode_state(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, expand: bool = True):
     """Encode x in groups of 128 flat elements with one float32 scale each, as Adam's moments are.
 
@@ -562,6 +564,8 @@ def _(shards, scales, sum_scales, sizes, first, dtype):
     out = shards.new_empty([shards.shape[1]], dtype=dtype)
     amax = shards.new_empty([len(sizes)], dtype=torch.float32)
     return out, amax, torch.empty_like(amax, dtype=torch.int32)
+
+
 @torch.library.register_fake("quaver::encode_state")
 def _(x, dtype, expand):
     groups = (x.numel() + GROUP - 1) // GROUP

@@ -49,10 +49,10 @@ class Recipe:
     `exp_avg` and `exp_avg_sq` name state codecs of optim/states.py for converted weights, and with
     `plain_moments` for all other parameters too. `bf16_master` is how a bf16 parameter takes its
     update: "nearest", "stochastic" (unbiased, no further bytes) or "remainder" (16 more bits in the
-    optimizer's state, which make it an exact f32 master). `replica` is what
-    distributed.ZeroAdamW leaves of a converted weight on every rank, beside the master of its owner;
-    None leaves copies of the master. `fp8_sum`: under tensor parallelism partial sums travel in FP8,
-    as gathered activations do."""
+    optimizer's state, which make it an exact f32 master). `replica` is what distributed.ZeroAdamW
+    leaves of a converted weight on every rank, beside the master of its owner; None leaves copies
+    of the master. `fp8_sum`: under tensor parallelism partial sums travel in FP8, as gathered
+    activations do."""
 
     name: str
     autocast: torch.dtype | None = torch.bfloat16
