@@ -57,12 +57,12 @@ QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
   return e;
 }
 
-// An FP8 first moment y = m / scale, or m expanded, as it will be rounded to codes of type T: toward
-// zero below the format's normal range, and wherever the gradient is small beside the moment. To
-// nearest, beta1 * y can round back to y (for the smallest codes always, for all where beta1 is
-// near 1), so the moment of a weight that gets no more gradient would never decay while its second
-// moment does, and m / sqrt(v) would run away. Toward zero, what is stored never exceeds what
-// Adam computed, whatever the scale, k or beta1. A weight that still learns has gradients that
+// An FP8 first moment y = m / scale, or m expanded, as it will be rounded to codes of type T:
+// toward zero below the format's normal range, and wherever the gradient is small beside the
+// moment. To nearest, beta1 * y can round back to y (for the smallest codes always, for all where
+// beta1 is near 1), so the moment of a weight that gets no more gradient would never decay while
+// its second moment does, and m / sqrt(v) would run away. Toward zero, what is stored never exceeds
+// what Adam computed, whatever the scale, k or beta1. A weight that still learns has gradients that
 // exceed its moment most of the time, so its average is not pulled down.
 template <class T>
 QUAVER_HD float settle_exp_avg(float y, float m, float grad) {
