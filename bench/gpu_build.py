@@ -74,7 +74,7 @@ def missing_tools():
         [sys.executable, "-c", ask.format(modules)], capture_output=True, text=True, check=True
     )
     missing += done.stdout.split()
-    if list((ROOT / "csrc/cuda").glob("gemm_sm90_*.cu")) and not _has_cutlass():
+    if not _has_cutlass():
         missing.append("CUTLASS (QUAVER_CUTLASS_DIR, build/cutlass or the package nvidia-cutlass)")
     return missing
 

@@ -334,7 +334,7 @@ def test_the_report_and_its_table(tmp_path):
         "| quantize | a copy of the same bytes | 0.50 x | 0.50 x | worst 0.93 | **missed** |"
         in text
     )
-    assert "open: no bench measures it yet" in text
+    assert "open: no row was measured" in text
     assert "| quaver train, fp8lm-o2 | 150 | 1.50 x | 1.00 | not finite | 10 |" in text
     columns = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert set(columns) == {5, 7, 8}
