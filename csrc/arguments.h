@@ -1,8 +1,12 @@
 // What each op wants of its arguments, the same for every backend.
 #pragma once
 
+#include <utility>
+
+#include "quaver/all_reduce.h"
 #include "quaver/cast.h"
 #include "quaver/codec.h"
+#include "quaver/gemm.h"
 #include "quaver/grad.h"
 #include "quaver/optimizer.h"
 #include "quaver/quantize.h"
@@ -137,39 +141,147 @@ inline void check_accumulate(const TensorView& target, const ScaledView& other) 
                " values, other ", other.values.numel());
 }
 
+inline void check_share_scales(DType dtype, int64_t ranks) {
+  QUAVER_CHECK(is_fp8(dtype), "share_scales: dtype must be e4m3 or e5m2, got ", name_of(dtype));
+  QUAVER_CHECK(ranks > 0, "share_scales: amaxes must be [ranks, tensors], got ", ranks, " ranks");
+}
+
+inline void check_pack(const TensorView& bucket, const ScaledView* tensors, int64_t count,
+                       const float* scales) {
+  int64_t length = 0;
+  for (int64_t t = 0; t < count; ++t) length += bucket_length(tensors[t].values.numel());
+  QUAVER_CHECK(length <= bucket.numel(), "pack: ", count, " tensors take ", length,
+               " values, the bucket has ", bucket.numel());
+  QUAVER_CHECK(bucket.numel() % kBucketAlignment == 0,
+               "pack: the bucket's length must be a multiple of ", kBucketAlignment, ", got ",
+               bucket.numel());
+  QUAVER_CHECK(!is_fp8(bucket.dtype) || scales != nullptr || count == 0, "pack: a bucket of ",
+               name_of(bucket.dtype), " needs scales");
+}
+
+inline void check_reduce_shards(const TensorView& out, const ShardedSum& s) {
+  const char* op = "reduce_shards";
+  QUAVER_CHECK(s.shards.rows > 0, op, ": shards must be [ranks, length], got ", s.shards.rows,
+               " ranks");
+  QUAVER_CHECK(s.shards.cols % kBucketAlignment == 0, op,
+               ": a shard's length must be a multiple of ", kBucketAlignment, ", got ",
+               s.shards.cols);
+  QUAVER_CHECK(s.first >= 0 && s.first % kBucketAlignment == 0, op,
+               ": first must be a multiple of ", kBucketAlignment, " and not negative, got ",
+               s.first);
+  QUAVER_CHECK(out.numel() == s.shards.cols, op, ": out must have ", s.shards.cols, " values, got ",
+               out.numel());
+  QUAVER_CHECK(out.dtype == s.shards.dtype || out.dtype == DType::f32, op,
+               ": dtype must be f32 or that of the shards, ", name_of(s.shards.dtype), ", got ",
+               name_of(out.dtype));
+  for (int64_t t = 0; t < s.count; ++t)
+    QUAVER_CHECK(s.sizes[t] >= 0, op, ": sizes must not be negative, got ", s.sizes[t]);
+}
+
+inline void check_groups(const char* op, const char* name, const StateView& s) {
+  QUAVER_CHECK(is_fp8(s.values.dtype), op, ": ", name, " in groups must be e4m3 or e5m2, got ",
+               name_of(s.values.dtype));
+  QUAVER_CHECK(s.scale != nullptr || s.values.numel() == 0, op, ": ", name,
+               " in groups needs their scales");
+}
+
+inline void check_encode_state(const StateView& s, const TensorView& x) {
+  check_groups("encode_state", "q", s);
+  QUAVER_CHECK(!is_fp8(x.dtype) && s.values.numel() == x.numel(), "encode_state: x must be ",
+               s.values.numel(), " f32, f16 or bf16, got ", x.numel(), " ", name_of(x.dtype));
+}
+
+inline void check_decode_state(const TensorView& out, const StateView& s) {
+  check_groups("decode_state", "q", s);
+  QUAVER_CHECK(out.dtype == DType::f32 && out.numel() == s.values.numel(),
+               "decode_state: out must be ", s.values.numel(), " f32, got ", out.numel(), " ",
+               name_of(out.dtype));
+}
+
 inline void check_state(const char* name, const StateView& s, int64_t numel) {
   QUAVER_CHECK(s.values.numel() == numel, "adam_: ", name, " has ", s.values.numel(),
                " values, its parameter ", numel);
-  QUAVER_CHECK(!is_scaled(s) || (s.scale != nullptr && s.amax != nullptr), "adam_: ", name, " is ",
+  if (s.scaling != Scaling::tensor) return check_groups("adam_", name, s);
+  const bool needs = scale_max(s.values.dtype) > 0.0f;
+  QUAVER_CHECK(!needs || (s.scale != nullptr && s.amax != nullptr), "adam_: ", name, " is ",
                name_of(s.values.dtype), " and needs a scale and an amax");
+}
+
+inline void check_moment(const char* name, const StateView& s, int64_t numel) {
+  QUAVER_CHECK(s.values.dtype != DType::bf16, "adam_: ", name,
+               " must be f32, f16, e4m3 or e5m2, got bf16");
+  check_state(name, s, numel);
+}
+
+inline void check_weight(const AdamParameter& p) {
+  const StateView& w = p.weight;
+  QUAVER_CHECK(!is_fp8(w.values.dtype), "adam_: weight must be f32, bf16 or f16, got ",
+               name_of(w.values.dtype));
+  QUAVER_CHECK((w.scale == nullptr) == (w.amax == nullptr) &&
+                   (w.scale == nullptr || w.values.dtype == DType::f16),
+               "adam_: only an f16 weight has a scale, and then an amax too");
+  const bool plain = w.values.dtype == DType::bf16;
+  QUAVER_CHECK(plain || !(p.stochastic || p.remainder != nullptr),
+               "adam_: stochastic rounding and a remainder go with a bf16 weight, got ",
+               name_of(w.values.dtype));
+  QUAVER_CHECK(!(p.stochastic && p.remainder != nullptr),
+               "adam_: a weight with a remainder is exact and not rounded stochastically");
 }
 
 inline void check_adam(const AdamParameter& p) {
   const int64_t n = p.weight.values.numel();
   const DType w = p.weight.values.dtype;
-  const DType m = p.exp_avg.values.dtype, v = p.exp_avg_sq.values.dtype;
-  bool known = false;
-#define QUAVER_CASE(W, M, V) \
-  known = known || (w == DTypeOf<W>::value && m == DTypeOf<M>::value && v == DTypeOf<V>::value);
-  QUAVER_ADAM_CODECS(QUAVER_CASE)
-#undef QUAVER_CASE
-  QUAVER_CHECK(known, "adam_: no codec for weight, exp_avg and exp_avg_sq in ", name_of(w), ", ",
-               name_of(m), " and ", name_of(v));
-  check_state("weight", p.weight, n);
-  check_state("exp_avg", p.exp_avg, n);
-  check_state("exp_avg_sq", p.exp_avg_sq, n);
+  check_weight(p);
+  check_moment("exp_avg", p.exp_avg, n);
+  check_moment("exp_avg_sq", p.exp_avg_sq, n);
   QUAVER_CHECK(p.grad.numel() == n, "adam_: grad has ", p.grad.numel(), " values, its parameter ",
                n);
   QUAVER_CHECK(p.grad_amax != nullptr && p.step != nullptr && p.hyper != nullptr,
                "adam_: grad_amax, step and hyper are needed");
   if (p.fp8.data == nullptr) return;
-  QUAVER_CHECK(w == DType::f16, "adam_: an FP8 copy goes with an f16 weight, got ", name_of(w));
+  QUAVER_CHECK(w == DType::f16 && p.weight.scale != nullptr,
+               "adam_: an FP8 copy goes with a scaled f16 weight, got ", name_of(w));
   QUAVER_CHECK(p.fp8.dtype == DType::e4m3 && p.fp8_t.dtype == DType::e4m3,
                "adam_: FP8 copies must be e4m3, got ", name_of(p.fp8.dtype), " and ",
                name_of(p.fp8_t.dtype));
   QUAVER_CHECK(p.fp8.numel() == n && p.fp8_t.rows == p.fp8.cols && p.fp8_t.cols == p.fp8.rows &&
                    p.fp8_scale != nullptr,
                "adam_: FP8 copies must be [N, K] and [K, N] like the weight, with a scale");
+}
+
+inline void check_gemm(const GemmArguments& g) {
+  QUAVER_CHECK(is_fp8(g.a.dtype) && is_fp8(g.b.dtype), "gemm: a and b must be e4m3 or e5m2, got ",
+               name_of(g.a.dtype), " and ", name_of(g.b.dtype));
+  QUAVER_CHECK(g.a.cols == g.b.cols, "gemm: a [M, K] and b [N, K] must share K, got [", g.a.rows,
+               ", ", g.a.cols, "] and [", g.b.rows, ", ", g.b.cols, "]");
+  QUAVER_CHECK(g.out.rows == g.a.rows && g.out.cols == g.b.rows, "gemm: out must be [", g.a.rows,
+               ", ", g.b.rows, "], got [", g.out.rows, ", ", g.out.cols, "]");
+  QUAVER_CHECK(g.scale_a != nullptr && g.scale_b != nullptr, "gemm: scales are needed");
+  QUAVER_CHECK(!(g.accumulate && g.bias != nullptr),
+               "gemm: bias and accumulate exclude each other");
+  QUAVER_CHECK(!is_fp8(g.out.dtype) || (g.out_scale != nullptr && g.amax != nullptr),
+               "gemm: FP8 out needs a scale and an amax");
+  QUAVER_CHECK(is_fp8(g.out.dtype) || (g.out_scale == nullptr && g.amax == nullptr),
+               "gemm: a scale and an amax go with FP8 out, got ", name_of(g.out.dtype));
+  QUAVER_CHECK(!is_fp8(g.out.dtype) || !g.accumulate, "gemm: FP8 cannot be accumulated into");
+}
+
+// What the tensor cores and TMA want, on every GPU so that it does not depend on which.
+inline void check_gemm_cuda(const GemmArguments& g) {
+  check_gemm(g);
+  QUAVER_CHECK(g.a.dtype == DType::e4m3 || g.b.dtype == DType::e4m3,
+               "gemm: e5m2 x e5m2 has no CUDA kernel; at least one operand must be e4m3");
+  for (const auto& [name, size] : {std::pair{"K", g.a.cols}, std::pair{"N", g.b.rows}})
+    QUAVER_CHECK(size % kGemmAlignment == 0, "gemm: ", name, " must be a multiple of ",
+                 kGemmAlignment, " on CUDA, got ", size);
+  for (const auto& [name, size] :
+       {std::pair{"M", g.a.rows}, std::pair{"N", g.b.rows}, std::pair{"K", g.a.cols}})
+    QUAVER_CHECK(size <= kGemmMaxSize, "gemm: ", name, " must be at most ", kGemmMaxSize,
+                 " on CUDA, got ", size);
+  for (const auto& [name, data] :
+       {std::pair{"a", g.a.data}, std::pair{"b", g.b.data}, std::pair{"out", g.out.data}})
+    QUAVER_CHECK(reinterpret_cast<uintptr_t>(data) % kGemmAlignment == 0, "gemm: ", name,
+                 " must start at a multiple of ", kGemmAlignment, " bytes on CUDA, got ", data);
 }
 
 }  // namespace quaver

@@ -83,8 +83,8 @@ inline GroupedView grouped_view(const char* op, const char* name, const Tensor& 
   GroupedView v;
   v.codes = present(op, name, codes);
   const int64_t rows = codes.size(0), groups = groups_in_row(codes.size(1), block);
-  QUAVER_CHECK(scale.scalar_type() == ScalarType::Float8_e8m0fnu, op, ": ", scale_name,
-               " must be float8_e8m0fnu, got ", torch::headeronly::toString(scale.scalar_type()));
+  QUAVER_CHECK(scale.scalar_type() == ScalarType::Byte, op, ": ", scale_name,
+               " must be uint8, got ", torch::headeronly::toString(scale.scalar_type()));
   QUAVER_CHECK(
       scale.dim() == 2 && scale.size(0) == rows && scale.size(1) == groups && scale.is_contiguous(),
       op, ": ", scale_name, " must be [", rows, ", ", groups, "] for block ", block, ", got ",
@@ -98,7 +98,7 @@ inline GroupedResult grouped_result(const char* op, const Tensor& like, int64_t 
                                     int64_t block) {
   QUAVER_CHECK(block > 0, op, ": block must be positive, got ", block);
   GroupedResult r = {empty(like, {rows, cols}, ScalarType::Float8_e4m3fn),
-                     empty(like, {rows, groups_in_row(cols, block)}, ScalarType::Float8_e8m0fnu),
+                     empty(like, {rows, groups_in_row(cols, block)}, ScalarType::Byte),
                      {}};
   r.view = grouped_view(op, "codes", r.codes, "scales", r.scale, block);
   return r;
@@ -106,7 +106,7 @@ inline GroupedResult grouped_result(const char* op, const Tensor& like, int64_t 
 
 inline GroupedResult no_grouped_result(const Tensor& like) {
   return {empty(like, {0}, ScalarType::Float8_e4m3fn),
-          empty(like, {0}, ScalarType::Float8_e8m0fnu),
+          empty(like, {0}, ScalarType::Byte),
           {}};
 }
 

@@ -154,7 +154,8 @@ def _recipe(optimizer):
     recipe = getattr(optimizer, "recipe", None)
     if recipe is None:
         return None
-    return f"{recipe.name} (exp_avg {recipe.exp_avg}, exp_avg_sq {recipe.exp_avg_sq})"
+    master = "" if recipe.bf16_master == "nearest" else f", bf16_master {recipe.bf16_master}"
+    return f"{recipe.name} (exp_avg {recipe.exp_avg}, exp_avg_sq {recipe.exp_avg_sq}{master})"
 
 
 def _collect_optimizer(model, optimizer, add):
@@ -214,7 +215,10 @@ def _copy(target, parts):
     target.qdata.copy_(parts[".qdata"])
     target.scale.copy_(parts[".scale"])
     amax = parts.get(".amax")
-    target.amax = None if amax is None else amax.to(target.qdata.device, copy=True)
+    if amax is not None and target.amax is not None:
+        target.amax.copy_(amax)
+    else:
+        target.amax = None if amax is None else amax.to(target.qdata.device, copy=True)
     torch.autograd.graph.increment_version(target)
     target.refresh_copies()
 
@@ -279,7 +283,10 @@ def _plan_optimizer(model, optimizer, values, document):
                     f"optimizer group {i}: {key} is {group.get(key)!r} here, {value!r} in the file"
                 )
         restore.append(lambda group=group, options=options: _set_options(group, options))
+        owns = getattr(optimizer, "owns", None)  # a sharded optimizer takes its part
         for parameter, name in zip(group["params"], groups[i], strict=True):
+            if owns is not None and not owns(parameter):
+                continue
             entries = saved["states"][name]
             restore.append(_plan_state(optimizer, parameter, name, entries, values, document))
     return restore

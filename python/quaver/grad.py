@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import ops
+from .distributed import sharding
 from .tensor import ScaledTensor
 
 
@@ -20,7 +20,8 @@ def clip_grad_norm_(
     """Scale all gradients so that their norm is at most `max_norm`; returns the norm before.
 
     An FP8 gradient is scaled through its scale: its codes are not touched and lose nothing. Where
-    the norm is not finite the gradients stay as they are, and the optimizer skips the step.
+    the norm is not finite the gradients stay as they are, and the optimizer skips the step. Where
+    parameters are spread over ranks (tensor parallel) the norm is the whole model's; all must call.
 
     Raises:
         ValueError: norm_type other than 2 or inf, or a negative max_norm.
@@ -34,14 +35,17 @@ def clip_grad_norm_(
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
-    norm, amax = ops.grad_norm(grads)
-    if norm_type == float("inf"):
-        norm = amax.max()
+    norm = sharding.grad_norm(parameters, norm_type)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"clip_grad_norm_: the gradient norm is {norm.item()}")
+    clip_by_norm_(grads, norm, max_norm)
+    return norm
+
+
+def clip_by_norm_(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients whose norm is `norm` (0-D float32); none where it is not finite."""
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     scaled = [g for g in grads if isinstance(g, ScaledTensor)]
     plain = [g for g in grads if not isinstance(g, ScaledTensor)]
     factors = [g.scale for g in scaled] + [g.amax for g in scaled if g.amax is not None]
     torch._foreach_mul_(factors + plain, factor)
-    return norm

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tensor import ScaledTensor
+from .tensor import GROUP, ScaledTensor
 
 _ops = torch.ops.quaver
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def quantize(
@@ -83,7 +84,8 @@ def cast_transpose(
 class Grouped(NamedTuple):
     """A matrix saved for backward: e4m3 codes [R, C] in groups of 1 x `block` along the last axis.
 
-    Scales are powers of two, one byte each: float8_e8m0fnu [R, ceil(C / block)].
+    Scales are powers of two, one byte each, 2^(byte - 127): uint8 [R, ceil(C / block)]. Not
+    float8_e8m0fnu, the dtype of that format: Inductor takes no op that may write and returns one.
     """
 
     codes: Tensor
@@ -92,7 +94,8 @@ class Grouped(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """scale * codes as a plain tensor."""
-        return _ops.dequantize(self.codes, self.scale.float(), dtype, "block", self.block)
+        scale = self.scale.view(torch.float8_e8m0fnu).float()
+        return _ops.dequantize(self.codes, scale, dtype, "block", self.block)
 
 
 class Normalized(NamedTuple):
@@ -267,20 +270,26 @@ def gemm(
     out: Tensor | None = None,
     accumulate: bool = False,
     fast_accumulate: bool = True,
-) -> Tensor:
+    out_scale: Tensor | None = None,
+) -> Tensor | ScaledTensor:
     """scale_a * scale_b * a @ b.T + bias, in TN layout with f32 accumulation.
 
     Args:
-        a, b: FP8 [M, K] and [N, K], per-tensor or per-row scales; any mix of e4m3 and e5m2.
-        out_dtype: bfloat16 or float32 (ignored where `out` is given).
+        a, b: FP8 [M, K] and [N, K], per-tensor or per-row scales; any mix of e4m3 and e5m2 (CUDA:
+            not both e5m2, and N and K are multiples of 16).
+        out_dtype: bfloat16, float16, float32, or with `out_scale` an FP8 type (ignored where `out`
+            is given).
         bias: [N], added before the one rounding to the output type.
         out: [M, N] to write; with `accumulate` the product is added to it.
         fast_accumulate: on Hopper, keep partial sums in the tensor core's 14-bit accumulator;
             otherwise they are promoted to f32. The CPU always accumulates in f32.
+        out_scale: decode scale, float32 [], to encode an FP8 result with. The result is then a
+            ScaledTensor whose amax is that of the product, from which the next scale can be chosen.
 
     Raises:
         TypeError: an operand that is no ScaledTensor.
-        ValueError: `accumulate` without `out`.
+        ValueError: `accumulate` without `out`; an FP8 `out_dtype` without `out_scale`, or
+            `out_scale` with anything else.
         RuntimeError: shapes and types that do not fit.
     """
     for name, t in (("a", a), ("b", b)):
@@ -288,12 +297,23 @@ def gemm(
             raise TypeError(f"gemm: {name} must be a ScaledTensor, got {type(t).__name__}")
         if t.granularity == "block":
             raise ValueError(f"gemm: {name} has block scales; wanted tensor or row scales")
-    if out is None:
-        if accumulate:
-            raise ValueError("gemm: accumulate needs out=")
-        return _ops.gemm(a.qdata, a.scale, b.qdata, b.scale, bias, out_dtype, fast_accumulate)
-    _ops.gemm_(out, a.qdata, a.scale, b.qdata, b.scale, bias, accumulate, fast_accumulate)
-    return out
+    operands = a.qdata, a.scale, b.qdata, b.scale
+    if out is not None:
+        if out_scale is not None:
+            raise ValueError("gemm: out_scale goes with an FP8 out_dtype, not with out=")
+        _ops.gemm_(out, *operands, bias, accumulate, fast_accumulate)
+        return out
+    if accumulate:
+        raise ValueError("gemm: accumulate needs out=")
+    if (out_scale is not None) != (out_dtype in FP8):
+        raise ValueError(
+            f"gemm: out_scale and an FP8 out_dtype go together, got out_dtype {out_dtype} "
+            f"{'without' if out_scale is None else 'with'} out_scale"
+        )
+    if out_scale is None:
+        return _ops.gemm(*operands, bias, out_dtype, fast_accumulate)
+    q, amax = _ops.gemm_quantize(*operands, bias, out_dtype, out_scale, fast_accumulate)
+    return ScaledTensor(q, out_scale, amax)
 
 
 def none_like(t: Tensor) -> Tensor:
@@ -307,13 +327,16 @@ def parts(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tenso
         return [], [], []
     first = tensors[0]
     none = none_like(first.qdata if isinstance(first, ScaledTensor) else first)
-    values, scales, amaxes = [], [], []
-    for t in tensors:
-        scaled = isinstance(t, ScaledTensor)
-        values.append(t.qdata if scaled else t)
-        scales.append(t.scale if scaled else none)
-        amaxes.append(t.amax if scaled and t.amax is not None else none)
-    return values, scales, amaxes
+    low = [isinstance(t, ScaledTensor) for t in tensors]
+    if not any(low):
+        return list(tensors), [none] * len(low), [none] * len(low)
+    pairs = list(zip(tensors, low, strict=True))
+    amaxes = [t.amax if scaled else None for t, scaled in pairs]
+    return (
+        [t.qdata if scaled else t for t, scaled in pairs],
+        [t.scale if scaled else none for t, scaled in pairs],
+        [none if amax is None else amax for amax in amaxes],
+    )
 
 
 def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -325,6 +348,89 @@ def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     if not grads:
         raise ValueError("grad_norm: no gradients")
     return _ops.grad_norm(*parts(grads))
+
+
+BUCKET_ALIGNMENT = 16  # kBucketAlignment of all_reduce.h
+
+
+def bucket_length(numel: int) -> int:
+    """Places that a tensor takes in a bucket."""
+    return -(-numel // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
+
+
+def share_scales(
+    amaxes: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, mu: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Decode scales for the values of every rank, and for their sum (FP8-LM, equation 4).
+
+    Args:
+        amaxes: float32 [ranks, tensors], the same on every rank.
+        dtype: float8_e4m3fn or float8_e5m2.
+        mu: float32 [tensors]. With it, partial sums of mu * value are to stay in the format
+            (equation 3) and both scales are one. Without, a sum cannot overflow its scale.
+
+    Returns:
+        Two float32 [tensors], powers of two; 1 where an amax is not finite.
+    """
+    return _ops.share_scales(amaxes, mu, dtype)
+
+
+def pack(
+    tensors: list[Tensor],
+    dtype: torch.dtype,
+    length: int,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """One bucket [length] of `dtype` with all tensors, each encoded once by its place in `scales`.
+
+    Tensor i follows tensor i - 1 at the next multiple of 16 places; between and behind them are
+    zeros. Tensors are plain or ScaledTensors with one scale. FP8 needs `scales`, float32 [tensors];
+    other types are scaled by 1 without. Raises RuntimeError where they do not fit.
+    """
+    values, own, _ = parts(tensors)
+    return _ops.pack(values, own, scales, dtype, length)
+
+
+def reduce_shards(
+    shards: Tensor,
+    sizes: list[int],
+    first: int = 0,
+    scales: Tensor | None = None,
+    sum_scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over ranks of one shard of their buckets: f32, in rank order.
+
+    Args:
+        shards: [ranks, length] codes of any format; length a multiple of 16.
+        sizes: elements of each tensor of the bucket (see `pack`).
+        first: the shard's first place in the bucket, a multiple of 16.
+        scales: float32 [tensors], decode scales of the codes; None for 1.
+        sum_scales: float32 [tensors], decode scales of the result; None for 1.
+        dtype: of the result: the codes' (default) or float32.
+
+    Returns:
+        The shard of the sum [length]; float32 [tensors], the amax of the sums of each tensor's part
+        in the shard, before they were encoded; int32 [tensors], how many results are at FP8's
+        finite maximum.
+    """
+    return _ops.reduce_shards(shards, scales, sum_scales, sizes, first, dtype or shards.dtype)
+def encode_state(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, expand: bool = True):
+    """Encode x in groups of 128 flat elements with one float32 scale each, as Adam's moments are.
+
+    Without `expand` a group is x ~= scale * q with scale = amax / finite_max. With it the group's
+    dynamic range is first expanded to the format's: see "Dynamic range expansion" in codec.h (COAT,
+    arXiv 2410.19313, section 4). Rounds to nearest; infinity saturates, NaN stays NaN.
+
+    Args:
+        x: float32, float16 or bfloat16, any shape and strides.
+        dtype: float8_e4m3fn or float8_e5m2.
+
+    Raises:
+        RuntimeError: other types.
+    """
+    q, scale = _ops.encode_state(x, dtype, expand)
+    return ScaledTensor(q, scale, None, torch.float32, "expand" if expand else "group", GROUP)
 
 
 @torch.library.register_fake("quaver::quantize")
@@ -364,7 +470,7 @@ def _both_layouts(like, rows, cols, dtype):
 
 def _grouped(like, block):
     rows, cols = like.shape
-    scale = like.new_empty([rows, (cols + block - 1) // block], dtype=torch.float8_e8m0fnu)
+    scale = like.new_empty([rows, (cols + block - 1) // block], dtype=torch.uint8)
     return like.new_empty([rows, cols], dtype=torch.float8_e4m3fn), scale
 
 
@@ -388,7 +494,7 @@ def _(dy, xq, xscale, mean, rstd, weight, block, has_bias, dx_dtype):
 @torch.library.register_fake("quaver::activate")
 def _(x, up, kind, channel_scale, dtype, scale, history, power_of_two, block):
     rows, cols = x.shape
-    none = [x.new_empty([0], dtype=t) for t in (torch.float8_e4m3fn, torch.float8_e8m0fnu)]
+    none = [x.new_empty([0], dtype=t) for t in (torch.float8_e4m3fn, torch.uint8)]
     return (
         *_both_layouts(x, rows, cols, dtype),
         *_grouped(x, block),
@@ -418,6 +524,12 @@ def _(out, a, scale_a, b, scale_b, bias, accumulate, fast_accumulate):
     return None
 
 
+@torch.library.register_fake("quaver::gemm_quantize")
+def _(a, scale_a, b, scale_b, bias, out_dtype, out_scale, fast_accumulate):
+    q = a.new_empty([a.shape[0], b.shape[0]], dtype=out_dtype)
+    return q, a.new_empty([], dtype=torch.float32)
+
+
 @torch.library.register_fake("quaver::grad_norm")
 def _(grads, scales, amaxes):
     norm = grads[0].new_empty([], dtype=torch.float32)
@@ -430,5 +542,32 @@ def _(q, scale, amax, other, other_scale, other_amax):
 
 
 @torch.library.register_fake("quaver::adam_")
-def _(*args):
+def _(*args, **kwargs):
     return None
+
+
+@torch.library.register_fake("quaver::share_scales")
+def _(amaxes, mu, dtype):
+    scales = amaxes.new_empty([amaxes.shape[1]], dtype=torch.float32)
+    return scales, torch.empty_like(scales)
+
+
+@torch.library.register_fake("quaver::pack")
+def _(tensors, tensor_scales, scales, dtype, length):
+    return tensors[0].new_empty([length], dtype=dtype)
+
+
+@torch.library.register_fake("quaver::reduce_shards")
+def _(shards, scales, sum_scales, sizes, first, dtype):
+    out = shards.new_empty([shards.shape[1]], dtype=dtype)
+    amax = shards.new_empty([len(sizes)], dtype=torch.float32)
+    return out, amax, torch.empty_like(amax, dtype=torch.int32)
+@torch.library.register_fake("quaver::encode_state")
+def _(x, dtype, expand):
+    groups = (x.numel() + GROUP - 1) // GROUP
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty([groups], dtype=torch.float32)
+
+
+@torch.library.register_fake("quaver::decode_state")
+def _(q, scale, expand):
+    return q.new_empty(q.shape, dtype=torch.float32)

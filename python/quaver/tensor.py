@@ -13,6 +13,10 @@ from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 
+GROUP = 128  # flat elements that share a scale in the granularities "group" and "expand"
+
+FLAT = ("group", "expand")
+
 QDTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16)
 
 _TABLE = {}
@@ -35,9 +39,11 @@ def _scale_shape(qdata: Tensor, granularity: str, block: int) -> tuple[int, ...]
         return (*rows, 1)
     if granularity == "block" and block > 0:
         return (*rows, -(-columns // block))
+    if granularity in FLAT and block == GROUP:
+        return (-(-qdata.numel() // GROUP),)
     raise ValueError(
-        f'ScaledTensor: granularity must be "tensor", "row" or "block", got {granularity!r} with '
-        f"block {block}"
+        f'ScaledTensor: granularity must be "tensor", "row", "block", "group" or "expand", got '
+        f"{granularity!r} with block {block}"
     )
 
 
@@ -47,10 +53,14 @@ class ScaledTensor(torch.Tensor):
     Args:
         qdata: float8_e4m3fn, float8_e5m2, float16 or bfloat16 codes, of any shape.
         scale: float32 decode multiplier: 0-D for granularity "tensor", [..., 1] for "row",
-            [..., ceil(cols / block)] for "block".
+            [..., ceil(cols / block)] for "block". Optimizer states also come as "group" and
+            "expand", [ceil(numel / 128)], where "expand" is not linear (ops.encode_state).
         amax: float32 largest magnitude of the values that were encoded, shaped like scale, or None.
             Encoding saturates, so a non-finite amax is the only trace of an infinity.
         dtype: the logical dtype that other code sees.
+        col: the codes of the matrix [rows, last axis], transposed and padded with zeros to
+            multiples of 16: the layout in which a weight gradient reads them. Whoever cast an
+            activation, or the gradient of one, wrote both; a linear layer then casts nothing.
 
     Raises:
         TypeError: a dtype that is none of the above.
@@ -60,15 +70,32 @@ class ScaledTensor(torch.Tensor):
     qdata: Tensor
     scale: Tensor
     amax: Tensor | None
+    col: Tensor | None
 
     @staticmethod
-    def __new__(cls, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128):
+    def __new__(
+        cls,
+        qdata,
+        scale,
+        amax=None,
+        dtype=torch.float32,
+        granularity="tensor",
+        block=128,
+        col=None,
+    ):
         return torch.Tensor._make_wrapper_subclass(
             cls, qdata.size(), strides=qdata.stride(), dtype=dtype, device=qdata.device
         )
 
     def __init__(
-        self, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128
+        self,
+        qdata,
+        scale,
+        amax=None,
+        dtype=torch.float32,
+        granularity="tensor",
+        block=128,
+        col=None,
     ):
         if qdata.dtype not in QDTYPES:
             raise TypeError(f"ScaledTensor: qdata must be one of {QDTYPES}, got {qdata.dtype}")
@@ -85,10 +112,14 @@ class ScaledTensor(torch.Tensor):
         self.amax = amax
         self.granularity = granularity
         self.block = block
+        self.col = col
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded values as a plain tensor of `dtype` (default: the logical dtype)."""
         dtype = dtype or self.dtype
+        if self.granularity in FLAT:
+            expand = self.granularity == "expand"
+            return torch.ops.quaver.decode_state(self.qdata, self.scale, expand).to(dtype)
         direct = dtype in (torch.float32, torch.float16, torch.bfloat16)
         out = torch.ops.quaver.dequantize(
             self.qdata,
@@ -99,7 +130,7 @@ class ScaledTensor(torch.Tensor):
         )
         return out if direct else out.to(dtype)
 
-    def _like(self, qdata, scale=None, amax=None, dtype=None) -> ScaledTensor:
+    def _like(self, qdata, scale=None, amax=None, dtype=None, col=None) -> ScaledTensor:
         """This tensor's kind around other data."""
         return ScaledTensor(
             qdata,
@@ -108,15 +139,17 @@ class ScaledTensor(torch.Tensor):
             dtype or self.dtype,
             self.granularity,
             self.block,
+            col,
         )
 
     def _map(self, function, dtype=None) -> ScaledTensor:
         """`function` on every tensor inside."""
-        amax = None if self.amax is None else function(self.amax)
-        return self._like(function(self.qdata), function(self.scale), amax, dtype)
+        amax, col = (None if t is None else function(t) for t in (self.amax, self.col))
+        return self._like(function(self.qdata), function(self.scale), amax, dtype, col)
 
     def refresh_copies(self) -> ScaledTensor:
         """To be called after the contents changed: a weight's FP8 copies follow it."""
+        self.col = None
         copies = self.__dict__.get("fp8_weight")
         if copies is not None:
             copies.rewrite(self)
@@ -131,6 +164,12 @@ class ScaledTensor(torch.Tensor):
                 self.amax.copy_(self.qdata.abs().amax() if self.numel() else 0.0)
             return self.refresh_copies()
         value = value.to(torch.float32) if value.dtype == torch.float64 else value
+        if self.granularity in FLAT:
+            value, expand = value.expand(self.shape), self.granularity == "expand"
+            q, scale = torch.ops.quaver.encode_state(value, self.qdata.dtype, expand)
+            self.qdata.copy_(q)
+            self.scale.copy_(scale)
+            return self
         q, scale, amax = torch.ops.quaver.quantize(
             value.expand(self.shape).contiguous(),
             self.qdata.dtype,
@@ -148,19 +187,31 @@ class ScaledTensor(torch.Tensor):
             self.amax.copy_(amax)
         return self.refresh_copies()
 
+    def __setitem__(self, index, value) -> None:
+        """Decodes, writes and encodes anew. torch's own would write into a decoded copy."""
+        plain = self.detach().dequantize()
+        plain[index] = value
+        self.copy_(plain)
+
     def __getstate__(self):
         """For files and copies; the FP8 copies of a weight are a function of it."""
         return {k: v for k, v in self.__dict__.items() if k != "fp8_weight"}
 
     def __tensor_flatten__(self):
-        names = ["qdata", "scale"] + (["amax"] if self.amax is not None else [])
-        return names, (self.dtype, self.granularity, self.block)
+        optional = [name for name in ("amax", "col") if getattr(self, name) is not None]
+        return ["qdata", "scale", *optional], (self.dtype, self.granularity, self.block)
 
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride):
         dtype, granularity, block = context
         return ScaledTensor(
-            inner["qdata"], inner["scale"], inner.get("amax"), dtype, granularity, block
+            inner["qdata"],
+            inner["scale"],
+            inner.get("amax"),
+            dtype,
+            granularity,
+            block,
+            inner.get("col"),
         )
 
     def __repr__(self, *, tensor_contents=None):
@@ -247,7 +298,10 @@ def _to_copy(func, x, *, dtype=None, device=None, non_blocking=False, **kwargs):
 def _view(func, x, *args):
     if x.granularity != "tensor":
         return NotImplemented
-    return x._like(func(x.qdata, *args))
+    qdata = func(x.qdata, *args)
+    # Leading axes split or joined are the same matrix.
+    views = func in (aten.view.default, aten._unsafe_view.default)
+    return x._like(qdata, col=x.col if views and qdata.shape[-1:] == x.shape[-1:] else None)
 
 
 @_implements(aten.copy_.default)
@@ -285,7 +339,7 @@ def _scale_(func, x, factor):
     one = not isinstance(factor, Tensor) or (
         factor.dim() == 0 and not isinstance(factor, ScaledTensor)
     )
-    if not (isinstance(x, ScaledTensor) and one):
+    if not (isinstance(x, ScaledTensor) and one) or x.granularity == "expand":
         return NotImplemented
     func(x.scale, factor)
     if x.amax is not None:
@@ -318,6 +372,7 @@ def _accumulate_(func, target, other, *, alpha=1):
         other.scale if scaled else None,
         other.amax if scaled else None,
     )
+    target.col = None
     return target
 
 
