@@ -1,8 +1,8 @@
 """The build that a GPU report measures: made here, or carried from a machine that can compile.
 
 QUAVER_REPORT_BUILD=build|carried|auto; auto takes a carried build of these very sources, which
-saves minutes, and builds otherwise. Carried is python/quaver/ with its library, or a wheel in dist/,
-with the dist/carried.json of `make carried`. Leaves {work}/build.json: how, the folder for
+saves minutes, and builds otherwise. Carried is a wheel in dist/, or python/quaver/ with its library,
+beside the dist/carried.json of `make carried`. Leaves {work}/build.json: how, the folder for
 PYTHONPATH, the C++ bench, build_info and recipes.
 """
 
@@ -106,22 +106,22 @@ def carried(work):
     stamp = json.loads(STAMP.read_text())
     if stamp["sources"] != digest():
         raise BuildError(f"the carried build is of other sources, commit {stamp['commit']}")
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    wheels = sorted((ROOT / "dist").glob(f"quaver-*-{tag}-*.whl"))
+    if wheels:
+        site = work / "site"
+        shutil.rmtree(site, ignore_errors=True)
+        with zipfile.ZipFile(wheels[-1]) as wheel:
+            wheel.extractall(site)
+        return site
     package = ROOT / "python/quaver"
     module = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.is_file() and (package / "lib/libquaver.so").is_file():
         return ROOT / "python"
-    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    wheels = sorted((ROOT / "dist").glob(f"quaver-*-{tag}-*.whl"))
-    if not wheels:
-        raise BuildError(
-            f"no carried build for Python {platform.python_version()}: neither {module} "
-            f"nor dist/quaver-*-{tag}-*.whl"
-        )
-    site = work / "site"
-    shutil.rmtree(site, ignore_errors=True)
-    with zipfile.ZipFile(wheels[-1]) as wheel:
-        wheel.extractall(site)
-    return site
+    raise BuildError(
+        f"no carried build for Python {platform.python_version()}: neither "
+        f"dist/quaver-*-{tag}-*.whl nor {module}"
+    )
 
 
 def find_bench():
