@@ -14,7 +14,10 @@ TIMEOUT = 60  # seconds: a hang fails
 
 _context = multiprocessing.get_context("forkserver")
 # What a rank would take seconds to import: converting a model brings the compiler.
-_context.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "quaver", "quaver.train"])
+_context.set_forkserver_preload([
+    "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "matplotlib.pyplot",
+    "quaver", "quaver.train",
+])  # fmt: skip
 
 
 class Ranks:

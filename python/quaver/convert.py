@@ -16,7 +16,7 @@ from .nn.linear import Linear, convert_weight
 from .nn.mlp import MLP
 from .nn.norm import Norm
 from .ops import FLOATS
-from .tensor import ScaledTensor
+from .tensor import ScaledTensor, is_sharded
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def convert(
 
     Raises:
         TypeError: `skip` is a string, the model is no module, or a weight is, say, float64.
-        ValueError: an unknown recipe, or a model that was converted by another one.
+        ValueError: an unknown recipe, a model that was converted by another one, or a sharded one.
     """
     if isinstance(skip, str):
         raise TypeError(f"convert: skip must be several names, got the string {skip!r}")
@@ -116,6 +116,10 @@ def _convert_linear(model, chosen, skip, report) -> None:
             report.left[name] = "its weight is computed by a hook"
         elif _matches(name, skip):
             report.left[name] = "it is skipped"
+        elif is_sharded(module.weight):
+            raise ValueError(
+                f"convert: {name or 'the model'} is sharded over ranks; convert before sharding"
+            )
         elif module.weight.dtype not in FLOATS:
             raise TypeError(
                 f"convert: {name or 'the model'} has a weight of {module.weight.dtype}; wanted "

@@ -7,6 +7,7 @@ from torch import nn
 
 from quaver import structure
 from quaver.nn import MLP, Linear, Norm
+from quaver.tensor import is_sharded, local
 
 __all__ = ["SavedActivations", "memory_report", "saved_activations"]
 
@@ -16,9 +17,10 @@ OUTSIDE = "outside"  # the layer of what is saved outside of the model's forward
 
 
 def plain_tensors(value):
-    """The plain tensors that a tensor consists of: one, or those inside a wrapper subclass."""
+    """The plain tensors that a tensor consists of here: one, or those inside a wrapper subclass."""
     if value is None:
         return []
+    value = local(value)
     if hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
         return [inner for name in names for inner in plain_tensors(getattr(value, name))]
@@ -40,9 +42,13 @@ class _Ledger:
 
     def add(self, kind, value):
         """Books `value` under `kind`; returns the bytes that are new."""
-        new = {at: s for at, s in _storages(value).items() if at not in self.seen}
+        if is_sharded(value):  # FSDP2 lays the gradients of several parameters into one storage
+            found = {t.data_ptr(): t.nbytes for t in plain_tensors(value) if t.nbytes}
+        else:
+            found = {at: storage.nbytes() for at, storage in _storages(value).items()}
+        new = {at: size for at, size in found.items() if at not in self.seen}
         self.seen |= new
-        size = sum(storage.nbytes() for storage in new.values())
+        size = sum(new.values())
         self.bytes[kind] += size
         return size
 
@@ -69,7 +75,8 @@ def memory_report(model, optimizer=None, activations=None):
         converted): bytes per weight for each kind, "state" = master + grad + exp_avg + exp_avg_sq,
         and "all" with weight and weight_fp8 too. Scales are counted with what they scale.
 
-    Every storage counts once, with all its bytes. Gradients are there only between backward and
+    Of a sharded tensor this rank's elements count. Every other storage counts once, with all its
+    bytes. Gradients are there only between backward and
     zero_grad, states only after the first step.
     """
     ledger = _Ledger()

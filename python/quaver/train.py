@@ -194,14 +194,17 @@ def _run(settings, world, writer):
             world.first(lambda: folder.write_summary(summary))
         rows = settings.batch * settings.accumulate
         title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
-        world.first(lambda: plot_losses(folder.plot_path, losses, title, baseline(losses)))
-        memories = {name: result["memory"] for name, result in results.items()}
-        title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
-        path = folder.memory_plot_path
-        world.first(lambda: plot_memory(path, memories, title, baseline(memories)))
+        world.first(lambda: _plot(folder, losses, results, title, settings))
     paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
     show(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
     return summary
+
+
+def _plot(folder, losses, results, title, settings):
+    plot_losses(folder.plot_path, losses, title, baseline(losses))
+    memories = {name: result["memory"] for name, result in results.items()}
+    title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
+    plot_memory(folder.memory_plot_path, memories, title, baseline(memories))
 
 
 def _open(folder, config, settings, stack):
@@ -273,7 +276,7 @@ class Job:
         self.settings, self.model_config, self.text = settings, model_config, text
         self.device, self.folder, self.writer = device, folder, writer
         self.world = world or distributed.World(device)
-        self.parallel = None
+        self.parallel = self.transport = None
 
     def train(self, name, stop, done=None):
         """Trains recipe `name` from its checkpoint, or from the start. Returns its result and the
@@ -291,7 +294,7 @@ class Job:
         if report.converted and writes:
             print(f"{name} {report}")
         if world.size > 1:
-            self.parallel = distributed.ddp(model, optimizer=optimizer, group=world.data_group)
+            self._connect(model, optimizer)
         parts = () if world.tensor is None else (world.tensor.rank, world.tensor.size)
         checkpoint = self.folder.checkpoint_path(name, *parts)
         start, skipped = 0, 0
@@ -329,7 +332,7 @@ class Job:
                     progress.say(f"{name} stopped after step {step}; --resume continues")
                     raise Interrupted
         result = self._result(name, model, optimizer, metrics.lines)
-        self.parallel = None
+        self.parallel = self.transport = None
         if any(world.share(stop.is_set())):
             raise Interrupted
         return result, [line["loss"] for line in metrics.lines]
@@ -362,22 +365,45 @@ class Job:
         model = models.build(self.model_config).to(self.device)
         model = qv.convert(model, recipe=name)
         chosen, world = recipe.get(name), self.world
+        parallel = parse_parallel(self.settings.parallel)
         if world.tensor is not None:
             try:
                 distributed.parallelize(model, world.tensor, fp8_sum=chosen.fp8_sum)
             except ValueError as error:
                 raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
+        fsdp = "fsdp" in parallel and world.size > 1
+        if fsdp:
+            self._shard(model, chosen)
         options = {"lr": self.settings.lr, "betas": BETAS, "recipe": name}
-        if chosen.replica or "zero" in parse_parallel(self.settings.parallel):
+        if "zero" in parallel or (chosen.replica and not fsdp):
             options["group"] = world.data_group
             return model, distributed.ZeroAdamW(_groups(model), **options)
         return model, qv.AdamW(_groups(model), **options)
 
     def _traffic(self):
         """Bytes that this rank sent so far, by kind."""
-        transports = [self.parallel.transport] if self.parallel else []
-        transports += [self.world.tensor] if self.world.tensor else []
+        transports = [t for t in (self.transport, self.world.tensor) if t]
         return {kind: sum(t.traffic[kind] for t in transports) for kind in distributed.KINDS}
+
+    @staticmethod
+    def _shard(model, chosen):
+        if chosen.linear is not None:
+            distributed.fully_shard(model)
+            return
+        # What FSDP2 does without FP8: weights and gradients travel in the autocast dtype.
+        low = chosen.autocast == torch.bfloat16
+        policy = torch.distributed.fsdp.MixedPrecisionPolicy(
+            param_dtype=chosen.autocast, reduce_dtype=torch.float32
+        )
+        distributed.fully_shard(model, gradient="bf16" if low else "f32", mp_policy=policy)
+
+    def _connect(self, model, optimizer):
+        """After `build`: what averages gradients, unless FSDP2 does, and what counts the bytes."""
+        if "fsdp" in parse_parallel(self.settings.parallel):
+            self.transport = distributed.transport_of(model)
+        else:
+            self.parallel = distributed.ddp(model, optimizer=optimizer, group=self.world.data_group)
+            self.transport = self.parallel.transport
 
     def _loss(self, name, model, inputs, targets):
         inputs, targets = inputs.to(self.device), targets.to(self.device)
@@ -431,7 +457,7 @@ class Job:
             "grad_norm": _finite(float(norm)),
             "tokens_per_s": tokens / (time.perf_counter() - began),
         } | measured
-        if self.parallel:
+        if self.transport:
             after = self._traffic()
             line["communication"] = {kind: after[kind] - before[kind] for kind in after}
         return line
@@ -441,11 +467,14 @@ class Job:
         """Ranks take turns with the batches, which are those of one process."""
         model.eval()
         found = {}
-        batches = self.text.validation(self.settings.batch, self.settings.seq)
-        for i, (inputs, targets) in enumerate(batches):
-            if i % self.world.data_size == self.world.data_rank:
-                loss = self._loss(name, model, inputs, targets).item()
-                found[str(i)] = (loss * len(inputs), len(inputs))
+        batches = list(self.text.validation(self.settings.batch, self.settings.seq))
+        # The same number on every rank, because forwards of a sharded model are collective: whose
+        # turn does not come again does an earlier batch again.
+        for turn in range(0, len(batches), self.world.data_size):
+            i = min(turn + self.world.data_rank, len(batches) - 1)
+            inputs, targets = batches[i]
+            loss = self._loss(name, model, inputs, targets).item()
+            found[str(i)] = (loss * len(inputs), len(inputs))
         model.train()
         everywhere = {int(i): pair for part in self.world.share(found) for i, pair in part.items()}
         pairs = [everywhere[i] for i in range(len(everywhere))]

@@ -1,5 +1,7 @@
 """FP8 across ranks, on stock torch.distributed."""
 
+import importlib
+
 from . import tensor_parallel
 from .all_reduce import all_reduce_mean, reduce_scatter_mean
 from .auto_scale import AutoScale, AutoScaleRule
@@ -24,6 +26,7 @@ __all__ = [
     "all_reduce_mean",
     "compare",
     "ddp",
+    "fully_shard",
     "gather_state",
     "init",
     "load",
@@ -31,6 +34,17 @@ __all__ = [
     "reduce_scatter_mean",
     "save",
     "scatter_state",
+    "sync_scales",
     "tensor_parallel",
+    "transport_of",
     "zero_partition",
 ]
+
+_FSDP = ("fully_shard", "sync_scales", "transport_of")
+
+
+def __getattr__(name):
+    # FSDP2 and DTensors take a second to import: only for those who use them.
+    if name not in _FSDP:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.fsdp"), name)

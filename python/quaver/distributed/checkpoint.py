@@ -1,19 +1,22 @@
 """One file for all ranks, which any number of ranks can continue from.
 
 Rank 0 writes what qv.save writes, with the states of every owner. What differs from rank to rank
-(random generators) is kept for each, and comes back where as many ranks continue.
+(random generators) is kept for each, and comes back where as many ranks continue. A model that is
+sharded by FSDP2 has a folder instead, to which every rank writes: sharded_checkpoint.py. A folder
+that is there already stays one.
 """
 
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import checkpoint, rng
 from ..files import FileError
-from ..tensor import ScaledTensor
+from ..tensor import ScaledTensor, is_sharded
 from .ddp import DataParallel
 from .transport import Transport
 from .zero import ZeroAdamW
@@ -34,6 +37,10 @@ def save(
 ) -> None:
     """qv.save of all ranks together: collective, written by rank 0. With `parallel` its
     auto-scaling is stored too. Raises CheckpointError or OSError as qv.save does, on every rank."""
+    if _is_sharded(model) or Path(path).is_dir():
+        from . import sharded_checkpoint  # a second to import
+
+        return sharded_checkpoint.save(path, model, optimizer, step=step, extra=extra)
     transport = _transport(optimizer, parallel)
     notes = {
         "random": transport.share(_random(), _device(model)),
@@ -60,6 +67,10 @@ def load(path, model: nn.Module, optimizer=None, *, parallel: DataParallel | Non
     Random generators come back to each rank if as many ranks wrote the file; otherwise they stay as
     they are. Raises CheckpointError on every rank if one of them cannot load.
     """
+    if _is_sharded(model) or Path(path).is_dir():
+        from . import sharded_checkpoint
+
+        return sharded_checkpoint.load(path, model, optimizer)
     transport = _transport(optimizer, parallel)
     before = rng.get_state()
     error = state = None
@@ -84,6 +95,10 @@ def load(path, model: nn.Module, optimizer=None, *, parallel: DataParallel | Non
     if parallel is not None and notes["parallel"] is not None:
         parallel.load_state_dict(notes["parallel"])
     return {"step": state["step"], "extra": state["extra"]["extra"]}
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(is_sharded(p) for p in model.parameters())
 
 
 def _transport(optimizer, parallel) -> Transport:

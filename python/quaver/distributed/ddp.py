@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..memory import plain_tensors
-from ..nn.linear import HISTORY_STATE
+from ..nn.common import HISTORY_STATE
 from ..tensor import ScaledTensor
 from .all_reduce import ALGORITHMS, FP8, Protocol, Reduced, reduce_to_owners, ring, two_shot
 from .auto_scale import AutoScale, AutoScaleRule

@@ -300,7 +300,7 @@ class ColumnParallelLinear(_Column, Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x, taken = self._take(x)
-        row, col, w_scale = self._gemm_weight()
+        row, col, w_scale, _ = self.gemm_weight()
         return _Product.apply(
             x, self.weight, self.bias, _pad(_matrix(x.qdata)), taken.kept, taken.scale, row, col,
             w_scale, taken.again, None, self.grad_history if self.training else None,
@@ -319,7 +319,7 @@ class RowParallelLinear(Linear):
                 f"{list(x.shape)}"
             )
         out = _out_dtype(x)
-        row, col, w_scale = self._gemm_weight()
+        row, col, w_scale, _ = self.gemm_weight()
         both = torch.is_grad_enabled() and self.weight.requires_grad
         q, qt, scale = self._cast(x, both)
         y = _Product.apply(

@@ -380,6 +380,8 @@ def _check_ties(model: nn.Module, styles) -> None:
 def _check_linear(style: str, name: str, module: nn.Module) -> None:
     if type(module) not in (nn.Linear, Linear):
         raise TypeError(f"{style}: {name} must be a Linear, got {type(module).__name__}")
+    if getattr(module, "channel_amax", None) is not None:
+        raise ValueError(f"{style}: {name} is smoothed by channels, which cannot be spread yet")
 
 
 def _spread(module: nn.Module, name: str, shard: sharding.Shard) -> None:

@@ -78,13 +78,14 @@ class Transport:
                 f"rank {self.rank}, {what}: {culprit or 'a message failed'}: {error}"
             ) from error
 
-    def all_gather(self, x: Tensor, kind: str) -> Pending:
-        """Every rank's x, of one shape: [ranks, *shape]."""
+    def all_gather(self, x: Tensor, kind: str, out: Tensor | None = None) -> Pending:
+        """Every rank's x, of one shape: [ranks, *shape], in `out` where that is given, of which
+        x may be this rank's row."""
         shape = (self.size, *x.shape)
-        if self.size == 1:
+        if self.size == 1 and out is None:
             return self._pending("all_gather", (), lambda: x.reshape(shape))
         sent = _bytes(x)
-        got = sent.new_empty(self.size * sent.numel())
+        got = sent.new_empty(self.size * sent.numel()) if out is None else _bytes(out)
         self.traffic[kind] += (self.size - 1) * sent.numel()
         work = self._start("all_gather", lambda: _all_gather(
             got, sent, group=self.group, async_op=True))  # fmt: skip

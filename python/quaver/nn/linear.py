@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import recipe as recipes
-from ..tensor import ScaledTensor
+from ..tensor import ScaledTensor, is_sharded
 from .common import HISTORY_STATE, cast_history, keep_f32, pad, poison, ready_cast
 
 _ops = torch.ops.quaver
@@ -43,6 +43,14 @@ class GemmWeight:
     channels: Tensor | None = None
     channel_amax: Tensor | None = None
     amax_version: int = 0  # of the channel_amax that `channels`, or the forwards since, know
+
+    @staticmethod
+    def rows(weight: ScaledTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """row, unpadded, and decode scale of a master or a shard of one: element by element, so the
+        shards' codes are the whole weight's."""
+        step = weight.scale.new_full((), MASTER_TO_FP8)
+        row, _, _ = _ops.quantize(weight.qdata, dtype, step, None, "tensor", 128, True, False, 0)
+        return row, weight.scale * MASTER_TO_FP8
 
     @staticmethod
     def encode(
@@ -100,6 +108,7 @@ class _LinearFunction(torch.autograd.Function):
         y = _ops.gemm(q, scale, w_row, w_scale, padded_bias, out_dtype, True)
         ctx.save_for_backward(qt, scale)
         # Not saved tensors: they belong to the module, and the optimizer rewrites them in place.
+        # An all-gathered weight's w_col is None: it is freed until backward gathers it again.
         ctx.w_col, ctx.w_scale, ctx.history, ctx.channels = w_col, w_scale, history, channels
         ctx.out_dtype, ctx.grad_dtype, ctx.weight_grad = out_dtype, grad_dtype, weight_grad
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -137,7 +146,10 @@ class _LinearFunction(torch.autograd.Function):
                 raise RuntimeError(
                     "Linear: the weight was changed in place between this forward and its backward"
                 )
-            dx = _ops.gemm(gq, g_scale, ctx.w_col, ctx.w_scale, None, ctx.out_dtype, False)
+            w_col = ctx.w_col
+            if w_col is None:
+                w_col = pad(ctx.weight.qdata).t().contiguous()
+            dx = _ops.gemm(gq, g_scale, w_col, ctx.w_scale, None, ctx.out_dtype, False)
             dx = dx[: dy.shape[0], :k].reshape(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:
             wide = ctx.weight_grad == "f32"
@@ -221,8 +233,12 @@ class Linear(nn.Linear):
         self.refresh()
 
     def refresh(self) -> GemmWeight:
-        """The weight's FP8 copies, encoded anew if it changed since, by whatever hand."""
+        """The weight's FP8 copies, encoded anew if it changed since, by whatever hand. None where
+        FSDP2 holds the weight: it is a shard, or codes gathered for one forward or backward."""
         weight = self.weight
+        if is_sharded(weight) or getattr(weight, "gathered", False):
+            self.fp8_weight = None
+            return None
         copies = weight.__dict__.get("fp8_weight")
         amax = self.channel_amax
         fits = copies is not None and copies.row.device == weight.device
@@ -243,8 +259,13 @@ class Linear(nn.Linear):
         self.fp8_weight = copies  # a graph cannot look into the weight
         return copies
 
-    def gemm_weight(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def gemm_weight(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """row, col, scale and channels of the weight's FP8 copies."""
+        if getattr(self.weight, "gathered", False):
+            if self.channel_amax is not None:
+                raise RuntimeError("Linear: Smooth-SwiGLU does not go with FSDP2's sharded weights")
+            self.fp8_weight = None
+            return pad(self.weight.qdata), None, self.weight.scale, None
         if not torch.compiler.is_compiling():
             copies = self.refresh()
         elif isinstance(self.weight, ScaledTensor):
@@ -307,7 +328,7 @@ class Linear(nn.Linear):
         grad_history = self.grad_history if self.training else None
         y = _LinearFunction.apply(
             x, self.weight, self.bias, q, qt, scale, row, col, w_scale, channels, grad_history,
-            product, self.rule.grad_output, self.rule.weight_grad,
+            product, self.rule.grad_output, "f32" if col is None else self.rule.weight_grad,
         )  # fmt: skip
         return y.to(out)
 
