@@ -1,7 +1,7 @@
 """The build that a GPU report measures: made here, or carried from a machine that can compile.
 
 QUAVER_REPORT_BUILD=build|carried|auto; auto takes a carried build of these very sources, which
-saves minutes, and builds otherwise. Carried is a wheel in dist/, or python/quaver/ with its library,
+saves minutes, and builds otherwise. Carried is a wheel in dist/ or a built python/quaver/,
 beside the dist/carried.json of `make carried`. Leaves {work}/build.json: how, the folder for
 PYTHONPATH, the C++ bench, build_info and recipes.
 """
