@@ -1,4 +1,6 @@
-"""AdamW with FP8-LM's states against torch's fused AdamW in f32: 20 M parameters in 200 tensors."""
+"""AdamW with FP8 states against torch's fused AdamW in f32: 20 M parameters in 200 tensors."""
+
+import dataclasses
 
 import common
 import torch
@@ -9,14 +11,13 @@ import quaver as qv
 TENSORS, SHAPE = 200, (400, 250)
 
 
-def quaver_step(recipe):
+def quaver_step(recipe, converted, dtype=torch.float32):
     """The whole of `qv.AdamW.step`, as a training loop calls it."""
     params = []
     for _ in range(TENSORS):
-        w = torch.randn(SHAPE)
-        low = recipe.startswith("fp8lm")
-        p = nn.Parameter(qv.quantize(w, torch.float16) if low else w)
-        p.grad = qv.quantize(torch.randn(SHAPE)) if low else torch.randn(SHAPE)
+        w, grad = torch.randn(SHAPE), torch.randn(SHAPE)
+        p = nn.Parameter(qv.quantize(w, torch.float16) if converted else w.to(dtype))
+        p.grad = qv.quantize(grad) if converted else grad.to(dtype)
         params.append(p)
     return qv.AdamW(params, recipe=recipe).step
 
@@ -31,16 +32,29 @@ def torch_step():
 def bench(pairs):
     baseline = torch_step()
     count = TENSORS * SHAPE[0] * SHAPE[1]
+    coat = qv.recipe.get("coat")
+    exact = dataclasses.replace(coat, bf16_master="remainder")
+    random = dataclasses.replace(coat, bf16_master="stochastic")
+    bf16 = torch.bfloat16
     # Read and written: master, m and v; the gradient is read.
-    for recipe, traffic in (("fp8lm-o2", 1 + 2 * 5), ("fp8lm-o1", 1 + 2 * 10), ("f32", 4 + 2 * 12)):
+    moments = 2 * (2 + 8 / 128)
+    for name, step, traffic, bar in (
+        ("fp8lm-o2", quaver_step("fp8lm-o2", True), 1 + 2 * 5, 1.0),
+        ("fp8lm-o1", quaver_step("fp8lm-o1", True), 1 + 2 * 10, None),
+        ("f32", quaver_step("f32", False), 4 + 2 * 12, None),
+        ("coat", quaver_step("coat", True), 1 + 2 * 2 + moments, 0.5),
+        ("coat, f32 weights", quaver_step("coat", False), 4 + 2 * 4 + moments, 0.5),
+        ("coat, bf16 + remainder", quaver_step(exact, False, bf16), 2 + 2 * 4 + moments, 0.5),
+        ("coat, bf16 stochastic", quaver_step(random, False, bf16), 2 + 2 * 2 + moments, None),
+    ):
         yield common.compare(
-            f"AdamW {recipe}, {count // 10**6} M in {TENSORS} tensors",
+            f"AdamW {name}, {count // 10**6} M in {TENSORS} tensors",
             baseline,
-            quaver_step(recipe),
+            step,
             baseline_name="torch AdamW(fused=True) f32",
             pairs=pairs,
             bytes=traffic * count,
-            bar=1.0 if recipe == "fp8lm-o2" else None,
+            bar=bar,
         )
 
 
