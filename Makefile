@@ -32,12 +32,11 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc includ
 BUILT := build/.built$(subst /,-,$(PY))
 # What `make cuda` compiles for; a build in place is for sm_90a alone unless told otherwise.
 ARCHS := $(or $(QUAVER_CUDA_ARCHS),80;89;90a;100)
-GEMMS := $(wildcard csrc/cuda/gemm_sm90_*.cu)
 HAS_TORCH := import importlib.metadata as m; assert tuple(map(int, m.version('torch').split('.')[:2])) >= (2, 11)
 SHA256 := import hashlib, torch, quaver._load as q; \
 	print('torch', torch.__version__, hashlib.sha256(q.LIBRARY.read_bytes()).hexdigest(), q.LIBRARY)
 
-.PHONY: build demo test test-sanitize test-abi bench cuda wheel lint format clean check-python
+.PHONY: build demo test test-sanitize test-abi bench cuda carried gpu-report gpu-report-plan wheel lint format clean check-python
 
 build: $(BUILT)
 
@@ -66,12 +65,26 @@ bench: $(BUILT)
 	  echo "== $$bench"; case $$bench in *.py) $(PY) $$bench;; *) $$bench;; esac; done
 
 # Needs nvcc, but no GPU.
-cuda: $(READY) $(if $(GEMMS),build/cutlass/.$(CUTLASS)) $(if $(shell command -v cuobjdump),,build/cuobjdump/.$(CUOBJDUMP))
+cuda: $(READY) $(if $(QUAVER_CUTLASS_DIR),,build/cutlass/.$(CUTLASS)) $(if $(shell command -v cuobjdump),,build/cuobjdump/.$(CUOBJDUMP))
 	cmake -S . -B build/cuda -G Ninja -DQUAVER_CUDA=on -DQUAVER_BINDING=OFF \
 	  -DQUAVER_CUDA_ARCHS="$(ARCHS)" -DQUAVER_CUTLASS_DIR="$(QUAVER_CUTLASS_DIR)" \
 	  -DCMAKE_CUDA_FLAGS="-Werror=all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
-	cmake --build build/cuda --target quaver_cuda
+	cmake --build build/cuda --target quaver_cuda bench_cuda test_cutlass_schedule
+	build/cuda/tests/test_cutlass_schedule
 	PATH="$$PATH:$(CURDIR)/build/cuobjdump/nvidia/cu13/bin" $(PY) cmake/check_cuda.py build/cuda/libquaver_cuda.a $(subst ;, ,$(ARCHS))
+
+# A build for `make gpu-report` on a machine that cannot compile, of QUAVER_PYTHON's version: carry dist/.
+carried: export QUAVER_CUDA := on
+carried: wheel
+	cmake --build build/release --target bench_cuda
+	$(PY) bench/gpu_build.py --stamp
+
+# Of the standard library alone, so that it runs where nothing can be installed.
+gpu-report: $(if $(QUAVER_PYTHON),,$(READY))
+	$(PY) bench/gpu_report.py
+
+gpu-report-plan: $(BUILT)
+	$(PY) bench/gpu_report.py --dry-run
 
 wheel: $(BUILT)
 	rm -rf dist

@@ -2,22 +2,59 @@
 
 A shared machine drifts by tens of percent over seconds. Two runs next to each other see the same
 machine, so the ratio of a pair is steady where the times are not.
+
+A bench gives `main` its rows as Cases, which allocate nothing until their turn comes: `--list`
+shows them on any machine. `--device cuda` measures with the device's own clock (gpu.py).
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
+import gpu
+import targets
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAIRS = 30
+
+
+class NotHereError(Exception):
+    """Raised by a Case's `build` where something that the row needs is not on this machine."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row to be measured. `build()` allocates and returns baseline and candidate, two functions
+    of no arguments.
+
+    `bytes` and `flops` are of one call of the candidate and add GB/s and TFLOP/s to the row; `bar`
+    is what the ratio should be at least; `target` is the key of the row of targets.py that this
+    one counts for.
+    """
+
+    name: str
+    baseline: str
+    build: Callable[[], tuple[Callable[[], object], Callable[[], object]]]
+    bytes: int | None = None
+    flops: int | None = None
+    bar: float | None = None
+    target: str | None = None
+
+    def heading(self):
+        row = {"name": self.name, "baseline": self.baseline}
+        return row | ({"target": self.target} if self.target else {})
 
 
 def machine():
@@ -47,6 +84,7 @@ def machine():
 
 
 def seconds(function, calls):
+    """Wall-clock seconds of one call, the device's work included."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.synchronize()
@@ -58,33 +96,50 @@ def seconds(function, calls):
     return (time.perf_counter() - start) / calls
 
 
+def spread(ratios):
+    """Median and quartiles of the pairs' ratios. One pair has no spread."""
+    if len(ratios) == 1:
+        return {"ratio": ratios[0], "iqr": [ratios[0], ratios[0]]}
+    low, _, high = quantiles(ratios, n=4)
+    return {"ratio": median(ratios), "iqr": [low, high]}
+
+
 def compare(
-    name, baseline, candidate, *, baseline_name, pairs=PAIRS, bytes=None, flops=None, bar=None
+    name,
+    baseline,
+    candidate,
+    *,
+    baseline_name,
+    pairs=PAIRS,
+    bytes=None,
+    flops=None,
+    bar=None,
+    target=None,
+    clock=seconds,
+    turn=0.01,
+    most_calls=10_000,
 ):
     """Times `baseline` against `candidate`; the ratio is how many times faster the candidate is.
 
-    `bytes` and `flops` are of one call of the candidate and add GB/s and TFLOP/s to the row; `bar`
-    is what the ratio should be at least.
+    `clock(function, calls)` gives the seconds of one call, and `turn` is how long a turn should
+    last, so that the clock's and the scheduler's grains do not matter. The rest is as in `Case`.
     """
     baseline(), candidate()
-    # Enough calls a turn that the clock's and the scheduler's grains do not matter.
-    calls = max(1, round(0.01 / max(1e-9, min(seconds(baseline, 1), seconds(candidate, 1)))))
-    seconds(baseline, calls), seconds(candidate, calls)
+    shorter = min(clock(baseline, 1), clock(candidate, 1))
+    calls = max(1, min(round(turn / max(1e-9, shorter)), most_calls))
+    clock(baseline, calls), clock(candidate, calls)
     times = []
-    for turn in range(pairs):
+    for pair in range(pairs):
         # Who goes first alternates too, so that neither always inherits the other's cache.
-        if turn % 2:
-            after = seconds(candidate, calls)
-            times.append((seconds(baseline, calls), after))
+        if pair % 2:
+            after = clock(candidate, calls)
+            times.append((clock(baseline, calls), after))
         else:
-            times.append((seconds(baseline, calls), seconds(candidate, calls)))
-    ratios = [before / after for before, after in times]
-    low, _, high = quantiles(ratios, n=4)
+            times.append((clock(baseline, calls), clock(candidate, calls)))
     row = {
         "name": name,
         "baseline": baseline_name,
-        "ratio": median(ratios),
-        "iqr": [low, high],
+        **spread([before / after for before, after in times]),
         "pairs": pairs,
         "calls": calls,
         "baseline_s": median(before for before, _ in times),
@@ -96,11 +151,17 @@ def compare(
         row["tflop_per_s"] = flops / row["candidate_s"] / 1e12
     if bar is not None:
         row |= {"bar": bar, "met": row["ratio"] >= bar}
+    if target is not None:
+        row["target"] = target
+    if hasattr(clock, "host_bound"):
+        row["host_bound"] = clock.host_bound / clock.turns
     print(line(row), flush=True)
     return row
 
 
 def line(row):
+    if "reason" in row:
+        return f"{row['name']:<44} against {row['baseline']}: not measured, {row['reason']}"
     text = (
         f"{row['name']:<44} {row['ratio']:6.2f} x {row['baseline']:<36} "
         f"[{row['iqr'][0]:.2f}, {row['iqr'][1]:.2f}]  {row['candidate_s'] * 1e3:9.3f} ms"
@@ -122,20 +183,95 @@ def describe(m):
     )
 
 
-def save(stage, rows):
-    """Writes bench/results/STAGE.json; figures without their machine are worth nothing."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{stage}.json"
+def save(stage, rows, path=None):
+    """Writes `path`, or bench/results/STAGE.json; figures without their machine are worth
+    nothing."""
+    path = RESULTS / f"{stage}.json" if path is None else Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
+    print(f"wrote {os.path.relpath(path, ROOT)}")
 
 
-def main(stage, bench):
-    """The body of a bench script: `bench(pairs)` yields or returns rows of `compare`."""
+def measure(case, pairs, **how):
+    """The row of `case`, or its heading with the reason why there is none."""
+    try:
+        baseline, candidate = case.build()
+        return compare(
+            case.name,
+            baseline,
+            candidate,
+            baseline_name=case.baseline,
+            pairs=pairs,
+            bytes=case.bytes,
+            flops=case.flops,
+            bar=case.bar,
+            target=case.target,
+            **how,
+        )
+    except NotHereError as missing:
+        row = case.heading() | {"reason": str(missing)}
+    except Exception as error:
+        # One row's failure must not cost the others; `main` fails in the end.
+        traceback.print_exc()
+        what = str(error).strip().splitlines() or [""]
+        row = case.heading() | {"reason": f"{type(error).__name__}: {what[0]}", "failed": True}
+    print(line(row), flush=True)
+    return row
+
+
+def run_cases(cases, pairs, write=lambda rows: None, protocol=dict):
+    """Measures each case with what `protocol()` gives `compare`. `write(rows)` is called after each
+    with all rows, those still to come included, so that a bench that is stopped leaves what it has
+    and says what it lacks."""
+    rows = [case.heading() | {"reason": "not reached before the bench ended"} for case in cases]
+    for i, case in enumerate(cases):
+        rows[i] = measure(case, pairs, **protocol())
+        write(rows)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _parser(stage, devices):
     parser = argparse.ArgumentParser(description=f"The {stage} bench.")
     parser.add_argument(
         "--pairs", type=int, default=PAIRS, help="pairs of runs (default %(default)s)"
     )
+    parser.add_argument("--device", choices=devices, default="cpu")
+    parser.add_argument("--out", metavar="FILE", help="default: bench/results/STAGE.json")
+    parser.add_argument("--list", action="store_true", help="show the rows and measure nothing")
+    return parser
+
+
+def main(stage, bench=None, cases=None):
+    """The body of a bench script. `cases(device)` returns its Cases for "cpu" and "cuda"; where
+    there is a `bench`, `bench(pairs)` yields the CPU's rows instead, made by `compare`."""
+    parser = _parser(stage, ["cpu"] if cases is None else ["cpu", "cuda"])
     args = parser.parse_args()
+    if args.device == "cuda" and args.out is None and not args.list:
+        parser.error("--device cuda needs --out: bench/results/ has the CPU's rows by this name")
+    if args.list:
+        if bench is not None and args.device == "cpu":
+            parser.error(f"the {stage} bench cannot list its CPU rows")
+        for case in cases(args.device):
+            unknown = case.target is not None and case.target not in targets.TARGETS
+            print(json.dumps(case.heading()))
+            if unknown:
+                sys.exit(f"{case.name}: no target {case.target!r} in targets.py")
+        return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"{stage}: --device cuda, but torch {torch.__version__} finds no GPU")
     print(describe(machine()))
-    save(stage, list(bench(args.pairs)))
+    if bench is not None and args.device == "cpu":
+        save(stage, list(bench(args.pairs)), args.out)
+        return
+    if args.device == "cuda":
+        rows = run_cases(
+            cases("cuda"), args.pairs, lambda rows: save(stage, rows, args.out), gpu.protocol
+        )
+    else:
+        rows = run_cases(cases("cpu"), args.pairs)
+        save(stage, rows, args.out)
+    if any(row.get("failed") for row in rows):
+        sys.exit(f"{stage}: some rows failed")

@@ -19,7 +19,8 @@ if(TARGET quaver_cuda)
   target_link_libraries(quaver_ops PRIVATE quaver_cuda)
 endif()
 # The module calls these few functions of the library.
-set_source_files_properties(csrc/cpu/dispatch.cpp PROPERTIES COMPILE_OPTIONS -fvisibility=default)
+set_source_files_properties(csrc/cpu/dispatch.cpp csrc/cpu/gemm_choice.cpp PROPERTIES
+  COMPILE_OPTIONS -fvisibility=default)
 
 list(JOIN isas "," isa_names)
 Python_add_library(quaver_module MODULE WITH_SOABI csrc/python/module.cpp)

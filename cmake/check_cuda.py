@@ -1,7 +1,7 @@
 """Checks the machine code of the CUDA backend and prints what each kernel uses.
 
 Every kernel must exist for every architecture (matrix products: sm_90a only), and none may spill,
-use local memory or have a stack.
+use local memory or have a stack. Every tactic of gemm must be there, with FP8 tensor core products.
 """
 
 import re
@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 GEMM_ARCH = "90a"
+TACTICS = Path(__file__).resolve().parents[1] / "csrc" / "gemm_tactics.h"
 
 
 def run(*command, text=None):
@@ -51,7 +53,7 @@ def readable(names):
     lines = run("c++filt", text="\n".join(names)).splitlines()
     short = {}
     for name, line in zip(names, lines, strict=True):
-        line = re.sub(r"\(anonymous namespace\)::|quaver::(cuda::)?|^void ", "", line)
+        line = re.sub(r"\(anonymous namespace\)::|quaver::(cuda::)?|gemm_sm90::|^void ", "", line)
         short[name] = re.sub(r"\(bool\)", "", line).split("(")[0]
     return short
 
@@ -72,6 +74,10 @@ def main(library, *archs):
     ]
     if not names:
         problems.append("no kernel at all")
+    if GEMM_ARCH in archs:
+        tactics = re.findall(r"X\((\w+),", TACTICS.read_text())
+        built = "".join(names)  # a mangled name holds the tactic's with its length before it
+        problems += [f"no kernel for {t}" for t in tactics if f"{len(t)}{t}E" not in built]
     head = ("kernel", "sm", "regs", "shared", "local", "spills", "qgmma")
     row = "{:<60} {:>4} {:>5} {:>7} {:>6} {:>7} {:>6}"
     print(row.format(*head))

@@ -1,7 +1,6 @@
 # The CUDA backend. auto builds it where nvcc, kernels and a torch that can use them are; on builds
 # it for any torch (the library loads on one without CUDA too) and fails if it cannot.
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
-file(GLOB gemm_sources CONFIGURE_DEPENDS csrc/cuda/gemm_sm90_*.cu)
 set(cutlass_version "")
 set(missing "")
 if(NOT QUAVER_CUDA MATCHES "^(auto|on|off)$")
@@ -18,7 +17,7 @@ else()
   check_language(CUDA)
   if(NOT CMAKE_CUDA_COMPILER)
     set(missing "no nvcc was found (set CUDACXX or put it on PATH)")
-  elseif(gemm_sources)
+  else()
     list(APPEND CMAKE_MODULE_PATH ${CMAKE_SOURCE_DIR}/cmake)
     find_package(Cutlass)
     if(NOT Cutlass_FOUND)
@@ -49,21 +48,39 @@ target_compile_options(quaver_cuda_flags INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:
   --expt-relaxed-constexpr -fmad=false -prec-div=true -prec-sqrt=true -ftz=false -DNDEBUG
   -Xcompiler=-Wall,-Wextra>)
 
-add_library(quaver_cuda STATIC ${cuda_sources})
+# One translation unit for each row of the table of tactics: a kernel of CUTLASS takes a minute and
+# up to 4 GB to compile, so the machine's memory says how many compile at a time.
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS csrc/gemm_tactics.h)
+file(READ csrc/gemm_tactics.h rows)
+string(REGEX MATCHALL "X\\([^)]*\\)" rows "${rows}")
+set(gemm_sources "")
+foreach(row IN LISTS rows)
+  string(REGEX MATCH "X\\(([a-z0-9_]+), (.*)\\)" row "${row}")
+  set(source ${CMAKE_BINARY_DIR}/gemm/gemm_sm90_${CMAKE_MATCH_1}.cu)
+  file(CONFIGURE OUTPUT ${source} CONTENT
+    "#include \"cuda/gemm_sm90.h\"\nQUAVER_GEMM_UNIT(${CMAKE_MATCH_1}, ${CMAKE_MATCH_2})\n")
+  list(APPEND gemm_sources ${source})
+endforeach()
+cmake_host_system_information(RESULT memory QUERY TOTAL_PHYSICAL_MEMORY)
+math(EXPR gemm_jobs "${memory} / 8192")
+if(gemm_jobs LESS 1)
+  set(gemm_jobs 1)
+endif()
+set_property(GLOBAL APPEND PROPERTY JOB_POOLS gemm=${gemm_jobs})
+add_library(quaver_gemm OBJECT ${gemm_sources})
+target_link_libraries(quaver_gemm PRIVATE quaver_cuda_flags)
+target_include_directories(quaver_gemm PRIVATE csrc)
+# The matrix products are written for sm_90a alone; what surrounds them runs on other machines too.
+target_compile_options(quaver_gemm PRIVATE -gencode=arch=compute_90a,code=sm_90a
+  "SHELL:-isystem ${Cutlass_INCLUDE_DIRS}")
+set_target_properties(quaver_gemm PROPERTIES JOB_POOL_COMPILE gemm)
+
+add_library(quaver_cuda STATIC ${cuda_sources} $<TARGET_OBJECTS:quaver_gemm>)
 target_link_libraries(quaver_cuda PUBLIC quaver_cuda_flags)
 target_compile_definitions(quaver_cuda PUBLIC QUAVER_HAVE_CUDA)
-# The matrix products are written for sm_90a alone; what surrounds them runs on other machines too.
-foreach(source IN LISTS cuda_sources)
-  set(archs ${QUAVER_CUDA_ARCHS})
-  if(source IN_LIST gemm_sources)
-    set(archs 90a)
-    set_property(SOURCE ${source} APPEND PROPERTY COMPILE_OPTIONS
-      "-isystem${Cutlass_INCLUDE_DIRS}")
-  endif()
-  foreach(arch IN LISTS archs)
-    set_property(SOURCE ${source} APPEND PROPERTY COMPILE_OPTIONS
-      -gencode=arch=compute_${arch},code=sm_${arch})
-  endforeach()
+foreach(arch IN LISTS QUAVER_CUDA_ARCHS)
+  set_property(SOURCE ${cuda_sources} APPEND PROPERTY COMPILE_OPTIONS
+    -gencode=arch=compute_${arch},code=sm_${arch})
 endforeach()
 if(Cutlass_FOUND)
   set(cutlass_version ${Cutlass_VERSION})

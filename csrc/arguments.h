@@ -1,7 +1,12 @@
 // What each op wants of its arguments, the same for every backend.
 #pragma once
 
+#include <utility>
+
+#include "quaver/all_reduce.h"
+#include "quaver/cast.h"
 #include "quaver/codec.h"
+#include "quaver/gemm.h"
 #include "quaver/grad.h"
 #include "quaver/optimizer.h"
 #include "quaver/quantize.h"
@@ -51,11 +56,126 @@ inline void check_cast_transpose(const TensorView& q, const TensorView& qt, cons
                "cast_transpose: a history and a given scale exclude each other");
 }
 
+// A cast of an op's result [rows, cols] to both layouts, padded.
+inline void check_gemm_cast(const char* op, const GemmCast& to, int64_t rows, int64_t cols) {
+  QUAVER_CHECK(is_fp8(to.q.dtype) && to.qt.dtype == to.q.dtype, op,
+               ": dtype must be e4m3 or e5m2, got ", name_of(to.q.dtype));
+  const int64_t r = gemm_padded(rows), c = gemm_padded(cols);
+  QUAVER_CHECK(to.q.rows == r && to.q.cols == c && to.qt.rows == c && to.qt.cols == r, op,
+               ": q and qt of [", rows, ", ", cols, "] must be [", r, ", ", c, "] and [", c, ", ",
+               r, "], got [", to.q.rows, ", ", to.q.cols, "] and [", to.qt.rows, ", ", to.qt.cols,
+               "]");
+  QUAVER_CHECK(!to.source.history || !to.source.given, op,
+               ": a history and a given scale exclude each other");
+}
+
+inline void check_float(const char* op, const char* name, const TensorView& x) {
+  QUAVER_CHECK(!is_fp8(x.dtype), op, ": ", name, " must be f32, f16 or bf16, got ",
+               name_of(x.dtype));
+}
+
+inline void check_like(const char* op, const char* name, const TensorView& got, int64_t rows,
+                       int64_t cols) {
+  QUAVER_CHECK(got.rows == rows && got.cols == cols, op, ": ", name, " must be [", rows, ", ", cols,
+               "], got [", got.rows, ", ", got.cols, "]");
+}
+
+inline void check_grouped(const char* op, const char* name, const GroupedView& x, int64_t rows,
+                          int64_t cols) {
+  QUAVER_CHECK(x.block > 0, op, ": block must be positive, got ", x.block);
+  QUAVER_CHECK(x.codes.dtype == DType::e4m3, op, ": ", name, " must be e4m3, got ",
+               name_of(x.codes.dtype));
+  check_like(op, name, x.codes, rows, cols);
+}
+
+inline void check_channels(const char* op, const char* name, const TensorView& v, int64_t cols) {
+  if (v.data == nullptr) return;
+  check_float(op, name, v);
+  QUAVER_CHECK(v.numel() == cols, op, ": ", name, " must have ", cols, " values, got ", v.numel());
+}
+
+inline void check_normalize(const GemmCast& y, const GroupedView& saved, const TensorView& x,
+                            const TensorView& weight, const TensorView& bias) {
+  check_float("normalize", "x", x);
+  check_gemm_cast("normalize", y, x.rows, x.cols);
+  check_grouped("normalize", "xq", saved, x.rows, x.cols);
+  check_channels("normalize", "weight", weight, x.cols);
+  check_channels("normalize", "bias", bias, x.cols);
+}
+
+inline void check_normalize_backward(const TensorView& dx, const TensorView& dy,
+                                     const GroupedView& x, const TensorView& weight) {
+  check_float("normalize_backward", "dy", dy);
+  check_float("normalize_backward", "dx", dx);
+  check_like("normalize_backward", "dx", dx, dy.rows, dy.cols);
+  check_grouped("normalize_backward", "xq", x, dy.rows, dy.cols);
+  check_channels("normalize_backward", "weight", weight, dy.cols);
+}
+
+inline void check_activate(const GemmCast& y, const GroupedView& x_saved,
+                           const GroupedView& up_saved, const TensorView& x, const TensorView& up) {
+  check_float("activate", "x", x);
+  check_gemm_cast("activate", y, x.rows, x.cols);
+  check_grouped("activate", "xq", x_saved, x.rows, x.cols);
+  if (up.data == nullptr) return;
+  check_like("activate", "up", up, x.rows, x.cols);
+  QUAVER_CHECK(up.dtype == x.dtype, "activate: up must be ", name_of(x.dtype), " like x, got ",
+               name_of(up.dtype));
+  check_grouped("activate", "uq", up_saved, x.rows, x.cols);
+}
+
+inline void check_activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView& dy,
+                                    const GroupedView& x, const GroupedView& up) {
+  check_float("activate_backward", "dy", dy);
+  check_gemm_cast("activate_backward", dx, dy.rows, dy.cols);
+  check_grouped("activate_backward", "xq", x, dy.rows, dy.cols);
+  if (up.codes.data == nullptr) return;
+  check_gemm_cast("activate_backward", dup, dy.rows, dy.cols);
+  check_grouped("activate_backward", "uq", up, dy.rows, dy.cols);
+}
+
 inline void check_accumulate(const TensorView& target, const ScaledView& other) {
   QUAVER_CHECK(is_fp8(target.dtype) || target.dtype == DType::bf16,
                "accumulate: target must be e4m3, e5m2 or bf16, got ", name_of(target.dtype));
   QUAVER_CHECK(target.numel() == other.values.numel(), "accumulate: target has ", target.numel(),
                " values, other ", other.values.numel());
+}
+
+inline void check_share_scales(DType dtype, int64_t ranks) {
+  QUAVER_CHECK(is_fp8(dtype), "share_scales: dtype must be e4m3 or e5m2, got ", name_of(dtype));
+  QUAVER_CHECK(ranks > 0, "share_scales: amaxes must be [ranks, tensors], got ", ranks, " ranks");
+}
+
+inline void check_pack(const TensorView& bucket, const ScaledView* tensors, int64_t count,
+                       const float* scales) {
+  int64_t length = 0;
+  for (int64_t t = 0; t < count; ++t) length += bucket_length(tensors[t].values.numel());
+  QUAVER_CHECK(length <= bucket.numel(), "pack: ", count, " tensors take ", length,
+               " values, the bucket has ", bucket.numel());
+  QUAVER_CHECK(bucket.numel() % kBucketAlignment == 0,
+               "pack: the bucket's length must be a multiple of ", kBucketAlignment, ", got ",
+               bucket.numel());
+  QUAVER_CHECK(!is_fp8(bucket.dtype) || scales != nullptr || count == 0, "pack: a bucket of ",
+               name_of(bucket.dtype), " needs scales");
+}
+
+inline void check_reduce_shards(const TensorView& out, const ShardedSum& s) {
+  const char* op = "reduce_shards";
+  QUAVER_CHECK(s.shards.rows > 0, op, ": shards must be [ranks, length], got ", s.shards.rows,
+               " ranks");
+  QUAVER_CHECK(s.shards.cols % kBucketAlignment == 0, op,
+               ": a shard's length must be a multiple of ", kBucketAlignment, ", got ",
+               s.shards.cols);
+  QUAVER_CHECK(s.first >= 0 && s.first % kBucketAlignment == 0, op,
+               ": first must be a multiple of ", kBucketAlignment, " and not negative, got ",
+               s.first);
+  QUAVER_CHECK(out.numel() == s.shards.cols, op, ": out must have ", s.shards.cols, " values, got ",
+               out.numel());
+  QUAVER_CHECK(out.dtype == s.shards.dtype || out.dtype == DType::f32, op,
+               ": dtype must be f32 or that of the shards, ", name_of(s.shards.dtype), ", got ",
+               name_of(out.dtype));
+  for (int64_t t = 0; t < s.count; ++t)
+    QUAVER_CHECK(s.sizes[t] >= 0, op, ": sizes must not be negative, got ", s.sizes[t]);
 }
 
 inline void check_groups(const char* op, const char* name, const StateView& s) {
@@ -127,6 +247,41 @@ inline void check_adam(const AdamParameter& p) {
   QUAVER_CHECK(p.fp8.numel() == n && p.fp8_t.rows == p.fp8.cols && p.fp8_t.cols == p.fp8.rows &&
                    p.fp8_scale != nullptr,
                "adam_: FP8 copies must be [N, K] and [K, N] like the weight, with a scale");
+}
+
+inline void check_gemm(const GemmArguments& g) {
+  QUAVER_CHECK(is_fp8(g.a.dtype) && is_fp8(g.b.dtype), "gemm: a and b must be e4m3 or e5m2, got ",
+               name_of(g.a.dtype), " and ", name_of(g.b.dtype));
+  QUAVER_CHECK(g.a.cols == g.b.cols, "gemm: a [M, K] and b [N, K] must share K, got [", g.a.rows,
+               ", ", g.a.cols, "] and [", g.b.rows, ", ", g.b.cols, "]");
+  QUAVER_CHECK(g.out.rows == g.a.rows && g.out.cols == g.b.rows, "gemm: out must be [", g.a.rows,
+               ", ", g.b.rows, "], got [", g.out.rows, ", ", g.out.cols, "]");
+  QUAVER_CHECK(g.scale_a != nullptr && g.scale_b != nullptr, "gemm: scales are needed");
+  QUAVER_CHECK(!(g.accumulate && g.bias != nullptr),
+               "gemm: bias and accumulate exclude each other");
+  QUAVER_CHECK(!is_fp8(g.out.dtype) || (g.out_scale != nullptr && g.amax != nullptr),
+               "gemm: FP8 out needs a scale and an amax");
+  QUAVER_CHECK(is_fp8(g.out.dtype) || (g.out_scale == nullptr && g.amax == nullptr),
+               "gemm: a scale and an amax go with FP8 out, got ", name_of(g.out.dtype));
+  QUAVER_CHECK(!is_fp8(g.out.dtype) || !g.accumulate, "gemm: FP8 cannot be accumulated into");
+}
+
+// What the tensor cores and TMA want, on every GPU so that it does not depend on which.
+inline void check_gemm_cuda(const GemmArguments& g) {
+  check_gemm(g);
+  QUAVER_CHECK(g.a.dtype == DType::e4m3 || g.b.dtype == DType::e4m3,
+               "gemm: e5m2 x e5m2 has no CUDA kernel; at least one operand must be e4m3");
+  for (const auto& [name, size] : {std::pair{"K", g.a.cols}, std::pair{"N", g.b.rows}})
+    QUAVER_CHECK(size % kGemmAlignment == 0, "gemm: ", name, " must be a multiple of ",
+                 kGemmAlignment, " on CUDA, got ", size);
+  for (const auto& [name, size] :
+       {std::pair{"M", g.a.rows}, std::pair{"N", g.b.rows}, std::pair{"K", g.a.cols}})
+    QUAVER_CHECK(size <= kGemmMaxSize, "gemm: ", name, " must be at most ", kGemmMaxSize,
+                 " on CUDA, got ", size);
+  for (const auto& [name, data] :
+       {std::pair{"a", g.a.data}, std::pair{"b", g.b.data}, std::pair{"out", g.out.data}})
+    QUAVER_CHECK(reinterpret_cast<uintptr_t>(data) % kGemmAlignment == 0, "gemm: ", name,
+                 " must start at a multiple of ", kGemmAlignment, " bytes on CUDA, got ", data);
 }
 
 }  // namespace quaver

@@ -1,10 +1,12 @@
 import pytest
-import torch
+
+from quaver.machine import why_not_cuda
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
+    reason = why_not_cuda()
+    if reason is None:
         return
     for item in items:
         if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA here: {reason}"))

@@ -133,6 +133,23 @@ def test_help_names_the_recipes(capsys):
     assert "(default: stdlib)" in out
 
 
+def test_info_lists_the_gemm_kernels_and_says_why(capsys):
+    status, out, err = run(["info", "--gemm", "4096", "4096", "8192"], capsys)
+    assert (status, err) == (0, "")
+    assert "e4m3_e4m3_fast_half_128x256" in out and "waves of 132 multiprocessors" in out
+    wgrad = ["--types", "e5m2,e4m3,f32", "--accumulate", "--promoted"]
+    status, out, _ = run(["info", "--gemm", "512", "512", "8192", *wgrad], capsys)
+    assert status == 0 and "e5m2_e4m3_f32_128x128" in out and "fast" not in out
+    for wrong, message in (
+        ("--types e5m2,e5m2,bf16", "at least one operand must be e4m3"),
+        ("--types e4m3,e4m3", "wants A,B,OUT"),
+        ("--types e4m3,e4m3,e3m4", "unknown format 'e3m4'"),
+        ("--sms 0", "got 0"),
+    ):
+        status, _, err = run(["info", "--gemm", "16", "16", "16", *wrong.split()], capsys)
+        assert status == 2 and message in err
+
+
 def test_info(capsys):
     status, out, err = run(["info"], capsys)
     assert (status, err) == (0, "")

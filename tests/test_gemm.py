@@ -8,7 +8,7 @@ import quaver as qv
 from quaver import reference
 
 E4M3, E5M2 = FP8
-OUT = [torch.float32, torch.bfloat16]
+OUT = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def operand(rows, k, dtype=E4M3, granularity="tensor", seed=0, spread=1.0):
@@ -43,7 +43,8 @@ def test_against_f64(shape, out_dtype):
 
 @pytest.mark.parametrize("out_dtype", OUT)
 def test_row_scales(out_dtype):
-    spread = torch.logspace(-6, 6, 20)[:, None]
+    decades = 1 if out_dtype == torch.float16 else 6  # products stay below f16's maximum
+    spread = torch.logspace(-decades, decades, 20)[:, None]
     a = operand(20, 70, granularity="row", seed=1, spread=spread)
     b = operand(20, 70, granularity="row", seed=2, spread=1 / spread)
     plain = operand(20, 70, E5M2, seed=3)
@@ -125,6 +126,50 @@ def test_non_finite_codes_and_scales_show():
                 assert not qv.gemm(a, b, out_dtype, bias).isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", FP8)
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_fp8_out(dtype, granularity):
+    """The codes are those of quantize on a product that is within its tolerance."""
+    a, b = operand(33, 70, E4M3, granularity, 1), operand(48, 70, E5M2, granularity, 2)
+    parts = (a.qdata, a.scale, b.qdata, b.scale)
+    for bias in (None, randn(48, seed=3) * 10):
+        wide = qv.gemm(a, b, torch.float32, bias)
+        for scale in (torch.tensor(0.25), torch.tensor(0.3)):
+            got = qv.gemm(a, b, dtype, bias, out_scale=scale)
+            q, _, amax = reference.quantize(wide, dtype, scale)
+            assert isinstance(got, qv.ScaledTensor) and got.scale is scale
+            assert_same(got.qdata, q)
+            assert_same(got.amax, amax)
+            low, high = reference.gemm_quantize(*parts, dtype, scale, bias)
+            value = got.qdata.double()
+            assert ((low.double() <= value) & (value <= high.double())).all()
+
+
+def test_fp8_out_saturates_and_its_amax_tells():
+    a, b = operand(16, 32, seed=1), operand(16, 32, seed=2)
+    got = qv.gemm(a, b, E4M3, out_scale=torch.tensor(2.0**-10))
+    wide = qv.gemm(a, b, torch.float32)
+    assert got.amax == wide.abs().max()
+    assert got.qdata.float().abs().max() == torch.finfo(E4M3).max
+    a.scale.fill_(float("inf"))
+    assert not qv.gemm(a, b, E4M3, out_scale=torch.ones(())).amax.isfinite()
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 16), (16, 0, 16), (16, 16, 0)])
+def test_empty_fp8_out(shape):
+    m, n, k = shape
+    got = qv.gemm(operand(m, k), operand(n, k), E4M3, out_scale=torch.ones(()))
+    assert_same(got.qdata, torch.zeros(m, n).to(E4M3))
+    assert got.amax == 0
+
+
+def test_f16_out_overflows_as_torch_does():
+    a, b = operand(1, 16), operand(1, 16)
+    a.qdata.fill_(448), b.qdata.fill_(448)
+    a.scale.fill_(1), b.scale.fill_(1)
+    assert qv.gemm(a, b, torch.float16).item() == float("inf")
+
+
 def test_strided_operands():
     a = operand(32, 24, seed=1)
     b = operand(16, 12, seed=2)
@@ -145,7 +190,34 @@ REFUSED = [
         lambda a, b: qv.gemm(a, operand(4, 8, torch.float16)),
         "must be e4m3 or e5m2, got e4m3 and f16",
     ),
-    (lambda a, b: qv.gemm(a, b, torch.float16), "out must be float32 or bfloat16 .* got Half"),
+    (
+        lambda a, b: qv.gemm(a, b, E4M3),
+        "out_scale and an FP8 out_dtype go together, got .*e4m3fn without",
+    ),
+    (
+        lambda a, b: qv.gemm(a, b, out_scale=torch.ones(())),
+        "out_scale and an FP8 out_dtype go together, got .*bfloat16 with",
+    ),
+    (
+        lambda a, b: qv.gemm(a, b, out=torch.ones(4, 4), out_scale=torch.ones(())),
+        "out_scale goes with an FP8 out_dtype, not with out=",
+    ),
+    (
+        lambda a, b: qv.gemm(a, b, E4M3, out_scale=torch.ones(2)),
+        "out_scale must be one float32, got 2",
+    ),
+    (
+        lambda a, b: torch.ops.quaver.gemm_(
+            torch.zeros(4, 4).to(E4M3), a.qdata, a.scale, b.qdata, b.scale, None, False, True
+        ),
+        "FP8 out needs a scale and an amax",
+    ),
+    (
+        lambda a, b: torch.ops.quaver.gemm_quantize(
+            a.qdata, a.scale, b.qdata, b.scale, None, torch.bfloat16, a.scale, True
+        ),
+        "out_dtype must be e4m3 or e5m2, got BFloat16",
+    ),
     (lambda a, b: qv.gemm(a, b, bias=torch.ones(3)), "bias must have 4 values, got 3"),
     (lambda a, b: qv.gemm(a, b, out=torch.ones(4, 5)), r"out must be \[4, 4\]"),
     (lambda a, b: qv.gemm(a, b, accumulate=True), "accumulate needs out="),

@@ -101,6 +101,21 @@ def test_in_place_ops_on_bf16_keep_the_amax():
     assert t.amax.isnan()
 
 
+@pytest.mark.parametrize("index", [0, (slice(None), 3), (slice(2, 5), slice(1, 4)), ...])
+def test_writing_to_a_part_encodes_the_whole_anew(index):
+    t = qv.quantize(randn(6, 16))
+    wanted = t.dequantize()
+    wanted[index] = 7.0
+    version = t._version
+    t[index] = 7.0
+    assert_same(t.dequantize(), qv.quantize(wanted).dequantize())
+    assert t.amax == wanted.abs().amax()
+    assert t._version > version
+    weight = nn.Parameter(t)
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        weight[index] = 7.0
+
+
 def test_multiplying_by_a_number_moves_the_scale_only():
     for op in (
         lambda a: a.mul_(0.3),

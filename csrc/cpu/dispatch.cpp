@@ -3,20 +3,23 @@
 
 #include "parallel.h"
 #include "quaver/check.h"
-#include "simd.h"
+#include "simd_activation.h"
 
 namespace quaver::cpu {
 
 namespace portable {
 extern const Simd table;
-}
+extern const ActivationSimd activation_table;
+}  // namespace portable
 #if defined(QUAVER_HAVE_X86_ISA)
 namespace avx2 {
 extern const Simd table;
-}
+extern const ActivationSimd activation_table;
+}  // namespace avx2
 namespace avx512 {
 extern const Simd table;
-}
+extern const ActivationSimd activation_table;
+}  // namespace avx512
 #endif
 
 namespace {
@@ -24,6 +27,7 @@ namespace {
 struct Isas {
   const char* names[3];
   const Simd* tables[3];
+  const ActivationSimd* activation_tables[3];
   int count = 0;
   std::atomic<int> current{0};
 
@@ -34,13 +38,14 @@ struct Isas {
                           __builtin_cpu_supports("f16c");
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      push("avx512", &avx512::table);
-    if (has_avx2) push("avx2", &avx2::table);
+      push("avx512", &avx512::table, &avx512::activation_table);
+    if (has_avx2) push("avx2", &avx2::table, &avx2::activation_table);
 #endif
-    push("portable", &portable::table);
+    push("portable", &portable::table, &portable::activation_table);
   }
-  void push(const char* name, const Simd* table) {
+  void push(const char* name, const Simd* table, const ActivationSimd* activation_table) {
     names[count] = name;
+    activation_tables[count] = activation_table;
     tables[count++] = table;
   }
 };
@@ -57,6 +62,10 @@ std::atomic<ParallelFor> parallel_hook{run_serially};
 }  // namespace
 
 const Simd& simd() { return *isas().tables[isas().current.load(std::memory_order_relaxed)]; }
+
+const ActivationSimd& activation_simd() {
+  return *isas().activation_tables[isas().current.load(std::memory_order_relaxed)];
+}
 
 const char* const* available_isas(int* count) {
   *count = isas().count;

@@ -237,12 +237,12 @@ inline void store_fp8(T* __restrict out, const float* __restrict x, int64_t n, f
 }
 
 #elif defined(__AVX2__)
-// As AVX-512's above. The nearest-even encoding of 8 values, one in each 32 bits.
+// The same for 8 values, as 32-bit codes.
 template <class T>
 inline __m256i encode8(__m256 v) {
   using F = Format<T>;
   constexpr int drop = 23 - F::mantissa;
-  constexpr int exponent = 127 + 1 - F::bias;  // of the smallest normal value
+  constexpr int exponent = 127 + 1 - F::bias;
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i positive = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
   const __m256 a = _mm256_min_ps(_mm256_castsi256_ps(positive), _mm256_set1_ps(F::finite_max));
@@ -254,30 +254,38 @@ inline __m256i encode8(__m256 v) {
   const __m256i mantissa = _mm256_sub_epi32(_mm256_castps_si256(sum), magic);
   __m256i code = _mm256_add_epi32(mantissa, _mm256_srli_epi32(e, drop));
   code = _mm256_sub_epi32(code, _mm256_set1_epi32(exponent << F::mantissa));
-  const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(_mm256_or_si256(code, sign), _mm256_set1_epi32(F::nan_code), nan);
+  code =
+      _mm256_or_si256(code, _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80)));
+  const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_blendv_epi8(code, _mm256_set1_epi32(F::nan_code), _mm256_castps_si256(nan));
+}
+
+template <class T>
+inline __m128i encode16(__m256 low, __m256 high) {
+  const __m256i words =
+      _mm256_permute4x64_epi64(_mm256_packus_epi32(encode8<T>(low), encode8<T>(high)), 0xd8);
+  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 
 template <class T, bool kDivide>
 inline void store_fp8(T* __restrict out, const float* __restrict x, int64_t n, float factor) {
   const __m256 f = _mm256_set1_ps(factor);
-  auto codes = [f](const float* p) {
+  auto scaled = [f](const float* p) {
     const __m256 v = _mm256_loadu_ps(p);
-    return encode8<T>(kDivide ? _mm256_div_ps(v, f) : _mm256_mul_ps(v, f));
+    return kDivide ? _mm256_div_ps(v, f) : _mm256_mul_ps(v, f);
   };
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works by lanes
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
+  for (; i + 16 <= n; i += 16) {
     prefetch(x + i);
-    prefetch(x + i + 16);
-    const __m256i low = _mm256_packus_epi32(codes(x + i), codes(x + i + 8));
-    const __m256i high = _mm256_packus_epi32(codes(x + i + 16), codes(x + i + 24));
-    const __m256i packed = _mm256_packus_epi16(low, high);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
-                        _mm256_permutevar8x32_epi32(packed, order));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     encode16<T>(scaled(x + i), scaled(x + i + 8)));
   }
-  for (; i < n; ++i) out[i] = encode_nearest<T>(kDivide ? x[i] / factor : x[i] * factor);
+  if (i == n) return;
+  float rest[16] = {};
+  memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(float));
+  T codes[16];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), encode16<T>(scaled(rest), scaled(rest + 8)));
+  memcpy(out + i, codes, static_cast<size_t>(n - i));
 }
 #endif
 

@@ -68,6 +68,20 @@ QUAVER_DEVICE Span span_of(const Groups& g, int64_t block, int thread) {
   return {group, row * g.cols + col, left < g.width ? left : g.width};
 }
 
+// Maximum over the `threads` threads of a group, in all of them.
+QUAVER_DEVICE uint32_t group_max(uint32_t value, int threads) {
+  if (threads <= kWarp) {
+    for (int distance = threads / 2; distance > 0; distance /= 2)
+      value = max_bits(value, __shfl_xor_sync(kAllLanes, value, distance));
+    return value;
+  }
+  __shared__ uint32_t result;
+  value = block_max(value);
+  if (threadIdx.x == 0) result = value;
+  __syncthreads();
+  return result;
+}
+
 // Whether 16-byte accesses are right for every whole vector of every group.
 inline bool are_aligned(const Groups& g, const void* a, const void* b) {
   const bool starts = g.cols % kVector == 0 && (g.per_row == 1 || g.width % kVector == 0);

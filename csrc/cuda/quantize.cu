@@ -62,20 +62,6 @@ __global__ void __launch_bounds__(kThreads)
   if (!known) block_atomic_max(s.amax, seen);
 }
 
-// Maximum over the `threads` threads of a group, in all of them.
-QUAVER_DEVICE uint32_t group_max(uint32_t value, int threads) {
-  if (threads <= kWarp) {
-    for (int distance = threads / 2; distance > 0; distance /= 2)
-      value = max_bits(value, __shfl_xor_sync(kAllLanes, value, distance));
-    return value;
-  }
-  __shared__ uint32_t result;
-  value = block_max(value);
-  if (threadIdx.x == 0) result = value;
-  __syncthreads();
-  return result;
-}
-
 template <class X, class Q, bool kStochastic>
 __global__ void __launch_bounds__(kThreads)
     quantize_groups_kernel(Q* q, const X* x, float* scales, float* amaxes, Groups groups,

@@ -12,7 +12,7 @@ __global__ void prologue_kernel(TensorScale s) {
 template <class X>
 __global__ void __launch_bounds__(kThreads)
     amax_kernel(const X* x, int64_t n, TensorScale s, bool aligned) {
-  if (s.mode == ScaleMode::delayed && *s.scale != 0.0f) return;
+  if (!is_measured(s)) return;
   uint32_t seen = 0;
   const int64_t step = int64_t(gridDim.x) * kBlockSpan;
   for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < n; i += step) {
@@ -30,11 +30,15 @@ __global__ void epilogue_kernel(TensorScale s) {
 
 }  // namespace
 
-void begin_scale(const char* op, const TensorScale& s, const TensorView& x, void* stream) {
+void clear_scale(const char* op, const TensorScale& s, void* stream) {
   if (s.mode == ScaleMode::delayed)
     launch(op, prologue_kernel, 1, 1, stream, s);
   else
     clear(op, s.amax, sizeof(float), stream);
+}
+
+void begin_scale(const char* op, const TensorScale& s, const TensorView& x, void* stream) {
+  clear_scale(op, s, stream);
   if (s.mode == ScaleMode::given) return;
   with_float(x.dtype, [&](auto type) {
     using X = decltype(type);

@@ -30,15 +30,24 @@ inline TensorScale tensor_scale(DType type, const TensorView& scale, const Tenso
   return {scale.as<float>(), amax.as<float>(), source.history, scale_max(type), power_of_two, mode};
 }
 
-// Before the cast: clears the amax and, where a scale is to be chosen, provides for it.
+// Before all: clears the amax, and reads the scale from the history where there is one.
+void clear_scale(const char* op, const TensorScale& s, void* stream);
+
+// Before the cast: the same, and the amax of x where the scale is to be chosen from it.
 void begin_scale(const char* op, const TensorScale& s, const TensorView& x, void* stream);
 
 // After the cast.
 void end_scale(const char* op, const TensorScale& s, void* stream);
 
+// In the kernels: whether the scale is chosen just in time, so that a pass for the amax goes
+// before.
+QUAVER_DEVICE bool is_measured(const TensorScale& s) {
+  return s.mode == ScaleMode::now || (s.mode == ScaleMode::delayed && *s.scale == 0.0f);
+}
+
 // In the cast: the scale, and whether the amax is the tensor's already.
 QUAVER_DEVICE float scale_in_cast(const TensorScale& s, bool* known) {
-  *known = s.mode == ScaleMode::now || (s.mode == ScaleMode::delayed && *s.scale == 0.0f);
+  *known = is_measured(s);
   if (!*known) return *s.scale;
   const float scale = scale_from_amax(*s.amax, s.finite_max, s.power_of_two);
   // Only this mode: a delayed cast's other blocks still read the zero that says "just in time".

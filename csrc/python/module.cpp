@@ -4,10 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "quaver/cpu.h"
+#include "quaver/gemm_choice.h"
 
 namespace py = pybind11;
 
@@ -53,6 +55,51 @@ py::dict build_info() {
   return info;
 }
 
+quaver::DType dtype_of(const std::string& name) {
+  using quaver::DType;
+  for (DType t : {DType::f32, DType::f16, DType::bf16, DType::e4m3, DType::e5m2})
+    if (name == quaver::name_of(t)) return t;
+  throw std::invalid_argument("unknown format '" + name +
+                              "'; formats are f32, f16, bf16, e4m3, e5m2");
+}
+
+py::dict as_dict(const quaver::GemmCandidate& c) {
+  const quaver::GemmTactic& t = *c.tactic;
+  py::dict d;
+  d["name"] = t.name;
+  d["tile"] = std::vector<int>{t.tile_m, t.tile_n, quaver::kGemmTileK};
+  d["cluster"] = std::vector<int>{t.cluster_m, t.cluster_n};
+  d["schedule"] = t.schedule == quaver::GemmSchedule::pingpong ? "pingpong" : "cooperative";
+  d["scheduler"] = t.scheduler == quaver::GemmScheduler::stream_k ? "stream_k" : "persistent";
+  d["fast"] = t.fast;
+  d["swizzle"] = c.launch.swizzle;
+  d["along"] = c.launch.along_m ? "m" : "n";
+  d["splits"] = c.launch.splits;
+  d["tiles"] = c.tiles;
+  d["waves"] = c.waves;
+  d["efficiency"] = c.efficiency;
+  d["workspace_bytes"] = c.workspace_bytes;
+  return d;
+}
+
+py::tuple gemm_candidates(int64_t m, int64_t n, int64_t k, const std::string& a,
+                          const std::string& b, const std::string& out, bool accumulate,
+                          bool fast_accumulate, int sm_count) {
+  quaver::GemmProblem p;
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.a = dtype_of(a);
+  p.b = dtype_of(b);
+  p.out = dtype_of(out);
+  p.accumulate = accumulate;
+  p.fast_accumulate = fast_accumulate;
+  const auto found = quaver::gemm_candidates(p, sm_count);
+  py::list candidates;
+  for (const auto& candidate : found) candidates.append(as_dict(candidate));
+  return py::make_tuple(candidates, quaver::explain_gemm(p, found));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -62,4 +109,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_isa", [](const std::string& name) { quaver::cpu::set_isa(name.c_str()); },
       py::arg("name"), "Choose the CPU code by name; every choice gives the same bits.");
+  m.def("gemm_candidates", gemm_candidates, py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("a") = "e4m3", py::arg("b") = "e4m3", py::arg("out") = "bf16",
+        py::arg("accumulate") = false, py::arg("fast_accumulate") = true, py::arg("sm_count") = 132,
+        "The Hopper kernels that can serve a matrix product, best first, and why the first one "
+        "is. Needs no GPU.");
 }

@@ -1,59 +1,73 @@
-// gemm on the CPU: e4m3 and e5m2 are exact in bf16, so the codes are decoded and torch's own
-// product (oneDNN, with f32 accumulation) does the rest.
+// gemm on a Hopper GPU is CUTLASS's. Elsewhere the codes are decoded, which is exact, and torch's
+// own product does the rest: in bf16 on the CPU where one scale goes with each operand (oneDNN, f32
+// sums), in f32 otherwise.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include "bridge.h"
+#include <array>
+#include <tuple>
+
+#include "../arguments.h"
+#include "device.h"
+#include "quaver/gemm_choice.h"
 #include "quaver/quantize.h"
 
 namespace quaver::binding {
 namespace {
 
-struct Problem {
-  int64_t m, n, k;
-  bool tensor_scales;  // one scale for each operand; otherwise one for each row of a or b
+struct Call {
+  Tensor out, a, scale_a, b, scale_b;
+  OptionalTensor bias;
+  bool accumulate = false, fast_accumulate = true;
+  OptionalTensor out_scale = {}, amax = {};  // of FP8 out
 };
 
-Problem check(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,
-              const OptionalTensor& bias) {
-  QUAVER_CHECK(a.dim() == 2 && b.dim() == 2, "gemm: a and b must be matrices, got ", a.dim(),
-               " and ", b.dim(), " dimensions");
-  const DType type_a = dtype_of("gemm", "a", a.scalar_type());
-  const DType type_b = dtype_of("gemm", "b", b.scalar_type());
-  QUAVER_CHECK(is_fp8(type_a) && is_fp8(type_b), "gemm: a and b must be e4m3 or e5m2, got ",
-               name_of(type_a), " and ", name_of(type_b));
-  const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
-  QUAVER_CHECK(b.size(1) == k, "gemm: a [M, K] and b [N, K] must share K, got [", m, ", ", k,
-               "] and [", n, ", ", b.size(1), "]");
-  for (const auto& [scale, rows, name] :
-       {std::make_tuple(&scale_a, m, "scale_a"), std::make_tuple(&scale_b, n, "scale_b")})
+void check(const Call& c) {
+  QUAVER_CHECK(c.a.dim() == 2 && c.b.dim() == 2, "gemm: a and b must be matrices, got ", c.a.dim(),
+               " and ", c.b.dim(), " dimensions");
+  QUAVER_CHECK(c.out.dim() == 2, "gemm: out must be a matrix, got ", c.out.dim(), " dimensions");
+  for (const auto& [scale, rows, name] : {std::make_tuple(&c.scale_a, c.a.size(0), "scale_a"),
+                                          std::make_tuple(&c.scale_b, c.b.size(0), "scale_b")}) {
+    check_device("gemm", c.a, name, *scale);
     QUAVER_CHECK((scale->numel() == 1 || scale->numel() == rows) &&
                      scale->scalar_type() == ScalarType::Float,
                  "gemm: ", name, " must be 1 or ", rows, " float32, got ", scale->numel(), " of ",
                  torch::headeronly::toString(scale->scalar_type()));
-  if (bias.has_value())
-    QUAVER_CHECK(bias->dim() == 1 && bias->size(0) == n, "gemm: bias must have ", n,
-                 " values, got ", bias->numel());
-  return {m, n, k, scale_a.numel() == 1 && scale_b.numel() == 1};
+  }
+  check_device("gemm", c.a, "b", c.b);
+  check_device("gemm", c.a, "out", c.out);
+  check_device("gemm", c.a, "bias", c.bias);
+  check_device("gemm", c.a, "out_scale", c.out_scale);
+  if (c.bias.has_value())
+    QUAVER_CHECK(c.bias->dim() == 1 && c.bias->size(0) == c.b.size(0), "gemm: bias must have ",
+                 c.b.size(0), " values, got ", c.bias->numel());
+}
+
+// The tensors of `c` as the core takes them, but for the bias, which may have any format.
+GemmArguments arguments_of(const Call& c) {
+  GemmArguments g;
+  g.out = view("gemm", "out", c.out);
+  g.a = view("gemm", "a", c.a);
+  g.b = view("gemm", "b", c.b);
+  g.scale_a = static_cast<const float*>(c.scale_a.data_ptr());
+  g.scale_b = static_cast<const float*>(c.scale_b.data_ptr());
+  g.rows_a = c.scale_a.numel() != 1;
+  g.rows_b = c.scale_b.numel() != 1;
+  if (c.out_scale.has_value()) g.out_scale = scalar("gemm_quantize", "out_scale", *c.out_scale);
+  if (c.amax.has_value()) g.amax = scalar("gemm_quantize", "amax", *c.amax);
+  g.accumulate = c.accumulate;
+  g.fast_accumulate = c.fast_accumulate;
+  return g;
 }
 
 Tensor decode_codes(const Tensor& q, ScalarType type) {
-  static const float one = 1.0f;
-  const Tensor codes = dense(q);
+  Tensor one = empty(q, {}, ScalarType::Float);
+  torch::stable::fill_(one, 1.0);
   Tensor out = empty(q, shape_of(q), type);
-  TensorView scale;
-  scale.data = const_cast<float*>(&one);
-  scale.rows = scale.cols = 1;
-  cpu::dequantize(view("gemm", "operand", out), view("gemm", "operand", codes), scale, {});
-  return out;
-}
-
-Tensor decode_rows(const Tensor& q, const Tensor& scale) {
-  QuantizeOptions layout;
-  if (scale.numel() != 1) layout.granularity = Granularity::row;
-  const Tensor codes = dense(q);
-  Tensor out = empty(q, shape_of(q), ScalarType::Float);
-  cpu::dequantize(view("gemm", "operand", out), view("gemm", "operand", codes),
-                  view("gemm", "scale", dense(scale)), layout);
+  const TensorView to = view("gemm", "operand", out), from = view("gemm", "operand", q);
+  const TensorView scale = view("gemm", "scale", one);
+  on_device(
+      "gemm", q, [&] { cpu::dequantize(to, from, scale, {}); },
+      [&](auto stream) { cuda::dequantize(to, from, scale, {}, stream); });
   return out;
 }
 
@@ -65,63 +79,132 @@ void addmm(Tensor& out, const Tensor& addend, const Tensor& a, const Tensor& b, 
     fail("gemm: torch's matrix product failed");
 }
 
-void run(Tensor& out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
-         const Tensor& scale_b, const OptionalTensor& bias, bool accumulate) {
-  const Problem p = check(a, scale_a, b, scale_b, bias);
-  QUAVER_CHECK(out.dim() == 2 && out.size(0) == p.m && out.size(1) == p.n, "gemm: out must be [",
-               p.m, ", ", p.n, "]");
-  QUAVER_CHECK(!(accumulate && bias.has_value()), "gemm: bias and accumulate exclude each other");
-  const ScalarType type = out.scalar_type();
-  QUAVER_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-               "gemm: out must be float32 or bfloat16 on the CPU, got ",
-               torch::headeronly::toString(type));
-  // In f32: a product that overflows is infinite, where torch would refuse a double beyond f32. MKL
-  // ignores an alpha that is NaN, so one that is not finite goes into the operands.
-  float alpha = 1.0f;
-  if (p.tensor_scales)
-    alpha = *scalar("gemm", "scale_a", scale_a) * *scalar("gemm", "scale_b", scale_b);
-  const bool codes = p.tensor_scales && is_finite(alpha);
-  if (!codes) alpha = 1.0f;
-  const bool half = type == ScalarType::BFloat16 && codes;
-  Tensor decoded_a, decoded_b;
-  if (codes) {
-    const ScalarType decoded = half ? ScalarType::BFloat16 : ScalarType::Float;
-    decoded_a = decode_codes(a, decoded);
-    decoded_b = decode_codes(b, decoded);
-  } else {
-    decoded_a = decode_rows(a, scale_a);
-    decoded_b = decode_rows(b, scale_b);
-  }
-  Tensor addend = bias.has_value() ? torch::stable::to(*bias, type) : out;
-  const double beta = bias.has_value() || accumulate ? 1.0 : 0.0;
-  if (!codes && type == ScalarType::BFloat16) {  // f32 product, rounded at the end
-    Tensor wide = empty(out, shape_of(out), ScalarType::Float);
-    addmm(wide, beta != 0.0 ? torch::stable::to(addend, ScalarType::Float) : wide, decoded_a,
-          decoded_b, beta, alpha);
-    torch::stable::copy_(out, wide);
-    return;
-  }
-  addmm(out, addend, decoded_a, decoded_b, beta, alpha);
+Tensor multiply(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  if (torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION) != 0)
+    fail("gemm: torch's multiplication failed");
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor gemm_cpu(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,
-                const OptionalTensor& bias, ScalarType out_dtype, bool) {
-  const Problem p = check(a, scale_a, b, scale_b, bias);
-  Tensor out = empty(a, {p.m, p.n}, out_dtype);
-  run(out, a, scale_a, b, scale_b, bias, false);
+// The stable ABI has no addition, but this.
+Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
+
+// On any device: an f32 product of the codes, then scales, bias and addend in f32, as the kernels'
+// epilogue has it, and one rounding. Codes are exact in TF32 and bf16 too, should torch use them.
+void compose(Call& c) {
+  const Tensor a = decode_codes(c.a, ScalarType::Float);
+  const Tensor b = decode_codes(c.b, ScalarType::Float);
+  Tensor y = torch::stable::matmul(a, torch::stable::transpose(b, 0, 1));
+  // The scales first: each may be near a limit of f32 where their product is not.
+  y = multiply(y, multiply(torch::stable::reshape(c.scale_a, {-1, 1}),
+                           torch::stable::reshape(c.scale_b, {1, -1})));
+  if (c.bias.has_value()) y = add(y, torch::stable::to(*c.bias, ScalarType::Float));
+  if (c.accumulate) y = add(y, torch::stable::to(c.out, ScalarType::Float));
+  if (!c.out_scale.has_value()) {
+    torch::stable::copy_(c.out, y);
+    return;
+  }
+  const TensorView q = view("gemm", "out", c.out), x = view("gemm", "product", y);
+  const TensorView scale = view("gemm", "out_scale", *c.out_scale);
+  const TensorView amax = view("gemm", "amax", *c.amax);
+  ScaleSource given;
+  given.given = true;
+  on_device(
+      "gemm", c.a, [&] { cpu::quantize(q, scale, amax, x, {}, given); },
+      [&](auto stream) { cuda::quantize(q, scale, amax, x, {}, given, stream); });
+}
+
+void run_cpu(Call& c) {
+  const ScalarType type = c.out.scalar_type();
+  const bool plain = type == ScalarType::Float || type == ScalarType::BFloat16;
+  if (!plain || c.scale_a.numel() != 1 || c.scale_b.numel() != 1) return compose(c);
+  // In f32: a product that overflows is infinite, where torch would refuse a double beyond f32. MKL
+  // ignores an alpha that is NaN.
+  const float alpha = *scalar("gemm", "scale_a", c.scale_a) * *scalar("gemm", "scale_b", c.scale_b);
+  if (!is_finite(alpha)) return compose(c);
+  const Tensor addend = c.bias.has_value() ? torch::stable::to(*c.bias, type) : c.out;
+  const double beta = c.bias.has_value() || c.accumulate ? 1.0 : 0.0;
+  addmm(c.out, addend, decode_codes(c.a, type), decode_codes(c.b, type), beta, alpha);
+}
+
+template <class Stream>
+void run_cuda(Call& c, Stream stream) {
+  GemmArguments g = arguments_of(c);
+  check_gemm_cuda(g);
+  const cuda::GemmDevice device = cuda::gemm_device();
+  if (device.major != 9 || g.out.numel() == 0 || g.a.cols == 0) return compose(c);
+  OptionalTensor bias;
+  if (c.bias.has_value()) {
+    bias = dense(torch::stable::to(*c.bias, ScalarType::Float));
+    g.bias = static_cast<const float*>(bias->data_ptr());
+  }
+  const GemmCandidate choice = choose_gemm(gemm_problem(g), device.sm_count);
+  const Tensor memory = workspace(c.a, choice.workspace_bytes);
+  GemmLaunch launch = choice.launch;
+  launch.workspace = memory.data_ptr();
+  launch.workspace_bytes = choice.workspace_bytes;
+  launch.stream = stream;
+  cuda::gemm(g, choice.index, launch);
+}
+
+void run(Call c) {
+  check(c);
+  for (Tensor* t : {&c.a, &c.b, &c.scale_a, &c.scale_b}) *t = dense(*t);
+  const Tensor wanted = c.out;
+  if (!wanted.is_contiguous())
+    c.out = c.accumulate ? dense(wanted) : empty(wanted, shape_of(wanted), wanted.scalar_type());
+  check_gemm(arguments_of(c));
+  QUAVER_CHECK(!(c.accumulate && c.bias.has_value()),
+               "gemm: bias and accumulate exclude each other");
+  on_device("gemm", c.a, [&] { run_cpu(c); }, [&](auto stream) { run_cuda(c, stream); });
+  if (!wanted.is_contiguous()) {
+    Tensor target = wanted;
+    torch::stable::copy_(target, c.out);
+  }
+}
+
+Tensor gemm(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,
+            const OptionalTensor& bias, ScalarType out_dtype, bool fast_accumulate) {
+  QUAVER_CHECK(a.dim() == 2 && b.dim() == 2, "gemm: a and b must be matrices, got ", a.dim(),
+               " and ", b.dim(), " dimensions");
+  Tensor out = empty(a, {a.size(0), b.size(0)}, out_dtype);
+  run({out, a, scale_a, b, scale_b, bias, false, fast_accumulate});
   return out;
 }
 
-void gemm_cpu_(Tensor out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
-               const Tensor& scale_b, const OptionalTensor& bias, bool accumulate, bool) {
-  run(out, a, scale_a, b, scale_b, bias, accumulate);
+void gemm_(Tensor out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
+           const Tensor& scale_b, const OptionalTensor& bias, bool accumulate,
+           bool fast_accumulate) {
+  run({out, a, scale_a, b, scale_b, bias, accumulate, fast_accumulate});
+}
+
+std::tuple<Tensor, Tensor> gemm_quantize(const Tensor& a, const Tensor& scale_a, const Tensor& b,
+                                         const Tensor& scale_b, const OptionalTensor& bias,
+                                         ScalarType out_dtype, const Tensor& out_scale,
+                                         bool fast_accumulate) {
+  QUAVER_CHECK(a.dim() == 2 && b.dim() == 2, "gemm: a and b must be matrices, got ", a.dim(),
+               " and ", b.dim(), " dimensions");
+  QUAVER_CHECK(is_fp8(dtype_of("gemm_quantize", "out_dtype", out_dtype)),
+               "gemm_quantize: out_dtype must be e4m3 or e5m2, got ",
+               torch::headeronly::toString(out_dtype));
+  Tensor out = empty(a, {a.size(0), b.size(0)}, out_dtype);
+  Tensor amax = empty(a, {}, ScalarType::Float);
+  run({out, a, scale_a, b, scale_b, bias, false, fast_accumulate, out_scale, amax});
+  return {out, amax};
+}
+
+template <class Library>
+void register_ops(Library& m) {
+  m.impl("gemm", TORCH_BOX(&gemm));
+  m.impl("gemm_", TORCH_BOX(&gemm_));
+  m.impl("gemm_quantize", TORCH_BOX(&gemm_quantize));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) {
-  m.impl("gemm", TORCH_BOX(&gemm_cpu));
-  m.impl("gemm_", TORCH_BOX(&gemm_cpu_));
-}
+STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) { register_ops(m); }
+#if defined(QUAVER_HAVE_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) { register_ops(m); }
+#endif
 
 }  // namespace quaver::binding

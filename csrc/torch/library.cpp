@@ -1,8 +1,9 @@
 // Schemas of torch.ops.quaver. Fake kernels and autograd are registered in python/quaver/ops.py.
 //
 // Scales are decode multipliers in f32: x ~= scale * q. In a list argument an empty tensor stands
-// for "none", and an empty list where it may be empty for none at all. `*_scaling` are the values of
-// Scaling (codec.h); a seed >= 0 rounds a bf16 weight stochastically. Each stage's binding registers its kernels for the CPU (and CUDA) key.
+// for "none", and an empty list where it may be empty for none at all. `*_scaling` are the values
+// of Scaling (codec.h); a seed >= 0 rounds a bf16 weight stochastically. Each stage's binding
+// registers its kernels for the CPU (and CUDA) key.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -19,16 +20,48 @@ STABLE_TORCH_LIBRARY(quaver, m) {
       "cast_transpose(Tensor x, ScalarType dtype, Tensor? scale, Tensor(a!)? history, "
       "bool power_of_two) -> (Tensor q, Tensor qt, Tensor scale, Tensor amax)");
   m.def(
+      "normalize(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, "
+      "ScalarType dtype, Tensor? scale, Tensor(a!)? history, bool power_of_two, int block) "
+      "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, "
+      "Tensor mean, Tensor rstd)");
+  m.def(
+      "normalize_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor mean, Tensor rstd, "
+      "Tensor? weight, int block, bool has_bias, ScalarType dx_dtype) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "activate(Tensor x, Tensor? up, str kind, Tensor? channel_scale, ScalarType dtype, "
+      "Tensor? scale, Tensor(a!)? history, bool power_of_two, int block) "
+      "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, Tensor uq, "
+      "Tensor uscale, Tensor channel_amax)");
+  m.def(
+      "activate_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor? uq, Tensor? uscale, "
+      "str kind, Tensor? channel_scale, int block, ScalarType dtype, Tensor(a!)? x_history, "
+      "Tensor(b!)? up_history, bool power_of_two) "
+      "-> (Tensor dxq, Tensor dxqt, Tensor dxscale, Tensor dxamax, Tensor duq, Tensor duqt, "
+      "Tensor duscale, Tensor duamax)");
+  m.def(
       "gemm(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
       "ScalarType out_dtype, bool fast_accumulate) -> Tensor");
   m.def(
       "gemm_(Tensor(a!) out, Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
       "bool accumulate, bool fast_accumulate) -> ()");
   m.def(
+      "gemm_quantize(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
+      "ScalarType out_dtype, Tensor out_scale, bool fast_accumulate) -> (Tensor q, Tensor amax)");
+  m.def(
       "grad_norm(Tensor[] grads, Tensor[] scales, Tensor[] amaxes) -> (Tensor norm, Tensor amax)");
   m.def(
       "accumulate_(Tensor(a!) q, Tensor(b!) scale, Tensor(c!) amax, Tensor other, "
       "Tensor? other_scale, Tensor? other_amax) -> ()");
+  m.def(
+      "share_scales(Tensor amaxes, Tensor? mu, ScalarType dtype) "
+      "-> (Tensor scales, Tensor sum_scales)");
+  m.def(
+      "pack(Tensor[] tensors, Tensor[] tensor_scales, Tensor? scales, ScalarType dtype, "
+      "int length) -> Tensor");
+  m.def(
+      "reduce_shards(Tensor shards, Tensor? scales, Tensor? sum_scales, int[] sizes, int first, "
+      "ScalarType dtype) -> (Tensor out, Tensor amax, Tensor saturated)");
   m.def(
       "adam_(Tensor(a!)[] weights, Tensor(b!)[] weight_scales, Tensor(c!)[] weight_amaxes, "
       "Tensor(d!)[] exp_avgs, Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_amaxes, "
@@ -36,9 +69,18 @@ STABLE_TORCH_LIBRARY(quaver, m) {
       "Tensor[] grads, Tensor[] grad_scales, Tensor grad_amax, "
       "Tensor(j!)[] fp8s, Tensor(k!)[] fp8_ts, Tensor(l!)[] fp8_scales, "
       "Tensor(m!)[] steps, Tensor hyper, Tensor(n!) skipped, "
-      "Tensor(o!)[] remainders, int[] exp_avg_scaling=[], int[] exp_avg_sq_scaling=[], int[] seeds=[]) -> ()");
+      "Tensor(o!)[] remainders, int[] exp_avg_scaling=[], int[] exp_avg_sq_scaling=[], int[] "
+      "seeds=[]) -> ()");
   m.def("encode_state(Tensor x, ScalarType dtype, bool expand) -> (Tensor q, Tensor scale)");
   m.def("decode_state(Tensor q, Tensor scale, bool expand) -> Tensor");
+  m.def("comm_id_(Tensor(a!) id, str library) -> ()");
+  m.def("comm_create(Tensor id, int rank, int size, float timeout, str library, bool host) -> int");
+  m.def("comm_all_to_all_(int comm, Tensor send, Tensor(a!) recv) -> ()");
+  m.def("comm_all_gather_(int comm, Tensor send, Tensor(a!) recv) -> ()");
+  m.def("comm_all_reduce_(int comm, Tensor(a!) values, str reduction) -> ()");
+  m.def("comm_check(int comm) -> ()");
+  m.def("comm_abort(int comm) -> ()");
+  m.def("comm_close(int comm) -> ()");
 }
 
 namespace {

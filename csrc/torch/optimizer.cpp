@@ -25,11 +25,11 @@ StateView state(const char* name, const Tensor& values, const Tensor& scale, con
     return s;
   }
   const int64_t groups = group_count(s.values.numel());
-  QUAVER_CHECK(scale.numel() == groups && scale.scalar_type() == ScalarType::Float &&
-                   scale.is_contiguous(),
-               "adam_: ", name, " of ", s.values.numel(), " values needs ", groups,
-               " contiguous float32 scales, got ", scale.numel(), " of ",
-               torch::headeronly::toString(scale.scalar_type()));
+  QUAVER_CHECK(
+      scale.numel() == groups && scale.scalar_type() == ScalarType::Float && scale.is_contiguous(),
+      "adam_: ", name, " of ", s.values.numel(), " values needs ", groups,
+      " contiguous float32 scales, got ", scale.numel(), " of ",
+      torch::headeronly::toString(scale.scalar_type()));
   s.scale = static_cast<float*>(scale.data_ptr());
   return s;
 }
@@ -74,8 +74,7 @@ void adam_(const Tensors& weights, const Tensors& weight_scales, const Tensors& 
   QUAVER_CHECK(remainders.empty() || remainders.size() == n, "adam_: ", n, " weights, but ",
                remainders.size(), " remainders");
   check_device("adam_", weights[0], "remainders", remainders);
-  for (const auto& [name, list] :
-       std::initializer_list<std::pair<const char*, const Ints*>>{
+  for (const auto& [name, list] : std::initializer_list<std::pair<const char*, const Ints*>>{
            {"exp_avg_scaling", &exp_avg_scaling},
            {"exp_avg_sq_scaling", &exp_avg_sq_scaling},
            {"seeds", &seeds}})

@@ -3,7 +3,7 @@
 #include <string>
 #include <tuple>
 
-#include "device.h"
+#include "cast.h"
 
 namespace quaver::binding {
 namespace {
@@ -22,19 +22,6 @@ Shape scale_shape(const Tensor& x, const QuantizeOptions& o) {
   if (shape.empty()) shape.push_back(1);
   shape.back() = o.granularity == Granularity::row ? 1 : (shape.back() + o.block - 1) / o.block;
   return shape;
-}
-
-// A fresh scale tensor, holding the given scale where there is one.
-Tensor scale_tensor(const char* op, const Tensor& x, const OptionalTensor& given,
-                    const Shape& shape) {
-  Tensor scale = empty(x, shape, ScalarType::Float);
-  check_device(op, x, "scale", given);
-  if (!given.has_value()) return scale;
-  QUAVER_CHECK(given->numel() == scale.numel() && given->scalar_type() == ScalarType::Float, op,
-               ": scale must be ", scale.numel(), " float32, got ", given->numel(), " of ",
-               torch::headeronly::toString(given->scalar_type()));
-  torch::stable::copy_(scale, torch::stable::reshape(*given, shape));
-  return scale;
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_in, ScalarType dtype,

@@ -9,10 +9,10 @@ namespace {
 StateView view_of(const char* op, const Tensor& q, const Tensor& scale, bool expand) {
   const TensorView values = view(op, "q", q);
   const int64_t groups = group_count(values.numel());
-  QUAVER_CHECK(scale.numel() == groups && scale.scalar_type() == ScalarType::Float &&
-                   scale.is_contiguous(),
-               op, ": scale must be ", groups, " contiguous float32, got ", scale.numel(), " of ",
-               torch::headeronly::toString(scale.scalar_type()));
+  QUAVER_CHECK(
+      scale.numel() == groups && scale.scalar_type() == ScalarType::Float && scale.is_contiguous(),
+      op, ": scale must be ", groups, " contiguous float32, got ", scale.numel(), " of ",
+      torch::headeronly::toString(scale.scalar_type()));
   return {values, static_cast<float*>(scale.data_ptr()), nullptr,
           expand ? Scaling::expand : Scaling::group};
 }

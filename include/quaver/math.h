@@ -32,6 +32,39 @@ QUAVER_HD float exp2(float x) {
   return p * bit_cast<float>((half + 127) << 23) * bit_cast<float>((n - half + 127) << 23);
 }
 
+// x between `low` and `high`; NaN stays NaN. By bits, so that loops around it vectorise.
+QUAVER_HD float clamp(float x, float low, float high) {
+  const uint32_t raised = select(x < low, bit_cast<uint32_t>(low), bit_cast<uint32_t>(x));
+  return bit_cast<float>(select(x > high, bit_cast<uint32_t>(high), raised));
+}
+
+// e^x within 2 ulp; 0 where that is no normal float (below -87.336), infinity above 88.73. NaN
+// stays NaN. Without a branch, so that loops around it vectorise.
+QUAVER_HD float exp(float x) {
+  constexpr float lowest = -87.3365448f;  // the smallest normal float's logarithm
+  constexpr float to_integer = 12582912.0f;
+  // ln 2 in two parts: the first has few bits, so that n times it is exact.
+  constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  const float c = clamp(x, lowest, 89.0f);
+  const float shifted = fma(c, 1.44269504f, to_integer);
+  const float n = shifted - to_integer;
+  const float r = fma(n, -ln2_low, fma(n, -ln2_high, c));  // |r| <= ln(2) / 2
+  // Taylor series; the first term left out is below 6e-9.
+  float p = 1.98412698e-4f;
+  p = fma(p, r, 1.38888889e-3f);
+  p = fma(p, r, 8.33333333e-3f);
+  p = fma(p, r, 4.16666667e-2f);
+  p = fma(p, r, 1.66666667e-1f);
+  p = fma(p, r, 0.5f);
+  p = fma(p, r, 1.0f);
+  p = fma(p, r, 1.0f);
+  // 2^n in two factors, because n may be 128.
+  const uint32_t exponent = bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(to_integer) + 254u;
+  const uint32_t half = exponent >> 1;
+  const float result = p * bit_cast<float>(half << 23) * bit_cast<float>((exponent - half) << 23);
+  return bit_cast<float>(select(x < lowest, 0u, bit_cast<uint32_t>(result)));
+}
+
 // log2(x) within 2 ulp or 1.2e-7 absolute for normal x > 0. Zero gives -infinity, negative and NaN
 // give NaN; subnormals are scaled first.
 QUAVER_HD float log2(float x) {

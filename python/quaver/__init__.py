@@ -6,9 +6,9 @@ _C = load_library()  # before the rest: it registers torch.ops.quaver
 build_info = _C.build_info
 __version__ = build_info()["version"]
 
-from . import nn, optim, recipe  # noqa: E402
+from . import distributed, nn, optim, recipe  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
-from .convert import convert, restore  # noqa: E402
+from .convert import convert, convert_report, restore  # noqa: E402
 from .grad import clip_grad_norm_  # noqa: E402
 from .memory import memory_report, saved_activations  # noqa: E402
 from .ops import cast_transpose, dequantize, gemm, quantize  # noqa: E402
@@ -24,7 +24,9 @@ __all__ = [
     "cast_transpose",
     "clip_grad_norm_",
     "convert",
+    "convert_report",
     "dequantize",
+    "distributed",
     "gemm",
     "load",
     "memory_report",

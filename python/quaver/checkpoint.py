@@ -12,7 +12,7 @@ import torch
 
 from quaver import rng
 from quaver.files import FileError, read_tensors, write_tensors
-from quaver.tensor import ScaledTensor
+from quaver.tensor import ScaledTensor, is_sharded, local
 
 __all__ = ["CheckpointError", "load", "save"]
 
@@ -33,8 +33,12 @@ def save(path, model, optimizer=None, *, step=0, extra=None):
     be stored, and OSError if the file cannot be written.
     """
     try:
-        tensors, document = _collect(model, optimizer)
-        document |= {"step": step, "extra": _json("extra", extra)}
+        tensors, document = collect(model, optimizer, step, extra)
+        sharded = [name for name, tensor in tensors.items() if is_sharded(tensor)]
+        if sharded:
+            raise CheckpointError(
+                f"{sharded[0]} is sharded over ranks: use quaver.distributed.save"
+            )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -52,13 +56,11 @@ def load(path, model, optimizer=None):
         tensors, document = read_tensors(path, FORMAT, VERSION)
     except FileError as error:
         raise CheckpointError(str(error)) from None
-    for alias, name in document["aliases"].items():
-        tensors[alias] = tensors[name]
     generators = {n[len("rng.") :]: t for n, t in tensors.items() if n.startswith("rng.")}
     try:
-        restore = _plan_model(model, tensors, document["scaled"])
-        if optimizer is not None:
-            restore += _plan_optimizer(model, optimizer, tensors, document)
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            raise CheckpointError("the model is sharded over ranks: use quaver.distributed.load")
+        restore = plan(model, optimizer, tensors, document)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     with torch.no_grad():
@@ -82,11 +84,17 @@ def _json(name, value):
 
 def _parts(name, tensor):
     """The entries of one tensor in the file."""
-    if not isinstance(tensor, ScaledTensor):
+    here = local(tensor)
+    if not isinstance(here, ScaledTensor):
         return {name: tensor}
-    parts = {f"{name}.qdata": tensor.qdata, f"{name}.scale": tensor.scale}
-    if tensor.amax is not None:
-        parts[f"{name}.amax"] = tensor.amax
+    parts = {f"{name}.qdata": here.qdata, f"{name}.scale": here.scale}
+    if here.amax is not None:
+        parts[f"{name}.amax"] = here.amax
+    if is_sharded(tensor):
+        from quaver.distributed.shards import like
+
+        # Scales are the whole tensor's, but for those of rows and blocks.
+        parts = {key: like(tensor, part) if part.dim() else part for key, part in parts.items()}
     return parts
 
 
@@ -95,6 +103,7 @@ def _dtype(tensor):
 
 
 def _memory(tensor):
+    tensor = local(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
@@ -106,14 +115,16 @@ def _model_state(model):
     return {f"model.{key}": value for key, value in state.items()}
 
 
-def _collect(model, optimizer):
+def collect(model, optimizer, step, extra):
+    """({name: tensor}, JSON-able document) of a training state; CheckpointError if it has none."""
     tensors, scaled, aliases, seen = {}, {}, {}, {}
 
     def add(name, tensor):
-        if isinstance(tensor, ScaledTensor):
-            scaled[name] = [_dtype(tensor), tensor.granularity, tensor.block]
+        here = local(tensor)
+        if isinstance(here, ScaledTensor):
+            scaled[name] = [_dtype(here), here.granularity, here.block]
         for part, value in _parts(name, tensor).items():
-            first = seen.setdefault(_memory(value), part) if value.numel() else part
+            first = seen.setdefault(_memory(value), part) if local(value).numel() else part
             if first == part:
                 tensors[part] = value
             else:
@@ -131,6 +142,8 @@ def _collect(model, optimizer):
         "aliases": aliases,
         "optimizer": described,
         "random": plain,
+        "step": step,
+        "extra": _json("extra", extra),
     }
 
 
@@ -184,6 +197,17 @@ def _collect_optimizer(model, optimizer, add):
 # Loading: every function below either raises CheckpointError or returns what remains to be done
 
 
+def plan(model, optimizer, tensors, document):
+    """The functions that put `tensors`, named as `collect` named them, into the model and the
+    optimizer, if there is one."""
+    for alias, name in document["aliases"].items():
+        tensors[alias] = tensors[name]
+    restore = _plan_model(model, tensors, document["scaled"])
+    if optimizer is not None:
+        restore += _plan_optimizer(model, optimizer, tensors, document)
+    return restore
+
+
 def _describe(tensors):
     if len(tensors) == 1 and "" in tensors:
         return f"{_dtype(tensors[''])} {list(tensors[''].shape)}"
@@ -209,25 +233,37 @@ def _check(name, target, parts):
 
 
 def _copy(target, parts):
+    whole, target = target, local(target)
+    parts = {key: local(tensor) for key, tensor in parts.items()}
     if not isinstance(target, ScaledTensor):
         target.copy_(parts[""])
         return
     target.qdata.copy_(parts[".qdata"])
     target.scale.copy_(parts[".scale"])
     amax = parts.get(".amax")
-    target.amax = None if amax is None else amax.to(target.qdata.device, copy=True)
-    torch.autograd.graph.increment_version(target)
+    if amax is not None and target.amax is not None:
+        target.amax.copy_(amax)
+    else:
+        target.amax = None if amax is None else amax.to(target.qdata.device, copy=True)
+    torch.autograd.graph.increment_version(whole)
     target.refresh_copies()
 
 
 def _build(parts, scaled, device):
     """A new tensor on `device` from the entries of the file."""
-    new = {key: tensor.to(device, copy=True) for key, tensor in parts.items()}
+    new = {key: local(tensor).to(device, copy=True) for key, tensor in parts.items()}
     if "" in new:
-        return new[""]
-    dtype, granularity, block = scaled
-    dtype = getattr(torch, dtype)
-    return ScaledTensor(new[".qdata"], new[".scale"], new.get(".amax"), dtype, granularity, block)
+        built = new[""]
+    else:
+        dtype, *kind = scaled
+        dtype = getattr(torch, dtype)
+        built = ScaledTensor(new[".qdata"], new[".scale"], new.get(".amax"), dtype, *kind)
+    codes = next(iter(parts.values()))
+    if is_sharded(codes):
+        from quaver.distributed.shards import like
+
+        built = like(codes, built)
+    return built
 
 
 def _plan_model(model, values, scaled):
@@ -255,6 +291,7 @@ def _plan_model(model, values, scaled):
 
 
 def _same_bytes(a, b):
+    a, b = local(a), local(b)
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
@@ -280,7 +317,10 @@ def _plan_optimizer(model, optimizer, values, document):
                     f"optimizer group {i}: {key} is {group.get(key)!r} here, {value!r} in the file"
                 )
         restore.append(lambda group=group, options=options: _set_options(group, options))
+        owns = getattr(optimizer, "owns", None)  # a sharded optimizer takes its part
         for parameter, name in zip(group["params"], groups[i], strict=True):
+            if owns is not None and not owns(parameter):
+                continue
             entries = saved["states"][name]
             restore.append(_plan_state(optimizer, parameter, name, entries, values, document))
     return restore

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import quaver as qv
-from quaver import machine, models, recipe, train
+from quaver import _C, machine, models, recipe, train
+from quaver.distributed import RankFailure
 from quaver.errors import UsageError
 
 __all__ = ["main"]
@@ -80,7 +81,22 @@ def _add_train(commands):
         metavar="N",
         help="steps between checkpoints",
     )
+    p.add_argument(
+        "--parallel",
+        metavar="KIND=N",
+        help="under torchrun: dp=N processes that share each micro-batch, zero=N with optimizer "
+        "states spread over them, or fsdp=N with everything sharded (FSDP2); tp=N that share the "
+        "model; dp=N,tp=M is N x M processes",
+    )
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs too")
+    p.add_argument(
+        "--probe",
+        type=int,
+        default=default.probe,
+        metavar="N",
+        help="every N steps measure what FP8 does to each tensor (SNR, zeros, saturated values, "
+        "k), into metrics.jsonl and TensorBoard; 0 never",
+    )
     again = p.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -95,11 +111,62 @@ def _train(arguments):
 
 
 def _add_info(commands):
-    p = commands.add_parser("info", help="what this machine offers and which backend will run")
+    p = commands.add_parser(
+        "info",
+        help="what this machine offers and which backend will run",
+        formatter_class=_Help,
+    )
+    p.add_argument(
+        "--gemm",
+        nargs=3,
+        type=int,
+        metavar=("M", "N", "K"),
+        help="list the Hopper kernels that can serve this product instead, and say which and why",
+    )
+    p.add_argument(
+        "--types",
+        type=_names,
+        default="e4m3,e4m3,bf16",
+        help="with --gemm: formats of a, b and the result",
+    )
+    p.add_argument("--accumulate", action="store_true", help="with --gemm: add to the result")
+    p.add_argument("--promoted", action="store_true", help="with --gemm: sums in f32 only")
+    p.add_argument("--sms", type=int, default=132, help="with --gemm: multiprocessors of the GPU")
     p.set_defaults(call=_info)
 
 
+def _gemm_info(arguments):
+    if len(arguments.types) != 3:
+        raise UsageError(f"--types wants A,B,OUT, got {','.join(arguments.types)}")
+    try:
+        candidates, reason = _C.gemm_candidates(
+            *arguments.gemm,
+            *arguments.types,
+            accumulate=arguments.accumulate,
+            fast_accumulate=not arguments.promoted,
+            sm_count=arguments.sms,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    m, n, k = arguments.gemm
+    print(f"gemm [{m}, {k}] x [{n}, {k}], {' '.join(arguments.types)}, {arguments.sms} SMs")
+    row = "{:<40}{:>12}{:>8}{:>9}{:>8}{:>8}{:>8}{:>11}".format
+    print(row("kernel", "tile", "cluster", "swizzle", "splits", "tiles", "waves", "predicted"))
+    for c in candidates:
+        tile, cluster = ("x".join(map(str, c[key])) for key in ("tile", "cluster"))
+        print(
+            row(
+                *(c["name"], tile, cluster, c["swizzle"], c["splits"], c["tiles"]),
+                *(f"{c['waves']:.2f}", f"{c['efficiency']:.1%}"),
+            )
+        )
+    print(f"{candidates[0]['name']}: {reason}")
+    print("Predicted is of the peak, by a model; `make gpu-report` measures.")
+
+
 def _info(arguments):
+    if arguments.gemm:
+        return _gemm_info(arguments)
     for title, values in (("build", qv.build_info()), ("machine", machine.describe())):
         print(title)
         for key, value in values.items():
@@ -155,7 +222,7 @@ def main(arguments=None):
     except UsageError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, RankFailure) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     except (train.Interrupted, KeyboardInterrupt):

@@ -1,16 +1,52 @@
-"""Swap nn.Linear for quaver.nn.Linear in an unmodified model, and back."""
+"""Make the parts of an unmodified model that we know FP8, and back."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from . import recipe as recipes
+from . import structure
 from .nn.linear import Linear, convert_weight
+from .nn.mlp import MLP
+from .nn.norm import Norm
 from .ops import FLOATS
-from .tensor import ScaledTensor
+from .tensor import ScaledTensor, is_sharded
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `convert` did. `converted`: {module name: "linear", "norm" or "mlp"}; `left`: {module
+    name: why it stayed as it was}."""
+
+    converted: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        kinds = list(self.converted.values())
+        counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
+        lines = [f"converted {', '.join(counts) or 'nothing'}"]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            reasons.setdefault(why, []).append(name or "the model")
+        for why, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"left {', '.join(names[:3])}{more}: {why}")
+        return "\n".join(lines)
+
+
+_reports: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
+
+
+def convert_report(model: nn.Module) -> Report:
+    """What the last `convert` of this model made FP8, and what it left and why. Empty for a model
+    that was never converted, restored, or is a copy."""
+    return _reports.get(model, Report())
 
 
 def convert(
@@ -20,9 +56,16 @@ def convert(
 ) -> nn.Module:
     """Make every nn.Linear of `model` multiply in FP8, in place; returns the model.
 
-    Modules keep their identity, names, hooks and mode. Under recipes with a low-precision master
-    the weights become new Parameters, so build the optimizer afterwards. Weights tied between
-    linear layers stay tied; a layer tied to anything else (an embedding, say) is left alone.
+    Under a recipe with FP8 activations ("coat"), norms that feed those layers alone and MLPs of the
+    forms in nn/mlp.py become FP8 too. They are found by what they compute, so that models of any
+    library convert unmodified; what is not recognised stays as it is, and `convert_report` tells
+    why.
+
+    Modules keep their identity, class (but for their forward), names, hooks and mode; `state_dict`
+    keeps its keys, and gains the amax histories of delayed scaling. Under recipes with a
+    low-precision master the weights become new Parameters, so build the optimizer afterwards.
+    Weights tied between linear layers stay tied; a layer tied to anything else (an embedding, say)
+    is left alone.
 
     Args:
         recipe: a name or a Recipe; one without FP8 linear layers leaves the model as it is.
@@ -30,7 +73,7 @@ def convert(
 
     Raises:
         TypeError: `skip` is a string, the model is no module, or a weight is, say, float64.
-        ValueError: an unknown recipe, or a model that was converted by another one.
+        ValueError: an unknown recipe, a model that was converted by another one, or a sharded one.
     """
     if isinstance(skip, str):
         raise TypeError(f"convert: skip must be several names, got the string {skip!r}")
@@ -40,21 +83,50 @@ def convert(
     if chosen.linear is None:
         return model
     skip = tuple(skip)
+    report = Report()
+    _convert_linear(model, chosen, skip, report)
+    if chosen.activation is not None:
+        if chosen.activation.norm:
+            _convert_norms(model, chosen, skip, report)
+        if chosen.activation.mlp:
+            _convert_mlps(model, chosen, skip, report)
+    _reports[model] = report
+    return model
+
+
+def _convert_linear(model, chosen, skip, report) -> None:
     targets = {}
     for name, module in model.named_modules():
-        if type(module) is Linear and module.rule != chosen.linear:
+        other = (type(module) is Linear and module.rule != chosen.linear) or (
+            isinstance(module, (Norm, MLP))
+            and (module.rule, module.activation) != (chosen.linear, chosen.activation)
+        )
+        if other:
             raise ValueError(
                 f"convert: {name or 'the model'} was converted by another recipe; restore it first"
             )
-        # A weight that is no Parameter of the module is computed by a hook (nn.utils.weight_norm).
-        own = type(module) is nn.Linear and isinstance(module.weight, nn.Parameter)
-        if own and not _matches(name, skip):
-            if module.weight.dtype not in FLOATS:
-                raise TypeError(
-                    f"convert: {name or 'the model'} has a weight of {module.weight.dtype}; wanted "
-                    "float32, float16 or bfloat16"
-                )
-            targets[id(module)] = module
+        if type(module) is Linear:
+            report.converted[name] = "linear"
+        elif not isinstance(module, nn.Linear):
+            continue
+        elif type(module) is not nn.Linear:
+            report.left[name] = f"it is a {type(module).__name__}, a linear layer of another kind"
+        elif not isinstance(module.weight, nn.Parameter):
+            # nn.utils.weight_norm
+            report.left[name] = "its weight is computed by a hook"
+        elif _matches(name, skip):
+            report.left[name] = "it is skipped"
+        elif is_sharded(module.weight):
+            raise ValueError(
+                f"convert: {name or 'the model'} is sharded over ranks; convert before sharding"
+            )
+        elif module.weight.dtype not in FLOATS:
+            raise TypeError(
+                f"convert: {name or 'the model'} has a weight of {module.weight.dtype}; wanted "
+                "float32, float16 or bfloat16"
+            )
+        else:
+            targets[id(module)] = name, module
     tied_elsewhere = {
         id(parameter)
         for module in model.modules()
@@ -62,21 +134,66 @@ def convert(
         for parameter in module.parameters(recurse=False)
     }
     weights: dict[int, nn.Parameter] = {}
-    for module in targets.values():
+    for name, module in targets.values():
         old = module.weight
         if id(old) in tied_elsewhere:
+            report.left[name] = "its weight is shared with a module that is not converted"
             continue
         if id(old) not in weights:
             weights[id(old)] = convert_weight(old, chosen.linear)
         module.__class__ = Linear
         module.adopt(chosen, weights[id(old)])
-    return model
+        report.converted[name] = "linear"
+
+
+def _convert_norms(model, chosen, skip, report) -> None:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for path, parent in model.named_modules():
+        for child, norm in parent.named_children():
+            name = f"{path}.{child}" if path else child
+            if isinstance(norm, Norm):
+                report.converted[name] = "norm"
+                continue
+            if not structure.is_norm(norm):
+                continue
+            if _matches(name, skip):
+                report.left[name] = "it is skipped"
+                continue
+            try:
+                form = structure.norm_form(norm)
+                structure.check_readers(parent, child, form.width)
+            except structure.Unknown as why:
+                report.left[name] = str(why)
+                continue
+            Norm.adopt(norm, chosen, form.width, form.eps, form.centered, form.offset, device)
+            report.converted[name] = "norm"
+
+
+def _convert_mlps(model, chosen, skip, report) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, MLP):
+            report.converted[name] = "mlp"
+            continue
+        if not structure.mlp_candidate(module):
+            continue
+        if _matches(name, skip):
+            report.left[name] = "it is skipped"
+            continue
+        try:
+            plan = structure.mlp_plan(module)
+        except structure.Unknown as why:
+            report.left[name] = str(why)
+            continue
+        MLP.adopt(module, chosen, plan)
+        report.converted[name] = "mlp"
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `convert` in place: plain nn.Linear with decoded weights; returns the model."""
+    """Undo `convert` in place: modules as they were, with decoded weights; returns the model."""
     weights: dict[int, nn.Parameter] = {}
     for module in model.modules():
+        if isinstance(module, (Norm, MLP)):
+            module.restore()
         if type(module) is not Linear:
             continue
         old = module.weight
@@ -87,9 +204,10 @@ def restore(model: nn.Module) -> nn.Module:
             weights[id(old)] = plain
             plain.__dict__.pop("fp8_weight", None)
         module.weight = weights[id(old)]
-        del module.input_history, module.grad_history, module.history_before
+        del module.input_history, module.grad_history, module.history_before, module.channel_amax
         del module.rule, module.fp8_weight
         module.__class__ = nn.Linear
+    _reports.pop(model, None)
     return model
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import ops
-from .tensor import ScaledTensor
+from .distributed import sharding
+from .tensor import ScaledTensor, is_sharded, local
 
 
 def clip_grad_norm_(
@@ -19,8 +19,10 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale all gradients so that their norm is at most `max_norm`; returns the norm before.
 
+    The norm is of whole gradients: all ranks that share FSDP2's get the same, and must call this.
     An FP8 gradient is scaled through its scale: its codes are not touched and lose nothing. Where
-    the norm is not finite the gradients stay as they are, and the optimizer skips the step.
+    the norm is not finite the gradients stay as they are, and the optimizer skips the step. Where
+    parameters are spread over ranks (tensor parallel) the norm is the whole model's; all must call.
 
     Raises:
         ValueError: norm_type other than 2 or inf, or a negative max_norm.
@@ -34,14 +36,25 @@ def clip_grad_norm_(
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
-    norm, amax = ops.grad_norm(grads)
-    if norm_type == float("inf"):
-        norm = amax.max()
+    if any(is_sharded(g) for g in grads):
+        from .distributed import shards  # not before torch.distributed is in use
+
+        norm, amax = shards.grad_norm(grads)
+        if norm_type == float("inf"):
+            norm = shards.share_max_(amax.amax().reshape(1), grads)[0]
+        grads = [local(g) for g in grads]
+    else:
+        norm = sharding.grad_norm(parameters, norm_type)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"clip_grad_norm_: the gradient norm is {norm.item()}")
+    clip_by_norm_(grads, norm, max_norm)
+    return norm
+
+
+def clip_by_norm_(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients whose norm is `norm` (0-D float32); none where it is not finite."""
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     scaled = [g for g in grads if isinstance(g, ScaledTensor)]
     plain = [g for g in grads if not isinstance(g, ScaledTensor)]
     factors = [g.scale for g in scaled] + [g.amax for g in scaled if g.amax is not None]
     torch._foreach_mul_(factors + plain, factor)
-    return norm

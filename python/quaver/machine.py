@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -35,8 +36,28 @@ def describe():
         "cpu_isa": build["cpu_isa"],
     }
     if torch.cuda.is_available():
-        machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        machine["gpus"] = [_gpu(i) for i in range(torch.cuda.device_count())]
+        machine["driver"] = _driver()
+        machine["cuda"] = torch.version.cuda
     return machine
+
+
+def _gpu(index):
+    p = torch.cuda.get_device_properties(index)
+    arch = f"sm_{p.major}{p.minor}"
+    return (
+        f"{p.name} ({arch}, {p.multi_processor_count} multiprocessors, "
+        f"{p.total_memory / 2**30:.0f} GiB)"
+    )
+
+
+def _driver():
+    """The kernel module's version, such as 580.65.06; None where there is no file that says it."""
+    path = Path("/proc/driver/nvidia/version")
+    if not path.is_file():
+        return None
+    found = re.search(r"\s(\d+(?:\.\d+)+)\s", path.read_text(encoding="utf-8", errors="replace"))
+    return found and found[1]
 
 
 def why_not_cuda():

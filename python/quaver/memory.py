@@ -5,17 +5,22 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from quaver.nn import Linear
+from quaver import structure
+from quaver.nn import MLP, Linear, Norm
+from quaver.tensor import is_sharded, local
 
 __all__ = ["SavedActivations", "memory_report", "saved_activations"]
 
 KINDS = ("weight", "weight_fp8", "master", "grad", "exp_avg", "exp_avg_sq")
+ACTIVATION_KINDS = ("linear", "norm", "mlp", "attention", "other")
+OUTSIDE = "outside"  # the layer of what is saved outside of the model's forward, say by the loss
 
 
 def plain_tensors(value):
-    """The plain tensors that a tensor consists of: one, or those inside a wrapper subclass."""
+    """The plain tensors that a tensor consists of here: one, or those inside a wrapper subclass."""
     if value is None:
         return []
+    value = local(value)
     if hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
         return [inner for name in names for inner in plain_tensors(getattr(value, name))]
@@ -37,9 +42,13 @@ class _Ledger:
 
     def add(self, kind, value):
         """Books `value` under `kind`; returns the bytes that are new."""
-        new = {at: s for at, s in _storages(value).items() if at not in self.seen}
+        if is_sharded(value):  # FSDP2 lays the gradients of several parameters into one storage
+            found = {t.data_ptr(): t.nbytes for t in plain_tensors(value) if t.nbytes}
+        else:
+            found = {at: storage.nbytes() for at, storage in _storages(value).items()}
+        new = {at: size for at, size in found.items() if at not in self.seen}
         self.seen |= new
-        size = sum(storage.nbytes() for storage in new.values())
+        size = sum(new.values())
         self.bytes[kind] += size
         return size
 
@@ -60,18 +69,21 @@ def memory_report(model, optimizer=None, activations=None):
     grad: what `.grad` holds now. exp_avg, exp_avg_sq: optimizer states of these names.
     other: buffers and all further optimizer states.
     activation, activation_linear: from `activations`, see `saved_activations`; 0 without.
+    activation_by_layer: {layer: {kind: bytes}}, which add up to `activation`; {} without.
     total: the sum of all kinds.
     bytes_per_param: for the weights of converted Linear layers (of every nn.Linear where none is
         converted): bytes per weight for each kind, "state" = master + grad + exp_avg + exp_avg_sq,
         and "all" with weight and weight_fp8 too. Scales are counted with what they scale.
 
-    Every storage counts once, with all its bytes. Gradients are there only between backward and
+    Of a sharded tensor this rank's elements count. Every other storage counts once, with all its
+    bytes. Gradients are there only between backward and
     zero_grad, states only after the first step.
     """
     ledger = _Ledger()
     updated = set()
     if optimizer is not None:
-        updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        owns = getattr(optimizer, "owns", lambda p: True)  # a sharded one has masters elsewhere
+        updated = {id(p) for group in optimizer.param_groups for p in group["params"] if owns(p)}
     converted = {id(p): p for p in _linear_weights(model)}
     weights = dict.fromkeys(KINDS, 0)
 
@@ -98,6 +110,7 @@ def memory_report(model, optimizer=None, activations=None):
     report["activation"] = activations.bytes if activations else 0
     report["total"] = sum(report.values())
     report["activation_linear"] = activations.linear_bytes if activations else 0
+    report["activation_by_layer"] = activations.by_layer if activations else {}
     report["bytes_per_param"] = _per_parameter(weights, converted.values())
     return report
 
@@ -123,11 +136,57 @@ class SavedActivations:
     bytes: of all storages, each once. linear_bytes: of those that Linear layers saved.
     by_module: {module name: bytes} for the Linear layers; a storage that several layers saved
     counts for each of them here.
+    by_layer: {layer: {kind: bytes}}, each storage for the module that saved it first. A layer is an
+    element of the outermost ModuleList or Sequential, else the module itself, or "outside" for what
+    no module of the model saved, as the loss. Kinds are ACTIVATION_KINDS: of the innermost module
+    that is a linear layer, a norm, an MLP or (by the name of its class) attention; else "other".
     """
 
     def __init__(self):
         self.bytes = self.linear_bytes = 0
-        self.by_module = {}
+        self.by_module, self.by_layer = {}, {}
+
+    def by_kind(self):
+        """{kind: bytes} over all layers."""
+        return activation_by_kind(self.by_layer)
+
+
+def activation_by_kind(by_layer):
+    """{kind: bytes} of {layer: {kind: bytes}}, every kind of ACTIVATION_KINDS."""
+    layers = by_layer.values()
+    return {kind: sum(layer.get(kind, 0) for layer in layers) for kind in ACTIVATION_KINDS}
+
+
+def _kind(module):
+    name = type(module).__name__.lower()
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, Norm) or structure.is_norm(module):
+        return "norm"
+    if isinstance(module, MLP) or structure.mlp_candidate(module):
+        return "mlp"
+    return "attention" if "attention" in name or "attn" in name else None
+
+
+class _Places:
+    """Which layer and kind a running module is: by its position and by what is around it."""
+
+    def __init__(self, model):
+        self.kinds = {name: _kind(module) for name, module in model.named_modules()}
+        self.elements = {
+            f"{name}.{child}" if name else child
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.ModuleList, nn.Sequential))
+            for child, _ in module.named_children()
+        }
+
+    def of(self, running):
+        """`running`: names of the modules that run, outermost first."""
+        layer = next((name for name in running if name in self.elements), None)
+        if layer is None:
+            layer = running[-1] if running else OUTSIDE
+        kinds = (self.kinds[name] for name in reversed(running))
+        return layer, next((kind for kind in kinds if kind), "other")
 
 
 def _is_cast_of_parameter(tensor):
@@ -154,15 +213,20 @@ def saved_activations(model):
     """
     result = SavedActivations()
     saved = {}  # address: storage. Kept alive, so that an address names one storage only.
+    owner = {}  # address: (layer, kind)
     by_module = {}
-    inside = []  # names of the Linear layers that are running
+    places = _Places(model)
+    running = []  # names of modules, outermost first
 
     def pack(tensor):
         if not _is_cast_of_parameter(tensor):
             found = _storages(tensor)
             saved.update(found)
-            if inside:
-                by_module[inside[-1]] |= found
+            place = places.of(running)
+            for at in found:
+                owner.setdefault(at, place)
+            if running and running[-1] in by_module:
+                by_module[running[-1]] |= found
         return tensor
 
     handles = []
@@ -170,15 +234,15 @@ def saved_activations(model):
         if isinstance(module, nn.Linear):
             by_module[name] = {}
 
-            def enter(module, arguments, name=name):
-                inside.append(name)
+        def enter(module, arguments, name=name):
+            running.append(name)
 
-            def leave(module, arguments, output):
-                inside.pop()
+        def leave(module, arguments, output):
+            running.pop()
 
-            handles.append(module.register_forward_pre_hook(enter))
-            # always_call: a forward that raises must not leave its name behind.
-            handles.append(module.register_forward_hook(leave, always_call=True))
+        handles.append(module.register_forward_pre_hook(enter))
+        # always_call: a forward that raises must not leave its name behind.
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield result
@@ -199,3 +263,7 @@ def saved_activations(model):
     linear = {at: storage for found in by_module.values() for at, storage in found.items()}
     result.bytes, result.linear_bytes = size(saved), size(linear)
     result.by_module = {name: size(found) for name, found in by_module.items()}
+    for at, (layer, kind) in owner.items():
+        if at not in kept:
+            kinds = result.by_layer.setdefault(layer, {})
+            kinds[kind] = kinds.get(kind, 0) + saved[at].nbytes()

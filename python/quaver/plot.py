@@ -1,8 +1,11 @@
-"""The loss curves of a run as a picture."""
+"""The loss curves and the memory of a run as pictures."""
 
 from quaver.files import replacing
+from quaver.memory import ACTIVATION_KINDS, KINDS, activation_by_kind
 
-__all__ = ["plot_losses"]
+__all__ = ["plot_losses", "plot_memory"]
+
+MIB = 2**20
 
 
 def smooth(values, window):
@@ -14,17 +17,62 @@ def smooth(values, window):
     return result
 
 
-def plot_losses(path, losses, title, base):
-    """Draws {recipe: [loss of step 1, 2, ..]} (None where it was not finite) to a PNG file: the raw
-    curves faint, their trailing means bold, and below the difference of each to the first
-    recipe."""
+def _figure(height):
     # Imported and drawn without pyplot: no global state, no display, and a fast `import quaver`.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    several = len(losses) > 1
-    figure = Figure(figsize=(8, 6 if several else 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def memory_kinds(memory):
+    """{kind: bytes} of a memory report, the activations split by kind; they add up to its total."""
+    activations = activation_by_kind(memory["activation_by_layer"])
+    return {kind: memory[kind] for kind in (*KINDS, "other")} | {
+        f"saved: {kind}": activations[kind] for kind in ACTIVATION_KINDS
+    }
+
+
+def plot_memory(path, memories, title, base):
+    """Draws {recipe: memory report} to a PNG file: a bar for each, its bytes stacked by kind, and
+    of which factor they are less than the recipe `base` needs."""
+    figure = _figure(1.5 + 0.6 * len(memories))
+    axes = figure.subplots()
+    stacks = {name: memory_kinds(memory) for name, memory in memories.items()}
+    names = list(stacks)
+    kinds = [kind for kind in stacks[names[0]] if any(s[kind] for s in stacks.values())]
+    colors = {kind: f"C{i}" for i, kind in enumerate((*KINDS, "other"))}
+    left = dict.fromkeys(names, 0.0)
+    for kind in kinds:
+        shade = [k for k in kinds if k not in colors]
+        gray = None if kind in colors else str(0.35 + 0.5 * shade.index(kind) / len(shade))
+        widths = [stacks[name][kind] / MIB for name in names]
+        color = colors.get(kind, gray)
+        axes.barh(names, widths, left=list(left.values()), color=color, label=kind, height=0.6)
+        left = {name: left[name] + width for name, width in zip(names, widths, strict=True)}
+    for row, (name, total) in enumerate(left.items()):
+        text = f" {total:,.0f}"
+        if name != base:
+            text += f" ({left[base] / total:.2f} x less)"
+        axes.text(total, row, text, va="center", fontsize=8)
+    axes.set_xlim(0, max(left.values()) * 1.2)
+    axes.invert_yaxis()
+    axes.set_xlabel("MiB")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def plot_losses(path, losses, title, base):
+    """Draws {recipe: [loss of step 1, 2, ..]} (None where it was not finite) to a PNG file: the raw
+    curves faint, their trailing means bold, and below the difference of each to the first
+    recipe."""
+    several = len(losses) > 1
+    figure = _figure(6 if several else 4.5)
     heights = [3, 1] if several else [1]
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     top = axes[0][0]

@@ -25,13 +25,13 @@ def _duration(seconds):
 
 class Progress:
     """Shows steps `start`+1..`steps` of one recipe. On a terminal a tqdm bar; otherwise a line for
-    the first and last step and every ten seconds between."""
+    the first and last step and every ten seconds between. One that is not `shown` says nothing."""
 
-    def __init__(self, name, start, steps):
-        self.name, self.start, self.steps = name, start, steps
+    def __init__(self, name, start, steps, shown=True):
+        self.name, self.start, self.steps, self.quiet = name, start, steps, not shown
         self.began = self.shown = time.monotonic()
         self.bar = None
-        if sys.stdout.isatty():
+        if shown and sys.stdout.isatty():
             # The size is passed on, since tqdm shows nothing on a terminal that reports none.
             size = shutil.get_terminal_size()
             self.bar = tqdm(
@@ -52,12 +52,16 @@ class Progress:
             self.bar.close()
 
     def say(self, text):
+        if self.quiet:
+            return
         if self.bar:
             self.bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
 
     def step(self, step, line):
+        if self.quiet:
+            return
         trouble = f"  skipped {line['skipped']}" if line["skipped"] else ""
         loss, speed = _number(line["loss"]), f"{line['tokens_per_s']:,.0f}"
         if self.bar:
@@ -79,7 +83,8 @@ MIB = 2**20
 LEGEND = """\
 loss: mean over the last 5 % of the steps. B/param: master, gradient and moments
 of a linear weight; +copies: with its cached FP8 copies. saved MiB: activations
-kept for backward by all layers, and by the linear ones."""
+kept for backward by all layers, and by the linear ones. total MiB: parameters,
+gradients, states and saved activations; less: of which factor that is."""
 
 
 def _row(name, result, base):
@@ -97,6 +102,8 @@ def _row(name, result, base):
         "+copies": f"{per['all']:.2f}" if per else "-",
         "saved MiB": f"{memory['activation'] / MIB:.1f}",
         "linear": f"{memory['activation_linear'] / MIB:.1f}",
+        "total MiB": f"{memory['total'] / MIB:.1f}",
+        "less": f"{base['memory']['total'] / memory['total']:.2f} x",
         "skipped": str(result["skipped"]),
     }
 

@@ -177,6 +177,117 @@ class DelayedScale:
         return q, scale, amax
 
 
+def pad_for_gemm(q: Tensor) -> Tensor:
+    """Zero codes up to multiples of 16 in both axes."""
+    rows, cols = q.shape
+    return F.pad(q.view(torch.uint8), (0, -cols % 16, 0, -rows % 16)).view(q.dtype)
+
+
+def cast_for_gemm(
+    y: Tensor, dtype: torch.dtype, scale: Tensor | None = None, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """cast_transpose, padded."""
+    q, scale, amax = quantize(y, dtype, scale, power_of_two=power_of_two)
+    q = pad_for_gemm(q)
+    return q, q.t().contiguous(), scale, amax
+
+
+def save_groups(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """e4m3 codes and power-of-two scales as one byte each (OCP MX's e8m0)."""
+    q, scale, _ = quantize(x, E4M3, granularity="block", block=block)
+    return q, scale.to(torch.float8_e8m0fnu).view(torch.uint8)
+
+
+def load_groups(codes: Tensor, scale: Tensor, block: int) -> Tensor:
+    scale = scale.view(torch.float8_e8m0fnu).float()
+    return codes.float() * expand_scale(scale, codes, "block", block)
+
+
+def _tree(lanes: Tensor, axis: int) -> Tensor:
+    """Adds the upper half to the lower one until one is left."""
+    while lanes.shape[axis] > 1:
+        low, high = lanes.chunk(2, axis)
+        lanes = low + high
+    return lanes.squeeze(axis)
+
+
+def _in_order(parts: Tensor, axis: int) -> Tensor:
+    return functools.reduce(torch.add, parts.unbind(axis), torch.zeros_like(parts.select(axis, 0)))
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """f32 sums over rows in the order of normalize.h: 512 lanes, then a tree."""
+    rows, cols = x.shape
+    turns = max(1, -(-cols // 512))
+    turns = F.pad(x, (0, turns * 512 - cols)).reshape(rows, turns, 512)
+    return _tree(_in_order(turns, 1), 1)[:, None]
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """f32 sums over columns in the order of normalize.h: pieces of 64 rows, 16 strands, a tree."""
+    rows, cols = x.shape
+    turns = max(1, -(-rows // 1024))
+    pieces = F.pad(x, (0, 0, 0, turns * 1024 - rows)).reshape(turns, 16, 64, cols)
+    return _tree(_in_order(_in_order(pieces, 2), 0), 0)
+
+
+def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and rstd of RMSNorm or LayerNorm in f32, to the bit."""
+    x, count = x.float(), max(x.shape[1], 1)
+    mean = row_sum(x) / count if centered else torch.zeros(x.shape[0], 1)
+    square = row_sum((x - mean).square()) / count + torch.tensor(eps)
+    root = square.double().sqrt().float()  # correctly rounded, as torch's f32 sqrt is not always
+    rstd = torch.where(square.isfinite(), 1 / root, torch.nan)
+    y = (x - mean) * rstd
+    y = y if weight is None else y * weight.float()
+    return (y if bias is None else y + bias.float()), mean[:, 0], rstd[:, 0]
+
+
+def normalize_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias in f32, to the bit; x is the decoded copy."""
+    dy, rstd, count = dy.float(), rstd[:, None], max(dy.shape[1], 1)
+    xhat = (x - mean[:, None]) * rstd
+    g = dy if weight is None else dy * weight.float()
+    mean_g = row_sum(g) / count if centered else torch.zeros(())
+    dx = (g - mean_g - xhat * (row_sum(g * xhat) / count)) * rstd
+    return dx, column_sum(dy * xhat), column_sum(dy)
+
+
+def activation(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """f(x) and f'(x) in f64 (arXiv 1702.03118 and 1606.08415)."""
+    x = x.double()
+    if kind == "gelu":
+        gate = torch.special.erfc(-x / math.sqrt(2)) / 2
+        slope = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    else:
+        k = 2 * math.sqrt(2 / math.pi)
+        u, du = (
+            (x, 1) if kind == "silu" else (k * (x + 0.044715 * x**3), k * (1 + 0.134145 * x * x))
+        )
+        gate = torch.sigmoid(u)
+        slope = gate * torch.sigmoid(-u) * du
+    return x * gate, gate + x * slope
+
+
+def activate(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    """f(x) * up in f64."""
+    y = activation(x, kind)[0]
+    return y if up is None else y * up.double()
+
+
+def activate_backward(
+    dy: Tensor, x: Tensor, up: Tensor | None, kind: str, channel_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """dx and dup in f64."""
+    f, slope = activation(x, kind)
+    g = dy.double() if channel_scale is None else dy.double() * channel_scale.double()
+    return g * slope * (1 if up is None else up.double()), g * f
+
+
 def gemm(
     a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -200,6 +311,39 @@ def gemm_tolerance(
     return magnitude * ((a.shape[1] + 4) * 2.0**-24 + last) + torch.finfo(out_dtype).tiny
 
 
+def tensor_core_tolerance(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, promoted: bool
+) -> Tensor:
+    """What Hopper's FP8 tensor cores may lose beside f32 rounding.
+
+    An instruction adds 32 products to the running sum. Every addend is cut to 13 bits below the
+    leading bit of the largest one (DeepSeek-V3, arXiv 2412.19437, section 3.5.2: "about 14 bits"),
+    so each of the 33 loses less than 2^-13 of that one. Promoted sums start anew each 128 of K.
+    """
+    a, b = a.double() * scale_a.double(), b.double() * scale_b.double()
+    partial = lost = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64)
+    for step, k in enumerate(range(0, a.shape[1], 32)):
+        if promoted and step % 4 == 0:
+            partial = torch.zeros_like(partial)
+        x, y = a[:, k : k + 32], b[:, k : k + 32]
+        product = x.abs().amax(1, keepdim=True) * y.abs().amax(1)
+        largest = torch.maximum(product, partial.abs() + lost)
+        lost = lost + 33 * 2.0**-13 * largest
+        partial = partial + x @ y.t()
+    return lost
+
+
+def gemm_quantize(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype, out_scale: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The lowest and highest codes that gemm may give: rounding is monotonic, so they are those of
+    the ends of its tolerance."""
+    y = gemm(a, scale_a, b, scale_b, bias)
+    bound = gemm_tolerance(a, scale_a, b, scale_b, torch.float32, bias)
+    return tuple(encode(((y + end).float() / out_scale), dtype) for end in (-bound, bound))
+
+
 def accumulate(
     q: Tensor, scale: Tensor, amax: Tensor, other: Tensor, other_scale: Tensor | None = None,
     other_amax: Tensor | None = None,
@@ -215,6 +359,64 @@ def accumulate(
         codes = encode(total / new, q.dtype)
     finite = amax.isfinite() & (one if other_amax is None else other_amax).isfinite()
     return codes, new, torch.where(finite, seen, torch.nan)
+
+
+ROUNDED_UP = 1.125  # rounding to FP8 raises a magnitude by less (all_reduce.h)
+
+
+def shared_scale(
+    amaxes: list[float], dtype: torch.dtype, mu: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The decode scales of every rank's values and of their sum (FP8-LM, equations 3 and 4).
+
+    The first fits the largest amax; the second fits the sum of what rounding may have made of all
+    of them. With mu both are the scale of mu * value over mu.
+    """
+    f32 = functools.partial(torch.tensor, dtype=torch.float32)
+    if not all(math.isfinite(a) for a in amaxes):
+        return f32(1.0), f32(1.0)
+    if mu is not None:
+        return (scale_from_amax(f32(max(amaxes)) / f32(mu), dtype),) * 2
+    scale = scale_from_amax(f32(max(amaxes)), dtype)
+    bound = f32(0.0)
+    for a in amaxes:
+        bound += torch.minimum(f32(a) * ROUNDED_UP, scale * scale_max(dtype))
+    return scale, scale_from_amax(bound, dtype)
+
+
+def two_shot(
+    values: list[Tensor], dtype: torch.dtype, sum_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, decode scale and amax of the mean of all ranks' f32 tensors: every rank encodes once
+    with the shared scale, the codes are summed in f32 in rank order, the sum is encoded once. The
+    1/N is in the scale. `sum_dtype` f32 keeps the sum."""
+    n = len(values)
+    amaxes = [v.abs().amax().item() if v.numel() else 0.0 for v in values]
+    scale, sum_scale = shared_scale(amaxes, dtype)
+    total = torch.zeros_like(values[0])
+    for v in values:
+        total = total + encode(v / scale, dtype).float() * scale
+    amax = (total.abs().amax() if total.numel() else torch.zeros(())) / n
+    if sum_dtype == torch.float32:
+        return total, torch.tensor(1 / n), amax
+    return encode(total / sum_scale, dtype), sum_scale / n, amax
+
+
+def ring_mean(values: list[Tensor], dtype: torch.dtype, mu: float) -> Tensor:
+    """The mean (f64) by an FP8 ring that adds hop by hop, in FP8, as NCCL does: every hop rounds
+    and saturates. mu = 1/N is pre-scaling, 1 post-scaling, between them FP8-LM's auto-scaling
+    (section 2.1, equation 3). Chunk c of N starts at rank c + 1 and ends at its owner, rank c."""
+    n = len(values)
+    scale, _ = shared_scale([v.abs().amax().item() for v in values], dtype)
+    codes = [encode(mu * v.flatten() / scale, dtype) for v in values]
+    chunks = [c.tensor_split(n) for c in codes]
+    reduced = []
+    for c in range(n):
+        total = chunks[(c + 1) % n][c].float()
+        for hop in range(2, n + 1):
+            total = encode(total + chunks[(c + hop) % n][c].float(), dtype).float()
+        reduced.append(total)
+    return (torch.cat(reduced).double() * scale / (mu * n)).reshape(values[0].shape)
 
 
 def grad_norm(values: list[Tensor], scales: list[Tensor]) -> tuple[float, list[float]]:

@@ -1,7 +1,9 @@
 """The folder of a training run: its configuration, metrics, checkpoints and summary.
 
-    OUT/config.json  OUT/summary.json  OUT/loss.png
+    OUT/config.json  OUT/summary.json  OUT/loss.png  OUT/memory.png
     OUT/RECIPE/metrics.jsonl  OUT/RECIPE/checkpoint/state.safetensors  OUT/RECIPE/tensorboard/
+
+Under tensor parallelism each part of a model has its state: state-tp0of2.safetensors, and so on.
 
 Only files of these names are ever removed. OUT/.lock keeps two processes from writing one run.
 """
@@ -46,12 +48,14 @@ class RunDir:
         self.config_path = self.path / "config.json"
         self.summary_path = self.path / "summary.json"
         self.plot_path = self.path / "loss.png"
+        self.memory_plot_path = self.path / "memory.png"
 
     def metrics_path(self, recipe):
         return self.path / recipe / "metrics.jsonl"
 
-    def checkpoint_path(self, recipe):
-        return self.path / recipe / "checkpoint" / "state.safetensors"
+    def checkpoint_path(self, recipe, part=None, parts=None):
+        name = "state" if part is None else f"state-tp{part}of{parts}"
+        return self.path / recipe / "checkpoint" / f"{name}.safetensors"
 
     def tensorboard_path(self, recipe):
         return self.path / recipe / "tensorboard"
@@ -99,11 +103,13 @@ class RunDir:
     def _remove(self, recipes):
         for name in recipes:
             self.metrics_path(name).unlink(missing_ok=True)
-            self.checkpoint_path(name).unlink(missing_ok=True)
+            for path in self.checkpoint_path(name).parent.glob("state*.safetensors"):
+                path.unlink()
             if self.tensorboard_path(name).is_dir():
                 shutil.rmtree(self.tensorboard_path(name))
         self.summary_path.unlink(missing_ok=True)
         self.plot_path.unlink(missing_ok=True)
+        self.memory_plot_path.unlink(missing_ok=True)
         # Last, so that a removal that was cut short can be repeated.
         self.config_path.unlink()
 
@@ -120,13 +126,16 @@ class Metrics:
 
     Opened at `step` it keeps exactly the lines 1..step that an earlier process wrote: what came
     after the checkpoint is trained, and written, again. Raises UsageError if some of them are
-    missing.
+    missing. One that does not write leaves the file alone: of several ranks, the first writes.
     """
 
-    def __init__(self, path, step=0):
+    def __init__(self, path, step=0, writes=True):
         self.lines = _complete_lines(path)[:step]
         if [line.get("step") for line in self.lines] != list(range(1, step + 1)):
             raise UsageError(f"{path} lacks steps before the checkpoint's step {step}")
+        self.file = None
+        if not writes:
+            return
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
@@ -135,16 +144,20 @@ class Metrics:
         return self
 
     def __exit__(self, *error):
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
     def write(self, line):
         self.lines.append(line)
+        if self.file is None:
+            return
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()
 
     def sync(self):
         """Makes the lines durable: before a checkpoint that counts on them."""
-        os.fsync(self.file.fileno())
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
 
 def _complete_lines(path):

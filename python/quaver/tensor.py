@@ -7,6 +7,8 @@ gets its decoded value.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -29,6 +31,17 @@ def _implements(*ops):
         return function
 
     return register
+
+
+def is_sharded(t) -> bool:
+    """Whether `t` is a DTensor. Whoever has one has imported them; that takes half a second."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(t, distributed.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    return t._local_tensor if is_sharded(t) else t
 
 
 def _scale_shape(qdata: Tensor, granularity: str, block: int) -> tuple[int, ...]:
@@ -58,6 +71,9 @@ class ScaledTensor(torch.Tensor):
         amax: float32 largest magnitude of the values that were encoded, shaped like scale, or None.
             Encoding saturates, so a non-finite amax is the only trace of an infinity.
         dtype: the logical dtype that other code sees.
+        col: the codes of the matrix [rows, last axis], transposed and padded with zeros to
+            multiples of 16: the layout in which a weight gradient reads them. Whoever cast an
+            activation, or the gradient of one, wrote both; a linear layer then casts nothing.
 
     Raises:
         TypeError: a dtype that is none of the above.
@@ -67,15 +83,32 @@ class ScaledTensor(torch.Tensor):
     qdata: Tensor
     scale: Tensor
     amax: Tensor | None
+    col: Tensor | None
 
     @staticmethod
-    def __new__(cls, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128):
+    def __new__(
+        cls,
+        qdata,
+        scale,
+        amax=None,
+        dtype=torch.float32,
+        granularity="tensor",
+        block=128,
+        col=None,
+    ):
         return torch.Tensor._make_wrapper_subclass(
             cls, qdata.size(), strides=qdata.stride(), dtype=dtype, device=qdata.device
         )
 
     def __init__(
-        self, qdata, scale, amax=None, dtype=torch.float32, granularity="tensor", block=128
+        self,
+        qdata,
+        scale,
+        amax=None,
+        dtype=torch.float32,
+        granularity="tensor",
+        block=128,
+        col=None,
     ):
         if qdata.dtype not in QDTYPES:
             raise TypeError(f"ScaledTensor: qdata must be one of {QDTYPES}, got {qdata.dtype}")
@@ -92,6 +125,9 @@ class ScaledTensor(torch.Tensor):
         self.amax = amax
         self.granularity = granularity
         self.block = block
+        self.col = col
+        self.part = False  # a slice of another ScaledTensor, whose scale it shares
+        self.gathered = False  # by FSDP2, which frees the codes and fills them again
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded values as a plain tensor of `dtype` (default: the logical dtype)."""
@@ -109,7 +145,7 @@ class ScaledTensor(torch.Tensor):
         )
         return out if direct else out.to(dtype)
 
-    def _like(self, qdata, scale=None, amax=None, dtype=None) -> ScaledTensor:
+    def _like(self, qdata, scale=None, amax=None, dtype=None, col=None) -> ScaledTensor:
         """This tensor's kind around other data."""
         return ScaledTensor(
             qdata,
@@ -118,22 +154,37 @@ class ScaledTensor(torch.Tensor):
             dtype or self.dtype,
             self.granularity,
             self.block,
+            col,
         )
 
     def _map(self, function, dtype=None) -> ScaledTensor:
         """`function` on every tensor inside."""
-        amax = None if self.amax is None else function(self.amax)
-        return self._like(function(self.qdata), function(self.scale), amax, dtype)
+        amax, col = (None if t is None else function(t) for t in (self.amax, self.col))
+        return self._like(function(self.qdata), function(self.scale), amax, dtype, col)
 
     def refresh_copies(self) -> ScaledTensor:
         """To be called after the contents changed: a weight's FP8 copies follow it."""
+        self.col = None
         copies = self.__dict__.get("fp8_weight")
         if copies is not None:
             copies.rewrite(self)
         return self
 
+    def _shares_its_scale(self) -> bool:
+        """Whether the tensor that this is a slice of holds anything else. (The padding of FSDP2's
+        shards is zero.)"""
+        whole = torch.empty(0, dtype=torch.uint8, device=self.device)
+        whole.set_(self.qdata.untyped_storage())
+        mine = self.qdata.reshape(-1).view(torch.uint8)
+        return bool(whole.count_nonzero() != mine.count_nonzero())
+
     def _encode_(self, value: Tensor) -> ScaledTensor:
-        """Overwrite the contents with `value`, with a fresh just-in-time scale."""
+        """Overwrite the contents with `value`, with a fresh just-in-time scale; a slice keeps the
+        scale, since the rest of its tensor has it too, unless that is zero.
+
+        Raises ValueError if a value does not fit into a slice's scale.
+        """
+        tied = self.part and self._shares_its_scale()
         if self.qdata.dtype == torch.bfloat16:
             self.qdata.copy_(value)
             self.scale.fill_(1.0)
@@ -150,7 +201,7 @@ class ScaledTensor(torch.Tensor):
         q, scale, amax = torch.ops.quaver.quantize(
             value.expand(self.shape).contiguous(),
             self.qdata.dtype,
-            None,
+            self.scale if tied else None,
             None,
             self.granularity,
             self.block,
@@ -158,25 +209,54 @@ class ScaledTensor(torch.Tensor):
             False,
             0,
         )
+        if tied and amax > self.scale * torch.finfo(self.qdata.dtype).max:
+            raise ValueError(
+                f"ScaledTensor: {amax.item()} does not fit into a slice with scale "
+                f"{self.scale.item()}; write the whole tensor"
+            )
         self.qdata.copy_(q)
         self.scale.copy_(scale)
         if self.amax is not None:
-            self.amax.copy_(amax)
+            self.amax.copy_(torch.maximum(amax, self.amax) if tied else amax)
         return self.refresh_copies()
+
+    # FSDP2's extension of its all-gather: it finds these on the shard. Imported late, because what
+    # FSDP2 needs of this class is here and what it does is there.
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        from .distributed.fsdp import pre_all_gather
+
+        return pre_all_gather(self, mesh, outer_size, module)
+
+    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
+        from .distributed.fsdp import post_all_gather
+
+        return post_all_gather(outputs, metadata, param_dtype, out)
+
+    def __setitem__(self, index, value) -> None:
+        """Decodes, writes and encodes anew. torch's own would write into a decoded copy."""
+        plain = self.detach().dequantize()
+        plain[index] = value
+        self.copy_(plain)
 
     def __getstate__(self):
         """For files and copies; the FP8 copies of a weight are a function of it."""
         return {k: v for k, v in self.__dict__.items() if k != "fp8_weight"}
 
     def __tensor_flatten__(self):
-        names = ["qdata", "scale"] + (["amax"] if self.amax is not None else [])
-        return names, (self.dtype, self.granularity, self.block)
+        optional = [name for name in ("amax", "col") if getattr(self, name) is not None]
+        return ["qdata", "scale", *optional], (self.dtype, self.granularity, self.block)
 
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride):
         dtype, granularity, block = context
         return ScaledTensor(
-            inner["qdata"], inner["scale"], inner.get("amax"), dtype, granularity, block
+            inner["qdata"],
+            inner["scale"],
+            inner.get("amax"),
+            dtype,
+            granularity,
+            block,
+            inner.get("col"),
         )
 
     def __repr__(self, *, tensor_contents=None):
@@ -228,6 +308,7 @@ def _decoded(func, args, kwargs):
 @_implements(aten.detach.default, aten.alias.default)
 def _alias(func, x):
     out = x._map(func)
+    out.part, out.gathered = x.part, x.gathered
     if "fp8_weight" in x.__dict__:  # a write through `.data` reaches the copies too
         out.fp8_weight = x.fp8_weight
     return out
@@ -263,7 +344,40 @@ def _to_copy(func, x, *, dtype=None, device=None, non_blocking=False, **kwargs):
 def _view(func, x, *args):
     if x.granularity != "tensor":
         return NotImplemented
-    return x._like(func(x.qdata, *args))
+    qdata = func(x.qdata, *args)
+    # Leading axes split or joined are the same matrix.
+    views = func in (aten.view.default, aten._unsafe_view.default)
+    out = x._like(qdata, col=x.col if views and qdata.shape[-1:] == x.shape[-1:] else None)
+    out.part = x.part
+    return out
+
+
+@_implements(aten.slice.Tensor, aten.split.Tensor, aten.as_strided.default)
+def _rows(func, x, *args, **kwargs):
+    """Some of the rows, or all: how FSDP2 cuts a weight into shards. Other slices are decoded."""
+
+    def part(qdata):
+        out = x._like(qdata)
+        out.part, out.gathered = x.part or qdata.numel() != x.numel(), x.gathered
+        return out
+
+    if x.granularity != "tensor" or not x.qdata.is_contiguous():
+        return NotImplemented
+    qdata = func(x.qdata, *args, **kwargs)
+    one = isinstance(qdata, Tensor)
+    if not all(q.is_contiguous() for q in ([qdata] if one else qdata)):
+        return NotImplemented
+    return part(qdata) if one else [part(q) for q in qdata]
+
+
+@_implements(aten.new_zeros.default)
+def _new_zeros(func, x, size, *, dtype=None, device=None, **kwargs):
+    """Where FSDP2 asks, for memory to copy a shard into: of the tensor's kind and scale."""
+    rows = list(size[1:]) == list(x.shape[1:]) and dtype is None and device is None
+    fsdp = rows and (x.part or not torch.is_grad_enabled())
+    if x.granularity != "tensor" or not fsdp:
+        return NotImplemented
+    return x._map(torch.clone)._like(func(x.qdata, size))
 
 
 @_implements(aten.copy_.default)
@@ -275,13 +389,14 @@ def _copy_(func, target, source, non_blocking=False):
         and source.qdata.dtype == target.qdata.dtype
         and source.shape == target.shape
         and source.scale.shape == target.scale.shape
+        and not (target.part and source.scale != target.scale)
     )
     if not same:
         value = source.dequantize() if isinstance(source, ScaledTensor) else source
         return target._encode_(value.to(target.device))
     target.qdata.copy_(source.qdata, non_blocking)
     target.scale.copy_(source.scale, non_blocking)
-    if target.amax is not None:
+    if target.amax is not None and not target.part:
         known = source.amax is not None
         target.amax.copy_(source.amax if known else source.dequantize().abs().amax())
     return target.refresh_copies()
@@ -290,7 +405,7 @@ def _copy_(func, target, source, non_blocking=False):
 @_implements(aten.zero_.default)
 def _zero_(func, x):
     x.qdata.zero_()
-    if x.amax is not None:
+    if x.amax is not None and not x.part:
         x.amax.zero_()
     return x.refresh_copies()
 
@@ -301,7 +416,7 @@ def _scale_(func, x, factor):
     one = not isinstance(factor, Tensor) or (
         factor.dim() == 0 and not isinstance(factor, ScaledTensor)
     )
-    if not (isinstance(x, ScaledTensor) and one) or x.granularity == "expand":
+    if not (isinstance(x, ScaledTensor) and one) or x.granularity == "expand" or x.part:
         return NotImplemented
     func(x.scale, factor)
     if x.amax is not None:
@@ -334,6 +449,7 @@ def _accumulate_(func, target, other, *, alpha=1):
         other.scale if scaled else None,
         other.amax if scaled else None,
     )
+    target.col = None
     return target
 
 

@@ -40,6 +40,39 @@ TEST(exp2_at_its_ends) {
   CHECK(std::isnan(quaver::exp2(kNan)));
 }
 
+TEST(exp_is_within_two_ulp) {
+  double worst = 0.0;
+  for (uint64_t i = 0; i < 1000000; ++i) {
+    const float x =
+        -87.33654f + 176.0592f * static_cast<float>(random_bits(3, i) >> 8) / 16777216.0f;
+    const double wanted = std::exp(static_cast<double>(x));
+    if (wanted > 3.4028234e38) continue;
+    worst = std::max(worst, std::fabs(quaver::exp(x) - wanted) / ulp(wanted));
+  }
+  CHECK(worst <= 2.0);
+}
+
+TEST(exp_at_its_ends) {
+  CHECK_EQ(quaver::exp(0.0f), 1.0f);
+  CHECK_EQ(quaver::exp(88.73f), kInfinity);
+  CHECK_EQ(quaver::exp(3e38f), kInfinity);
+  CHECK_EQ(quaver::exp(kInfinity), kInfinity);
+  CHECK(quaver::exp(88.72f) < kInfinity);
+  CHECK(quaver::exp(-87.336f) > 0.0f);
+  CHECK_EQ(quaver::exp(-87.337f), 0.0f);
+  CHECK_EQ(quaver::exp(-3e38f), 0.0f);
+  CHECK_EQ(quaver::exp(-kInfinity), 0.0f);
+  CHECK(std::isnan(quaver::exp(kNan)));
+}
+
+TEST(clamp_keeps_nan) {
+  CHECK_EQ(clamp(-5.0f, -1.0f, 2.0f), -1.0f);
+  CHECK_EQ(clamp(5.0f, -1.0f, 2.0f), 2.0f);
+  CHECK_EQ(clamp(0.5f, -1.0f, 2.0f), 0.5f);
+  CHECK_EQ(clamp(-kInfinity, -1.0f, 2.0f), -1.0f);
+  CHECK(std::isnan(clamp(kNan, -1.0f, 2.0f)));
+}
+
 TEST(log2_is_within_two_ulp_or_an_absolute_bound) {
   for (uint64_t i = 0; i < 1000000; ++i) {
     const float x = bit_cast<float>(random_bits(2, i) & 0x7fffffffu);

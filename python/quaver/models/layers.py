@@ -38,17 +38,18 @@ class Attention(nn.Module):
 
     def forward(self, x, position=None):
         """x [batch, length, dim] -> the same shape. `position`: (cos, sin) to rotate by, if any."""
-        batch, length, dim = x.shape
+        batch, length, _ = x.shape
         q, k, v = (
             part.view(batch, length, -1, self.head_dim).transpose(1, 2)
             for part in self.qkv(x).split(self.split, dim=-1)
         )
+        v = v.contiguous()  # attention saves v, and a view would keep all of qkv alive
         if position is not None:
             q, k = rotate(q, *position), rotate(k, *position)
         y = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads
         )
-        return self.out(y.transpose(1, 2).reshape(batch, length, dim))
+        return self.out(y.transpose(1, 2).reshape(batch, length, -1))
 
 
 class Decoder(nn.Module):

@@ -1,3 +1,5 @@
 from .linear import Linear
+from .mlp import MLP
+from .norm import Norm
 
-__all__ = ["Linear"]
+__all__ = ["MLP", "Linear", "Norm"]

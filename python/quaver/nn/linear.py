@@ -16,28 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import recipe as recipes
-from ..tensor import ScaledTensor
+from ..tensor import ScaledTensor, is_sharded
+from .common import HISTORY_STATE, cast_history, keep_f32, pad, poison, ready_cast
 
 _ops = torch.ops.quaver
 
-ALIGNMENT = 16  # of every GEMM dimension, for the tensor cores
-HISTORY_STATE = 17  # count and 16 amaxes; scale.h
 MASTER_TO_FP8 = 128.0  # kMasterToFp8 of dtype.h
-
-
-def _padding(n: int) -> int:
-    return -n % ALIGNMENT
-
-
-def _pad(x: Tensor) -> Tensor:
-    rows, cols = _padding(x.shape[0]), _padding(x.shape[1])
-    return F.pad(x, (0, cols, 0, rows)) if rows or cols else x
-
-
-def _poison(scale: Tensor, amax: Tensor) -> Tensor:
-    """The scale, or NaN where the amax is not finite: FP8 saturates an infinity to a number, which
-    would pass for a sound one all the way into the weights."""
-    return scale + (amax - amax)
 
 
 @dataclass(eq=False)
@@ -46,39 +30,74 @@ class GemmWeight:
 
     A pure function of the weight, so it is never saved. The optimizer rewrites it in place together
     with the weight; any other change of the weight is found by its version.
+
+    `channels` [K] are powers of two that multiply the columns of both copies, because the input is
+    divided by them (`smooth`). They follow the layer's `channel_amax` when the copies are written,
+    so that all micro-batches of a step see the same.
     """
 
     row: Tensor
     col: Tensor
     scale: Tensor
     version: int
+    channels: Tensor | None = None
+    channel_amax: Tensor | None = None
+    amax_version: int = 0  # of the channel_amax that `channels`, or the forwards since, know
 
     @staticmethod
-    def encode(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(weight: ScaledTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """row, unpadded, and decode scale of a master or a shard of one: element by element, so the
+        shards' codes are the whole weight's."""
+        step = weight.scale.new_full((), MASTER_TO_FP8)
+        row, _, _ = _ops.quantize(weight.qdata, dtype, step, None, "tensor", 128, True, False, 0)
+        return row, weight.scale * MASTER_TO_FP8
+
+    @staticmethod
+    def encode(
+        weight: Tensor, dtype: torch.dtype, channels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """row, col and decode scale of `weight`, padded to the GEMM's alignment."""
+        if isinstance(weight, ScaledTensor) and weight.qdata.dtype == dtype:
+            # Another rank's, which comes without its master: the codes are the copy.
+            row = pad(weight.qdata.view(torch.uint8)).view(dtype)
+            return row, row.t().contiguous(), weight.scale
+        if channels is not None:
+            low = isinstance(weight, ScaledTensor)
+            weight = (weight.dequantize(torch.float32) if low else weight.float()) * channels
         if isinstance(weight, ScaledTensor):
             # e4m3 of the f16 codes: the scales differ by exactly 2^7.
             step = weight.scale.new_full((), MASTER_TO_FP8)
-            row, col, _, _ = _ops.cast_transpose(_pad(weight.qdata), dtype, step, None, True)
+            row, col, _, _ = _ops.cast_transpose(pad(weight.qdata), dtype, step, None, True)
             return row, col, weight.scale * MASTER_TO_FP8
-        row, col, scale, _ = _ops.cast_transpose(_pad(weight), dtype, None, None, True)
+        row, col, scale, _ = _ops.cast_transpose(pad(weight), dtype, None, None, True)
         return row, col, scale
 
     @torch.no_grad()
     def rewrite(self, weight: Tensor) -> None:
         """Encode the changed weight into the same tensors: compiled graphs hold on to them."""
-        for mine, new in zip(
-            (self.row, self.col, self.scale), self.encode(weight, self.row.dtype), strict=True
-        ):
-            mine.copy_(new)
+        if self.channels is not None:
+            self.channels.copy_(smooth(self.channel_amax))
+            self.amax_version = self.channel_amax._version
+        new = self.encode(weight, self.row.dtype, self.channels)
+        for mine, value in zip((self.row, self.col, self.scale), new, strict=True):
+            mine.copy_(value)
         self.version = weight._version
+
+
+def smooth(channel_amax: Tensor) -> Tensor:
+    """Powers of two that bring each channel's amax into [1/2, 1), if it is divided by them:
+    Smooth-SwiGLU (arXiv 2409.12517, section 4.4). 1 for a channel without values."""
+    _, exponent = torch.frexp(channel_amax)
+    usable = (channel_amax > 0) & channel_amax.isfinite()
+    exponent = torch.where(usable, exponent, 0).clamp(-100, 100)  # so that 1 / it is finite too
+    return torch.ldexp(torch.ones_like(channel_amax), exponent)
 
 
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, weight, bias, q, qt, scale, w_row, w_col, w_scale, history, out_dtype, grad_dtype,
-        weight_grad,
+        ctx, x, weight, bias, q, qt, scale, w_row, w_col, w_scale, channels, history, out_dtype,
+        grad_dtype, weight_grad,
     ):  # fmt: skip
         n = weight.shape[0]
         rows = math.prod(x.shape[:-1])
@@ -89,7 +108,8 @@ class _LinearFunction(torch.autograd.Function):
         y = _ops.gemm(q, scale, w_row, w_scale, padded_bias, out_dtype, True)
         ctx.save_for_backward(qt, scale)
         # Not saved tensors: they belong to the module, and the optimizer rewrites them in place.
-        ctx.w_col, ctx.w_scale, ctx.history = w_col, w_scale, history
+        # An all-gathered weight's w_col is None: it is freed until backward gathers it again.
+        ctx.w_col, ctx.w_scale, ctx.history, ctx.channels = w_col, w_scale, history, channels
         ctx.out_dtype, ctx.grad_dtype, ctx.weight_grad = out_dtype, grad_dtype, weight_grad
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
@@ -107,8 +127,11 @@ class _LinearFunction(torch.autograd.Function):
         dx = dw = db = None
         if needs_bias:
             db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        if needs_x or needs_weight:
-            g = _pad(dy)
+        ready = ready_cast(dy, ctx.grad_dtype)
+        if ready is not None:
+            gq, gqt, g_scale = ready
+        elif needs_x or needs_weight:
+            g = pad(dy)
             if needs_weight:
                 gq, gqt, g_scale, amax = _ops.cast_transpose(
                     g, ctx.grad_dtype, None, ctx.history, True
@@ -117,13 +140,16 @@ class _LinearFunction(torch.autograd.Function):
                 gq, g_scale, amax = _ops.quantize(
                     g, ctx.grad_dtype, None, ctx.history, "tensor", 128, True, False, 0
                 )
-            g_scale = _poison(g_scale, amax)
+            g_scale = poison(g_scale, amax)
         if needs_x:
             if ctx.weight._version != ctx.version:
                 raise RuntimeError(
                     "Linear: the weight was changed in place between this forward and its backward"
                 )
-            dx = _ops.gemm(gq, g_scale, ctx.w_col, ctx.w_scale, None, ctx.out_dtype, False)
+            w_col = ctx.w_col
+            if w_col is None:
+                w_col = pad(ctx.weight.qdata).t().contiguous()
+            dx = _ops.gemm(gq, g_scale, w_col, ctx.w_scale, None, ctx.out_dtype, False)
             dx = dx[: dy.shape[0], :k].reshape(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:
             wide = ctx.weight_grad == "f32"
@@ -131,6 +157,8 @@ class _LinearFunction(torch.autograd.Function):
                 gqt, g_scale, qt, scale, None, torch.float32 if wide else ctx.out_dtype, False
             )
             dw = dw[:n, :k]
+            if ctx.channels is not None:
+                dw = dw * ctx.channels.to(dw.dtype)
             if wide:
                 dw = dw.to(ctx.weight_dtype)
             elif ctx.weight_grad == "bf16":
@@ -142,7 +170,7 @@ class _LinearFunction(torch.autograd.Function):
                     dw, recipes.E4M3, None, None, "tensor", 128, True, False, 0
                 )
                 dw = ScaledTensor(q, s, amax, ctx.weight_dtype)
-        return dx, dw, db, *(None,) * 10
+        return dx, dw, db, *(None,) * 11
 
 
 class _LastCast:
@@ -201,41 +229,75 @@ class Linear(nn.Linear):
                 state = torch.zeros(HISTORY_STATE, device=self.weight.device)
             self.register_buffer(name, state)
         self.history_before = None
+        self.register_buffer("channel_amax", None)  # Smooth-SwiGLU, see nn/mlp.py
         self.refresh()
 
     def refresh(self) -> GemmWeight:
-        """The weight's FP8 copies, encoded anew if it changed since, by whatever hand."""
+        """The weight's FP8 copies, encoded anew if it changed since, by whatever hand. None where
+        FSDP2 holds the weight: it is a shard, or codes gathered for one forward or backward."""
         weight = self.weight
+        if is_sharded(weight) or getattr(weight, "gathered", False):
+            self.fp8_weight = None
+            return None
         copies = weight.__dict__.get("fp8_weight")
-        if copies is None or copies.row.device != weight.device:
+        amax = self.channel_amax
+        fits = copies is not None and copies.row.device == weight.device
+        if not fits or (copies.channels is None) != (amax is None):
             # Never inference tensors: the optimizer could not write them later.
             with torch.inference_mode(False), torch.no_grad():
-                encoded = GemmWeight.encode(weight.detach(), self.rule.weight)
-            copies = weight.fp8_weight = GemmWeight(*encoded, weight._version)
-        elif copies.version != weight._version:
+                channels = None if amax is None else smooth(amax)
+                encoded = GemmWeight.encode(weight.detach(), self.rule.weight, channels)
+            copies = weight.fp8_weight = GemmWeight(*encoded, weight._version, channels, amax)
+            copies.amax_version = 0 if amax is None else amax._version
+        elif (
+            copies.version != weight._version
+            or copies.channel_amax is not amax
+            or (amax is not None and copies.amax_version != amax._version)
+        ):
+            copies.channel_amax = amax
             copies.rewrite(weight.detach())
         self.fp8_weight = copies  # a graph cannot look into the weight
         return copies
 
-    def _gemm_weight(self) -> tuple[Tensor, Tensor, Tensor]:
+    def gemm_weight(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """row, col, scale and channels of the weight's FP8 copies."""
+        if getattr(self.weight, "gathered", False):
+            if self.channel_amax is not None:
+                raise RuntimeError("Linear: Smooth-SwiGLU does not go with FSDP2's sharded weights")
+            self.fp8_weight = None
+            return pad(self.weight.qdata), None, self.weight.scale, None
         if not torch.compiler.is_compiling():
             copies = self.refresh()
         elif isinstance(self.weight, ScaledTensor):
             copies = self.fp8_weight  # whoever writes the weight rewrites them
         else:  # a graph cannot see whether a plain weight changed
-            return GemmWeight.encode(self.weight.detach(), self.rule.weight)
-        return copies.row, copies.col, copies.scale
+            channels = None if self.channel_amax is None else smooth(self.channel_amax)
+            encoded = GemmWeight.encode(self.weight.detach(), self.rule.weight, channels)
+            return *encoded, channels
+        return copies.row, copies.col, copies.scale, copies.channels
+
+    @torch.no_grad()
+    def record_channels(self, channel_amax: Tensor) -> None:
+        """What the next FP8 copies of the weight are smoothed by; nothing where it is not finite.
+        Those of now stay, for the backward and the step's other micro-batches."""
+        new = torch.where(channel_amax.isfinite(), channel_amax, self.channel_amax)
+        self.channel_amax.copy_(new)
+        if not torch.compiler.is_compiling():
+            self.fp8_weight.amax_version = self.channel_amax._version
 
     def _cast(self, x: Tensor, both: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """The input's codes, their transpose where `both`, and the scale."""
+        ready = ready_cast(x, self.rule.input)
+        if ready is not None:
+            return ready
         # Compiled graphs and inference tensors have no versions to recognise an input by.
         anonymous = torch.compiler.is_compiling() or x.is_inference()
         key = None if anonymous else (x._version, both, self.rule.input, self.training)
         found = None if anonymous else _last_cast.find(x, key)
         if found is not None:
             return found
-        flat = _pad(x.detach().reshape(math.prod(x.shape[:-1]), self.in_features))
-        history = self._history(anonymous)
+        flat = pad(x.detach().reshape(math.prod(x.shape[:-1]), self.in_features))
+        history = cast_history(self, self.input_history, anonymous)
         if both:
             q, qt, scale, amax = _ops.cast_transpose(flat, self.rule.input, None, history, True)
         else:
@@ -243,25 +305,10 @@ class Linear(nn.Linear):
                 flat, self.rule.input, None, history, "tensor", 128, True, False, 0
             )
             qt = None
-        scale = _poison(scale, amax)
+        scale = poison(scale, amax)
         if not anonymous:
             _last_cast.keep(x, key, (q, qt, scale))
         return q, qt, scale
-
-    def _history(self, compiling: bool) -> Tensor | None:
-        """The input history that a cast reads and updates.
-
-        Evaluation leaves no trace in it and casts just in time. Activation checkpointing runs a
-        forward again inside the backward: it reads the history as the forward found it, so that
-        its codes are the forward's, and leaves no second trace.
-        """
-        history = self.input_history if self.training else None
-        if history is None or compiling:
-            return history
-        if torch._C._current_graph_task_id() != -1:
-            return None if self.history_before is None else self.history_before.clone()
-        self.history_before = history.clone()
-        return history
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -273,22 +320,21 @@ class Linear(nn.Linear):
         kind = x.device.type
         out = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         product = torch.bfloat16 if out == torch.bfloat16 else torch.float32
-        row, col, w_scale = self._gemm_weight()
+        row, col, w_scale, channels = self.gemm_weight()
+        if channels is not None and not isinstance(x, ScaledTensor):  # else an MLP divided it
+            x = x / channels.to(x.dtype)
         both = torch.is_grad_enabled() and self.weight.requires_grad
         q, qt, scale = self._cast(x, both)
         grad_history = self.grad_history if self.training else None
         y = _LinearFunction.apply(
-            x, self.weight, self.bias, q, qt, scale, row, col, w_scale, grad_history, product,
-            self.rule.grad_output, self.rule.weight_grad,
+            x, self.weight, self.bias, q, qt, scale, row, col, w_scale, channels, grad_history,
+            product, self.rule.grad_output, "f32" if col is None else self.rule.weight_grad,
         )  # fmt: skip
         return y.to(out)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        for name in ("input_history", "grad_history"):  # model.bfloat16() must not round amaxes
-            state = getattr(self, name)
-            if state is not None and state.dtype != torch.float32:
-                setattr(self, name, state.float())
+        keep_f32(self, "input_history", "grad_history", "channel_amax")
         copies = self.weight.__dict__.get("fp8_weight")
         if copies is not None:
             copies.version = -1  # a weight that got other data kept its version

@@ -9,10 +9,19 @@ from torch import Tensor
 
 from .. import ops
 from .. import recipe as recipes
-from ..tensor import ScaledTensor
+from ..distributed import sharding
+from ..tensor import ScaledTensor, is_sharded, local
 from .states import STATES, scaling
 
 MASTERS = ("nearest", "stochastic", "remainder")
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _shards():
+    from ..distributed import shards  # not before torch.distributed is in use
+
+    return shards
 
 
 class AdamW(torch.optim.Optimizer):
@@ -24,7 +33,9 @@ class AdamW(torch.optim.Optimizer):
     (norms, biases, embeddings) keep f32 moments, unless the recipe has `plain_moments`, as "coat"
     does: a model needs no conversion for that. A bf16 parameter takes its update as the recipe's
     `bf16_master` says; the 16 bits of "remainder" are its state "master". A step with a non-finite
-    gradient changes nothing and is counted in `skipped`.
+    gradient changes nothing and is counted in `skipped`. Of FSDP2's parameters each rank steps its
+    shard, with the scales of the whole tensor: the codes of all shards are those of one process,
+    and all ranks skip alike.
 
     A CUDA graph may capture `step()`: its number and hyperparameters are read on the device. After
     a change of hyperparameters call `write_hyper()` before the next replay.
@@ -102,20 +113,27 @@ class AdamW(torch.optim.Optimizer):
     # States
 
     def _codecs(self, p: Tensor) -> dict:
-        low = isinstance(p, ScaledTensor) or self.recipe.plain_moments
+        low = isinstance(local(p), ScaledTensor) or self.recipe.plain_moments
         names = (self.recipe.exp_avg, self.recipe.exp_avg_sq) if low else ("f32", "f32")
         return dict(zip(("exp_avg", "exp_avg_sq"), (STATES[n] for n in names), strict=True))
 
     def _has_remainder(self, p: Tensor) -> bool:
-        plain = p.dtype == torch.bfloat16 and not isinstance(p, ScaledTensor)
+        plain = p.dtype == torch.bfloat16 and not isinstance(local(p), ScaledTensor)
         return plain and self.recipe.bf16_master == "remainder"
 
     def _state(self, p: Tensor) -> dict:
         state = self.state[p]
         if not state:
+            part = local(p)
             state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
             for key, codec in self._codecs(p).items():
-                state[key] = codec.zeros(p)
+                zeros = codec.zeros(part)
+                if is_sharded(p) and scaling(zeros):
+                    raise RuntimeError(
+                        f"AdamW: recipe {self.recipe.name} keeps {key} in groups of flat elements, "
+                        "which FSDP2's shards would cut; wanted f32 or one scale a tensor"
+                    )
+                state[key] = _shards().like(p, zeros) if is_sharded(p) else zeros
             if self._has_remainder(p):
                 state["master"] = torch.zeros(p.shape, dtype=torch.int16, device=p.device)
         if self._dtypes.setdefault(p, p.dtype) != p.dtype:
@@ -159,11 +177,16 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _step_device(self, device: torch.device, items: list) -> None:
-        params, hyper, states, ordinals = (list(column) for column in zip(*items, strict=True))
-        grads = [p.grad for p in params]
+        wholes, hyper, states, ordinals = (list(column) for column in zip(*items, strict=True))
+        sharded = any(is_sharded(p) for p in wholes)
+        params = [local(p) for p in wholes]
+        grads = [local(p.grad) for p in wholes]
+        states = [{k: local(v) for k, v in s.items()} for s in states]
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-        grad_amax = self._amax(grads)
+        grad_amax = sharding.agree_to_skip(self._amax(grads), params)
+        if sharded:
+            _shards().share_max_(grad_amax, wholes)
         grad_values, grad_scales, _ = ops.parts(grads)
         copies = [self._fused_copies(p) for p in params]
         none = grad_amax.new_empty(0)
@@ -179,14 +202,17 @@ class AdamW(torch.optim.Optimizer):
             [none if c is None else c.col for c in copies],
             [none if c is None else c.scale for c in copies],
             [s["step"] for s in states],
-            self._hyper_on(device, params, hyper),
+            self._hyper_on(device, wholes, hyper),
             self._skipped[device],
             self._remainders(states, none),
             [scaling(t) for t in firsts],
             [scaling(t) for t in seconds],
             self._seeds(params, ordinals),
         )
-        for p, c in zip(params, copies, strict=True):
+        if sharded:
+            moments = [self.state[p][key] for p in wholes for key in MOMENTS]
+            _shards().share_amaxes_([*wholes, *moments])
+        for p, c in zip(wholes, copies, strict=True):
             torch.autograd.graph.increment_version(p)
             if c is not None:
                 c.version = p._version
@@ -248,7 +274,7 @@ class AdamW(torch.optim.Optimizer):
         copies = p.__dict__.get("fp8_weight")
         if copies is None or not isinstance(p, ScaledTensor) or copies.row.shape != p.shape:
             return None
-        if copies.row.dtype != torch.float8_e4m3fn:
+        if copies.row.dtype != torch.float8_e4m3fn or copies.channels is not None:
             return None
         return copies if copies.version == p._version else None
 

@@ -1,0 +1,107 @@
+#include "quaver/activate.h"
+
+#include "../arguments.h"
+#include "cast_both.h"
+#include "simd_activation.h"
+
+namespace quaver::cpu {
+namespace {
+
+// Columns of a strip at once: rows are then read in runs that the hardware prefetches, and the
+// codes stay in the second-level cache until they are transposed.
+constexpr int64_t kColumns = 16 * kBlock;
+
+// A row's place from a column on, where a group begins.
+SavedRow saved_row(const GroupedView& to, int64_t row, int64_t col) {
+  if (to.codes.data == nullptr) return {};
+  const int64_t cols = to.codes.cols;
+  return {to.codes.as<uint8_t>() + row * cols + col,
+          to.scale + row * groups_in_row(cols, to.block) + col / to.block, to.block};
+}
+
+GroupedRow row_of(const GroupedView& x, int64_t row) {
+  if (x.codes.data == nullptr) return {};
+  return {x.codes.as<const uint8_t>() + row * x.codes.cols,
+          x.scale + row * groups_in_row(x.codes.cols, x.block), x.block};
+}
+
+// Columns of several strips at once; a maximum does not depend on their order.
+void add_channels(float* amax, const uint32_t* bits, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) {
+    auto* to = reinterpret_cast<uint32_t*>(amax + c);
+    uint32_t seen = __atomic_load_n(to, __ATOMIC_RELAXED);
+    while (seen < bits[c] && !__atomic_compare_exchange_n(to, &seen, bits[c], true,
+                                                          __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+}
+
+}  // namespace
+
+void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& up_saved,
+              float* channel_amax, const TensorView& x, const TensorView& up,
+              const float* channel_scale, Activation kind) {
+  check_activate(y, x_saved, up_saved, x, up);
+  const ActivationSimd& loops = activation_simd();
+  if (channel_scale != nullptr) std::fill(channel_amax, channel_amax + x.cols, 0.0f);
+  // Groups that fit into a run of columns are saved with it, others a row at a time.
+  const bool fits = kBlock % x_saved.block == 0;
+  const bool gated = up.data != nullptr;
+  cast_both(&y, 1, x.rows, x.cols, [&](const Strip& s, bool first, Sink& sink) {
+    alignas(64) float values[kBlock];
+    alignas(64) uint32_t channels[kColumns];
+    for (int64_t begin = 0; begin < x.cols; begin += kColumns) {
+      const int64_t end = std::min(begin + kColumns, x.cols);
+      std::fill(channels, channels + (end - begin), 0u);
+      for (int64_t row = s.row; row < s.row + s.rows; ++row) {
+        if (first && !fits && begin == 0) {
+          loops.save_groups(saved_row(x_saved, row, 0), at(x, row * x.cols), x.dtype, x.cols);
+          if (gated)
+            loops.save_groups(saved_row(up_saved, row, 0), at(up, row * x.cols), x.dtype, x.cols);
+        }
+        for (int64_t col = begin; col < end; col += kBlock) {
+          const int64_t i = row * x.cols + col, n = std::min(kBlock, end - col);
+          SavedRow x_to = {}, up_to = {};
+          if (first && fits) {
+            x_to = saved_row(x_saved, row, col);
+            up_to = saved_row(up_saved, row, col);
+          }
+          loops.activate(values, at(x, i), gated ? at(up, i) : nullptr, x.dtype, n, kind, x_to,
+                         up_to);
+          if (channel_scale != nullptr)
+            loops.scale_channels(values, channels + (col - begin), channel_scale + col, n);
+          sink.put(0, row, col, n, values);
+        }
+      }
+      if (first && channel_scale != nullptr)
+        add_channels(channel_amax + begin, channels, end - begin);
+      sink.finish(s, begin, end - begin);
+    }
+  });
+}
+
+void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView& dy,
+                       const GroupedView& x, const GroupedView& up, const float* channel_scale,
+                       Activation kind) {
+  check_activate_backward(dx, dup, dy, x, up);
+  const bool gated = up.codes.data != nullptr;
+  const GemmCast outputs[kMaxOutputs] = {dx, dup};
+  cast_both(outputs, gated ? 2 : 1, dy.rows, dy.cols, [&](const Strip& s, bool, Sink& sink) {
+    alignas(64) float values[kMaxOutputs][kBlock];
+    for (int64_t begin = 0; begin < dy.cols; begin += kColumns) {
+      const int64_t end = std::min(begin + kColumns, dy.cols);
+      for (int64_t row = s.row; row < s.row + s.rows; ++row) {
+        for (int64_t col = begin; col < end; col += kBlock) {
+          const int64_t n = std::min(kBlock, end - col);
+          activation_simd().activate_backward(values[0], values[1], at(dy, row * dy.cols), dy.dtype,
+                                              row_of(x, row), row_of(up, row), channel_scale, col,
+                                              n, kind);
+          for (int k = 0; k < (gated ? 2 : 1); ++k) sink.put(k, row, col, n, values[k]);
+        }
+      }
+      sink.finish(s, begin, end - begin);
+    }
+  });
+}
+
+}  // namespace quaver::cpu

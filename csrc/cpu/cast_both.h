@@ -1,0 +1,125 @@
+// Casts matrices as they are computed, to both GEMM layouts (quaver/cast.h): a strip of rows at a
+// time, whose codes are transposed while they are in cache.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+#include "quaver/cast.h"
+#include "simd.h"
+
+namespace quaver::cpu {
+
+inline const char* at(const TensorView& x, int64_t i) {
+  return x.as<const char>() + i * size_of(x.dtype);
+}
+
+// Rows whose codes are transposed together.
+struct Strip {
+  int64_t row, rows;
+};
+
+constexpr int kMaxOutputs = 2;
+
+struct CastState {
+  bool measure = false;  // the scale is chosen just in time
+  float factor = 1.0f;   // of the encoding: the reciprocal of the scale where that is exact
+  bool divide = false;
+  AtomicAmax amax;
+};
+
+inline void use_scale(CastState* s, const GemmCast& to, float scale) {
+  *to.scale = scale;
+  s->divide = !is_power_of_two(scale);
+  s->factor = s->divide ? scale : 1.0f / scale;
+}
+
+template <class Body>
+void for_strips(int64_t rows, int64_t cols, Body& body) {
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip)
+      body(Strip{strip * kTile, std::min(kTile, rows - strip * kTile)});
+  };
+  parallel_for((rows + kTile - 1) / kTile, kGrain / std::max<int64_t>(kTile * cols, 1), run);
+}
+
+// What a pass does with the values of a strip: it looks for the amax, encodes, or both.
+struct Sink {
+  const GemmCast* outputs;
+  const CastState* state;
+  int count;
+  int64_t rows, cols;  // of the matrix
+  bool see, encode;
+  uint32_t amax_bits[kMaxOutputs] = {};
+
+  // n <= kBlock values of one row, from column `col` on.
+  void put(int k, int64_t row, int64_t col, int64_t n, const float* values) {
+    if (see) amax_bits[k] = std::max(amax_bits[k], simd().amax(values, DType::f32, n));
+    if (!encode) return;
+    const TensorView& q = outputs[k].q;
+    simd().cast(q.as<uint8_t>() + row * q.cols + col, q.dtype, values, DType::f32, n,
+                state[k].factor, state[k].divide);
+  }
+
+  // All rows of the strip are there from column `col` on: the zeros behind them, and qt.
+  void finish(const Strip& s, int64_t col, int64_t n) const {
+    if (!encode) return;
+    for (int k = 0; k < count; ++k) {
+      const int64_t width = outputs[k].q.cols, height = outputs[k].qt.cols;
+      const int64_t padded_cols = col + n == cols ? width - col : n;
+      const int64_t padded_rows = s.row + s.rows == rows ? height - s.row : s.rows;
+      uint8_t* q = outputs[k].q.as<uint8_t>() + s.row * width + col;
+      for (int64_t r = 0; r < padded_rows; ++r) {
+        const int64_t kept = r < s.rows ? n : 0;
+        if (kept < padded_cols)
+          std::memset(q + r * width + kept, 0, static_cast<size_t>(padded_cols - kept));
+      }
+      uint8_t* qt = outputs[k].qt.as<uint8_t>() + col * height + s.row;
+      for (int64_t c = 0; c < padded_cols; c += kTile)
+        simd().transpose(qt + c * height, height, q + c, width, padded_rows,
+                         std::min(kTile, padded_cols - c));
+    }
+  }
+};
+
+// produce(strip, first, sink) computes the values of a strip and gives all of them to sink.put, in
+// any order, and their columns to sink.finish. It is called for every strip once or, where some
+// scale is chosen just in time, twice: `first` says which.
+template <class Produce>
+void cast_both(const GemmCast* outputs, int count, int64_t rows, int64_t cols, Produce produce) {
+  CastState state[kMaxOutputs];
+  bool measure = false;
+  for (int k = 0; k < count; ++k) {
+    const GemmCast& to = outputs[k];
+    float scale = to.source.given ? *to.scale : 0.0f;
+    if (to.source.history != nullptr)
+      scale = delayed_scale(to.source.history, scale_max(to.q.dtype), to.power_of_two);
+    state[k].measure = !to.source.given && scale == 0.0f;
+    if (!state[k].measure) use_scale(&state[k], to, scale);
+    measure = measure || state[k].measure;
+  }
+  auto pass = [&](bool first, bool see, bool encode) {
+    auto body = [&](const Strip& s) {
+      Sink sink = {outputs, state, count, rows, cols, see, encode};
+      produce(s, first, sink);
+      for (int k = 0; k < count; ++k) state[k].amax.add(sink.amax_bits[k]);
+    };
+    for_strips(rows, cols, body);
+  };
+  if (measure) pass(true, true, false);
+  for (int k = 0; k < count; ++k) {
+    if (!state[k].measure) continue;
+    const float amax = bit_cast<float>(state[k].amax.bits());
+    use_scale(&state[k], outputs[k],
+              scale_from_amax(amax, scale_max(outputs[k].q.dtype), outputs[k].power_of_two));
+  }
+  pass(!measure, !measure, true);
+  for (int k = 0; k < count; ++k) {
+    *outputs[k].amax = bit_cast<float>(state[k].amax.bits());
+    if (outputs[k].source.history != nullptr)
+      record_amax(outputs[k].source.history, *outputs[k].amax);
+  }
+}
+
+}  // namespace quaver::cpu

@@ -1,0 +1,119 @@
+#include "quaver/normalize.h"
+
+#include <vector>
+
+#include "../arguments.h"
+#include "cast_both.h"
+#include "simd_activation.h"
+
+namespace quaver::cpu {
+namespace {
+
+// An optional [C] argument in f32: every row needs it.
+class Channels {
+ public:
+  explicit Channels(const TensorView& v) : values_(v.data != nullptr ? v.numel() : 0) {
+    if (v.data == nullptr) return;
+    simd().cast(values_.data(), DType::f32, v.data, v.dtype, v.numel(), 1.0f, false);
+    given_ = true;
+  }
+  const float* from(int64_t col) const { return given_ ? values_.data() + col : nullptr; }
+
+ private:
+  std::vector<float> values_;
+  bool given_ = false;
+};
+
+struct Statistics {
+  float mean, rstd;
+};
+
+Statistics statistics(const TensorView& x, int64_t row, bool centered, float eps) {
+  const char* values = at(x, row * x.cols);
+  const float count = static_cast<float>(std::max<int64_t>(x.cols, 1));
+  const float mean =
+      centered ? activation_simd().row_sum(values, x.dtype, x.cols, 0.0f, false) / count : 0.0f;
+  const float squares = activation_simd().row_sum(values, x.dtype, x.cols, mean, true);
+  return {mean, inverse_deviation(squares / count, eps)};
+}
+
+}  // namespace
+
+void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* rstd,
+               const TensorView& x, const TensorView& weight, const TensorView& bias, float eps) {
+  check_normalize(y, saved, x, weight, bias);
+  const ActivationSimd& loops = activation_simd();
+  const int64_t groups = groups_in_row(x.cols, saved.block);
+  const Channels weights(weight), biases(bias);
+  if (x.cols == 0) {  // there is no block to compute them with
+    if (mean != nullptr) std::fill(mean, mean + x.rows, 0.0f);
+    std::fill(rstd, rstd + x.rows, inverse_deviation(0.0f, eps));
+  }
+  cast_both(&y, 1, x.rows, x.cols, [&](const Strip& s, bool first, Sink& sink) {
+    alignas(64) float values[kBlock];
+    for (int64_t row = s.row; row < s.row + s.rows; ++row) {
+      if (first) {
+        const Statistics of = statistics(x, row, mean != nullptr, eps);
+        if (mean != nullptr) mean[row] = of.mean;
+        rstd[row] = of.rstd;
+        loops.save_groups(
+            {saved.codes.as<uint8_t>() + row * x.cols, saved.scale + row * groups, saved.block},
+            at(x, row * x.cols), x.dtype, x.cols);
+      }
+      for (int64_t col = 0; col < x.cols; col += kBlock) {
+        const int64_t n = std::min(kBlock, x.cols - col);
+        loops.normalize(values, at(x, row * x.cols + col), x.dtype, n,
+                        mean != nullptr ? mean[row] : 0.0f, rstd[row], weights.from(col),
+                        biases.from(col));
+        sink.put(0, row, col, n, values);
+      }
+    }
+    for (int64_t col = 0; col < x.cols; col += kBlock)
+      sink.finish(s, col, std::min(kBlock, x.cols - col));
+  });
+}
+
+void normalize_backward(const TensorView& dx, float* dweight, float* dbias, const TensorView& dy,
+                        const GroupedView& x, const float* mean, const float* rstd,
+                        const TensorView& weight) {
+  check_normalize_backward(dx, dy, x, weight);
+  const int64_t rows = dy.rows, cols = dy.cols, pieces = row_pieces(rows);
+  const int64_t groups = groups_in_row(cols, x.block);
+  const auto size = static_cast<size_t>(pieces * cols);
+  const Channels weights(weight);
+  std::vector<float> dweights(dweight != nullptr ? size : 0), dbiases(dbias != nullptr ? size : 0);
+  auto piece_body = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * kRowPiece; row < std::min(end * kRowPiece, rows); ++row) {
+      NormalizeRow r;
+      r.dx = dx.as<char>() + row * cols * size_of(dx.dtype);
+      r.dy = at(dy, row * cols);
+      r.dx_type = dx.dtype;
+      r.dy_type = dy.dtype;
+      r.x = {x.codes.as<const uint8_t>() + row * cols, x.scale + row * groups, x.block};
+      r.mean = mean != nullptr ? mean[row] : 0.0f;
+      r.rstd = rstd[row];
+      r.centered = mean != nullptr;
+      r.weight = weights.from(0);
+      r.dweight = dweight != nullptr ? dweights.data() + row / kRowPiece * cols : nullptr;
+      r.dbias = dbias != nullptr ? dbiases.data() + row / kRowPiece * cols : nullptr;
+      activation_simd().normalize_backward(r, cols);
+    }
+  };
+  parallel_for(pieces, kGrain / std::max<int64_t>(kRowPiece * cols, 1), piece_body);
+  auto sum_pieces = [&](float* out, const std::vector<float>& partial) {
+    auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        float strands[kRowStrands] = {};
+        for (int64_t p = 0; p < pieces; ++p) strands[p % kRowStrands] += partial[p * cols + c];
+        for (int half = kRowStrands / 2; half > 0; half /= 2)
+          for (int k = 0; k < half; ++k) strands[k] += strands[k + half];
+        out[c] = strands[0];
+      }
+    };
+    parallel_for(cols, kGrain / std::max<int64_t>(pieces, 1), body);
+  };
+  if (dweight != nullptr) sum_pieces(dweight, dweights);
+  if (dbias != nullptr) sum_pieces(dbias, dbiases);
+}
+
+}  // namespace quaver::cpu

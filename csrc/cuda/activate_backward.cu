@@ -1,0 +1,120 @@
+// The gradients of an activation from its saved FP8 inputs, cast to both GEMM layouts from
+// registers (quaver/activate.h). A block computes a tile of both gradients. Where a scale is chosen
+// just in time a pass for the amaxes goes before.
+#include "../arguments.h"
+#include "dispatch.h"
+#include "fused.h"
+#include "quaver/activate.h"
+
+namespace quaver::cuda {
+namespace {
+
+template <class X>
+struct Problem {
+  Matrix m;
+  DeviceCast dx, dup;
+  DeviceGroups x, up;  // up without codes: dup is none
+  const X* dy;
+  const float* channel_scale;
+  bool aligned, aligned_scale;
+};
+
+// dx and dup of up to kVector values, zeros behind them.
+template <class X, Activation kind>
+QUAVER_DEVICE void gradients(const Problem<X>& p, const Piece& at, float (&dx)[kVector],
+                             float (&dup)[kVector]) {
+  float x[kVector];
+  const int64_t i = at.row * p.m.cols + at.col;
+  decode_vector<X>(load<sizeof(X)>(p.dy + i, sizeof(X), at.n, p.aligned), dx);
+  load_vector(p.x, at.row, at.col, at.n, x);
+  if (p.channel_scale != nullptr) {
+    float scale[kVector];
+    decode_vector<float>(load<4>(p.channel_scale + at.col, 4, at.n, p.aligned_scale), scale);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) dx[k] *= scale[k];
+  }
+  if (p.up.codes == nullptr) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) dx[k] *= activation_slope<kind>(x[k]);
+    return;
+  }
+  load_vector(p.up, at.row, at.col, at.n, dup);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    const Gradients d = activation_gradients<kind>(dx[k], x[k], dup[k]);
+    dx[k] = d.x;
+    dup[k] = d.up;
+  }
+}
+
+// The pass for the amaxes is the same kernel without the cast, at half of the code.
+template <class X, Activation kind>
+__global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> p, bool cast) {
+  __shared__ Tile tile, tile_up;
+  const bool gated = p.up.codes != nullptr;
+  bool known = false, known_up = !gated;
+  float scale = 1.0f, scale_up = 1.0f;
+  if (cast) {
+    scale = scale_in_cast(p.dx.scale, &known);
+    if (gated) scale_up = scale_in_cast(p.dup.scale, &known_up);
+  } else {
+    known = !is_measured(p.dx.scale);
+    known_up = !gated || !is_measured(p.dup.scale);
+    if (known && known_up) return;
+  }
+  const Divisor by = divisor(scale), by_up = divisor(scale_up);
+  uint32_t seen = 0, seen_up = 0;
+#pragma unroll 1
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const Piece at = piece_in_pass(p.m, pass);
+    float dx[kVector], dup[kVector];
+    gradients<X, kind>(p, at, dx, dup);
+    seen = max_bits(seen, amax_bits(dx));
+    if (cast) put_values(p.dx, tile, p.m, at, dx, by);
+    if (!gated) continue;
+    seen_up = max_bits(seen_up, amax_bits(dup));
+    if (cast) put_values(p.dup, tile_up, p.m, at, dup, by_up);
+  }
+  if (cast) {
+    __syncthreads();
+    store_qt(p.dx, tile, p.m);
+    if (gated) store_qt(p.dup, tile_up, p.m);
+  }
+  if (!known) block_atomic_max(p.dx.scale.amax, seen);
+  if (!known_up) block_atomic_max(p.dup.scale.amax, seen_up);
+}
+
+}  // namespace
+
+void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView& dy,
+                       const GroupedView& x, const GroupedView& up, const float* channel_scale,
+                       Activation kind, void* stream) {
+  const char* op = "activate_backward";
+  check_activate_backward(dx, dup, dy, x, up);
+  with_float(dy.dtype, [&](auto type) {
+    using X = decltype(type);
+    Problem<X> p;
+    p.m = make_matrix(dy.rows, dy.cols);
+    p.dx = device_cast(dx);
+    p.dup = device_cast(dup);
+    p.x = device_groups(x, 0);
+    p.up = device_groups(up, 0);
+    p.dy = dy.as<const X>();
+    p.channel_scale = channel_scale;
+    p.aligned = dy.cols % kVector == 0 && is_aligned(dy.data);
+    p.aligned_scale = is_aligned(channel_scale);
+    const bool gated = p.up.codes != nullptr;
+    clear_scale(op, p.dx.scale, stream);
+    if (gated) clear_scale(op, p.dup.scale, stream);
+    const int64_t blocks = matrix_blocks(p.m);
+    with_kind(kind, [&](auto k) {
+      constexpr Activation f = decltype(k)::value;
+      launch(op, activate_backward_kernel<X, f>, blocks, kThreads, stream, p, false);
+      launch(op, activate_backward_kernel<X, f>, blocks, kThreads, stream, p, true);
+    });
+    end_scale(op, p.dx.scale, stream);
+    if (gated) end_scale(op, p.dup.scale, stream);
+  });
+}
+
+}  // namespace quaver::cuda

@@ -1,0 +1,157 @@
+// NCCL communicators as torch ops. A communicator is a number, which names nothing any more after
+// comm_abort or comm_close.
+#include "quaver/comm.h"
+
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "device.h"
+
+namespace quaver::binding {
+namespace {
+
+// `host`: over host memory, which a stand-in for NCCL moves and NCCL itself does not.
+struct Entry {
+  std::shared_ptr<comm::Communicator> communicator;
+  bool host = false;
+
+  comm::Communicator* operator->() const { return communicator.get(); }
+};
+
+// Never destroyed: at the end of the process CUDA may be gone already.
+struct Table {
+  std::mutex mutex;
+  std::map<int64_t, Entry> open;
+  int64_t last = 0;
+};
+
+Table& table() {
+  static auto& all = *new Table;
+  return all;
+}
+
+Entry find(const char* op, int64_t number) {
+  const std::lock_guard<std::mutex> lock(table().mutex);
+  const auto known = table().open.find(number);
+  QUAVER_CHECK(known != table().open.end(), op, ": there is no communicator ", number);
+  return known->second;
+}
+
+// The bytes of a tensor that goes to or comes from other ranks.
+int64_t bytes_of(const char* op, const char* name, const Tensor& t) {
+  QUAVER_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+  return t.numel() * t.element_size();
+}
+
+comm::UniqueId id_of(const char* op, const Tensor& id) {
+  comm::UniqueId out;
+  QUAVER_CHECK(id.scalar_type() == ScalarType::Byte && id.is_contiguous() &&
+                   id.numel() == int64_t(sizeof(out.bytes)),
+               op, ": id must be ", sizeof(out.bytes), " uint8 on the CPU, got ", id.numel(),
+               " of ", torch::headeronly::toString(id.scalar_type()));
+  std::memcpy(out.bytes, id.data_ptr(), sizeof(out.bytes));
+  return out;
+}
+
+void comm_id_(Tensor id, std::string library) {
+  id_of("comm_id_", id);
+  const comm::UniqueId made = comm::make_unique_id(library.c_str());
+  std::memcpy(id.data_ptr(), made.bytes, sizeof(made.bytes));
+}
+
+int64_t comm_create(const Tensor& id, int64_t rank, int64_t size, double timeout,
+                    std::string library, bool host) {
+  auto made =
+      std::make_shared<comm::Communicator>(id_of("comm_create", id), static_cast<int>(rank),
+                                           static_cast<int>(size), timeout, library.c_str());
+  const std::lock_guard<std::mutex> lock(table().mutex);
+  table().open.emplace(++table().last, Entry{std::move(made), host});
+  return table().last;
+}
+
+template <class Run>
+void on_comm_device(const char* op, const Entry& c, const Tensor& t, Run run) {
+  QUAVER_CHECK(t.is_cpu() == c.host, op, ": wanted tensors on ", c.host ? "the cpu" : "cuda",
+               ", got ", device_name(t));
+  on_device(op, t, [&] { run(nullptr); }, run);
+}
+
+void comm_all_to_all_(int64_t number, const Tensor& send, Tensor recv) {
+  const char* op = "comm_all_to_all_";
+  const Entry c = find(op, number);
+  const int64_t bytes = bytes_of(op, "send", send);
+  check_device(op, send, "recv", recv);
+  QUAVER_CHECK(bytes % c->size() == 0 && bytes_of(op, "recv", recv) == bytes, op,
+               ": wanted send and recv of equal size, divisible by ", c->size(), " ranks, got ",
+               bytes, " and ", bytes_of(op, "recv", recv), " bytes");
+  const auto run = [&](void* stream) {
+    c->all_to_all(send.data_ptr(), recv.data_ptr(), bytes / c->size(), stream);
+  };
+  on_comm_device(op, c, send, run);
+}
+
+void comm_all_gather_(int64_t number, const Tensor& send, Tensor recv) {
+  const char* op = "comm_all_gather_";
+  const Entry c = find(op, number);
+  const int64_t bytes = bytes_of(op, "send", send);
+  check_device(op, send, "recv", recv);
+  QUAVER_CHECK(bytes_of(op, "recv", recv) == bytes * c->size(), op, ": wanted a recv of ",
+               bytes * c->size(), " bytes for ", c->size(), " ranks, got ",
+               bytes_of(op, "recv", recv));
+  const auto run = [&](void* stream) {
+    c->all_gather(send.data_ptr(), recv.data_ptr(), bytes, stream);
+  };
+  on_comm_device(op, c, send, run);
+}
+
+void comm_all_reduce_(int64_t number, Tensor values, std::string reduction) {
+  const char* op = "comm_all_reduce_";
+  const Entry c = find(op, number);
+  QUAVER_CHECK(reduction == "sum" || reduction == "max", op, ": reduction must be sum or max, got ",
+               reduction);
+  const TensorView v = view(op, "values", values);
+  const auto how = reduction == "sum" ? comm::Reduction::sum : comm::Reduction::max;
+  const auto run = [&](void* stream) { c->all_reduce(v.data, v.numel(), v.dtype, how, stream); };
+  on_comm_device(op, c, values, run);
+}
+
+void comm_check(int64_t number) { find("comm_check", number)->check(); }
+
+void forget(int64_t number) {
+  const std::lock_guard<std::mutex> lock(table().mutex);
+  table().open.erase(number);
+}
+
+void comm_abort(int64_t number) {
+  find("comm_abort", number)->abort();
+  forget(number);
+}
+
+void comm_close(int64_t number) {
+  find("comm_close", number);
+  forget(number);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) {
+  m.impl("comm_id_", TORCH_BOX(&comm_id_));
+  m.impl("comm_create", TORCH_BOX(&comm_create));
+  m.impl("comm_all_to_all_", TORCH_BOX(&comm_all_to_all_));
+  m.impl("comm_all_gather_", TORCH_BOX(&comm_all_gather_));
+  m.impl("comm_all_reduce_", TORCH_BOX(&comm_all_reduce_));
+}
+STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) {
+  m.impl("comm_all_to_all_", TORCH_BOX(&comm_all_to_all_));
+  m.impl("comm_all_gather_", TORCH_BOX(&comm_all_gather_));
+  m.impl("comm_all_reduce_", TORCH_BOX(&comm_all_reduce_));
+}
+// These take no tensor to choose a device by.
+STABLE_TORCH_LIBRARY_IMPL(quaver, CompositeExplicitAutograd, m) {
+  m.impl("comm_check", TORCH_BOX(&comm_check));
+  m.impl("comm_abort", TORCH_BOX(&comm_abort));
+  m.impl("comm_close", TORCH_BOX(&comm_close));
+}
+
+}  // namespace quaver::binding

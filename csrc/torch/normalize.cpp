@@ -1,0 +1,103 @@
+#include "quaver/normalize.h"
+
+#include <tuple>
+
+#include "cast.h"
+
+namespace quaver::binding {
+namespace {
+
+float* floats(const char* op, const char* name, const Tensor& t, int64_t count) {
+  QUAVER_CHECK(t.numel() == count && t.scalar_type() == ScalarType::Float && t.is_contiguous(), op,
+               ": ", name, " must be ", count, " contiguous float32, got ", t.numel(), " of ",
+               torch::headeronly::toString(t.scalar_type()));
+  return static_cast<float*>(present(op, name, t).data);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
+    const Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in, double eps,
+    bool centered, ScalarType dtype, const OptionalTensor& scale, const OptionalTensor& history,
+    bool power_of_two, int64_t block) {
+  const char* op = "normalize";
+  check_matrix(op, "x", x_in);
+  check_device(op, x_in, "weight", weight_in);
+  check_device(op, x_in, "bias", bias_in);
+  const Tensor x = dense(x_in);
+  const OptionalTensor weight = dense(weight_in), bias = dense(bias_in);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  CastResult y = cast_result(op, x, rows, cols, dtype, scale, history, power_of_two);
+  GroupedResult saved = grouped_result(op, x, rows, cols, block);
+  Tensor mean = empty(x, {centered ? rows : 0}, ScalarType::Float);
+  Tensor rstd = empty(x, {rows}, ScalarType::Float);
+  float* mean_data = centered ? floats(op, "mean", mean, rows) : nullptr;
+  float* rstd_data = floats(op, "rstd", rstd, rows);
+  const TensorView x_view = view(op, "x", x);
+  const TensorView weights = optional_view(op, "weight", weight);
+  const TensorView biases = optional_view(op, "bias", bias);
+  const float epsilon = static_cast<float>(eps);
+  on_device(
+      op, x,
+      [&] {
+        cpu::normalize(y.view, saved.view, mean_data, rstd_data, x_view, weights, biases, epsilon);
+      },
+      [&](auto stream) {
+        cuda::normalize(y.view, saved.view, mean_data, rstd_data, x_view, weights, biases, epsilon,
+                        stream);
+      });
+  return {y.q, y.qt, y.scale, y.amax, saved.codes, saved.scale, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& dy_in, const Tensor& xq_in,
+                                                      const Tensor& xscale_in, const Tensor& mean,
+                                                      const Tensor& rstd,
+                                                      const OptionalTensor& weight_in,
+                                                      int64_t block, bool has_bias,
+                                                      ScalarType dx_dtype) {
+  const char* op = "normalize_backward";
+  check_matrix(op, "dy", dy_in);
+  check_device(op, dy_in, "xq", xq_in);
+  check_device(op, dy_in, "xscale", xscale_in);
+  check_device(op, dy_in, "mean", mean);
+  check_device(op, dy_in, "rstd", rstd);
+  check_device(op, dy_in, "weight", weight_in);
+  const Tensor dy = dense(dy_in), xq = dense(xq_in), xscale = dense(xscale_in);
+  const OptionalTensor weight = dense(weight_in);
+  const int64_t rows = dy.size(0), cols = dy.size(1);
+  Tensor dx = empty(dy, {rows, cols}, dx_dtype);
+  Tensor dweight = empty(dy, {weight.has_value() ? cols : 0}, ScalarType::Float);
+  Tensor dbias = empty(dy, {has_bias ? cols : 0}, ScalarType::Float);
+  const GroupedView x = grouped_view(op, "xq", xq, "xscale", xscale, block);
+  const float* mean_data = mean.numel() != 0 ? floats(op, "mean", mean, rows) : nullptr;
+  const float* rstd_data = floats(op, "rstd", rstd, rows);
+  float* dweight_data = weight.has_value() ? floats(op, "dweight", dweight, cols) : nullptr;
+  float* dbias_data = has_bias ? floats(op, "dbias", dbias, cols) : nullptr;
+  const TensorView dx_view = view(op, "dx_dtype", dx), dy_view = view(op, "dy", dy);
+  const TensorView weights = optional_view(op, "weight", weight);
+  on_device(
+      op, dy,
+      [&] {
+        cpu::normalize_backward(dx_view, dweight_data, dbias_data, dy_view, x, mean_data, rstd_data,
+                                weights);
+      },
+      [&](auto stream) {
+        const Tensor memory = workspace(dy, cuda::normalize_backward_workspace_bytes(rows, cols));
+        cuda::normalize_backward(dx_view, dweight_data, dbias_data, dy_view, x, mean_data,
+                                 rstd_data, weights, memory.data_ptr(), stream);
+      });
+  return {dx, dweight, dbias};
+}
+
+template <class Library>
+void register_ops(Library& m) {
+  m.impl("normalize", TORCH_BOX(&normalize));
+  m.impl("normalize_backward", TORCH_BOX(&normalize_backward));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) { register_ops(m); }
+#if defined(QUAVER_HAVE_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) { register_ops(m); }
+#endif
+
+}  // namespace quaver::binding

@@ -1,0 +1,55 @@
+// What the fused ops write: FP8 in both GEMM layouts under one scale, and group-quantised copies to
+// keep for backward.
+#pragma once
+
+#include "quaver/quantize.h"
+
+namespace quaver {
+
+// The GEMM wants both axes in multiples of this; what is beyond the values is zero.
+constexpr int64_t kGemmAlign = 16;
+
+constexpr int64_t gemm_padded(int64_t n) { return (n + kGemmAlign - 1) / kGemmAlign * kGemmAlign; }
+
+// A matrix [R, C] cast like cast_transpose does, padded.
+struct GemmCast {
+  TensorView q;   // [gemm_padded(R), gemm_padded(C)], e4m3 or e5m2
+  TensorView qt;  // its transpose
+  float* scale = nullptr;
+  float* amax = nullptr;  // of the real values before the encoding
+  bool power_of_two = true;
+  ScaleSource source;
+};
+
+// e4m3 codes [R, C] in groups of 1 x block along the last axis. A group's scale is a power of two
+// (scale_from_amax), stored as the byte of OCP MX's e8m0: 2^(byte - 127), 255 is NaN.
+struct GroupedView {
+  TensorView codes;          // no data: nothing to save
+  uint8_t* scale = nullptr;  // [R, groups_in_row]
+  int64_t block = 32;
+};
+
+constexpr int64_t groups_in_row(int64_t cols, int64_t block) { return (cols + block - 1) / block; }
+
+// The scale of a group as its e8m0 byte, from the bits of its amax: scale_from_amax for e4m3 and a
+// power of two, by integers alone. The finite maximum is (1 + f) * 2^k, so the exponent is amax's
+// less k, and one more where amax's fraction is above f.
+QUAVER_HD uint32_t group_scale(uint32_t amax_bits) {
+  using F = Format<e4m3>;
+  constexpr uint32_t k = (F::max_code >> F::mantissa) - F::bias;
+  constexpr uint32_t fraction = (F::max_code & ((1u << F::mantissa) - 1u)) << (23 - F::mantissa);
+  const uint32_t exponent = (amax_bits + (0x7fffffu - fraction)) >> 23;
+  const uint32_t chosen = select(exponent > k + 1u, exponent - k, 1u);  // kMinScale
+  return select(amax_bits - 1u < 0x7f7fffffu, chosen, 127u);            // 0, Inf and NaN: scale 1
+}
+
+// 1 / scale of what group_scale gives, exactly.
+QUAVER_HD float group_inverse(uint32_t code) { return bit_cast<float>((254u - code) << 23); }
+
+QUAVER_HD float decode_e8m0(uint8_t code) {
+  const uint32_t bits =
+      select(code == 0, 0x00400000u, uint32_t(code) << 23);  // 2^-127 is subnormal
+  return bit_cast<float>(select(code == 255, 0x7fc00000u, bits));
+}
+
+}  // namespace quaver

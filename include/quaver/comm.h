@@ -1,0 +1,61 @@
+// A communicator of our own over the NCCL that is there at run time: the library neither links
+// NCCL nor needs its headers, and a machine without it loses nothing else.
+#pragma once
+
+#include <memory>
+
+#include "quaver/dtype.h"
+
+namespace quaver::comm {
+
+struct UniqueId {
+  char bytes[128];
+};
+
+// What rank 0 makes and every rank needs, by whatever store they share, to find each other.
+UniqueId make_unique_id(const char* library = nullptr);
+
+// Version code of NCCL's library, such as 22809 for 2.28.9. Throws where there is none.
+int nccl_version(const char* library = nullptr);
+
+enum class Reduction { sum, max };
+
+// Ranks of one device each. Every function is collective, queues its work in `stream` and returns
+// before the work is done. An error aborts the communicator, whose every later use throws; so does
+// a peer that does not answer for `timeout` seconds while connections are made. `abort` may be
+// called from any thread and frees the kernels that wait for a peer that is gone.
+class Communicator {
+ public:
+  // `library` is a path or name for dlopen; null looks for libnccl.so.2.
+  Communicator(const UniqueId& id, int rank, int size, double timeout,
+               const char* library = nullptr);
+  ~Communicator();
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+
+  // The p-th `bytes` of send go to rank p; the p-th `bytes` of recv come from rank p.
+  void all_to_all(const void* send, void* recv, int64_t bytes, void* stream);
+  // recv is the `bytes` of every rank, in their order.
+  void all_gather(const void* send, void* recv, int64_t bytes, void* stream);
+  // In place, in NCCL's own order and rounding; FP8 re-rounds at every hop and needs NCCL 2.24.
+  void all_reduce(void* values, int64_t count, DType type, Reduction reduction, void* stream);
+
+  // Throws if an operation has failed since, on whatever rank.
+  void check();
+  void abort();
+
+ private:
+  struct State;
+  template <class Call>
+  void run(const char* op, Call call);
+  void finish(const char* op);
+
+  std::unique_ptr<State> state_;
+  int rank_, size_;
+  double timeout_;
+};
+
+}  // namespace quaver::comm

@@ -1,0 +1,57 @@
+// Stage "gemm": out = scale_a * scale_b * a @ b.T (+ bias, + out) of FP8 operands, TN, sums in f32.
+#pragma once
+
+#include "quaver/tensor_view.h"
+
+namespace quaver {
+
+struct GemmArguments {
+  TensorView out;                  // [M, N] in bf16, f16 or f32; in FP8 with out_scale and amax
+  TensorView a;                    // [M, K] codes
+  TensorView b;                    // [N, K] codes
+  const float* scale_a = nullptr;  // one, or M of them
+  const float* scale_b = nullptr;  // one, or N of them
+  bool rows_a = false, rows_b = false;
+  const float* bias = nullptr;       // [N], or none
+  const float* out_scale = nullptr;  // FP8 out: the decode scale to encode with
+  float* amax = nullptr;             // FP8 out: receives the amax of what was encoded
+  bool accumulate = false;           // adds to out, which is bf16, f16 or f32
+  bool fast_accumulate = true;       // permits the tensor core's own 14-bit sums
+};
+
+// Formats of one size share a kernel, which is told at run time.
+enum class GemmOut : int8_t { half, f32, fp8 };
+// Two warpgroups share a tile, or take turns at one each.
+enum class GemmSchedule : int8_t { cooperative, pingpong };
+// Whole tiles, or work cut along K and reduced in a fixed order.
+enum class GemmScheduler : int8_t { persistent, stream_k };
+
+constexpr int kGemmTileK = 128;
+constexpr int kGemmAlignment = 16;  // of pointers and rows in bytes, hence of N and K
+// Sizes are 32-bit in CUTLASS, and so are its counts of tiles, rounded up to bands.
+constexpr int64_t kGemmMaxSize = (int64_t(1) << 31) - (int64_t(1) << 16);
+
+// How a launch walks the tiles.
+struct GemmLaunch {
+  int sm_count = 0;
+  int swizzle = 1;      // clusters side by side in one band of the output, for the L2 cache
+  bool along_m = true;  // neighbouring clusters are neighbours in M
+  int splits = 1;       // stream_k: more than one cuts K into so many parts, one cuts work evenly
+  void* workspace = nullptr;
+  int64_t workspace_bytes = 0;
+  void* stream = nullptr;
+};
+
+namespace cuda {
+
+struct GemmDevice {
+  int sm_count, major, minor;  // multiprocessors and compute capability of the current device
+};
+GemmDevice gemm_device();
+
+// The Hopper kernel of gemm_tactics()[tactic]. The workspace is as large as its candidate says and
+// may be dirty.
+void gemm(const GemmArguments& arguments, int tactic, const GemmLaunch& launch);
+
+}  // namespace cuda
+}  // namespace quaver

@@ -1,0 +1,54 @@
+// Which matrix-product kernel runs. The table of tactics and the choice among them are plain
+// functions of the shape: no GPU is needed to see what would run, and why.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "quaver/gemm.h"
+
+namespace quaver {
+
+// One compiled kernel.
+struct GemmTactic {
+  const char* name;
+  DType a, b;
+  GemmOut out;
+  bool fast;    // keeps sums in the tensor core; otherwise they are promoted to f32 each 128 of K
+  bool source;  // can add to out
+  int tile_m, tile_n;
+  int cluster_m, cluster_n;
+  GemmSchedule schedule;
+  GemmScheduler scheduler;
+};
+
+// What decides a choice.
+struct GemmProblem {
+  int64_t m = 0, n = 0, k = 0;
+  DType a = DType::e4m3, b = DType::e4m3, out = DType::bf16;
+  bool accumulate = false;
+  bool fast_accumulate = true;
+};
+
+// A tactic on a problem, by a model of the machine (csrc/cpu/gemm_choice.cpp).
+struct GemmCandidate {
+  const GemmTactic* tactic = nullptr;
+  int index = -1;         // in gemm_tactics()
+  GemmLaunch launch;      // all but stream and workspace
+  int64_t tiles = 0;      // padded to whole clusters and bands
+  double waves = 0;       // of tiles over the multiprocessors
+  double efficiency = 0;  // predicted part of the tensor cores' peak, 0 to 1
+  int64_t workspace_bytes = 0;
+};
+
+const std::vector<GemmTactic>& gemm_tactics();
+GemmProblem gemm_problem(const GemmArguments& arguments);
+
+// Every tactic that can serve the problem, best first; throws Error where there is none.
+std::vector<GemmCandidate> gemm_candidates(const GemmProblem& problem, int sm_count);
+// The first of them.
+GemmCandidate choose_gemm(const GemmProblem& problem, int sm_count);
+// Why the first one comes before the others, in words.
+std::string explain_gemm(const GemmProblem& problem, const std::vector<GemmCandidate>& candidates);
+
+}  // namespace quaver

@@ -1,0 +1,356 @@
+"""Data parallelism: every rank has the model and a part of the batch; backward averages gradients.
+
+Hooks on the parameters fill buckets in the order in which backward finishes them. A bucket that is
+full sets out, and moves on by a message whenever a later one is full, so that messages travel while
+backward computes. All ranks start all messages in the same order, whatever their timing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..memory import plain_tensors
+from ..nn.common import HISTORY_STATE
+from ..tensor import ScaledTensor
+from .all_reduce import ALGORITHMS, FP8, Protocol, Reduced, reduce_to_owners, ring, two_shot
+from .auto_scale import AutoScale, AutoScaleRule
+from .transport import Transport, compare
+
+__all__ = ["DataParallel", "ddp"]
+
+
+@dataclass(eq=False)
+class _Bucket:
+    names: list[str]
+    parameters: list[nn.Parameter]
+    dtype: torch.dtype  # on the wire
+    owners: list[int] | None = None
+    auto_scale: AutoScale | None = None
+    waiting: set[str] = field(default_factory=set)  # for their gradients
+
+
+class _Pipeline:
+    """Protocols under way. Each `advance` takes every one a message further, oldest first."""
+
+    def __init__(self):
+        self._active: list[list] = []
+
+    def start(self, protocol: Protocol, done) -> None:
+        self._active.append([protocol, next(protocol), done])
+
+    def advance(self) -> None:
+        for entry in list(self._active):
+            protocol, pending, done = entry
+            try:
+                entry[1] = protocol.send(pending.wait())
+            except StopIteration as end:
+                self._active.remove(entry)
+                done(end.value)
+
+    def finish(self) -> None:
+        while self._active:
+            self.advance()
+
+    def clear(self) -> None:
+        self._active.clear()
+
+
+class DataParallel:
+    """What `ddp` returns. The model stays itself: its names and its state_dict do not change.
+
+    Attributes:
+        transport: `transport.traffic` counts the bytes that this rank sent, by kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer=None,
+        group: dist.ProcessGroup | None = None,
+        algorithm: str = "two_shot",
+        dtype: torch.dtype = torch.float8_e4m3fn,
+        bucket_bytes: int = 25 * 2**20,
+        auto_scale: AutoScaleRule | None = None,
+    ):
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"ddp: algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
+        if dtype not in FP8:
+            raise ValueError(f"ddp: dtype must be float8_e4m3fn or float8_e5m2, got {dtype}")
+        if bucket_bytes < 1:
+            raise ValueError(f"ddp: bucket_bytes must be positive, got {bucket_bytes}")
+        owners = getattr(optimizer, "gradient_owners", None)
+        if owners is not None and algorithm != "two_shot":
+            raise ValueError(f"ddp: gradients go to their owners by two_shot, not by {algorithm}")
+        shared = getattr(optimizer, "transport", None)
+        self.transport = Transport(group) if shared is None else shared
+        self.model = model
+        self.algorithm, self.dtype = algorithm, dtype
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError("ddp: the model has no parameter that requires a gradient")
+        self._check_devices(named)
+        self._histories = _histories(model)
+        self._buckets = self._make_buckets(named, owners, bucket_bytes, auto_scale)
+        self._agree(named, optimizer, bucket_bytes)
+        self._send_start()
+        self._bucket_of = {n: b for b in self._buckets for n in b.names}
+        self._names = list(named)
+        self._sync, self._running, self._next = True, False, 0
+        self._pipeline = _Pipeline()
+        self._device = next(iter(named.values())).device
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._hooks = []
+        if self.transport.size > 1:
+            for name, p in named.items():
+                hook = p.register_post_accumulate_grad_hook(lambda p, n=name: self._arrived(n))
+                self._hooks.append(hook)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside leave their gradients where they are, to be averaged by the first one
+        after: all micro-batches of a step but the last."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def remove(self) -> None:
+        """Undoes `ddp`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def state_dict(self) -> dict:
+        """Plain numbers: mu by the parameter's name (empty but for `ring`)."""
+        mu = {}
+        for b in self._buckets:
+            if b.auto_scale is not None:
+                mu |= dict(zip(b.names, b.auto_scale.mu.tolist(), strict=True))
+        return {"mu": mu}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes over what `state_dict` gave, as far as the names are here; clamped to the rule."""
+        for b in self._buckets:
+            if b.auto_scale is None:
+                continue
+            mu = b.auto_scale.mu
+            for i, name in enumerate(b.names):
+                if name in state["mu"]:
+                    mu[i] = state["mu"][name]
+            mu.clamp_(b.auto_scale.least, b.auto_scale.rule.most)
+
+    def _check_devices(self, named: dict[str, nn.Parameter]) -> None:
+        first, p0 = next(iter(named.items()))
+        for name, p in named.items():
+            if p.device != p0.device:
+                raise ValueError(
+                    f"ddp: parameters must be on one device: {first} is on {p0.device}, {name} on "
+                    f"{p.device}"
+                )
+        if self.transport.backend == "nccl" and p0.device.type != "cuda":
+            raise ValueError(
+                f"ddp: an nccl group needs parameters on cuda, {first} is on {p0.device}"
+            )
+
+    def _make_buckets(self, named, owners, bucket_bytes, auto_scale) -> list[_Bucket]:
+        """Parameters from the last to the first, as backward finishes them: converted weights in
+        FP8, all others in their own type."""
+        open_buckets: dict[torch.dtype, _Bucket] = {}
+        sizes: dict[torch.dtype, int] = {}
+        buckets = []
+        for name, p in reversed(named.items()):
+            dtype = self.dtype if isinstance(p, ScaledTensor) else p.dtype
+            size = p.numel() * dtype.itemsize
+            if dtype not in open_buckets or sizes[dtype] + size > bucket_bytes:
+                sizes[dtype] = 0
+                open_buckets[dtype] = _Bucket([], [], dtype, None if owners is None else [])
+                buckets.append(open_buckets[dtype])
+            bucket = open_buckets[dtype]
+            bucket.names.append(name)
+            bucket.parameters.append(p)
+            if owners is not None:
+                bucket.owners.append(owners[p])
+            sizes[dtype] += size
+        # A bucket sets out once its last parameter is there.
+        place = {name: i for i, name in enumerate(reversed(named))}
+        buckets.sort(key=lambda b: place[b.names[-1]])
+        for b in buckets:
+            b.waiting = set(b.names)
+            if self.algorithm == "ring" and b.dtype in FP8:
+                numels = [p.numel() for p in b.parameters]
+                rule = auto_scale or AutoScaleRule()
+                b.auto_scale = AutoScale(numels, self.transport.size, rule, b.parameters[0].device)
+        return buckets
+
+    def _agree(self, named, optimizer, bucket_bytes) -> None:
+        """Ranks must start the same messages: a difference is an error now, not a hang later."""
+        rules = {
+            f"{name}.weight": str(module.rule)
+            for name, module in self.model.named_modules()
+            if hasattr(module, "rule")
+        }
+        mine = {
+            "ddp": f"{self.algorithm} in {self.dtype}, buckets of {bucket_bytes} bytes",
+            "optimizer": f"{type(optimizer).__name__} {getattr(optimizer, 'recipe', None)}",
+        }
+        for i, (name, p) in enumerate(named.items()):
+            kind = p.qdata.dtype if isinstance(p, ScaledTensor) else p.dtype
+            mine[f"parameter {i}"] = f"{name} {list(p.shape)} {kind} {rules.get(name, '')}".strip()
+        compare("ddp", self.transport.share(mine, next(iter(named.values())).device))
+
+    @torch.no_grad()
+    def _send_start(self) -> None:
+        """Rank 0's parameters and buffers to all."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        self.transport.broadcast([part.detach() for t in tensors for part in plain_tensors(t)])
+        if self.transport.size > 1:
+            for t in tensors:
+                if isinstance(t, ScaledTensor):
+                    t.refresh_copies()
+                torch.autograd.graph.increment_version(t)
+
+    def _arrived(self, name: str) -> None:
+        """A gradient is complete."""
+        if not self._sync:
+            return
+        bucket = self._bucket_of[name]
+        if not self._running:
+            self._running = True
+            self._next = 0
+            for b in self._buckets:
+                b.waiting = set(b.names)
+            self._pipeline.clear()  # of a backward that raised
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        if name not in bucket.waiting:
+            raise RuntimeError(f"ddp: the gradient of {name} arrived twice in one backward")
+        bucket.waiting.remove(name)
+        while self._next < len(self._buckets) and not self._buckets[self._next].waiting:
+            self._launch(self._buckets[self._next])
+
+    @contextlib.contextmanager
+    def _beside(self):
+        """Messages and what they need run beside backward, in a stream of their own."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _launch(self, bucket: _Bucket) -> None:
+        self._next += 1
+        with torch.no_grad(), self._beside():
+            self._pipeline.advance()
+            self._pipeline.start(
+                self._protocol(bucket), lambda reduced: self._take(bucket, reduced)
+            )
+
+    def _protocol(self, b: _Bucket) -> Protocol:
+        grads = [self._gradient(n, p) for n, p in zip(b.names, b.parameters, strict=True)]
+        if b.owners is not None:
+            return reduce_to_owners(grads, b.dtype, self.transport, b.owners)
+        if b.auto_scale is not None:
+            return ring(grads, b.dtype, self.transport, b.auto_scale.mu)
+        return two_shot(grads, b.dtype, self.transport)
+
+    @staticmethod
+    def _gradient(name: str, p: nn.Parameter) -> Tensor:
+        """p's gradient, or the zeros of a parameter that this rank did not use."""
+        grad = p.grad
+        if grad is None:
+            return torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+        if grad.is_sparse:
+            raise RuntimeError(f"ddp: the gradient of {name} is sparse, which is not supported")
+        return grad
+
+    def _take(self, b: _Bucket, reduced: Reduced) -> None:
+        for p, mean in zip(b.parameters, reduced.tensors, strict=True):
+            p.grad = mean
+        if b.auto_scale is not None:
+            amax = torch.stack([t.amax for t in reduced.tensors])
+            b.auto_scale.update(reduced.saturated, amax.isfinite())
+
+    def _finish(self) -> None:
+        """The end of backward: what is still on its way, unused parameters, shared amaxes."""
+        self._running = False
+        used = [
+            float(name not in b.waiting or p.grad is not None)  # or of an earlier micro-batch
+            for b in self._buckets
+            for name, p in zip(b.names, b.parameters, strict=True)
+        ]
+        while self._next < len(self._buckets):
+            self._launch(self._buckets[self._next])
+        with torch.no_grad(), self._beside():
+            self._pipeline.finish()
+            self._share_notes(used)
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def _share_notes(self, used: list[float]) -> None:
+        """One small maximum a step: which parameters some rank used, and the amax histories of
+        delayed scaling. With them ranks scale alike, as one process with the whole batch would,
+        and a checkpoint needs one copy."""
+        notes = [torch.tensor(used, device=self._device)]
+        for h in self._histories:
+            # A rank that saw a non-finite amax starts anew, and so all do: the least count.
+            notes += [-h[:1], h[1:]]
+        notes = self.transport.max(torch.cat(notes), "scale").wait()
+        found = notes[len(used) :].view(-1, HISTORY_STATE)
+        for h, row in zip(self._histories, found, strict=True):
+            h[0] = -row[0]
+            h[1:] = row[1:]
+        if all(used):
+            return
+        some = notes[: len(used)].tolist()
+        parameters = [p for b in self._buckets for p in b.parameters]
+        for p, anywhere in zip(parameters, some, strict=True):
+            if not anywhere:
+                p.grad = None
+
+
+def _histories(model: nn.Module) -> list[Tensor]:
+    """The states of delayed scaling (scale.h): buffers of 17 floats named *_history."""
+    return [
+        b
+        for name, b in model.named_buffers()
+        if name.endswith("_history") and b.shape == (HISTORY_STATE,) and b.dtype == torch.float32
+    ]
+
+
+def ddp(model: nn.Module, **options) -> DataParallel:
+    """Average the gradients of `model` over ranks in every backward. Collective: all ranks call it
+    with the same model and options, and then have rank 0's parameters and buffers.
+
+        parallel = qv.distributed.ddp(model)
+        with parallel.no_sync():            # for micro-batches before the last
+            loss(first).backward()
+        loss(last).backward()               # leaves the mean of all ranks in .grad
+
+    Gradients of converted weights (ScaledTensors) travel in FP8, with identical bytes on every rank
+    as the result; all others travel in their own type, summed in f32 in rank order. Neither depends
+    on bucket_bytes, but for `ring`. A value that is not finite on one rank shows in the amax of
+    every rank's gradient, so that qv.AdamW skips the step on all of them. A parameter that a rank
+    did not use counts as zeros there; one that none used keeps no gradient. A rank must use at
+    least one parameter in each backward.
+
+    Args:
+        optimizer: a ZeRO optimizer of stage 2 keeps each gradient on its owner alone.
+        group: default the default group.
+        algorithm, dtype: as all_reduce_mean.
+        bucket_bytes: of gradients that travel together.
+        auto_scale: AutoScaleRule of `ring`.
+
+    Raises:
+        ValueError: options out of range, parameters on several devices, or ranks that disagree on
+            options, recipe, shapes or the order of parameters: the first difference is named.
+        RankFailure: from backward, where a rank is gone.
+    """
+    return DataParallel(model, **options)

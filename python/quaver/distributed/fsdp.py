@@ -1,0 +1,214 @@
+"""FSDP2 (torch.distributed.fsdp.fully_shard) with FP8 on the wire.
+
+A converted weight is sharded as it is stored: f16 codes and one scale, which all ranks know. Its
+all-gather carries the e4m3 codes that the products take, one byte a value and no scale; they are
+freed with the unsharded weight, and their transpose is made when backward needs it. Gradients are
+reduce-scattered in FP8 and summed in f32. (FP8-LM, arXiv 2310.18313, section 2.3; torchao's
+float8 all-gather has the idea for f32 masters.)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import fsdp as torch_fsdp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..memory import plain_tensors
+from ..nn.common import HISTORY_STATE
+from ..nn.linear import GemmWeight, Linear
+from ..tensor import ScaledTensor, is_sharded, local
+from .reduce_scatter import FORMATS, ReduceScatter
+from .shards import share_amaxes_, share_max_, transport, transports
+from .transport import Transport
+
+
+def pre_all_gather(shard: ScaledTensor, mesh: DeviceMesh, outer_size: torch.Size, module):
+    """FSDP2 asks a shard: what is to be gathered, and what the other side needs to know."""
+    if isinstance(module, Linear):
+        codes, scale = GemmWeight.rows(shard, module.rule.weight)
+    else:  # whoever else uses a converted weight gets its decoded values
+        codes, scale = shard.qdata, shard.scale
+    missing = -(-outer_size[0] // mesh.size()) - codes.shape[0]
+    if missing:  # the last ranks have less, or nothing
+        codes = F.pad(codes.view(torch.uint8), (0, 0) * (codes.dim() - 1) + (0, missing))
+        codes = codes.view(shard.qdata.dtype if scale is shard.scale else module.rule.weight)
+    return (codes,), scale
+
+
+def post_all_gather(outputs: tuple[Tensor, ...], scale: Tensor, dtype: torch.dtype, out):
+    """FSDP2 makes a weight of what was gathered; later gathers fill the same memory."""
+    (codes,) = outputs
+    if out is not None:
+        out.scale.copy_(scale)
+        return None
+    weight = ScaledTensor(codes, scale.clone(), None, dtype)
+    weight.gathered = codes.dtype != torch.float16
+    return weight, ()
+
+
+class _AllGather:
+    """torch's all-gather, counted, with an error that names the rank that is gone."""
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        if async_op:
+            raise ValueError("all-gather of weights: set_unshard_async_op is not supported")
+        transport(group).all_gather(input_tensor, "weight", out=output_tensor).wait()
+
+
+def fully_shard(
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    *,
+    gradient: str = "e4m3",
+    average: bool = True,
+    **options,
+) -> nn.Module:
+    """Shard a converted model over the ranks of `mesh`, in place, as torch's fully_shard does: one
+    unit for each element of each nn.ModuleList (a block, in most models), one for the rest. Returns
+    the model. Build `quaver.AdamW` afterwards.
+
+    torch's own fully_shard takes a converted model too, in units of your choice; this adds checks,
+    FP8 gradients, shared amax histories and a count of the bytes sent (`transport_of`).
+
+    Args:
+        mesh: one-dimensional; None is all ranks of the process group.
+        gradient: what a converted weight's gradient is sent as, "e4m3" (1.01 bytes a value),
+            "bf16" or "f32". Other gradients go as bf16, or as f32 under "f32". Sums are f32, in
+            rank order.
+        average: gradients are the mean over ranks, as FSDP2 has it. False makes them the sum: with
+            a loss that is divided by the token count of all ranks, what a token contributes is then
+            the same bits on any number of ranks.
+        options: for torch's fully_shard, such as mp_policy or reshard_after_forward.
+
+    Raises:
+        RuntimeError: no process group.
+        ValueError: a model without converted layers (unless gradient is "bf16" or "f32"), one that
+            is sharded already, a mesh of two axes or of another device type, an unknown gradient
+            format, or ranks whose parameters differ in name, order, shape, recipe or value: found
+            before anything is sharded, on every rank.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "fully_shard: no process group; start with torchrun and call "
+            "torch.distributed.init_process_group"
+        )
+    if gradient not in FORMATS:
+        raise ValueError(f"fully_shard: gradient must be one of {FORMATS}, got {gradient!r}")
+    parameters = dict(model.named_parameters())
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    if not linears and gradient == "e4m3":
+        raise ValueError(
+            "fully_shard: the model has no FP8 layer; call quaver.convert first, or pass "
+            'gradient="bf16" or "f32" to shard it as it is'
+        )
+    already = [name for name, p in parameters.items() if is_sharded(p)]
+    if already:
+        raise ValueError(f"fully_shard: {already[0]} is sharded already")
+    devices = {p.device.type for p in parameters.values()}
+    if mesh is None:
+        if len(devices) != 1:
+            raise ValueError(f"fully_shard: parameters on one device type wanted, got {devices}")
+        mesh = init_device_mesh(*devices, (dist.get_world_size(),))
+    if mesh.ndim != 1:
+        raise ValueError(f"fully_shard: mesh must have one axis, got {mesh.ndim}: {mesh}")
+    if devices != {mesh.device_type}:
+        raise ValueError(f"fully_shard: a mesh of {mesh.device_type}, parameters on {devices}")
+    _check_alike(parameters, linears, transport(mesh.get_group()))
+
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    units = list(dict.fromkeys(b for stack in stacks for b in stack if list(b.parameters())))
+    for unit in [*reversed(units), model]:  # inner ones first: modules() lists outer ones first
+        torch_fsdp.fully_shard(unit, mesh=mesh, **options)
+    for unit in [*units, model]:
+        unit.set_custom_all_gather(_AllGather())
+        unit.set_custom_reduce_scatter(ReduceScatter(unit, gradient))
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_gradient_divide_factor(float(mesh.size()) if average else 1.0)
+    for linear in linears:
+        linear.refresh()  # drops the copies of the whole weight
+    model.register_forward_pre_hook(_share_histories)
+    return model
+
+
+def _check_alike(parameters: dict, linears: list, link: Transport) -> None:
+    """ValueError on every rank, naming the first difference, if one has other parameters."""
+    rules = {id(linear.weight): linear.rule for linear in linears}
+    mine = {}
+    for i, (name, p) in enumerate(parameters.items()):
+        mine[f"parameter {i}"] = f"{name} {list(p.shape)} {p.dtype} {rules.get(id(p), '')}".strip()
+    for name, p in parameters.items():
+        sums = [
+            int(part.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
+            for part in plain_tensors(p)
+        ]
+        mine[f"checksum of {name} (were all ranks seeded alike?)"] = sums
+    found = link.share(mine, next(iter(parameters.values())).device)
+    for rank, other in enumerate(found):
+        for key in [*found[0], *other]:
+            a, b = found[0].get(key, "nothing"), other.get(key, "nothing")
+            if a != b:
+                raise ValueError(f"fully_shard: {key} is {a} on rank 0, {b} on rank {rank}")
+
+
+def histories(model: nn.Module, ending: str = "_history") -> list[Tensor]:
+    """The amax histories of delayed scaling: buffers of 17 floats, by the ending of their names."""
+    return [
+        buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith(ending) and buffer.shape == (HISTORY_STATE,)
+    ]
+
+
+def share_histories(model: nn.Module) -> None:
+    """Amax histories become the maximum over ranks, those of the whole batch: then scales and
+    checkpoints do not depend on who saw what. One all-reduce, of 17 floats a history."""
+    shared = histories(model)
+    if shared:
+        values = torch.stack(shared)
+        # A rank that saw a non-finite amax starts anew, and so all do: the least count.
+        values[:, 0].neg_()
+        values = share_max_(values, model.parameters())
+        values[:, 0].neg_()
+        torch._foreach_copy_(shared, list(values.unbind()))
+
+
+def transport_of(model: nn.Module) -> Transport:
+    """Over which a sharded model is spread; its `traffic` counts the bytes that this rank has sent
+    over that group. Raises ValueError for a model that is not sharded."""
+    links = [link for p in model.parameters() for link in transports(p)]
+    if not links:
+        raise ValueError("transport_of: the model is not sharded")
+    return links[0]
+
+
+@torch.no_grad()
+def _share_histories(model: nn.Module, arguments) -> None:
+    # Within a backward it is activation checkpointing that runs the forward, on old histories.
+    if model.training and torch._C._current_graph_task_id() == -1:
+        share_histories(model)
+
+
+@torch.no_grad()
+def sync_scales(model: nn.Module) -> None:
+    """Give all shards of each converted weight one scale again, after anything but `quaver.AdamW`
+    wrote to them (an initialiser, say). One all-reduce for all weights."""
+    weights = [p for p in model.parameters() if isinstance(local(p), ScaledTensor)]
+    weights = [p for p in weights if is_sharded(p)]
+    if not weights:
+        return
+    share_amaxes_(weights)
+    scales = share_max_(torch.stack([local(p).scale for p in weights]), weights)
+    for p, scale in zip(weights, scales.unbind(), strict=True):
+        shard = local(p)
+        codes, _, _ = torch.ops.quaver.quantize(
+            shard.dequantize(torch.float32), shard.qdata.dtype, scale, None, "tensor", 128, True,
+            False, 0,
+        )  # fmt: skip
+        shard.qdata.copy_(codes)
+        shard.scale.copy_(scale)

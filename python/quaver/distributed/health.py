@@ -1,0 +1,95 @@
+"""Which rank is gone? A backend only says that a connection closed.
+
+Every process counts up a key of the store once a second. When a message fails, the ranks whose
+counts stand still are the dead ones; the first to find out leaves the answer in the store, because
+those that hear of it later also miss the ranks that ended in between.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+__all__ = ["Heartbeat", "RankFailure"]
+
+PERIOD = 0.5  # seconds between beats
+PATIENCE = 2.5  # without one, a rank is dead
+FOUND = "found"
+
+
+class RankFailure(RuntimeError):
+    """A message that cannot arrive; the text names the rank that is gone."""
+
+
+class Heartbeat:
+    """The beats of this process, in a daemon thread, over its own connection to the store."""
+
+    _of_process: Heartbeat | None = None
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        self.rank, self.size = rank, size
+        self.address = _address(store)
+        self._store = dist.PrefixStore("quaver/beat", store.clone())
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._store.set(str(rank), "0")
+        self._thread = threading.Thread(target=self._run, daemon=True, name="quaver heartbeat")
+        self._thread.start()
+
+    @classmethod
+    def of_process(cls) -> Heartbeat:
+        """The one of this process, over the default group's store."""
+        store = distributed_c10d._get_default_store()
+        beat = cls._of_process
+        if beat is None or beat._default is not store:
+            if beat is not None:
+                beat.stop()
+            beat = cls._of_process = cls(store, dist.get_rank(), dist.get_world_size())
+            beat._default = store
+            atexit.register(beat.stop)
+        return beat
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(PERIOD + 1)
+
+    def _run(self) -> None:
+        count = 0
+        while not self._stop.wait(PERIOD):
+            count += 1
+            try:
+                with self._lock:
+                    self._store.set(str(self.rank), str(count))
+            except RuntimeError:
+                return  # the store ended with its process: `culprit` finds out by itself
+
+    def _counts(self) -> dict[int, bytes]:
+        with self._lock:
+            there = [r for r in range(self.size) if self._store.check([str(r)])]
+            return dict(zip(there, self._store.multi_get([str(r) for r in there]), strict=True))
+
+    def culprit(self) -> str | None:
+        """ "rank 2 has died", from whoever found out first; None where every rank is alive."""
+        try:
+            before = self._counts()
+            time.sleep(PATIENCE)
+            after = self._counts()
+            dead = [r for r in range(self.size) if before.get(r) == after.get(r)]
+            dead = [r for r in dead if r != self.rank and r in before]
+            if not dead:
+                return None
+            names = ("rank " if len(dead) == 1 else "ranks ") + ", ".join(map(str, dead))
+            with self._lock:  # sets it only if nobody has
+                return self._store.compare_set(FOUND, "", f"{names} has died").decode()
+        except RuntimeError:
+            return f"rank 0 has died, and with it the store at {self.address}"
+
+
+def _address(store: dist.Store) -> str:
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return f"{store.host}:{store.port}" if isinstance(store, dist.TCPStore) else str(store)

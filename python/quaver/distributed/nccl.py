@@ -1,0 +1,86 @@
+"""A communicator over the NCCL that torch brings, held by quaver's own library.
+
+Its collectives run in the current stream, move bytes of any format, and can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.quaver
+ID_BYTES = 128
+
+
+class Nccl:
+    """The ranks of `store` with one CUDA device each, the current one. Collective, so is each call.
+
+    Args:
+        store: a torch.distributed Store that all ranks share; it carries NCCL's id once.
+        name: distinguishes communicators of one store.
+        timeout: seconds to wait for the other ranks while connections are made.
+        library: NCCL to open instead of libnccl.so.2.
+        host: move host memory, which NCCL itself cannot: for stand-ins of it.
+
+    Raises RuntimeError where the store has no answer, ValueError where NCCL does not load or fails.
+    An error aborts the communicator for good; its peers see an error, and none waits.
+    """
+
+    def __init__(self, store, rank: int, size: int, *, name: str = "quaver", timeout: float = 300.0,
+                 library: str = "", host: bool = False):  # fmt: skip
+        self.rank, self.size = rank, size
+        self._number = None
+        key = f"{name}/nccl_id"
+        made = torch.zeros(ID_BYTES, dtype=torch.uint8)
+        if rank == 0:
+            _ops.comm_id_(made, library)
+            store.set(key, bytes(made.tolist()))
+        else:
+            try:
+                store.wait([key], timedelta(seconds=timeout))
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"Nccl: rank {rank} of {size} waited {timeout} s for rank 0's id at {store}: "
+                    f"{error}"
+                ) from error
+            made = torch.tensor(list(store.get(key)), dtype=torch.uint8)
+        self._number = _ops.comm_create(made, rank, size, timeout, library, host)
+
+    def all_to_all(self, recv: Tensor, send: Tensor) -> None:
+        """Part p of `send` goes to rank p; part p of `recv` comes from it. Equal parts."""
+        _ops.comm_all_to_all_(self._open("all_to_all"), send, recv)
+
+    def all_gather(self, recv: Tensor, send: Tensor) -> None:
+        """`recv` becomes the `send` of every rank, in their order."""
+        _ops.comm_all_gather_(self._open("all_gather"), send, recv)
+
+    def max_(self, values: Tensor) -> None:
+        """The elementwise maximum over the ranks, in place."""
+        _ops.comm_all_reduce_(self._open("max_"), values, "max")
+
+    def sum_(self, values: Tensor) -> None:
+        """The sum over the ranks in NCCL's order; FP8 rounds at every hop (the paper's ring)."""
+        _ops.comm_all_reduce_(self._open("sum_"), values, "sum")
+
+    def check(self) -> None:
+        """Raises ValueError if anything has failed since, on whatever rank."""
+        _ops.comm_check(self._open("check"))
+
+    def abort(self) -> None:
+        """From any thread: ends what waits for a rank that is gone. The peers see an error."""
+        if self._number is not None:
+            number, self._number = self._number, None
+            _ops.comm_abort(number)
+
+    def close(self) -> None:
+        """Releases the communicator; to be called when its work is done."""
+        if self._number is not None:
+            number, self._number = self._number, None
+            _ops.comm_close(number)
+
+    def _open(self, op: str) -> int:
+        if self._number is None:
+            raise ValueError(f"Nccl.{op}: the communicator of rank {self.rank} is closed")
+        return self._number

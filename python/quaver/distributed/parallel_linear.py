@@ -1,0 +1,355 @@
+"""Linear layers of which each rank of a tensor-parallel group holds a part.
+
+Column parallel: the weight's rows are spread, the input is gathered along the sequence. Row
+parallel: the columns are spread, the partial outputs are summed into sequence shards. Megatron-LM
+(arXiv 2205.05198, section 4.2.2), with FP8 on the wire (FP8-LM, arXiv 2310.18313, section 2.3):
+the input and, in backward, the output gradient are cast once, with one scale on all ranks, and
+their codes are gathered. For backward a rank keeps the codes of its own sequence shard and gathers
+them again, or keeps the gathered codes (Wire.regather).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import recipe as recipes
+from ..nn.common import cast_history, pad, poison, ready_cast
+from ..nn.linear import Linear
+from ..tensor import ScaledTensor
+from . import sequence
+from .transport import Transport
+
+_ops = torch.ops.quaver
+
+
+@dataclass(frozen=True, eq=False)
+class Wire:
+    """How the layers of a group talk.
+
+    fp8_sum: partial results travel in FP8 too, outputs as e4m3 and input gradients as the recipe's
+        gradients; without, in the dtype of the product.
+    regather: backward gathers an input again, instead of keeping the whole sequence. None: unless
+        the FP8 codes of the sequence are no more bytes than a bf16 shard, so on up to two ranks.
+    """
+
+    transport: Transport
+    fp8_sum: bool = False
+    regather: bool | None = None
+
+    def regathers(self, codes: bool) -> bool:
+        if self.regather is None:
+            return not codes or self.transport.size > 2
+        return self.regather
+
+    def __deepcopy__(self, memo) -> Wire:
+        return self
+
+
+class _Again:
+    """The sequence of an input's shards for the backwards of all layers that took the input: the
+    first gathers it, the last lets it go. Each calls `start`, and then `finish` for the result."""
+
+    def __init__(self, transport: Transport | None, prepare):
+        self.transport, self.prepare = transport, prepare  # None: what was kept is the sequence
+        self.users = self.served = 0
+        self.waiting = self.result = None
+
+    def start(self, kept: Tensor) -> None:
+        if self.waiting is not None or self.result is not None:
+            return
+        if self.transport is None:
+            self.waiting = lambda: kept
+        else:
+            self.waiting = sequence.start_gather(kept, self.transport)
+
+    def finish(self) -> Tensor:
+        if self.result is None:
+            self.result, self.waiting = self.prepare(self.waiting()), None
+        result = self.result
+        self.served += 1
+        if self.served >= self.users:
+            self.result, self.served = None, 0
+        return result
+
+
+class _Gathered(torch.autograd.Function):
+    """A shard's sequence, already gathered; backward sums the partial gradients into shards."""
+
+    @staticmethod
+    def forward(ctx, x, full, transport, fp8):
+        ctx.transport, ctx.fp8, ctx.dtype = transport, fp8, x.dtype
+        return full.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return sequence.sum_scatter(dy, ctx.transport, ctx.fp8, ctx.dtype), None, None, None
+
+
+class _SumScatter(torch.autograd.Function):
+    """Partial sequences to a shard of their sum; backward gathers the shards' gradients."""
+
+    @staticmethod
+    def forward(ctx, y, transport):
+        ctx.transport = transport
+        return sequence.sum_scatter(y, transport, None, y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return sequence.gather(dy, ctx.transport), None
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _pad(codes: Tensor) -> Tensor:
+    return pad(codes.view(torch.uint8)).view(codes.dtype)
+
+
+def _transposed(codes: Tensor) -> Tensor:
+    return codes.view(torch.uint8).t().contiguous().view(codes.dtype)
+
+
+def _out_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _Product(torch.autograd.Function):
+    """The local FP8 products of a layer. `codes`: the input in the GEMM's layout; `kept`: what to
+    save of it, of which `again` makes the transposed codes, where they are not what was saved;
+    `wire`: of a row-parallel layer, whose output is summed and whose output gradient is gathered.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, weight, bias, codes, kept, scale, w_row, w_col, w_scale, again, wire, history,
+        product, rule,
+    ):  # fmt: skip
+        n = weight.shape[0]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if bias is not None:
+            bias = F.pad(bias.detach(), (0, w_row.shape[0] - n))
+        y = _ops.gemm(codes, scale, w_row, w_scale, bias, product, True)
+        y = y[: math.prod(x.shape[:-1]), :n].reshape(*x.shape[:-1], n)
+        if wire is not None:
+            wide = recipes.E4M3 if wire.fp8_sum else None
+            y = sequence.sum_scatter(y, wire.transport, wide, product)
+        ctx.save_for_backward(kept, scale)
+        ctx.w_col, ctx.w_scale, ctx.again, ctx.wire = w_col, w_scale, again, wire
+        ctx.history, ctx.product, ctx.rule = history, product, rule
+        ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
+        ctx.weight, ctx.version = weight, weight._version
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        kept, scale = ctx.saved_tensors
+        rule, (n, k) = ctx.rule, ctx.weight.shape
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dx = dw = db = None
+        if needs_weight and ctx.again is not None:
+            ctx.again.start(kept)  # it travels during dgrad
+        if needs_bias:
+            db = _matrix(dy).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        if ctx.wire is not None:
+            own, g_scale = sequence.shared_cast(
+                dy, rule.grad_output, ctx.history, ctx.wire.transport
+            )
+            g = _pad(_matrix(sequence.gather(own, ctx.wire.transport)))
+            gt = _transposed(g) if needs_weight else None
+        else:
+            dy = _matrix(dy)
+            ready = ready_cast(dy, rule.grad_output)
+            if ready is not None:
+                g, gt, g_scale = ready
+            else:
+                g, gt, g_scale, amax = _ops.cast_transpose(
+                    pad(dy), rule.grad_output, None, ctx.history, True
+                )
+                g_scale = poison(g_scale, amax)
+        if needs_x:
+            if ctx.weight._version != ctx.version:
+                raise RuntimeError(
+                    "Linear: the weight was changed in place between this forward and its backward"
+                )
+            dx = _ops.gemm(g, g_scale, ctx.w_col, ctx.w_scale, None, ctx.product, False)
+            dx = dx[: math.prod(ctx.x_shape[:-1]), :k].reshape(ctx.x_shape).to(ctx.x_dtype)
+        if needs_weight:
+            wide = torch.float32 if rule.weight_grad == "f32" else ctx.product
+            xt = kept if ctx.again is None else ctx.again.finish()
+            dw = _ops.gemm(gt, g_scale, xt, scale, None, wide, False)[:n, :k]
+            dw = _weight_grad(dw, rule.weight_grad, ctx.weight_dtype)
+        return dx, dw, db, *(None,) * 11
+
+
+def _weight_grad(dw: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """What the recipe leaves in `.grad`."""
+    if kind == "f32":
+        return dw.to(dtype)
+    if kind == "bf16":
+        dw = dw.to(torch.bfloat16).contiguous()
+        amax = dw.abs().amax().float()
+        return ScaledTensor(dw, torch.ones_like(amax), amax, dtype)
+    q, scale, amax = _ops.quantize(dw, recipes.E4M3, None, None, "tensor", 128, True, False, 0)
+    return ScaledTensor(q, scale, amax, dtype)
+
+
+class _PlainProduct(torch.autograd.Function):
+    """x @ w.T + b on a gathered input, of which only the shard is kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, kept, again):
+        low = weight.to(x.dtype)
+        ctx.save_for_backward(kept, low)
+        ctx.again, ctx.dtypes = again, (weight.dtype, None if bias is None else bias.dtype)
+        return F.linear(x, low, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        kept, low = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dx = dw = db = None
+        if needs_weight:
+            ctx.again.start(kept)
+        if needs_x:
+            dx = dy @ low
+        if needs_weight:
+            dw = (_matrix(dy).t() @ ctx.again.finish()).to(ctx.dtypes[0])
+        if needs_bias:
+            db = _matrix(dy).sum(0, dtype=torch.float32).to(ctx.dtypes[1])
+        return dx, dw, db, None, None
+
+
+@dataclass(eq=False)
+class Input:
+    """What a gathered tensor carries for the layers that take it: what to save, and the scale."""
+
+    kept: Tensor
+    scale: Tensor | None
+    again: _Again
+
+
+class _Column:
+    """What both column-parallel layers share; `wire` is set by the style that made them."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The sequence of x [..., S / ranks, K], for this layer and all that share its input. Of an
+        FP8 layer: codes, a ScaledTensor."""
+        if x.dim() < 2 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"ColumnParallel: wanted an input [..., sequence, {self.in_features}], got "
+                f"{list(x.shape)}"
+            )
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"ColumnParallel: input must be float32, float16 or bfloat16, got {x.dtype}"
+            )
+        wire, dtype = self.wire, _out_dtype(x)
+        shard, scale, full, fp8 = self._gather(x.detach(), dtype)
+        if wire.regathers(codes=scale is not None):
+            kept, again = shard, _Again(wire.transport, self._prepare)
+        else:
+            kept, again = _values(full), _Again(None, self._prepare)
+        full = _Gathered.apply(x, full, wire.transport, fp8 if wire.fp8_sum else None)
+        full.gathered = Input(kept, scale, again)
+        return full
+
+    def _take(self, x: Tensor) -> tuple[Tensor, Input]:
+        if "gathered" not in x.__dict__:
+            if self.gathers:
+                x = self.gather(x)
+            else:
+                raise ValueError(
+                    "ColumnParallel: the input is not what GatherInput gathered; something changed "
+                    f"it on the way (it came as {list(x.shape)})"
+                )
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            x.gathered.again.users += 1
+        return x, x.gathered
+
+
+def _values(full: Tensor) -> Tensor:
+    return full.qdata if isinstance(full, ScaledTensor) else full
+
+
+class ColumnParallelLinear(_Column, Linear):
+    """FP8. Input: a sequence shard [..., S / ranks, K], or what `gather` made of one; output
+    [..., S, N / ranks] in the dtype that Linear has."""
+
+    def _gather(self, x, dtype):
+        # A shared scale, so a shared history: the input's amax is that of the whole sequence.
+        history = cast_history(self, self.input_history, False)
+        codes, scale = sequence.shared_cast(x, self.rule.input, history, self.wire.transport)
+        full = ScaledTensor(sequence.gather(codes, self.wire.transport), scale, None, dtype)
+        return codes, scale, full, self.rule.grad_output
+
+    @staticmethod
+    def _prepare(codes):
+        return _transposed(_pad(_matrix(codes)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, taken = self._take(x)
+        row, col, w_scale, _ = self.gemm_weight()
+        return _Product.apply(
+            x, self.weight, self.bias, _pad(_matrix(x.qdata)), taken.kept, taken.scale, row, col,
+            w_scale, taken.again, None, self.grad_history if self.training else None,
+            torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32, self.rule,
+        ).to(x.dtype)  # fmt: skip
+
+
+class RowParallelLinear(Linear):
+    """FP8. Input [..., S, K / ranks]; output: this rank's sequence shard [..., S / ranks, N] of the
+    sum over ranks. The bias is added after the sum, on every rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"RowParallel: wanted an input [..., sequence, {self.in_features}], got "
+                f"{list(x.shape)}"
+            )
+        out = _out_dtype(x)
+        row, col, w_scale, _ = self.gemm_weight()
+        both = torch.is_grad_enabled() and self.weight.requires_grad
+        q, qt, scale = self._cast(x, both)
+        y = _Product.apply(
+            x, self.weight, None, q, qt, scale, row, col, w_scale, None, self.wire,
+            self.grad_history if self.training else None,
+            torch.bfloat16 if out == torch.bfloat16 else torch.float32, self.rule,
+        ).to(out)  # fmt: skip
+        return y if self.bias is None else y + self.bias.to(out)
+
+
+class PlainColumnParallelLinear(_Column, nn.Linear):
+    """As ColumnParallelLinear, of an nn.Linear: in the autocast dtype, or the input's."""
+
+    def _gather(self, x, dtype):
+        x = x.to(dtype)
+        return x, None, sequence.gather(x, self.wire.transport), None
+
+    @staticmethod
+    def _prepare(full):
+        return _matrix(full)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, taken = self._take(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return _PlainProduct.apply(x, self.weight, self.bias, taken.kept, taken.again)
+
+
+class PlainRowParallelLinear(nn.Linear):
+    """As RowParallelLinear, of an nn.Linear: in the autocast dtype, or the input's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _SumScatter.apply(F.linear(x, self.weight), self.wire.transport)
+        return y if self.bias is None else y + self.bias.to(y.dtype)

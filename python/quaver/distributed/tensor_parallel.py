@@ -1,0 +1,461 @@
+"""Tensor and sequence parallelism: spread the layers of a model over the ranks of a group.
+
+    model = qv.convert(model, recipe="fp8lm-o2")
+    parallelize(model, mesh["tp"])                    # our Llama and GPT, Hugging Face's Llama
+    optimizer = qv.AdamW(model.parameters())
+
+or with a plan in the habits of torch.distributed.tensor.parallel, a style for every name pattern:
+
+    parallelize(model, group, {"mlp.up": ColumnParallel(), "mlp.down": RowParallel()})
+
+Between the linear layers a rank holds a shard of the sequence, inside a part of the heads or of the
+hidden width. Embeddings and the head (`lm_head`) are replicated: every rank computes them whole.
+The weights of spread layers have a scale for each part, which is never coarser than one for the
+whole: with scales that are powers of two the codes are those of the whole weight, but for values
+below its smallest normal, which keep more bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..memory import plain_tensors
+from ..nn.linear import Linear
+from ..tensor import ScaledTensor
+from . import sequence, sharding
+from .parallel_linear import (
+    ColumnParallelLinear,
+    PlainColumnParallelLinear,
+    PlainRowParallelLinear,
+    RowParallelLinear,
+    Wire,
+    _Column,
+    _out_dtype,
+)
+from .transport import Transport
+
+__all__ = [
+    "ColumnParallel",
+    "GatherInput",
+    "LocalHeads",
+    "RowParallel",
+    "SequenceParallel",
+    "Split",
+    "default_plan",
+    "parallelize",
+]
+
+
+class _Split(torch.autograd.Function):
+    """A replicated sequence to this rank's shard of it."""
+
+    @staticmethod
+    def forward(ctx, x, transport, wire):
+        ctx.transport, ctx.wire, ctx.dtype = transport, wire, x.dtype
+        return sequence.own(x, transport)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return sequence.gather(dy.to(ctx.wire), ctx.transport).to(ctx.dtype), None, None
+
+
+class _Join(torch.autograd.Function):
+    """Shards to the sequence that every rank goes on with, all computing the same."""
+
+    @staticmethod
+    def forward(ctx, x, transport, wire):
+        ctx.transport, ctx.dtype = transport, x.dtype
+        return sequence.gather(x.to(wire), transport)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return sequence.own(dy, ctx.transport).to(ctx.dtype), None, None
+
+
+def _sum_gradients(parameters, transport: Transport) -> None:
+    """Each rank's gradient comes from its own shard of the sequence: sum them, in rank order."""
+
+    def summed(gradient):
+        every = transport.all_gather(gradient, "gradient").wait()
+        total = every[0].float()
+        for one in every[1:]:
+            total += one.float()
+        return total.to(gradient.dtype)
+
+    for parameter in parameters:
+        parameter.register_hook(summed)
+
+
+@dataclass(frozen=True)
+class ColumnParallel:
+    """A linear layer's output features over the ranks. Its input is a sequence shard, which it
+    gathers itself, unless `gathers` is false: then a GatherInput around it does, once for all
+    layers that share the input. `parts`: lengths of what is fused along the output (q, k and v;
+    gate and up), each of which is spread."""
+
+    parts: tuple[int, ...] | None = None
+    gathers: bool = True
+
+    def check(self, name: str, module: nn.Module, ranks: int) -> None:
+        _check_linear("ColumnParallel", name, module)
+        parts = self.parts or (module.out_features,)
+        if sum(parts) != module.out_features or any(n % ranks for n in parts):
+            raise ValueError(
+                f"ColumnParallel: {name} has output features {list(parts)} (of "
+                f"{module.out_features}), which {ranks} ranks must divide"
+            )
+
+    def apply(self, module: nn.Module, wire: Wire) -> None:
+        parts = self.parts or (module.out_features,)
+        shard = sharding.Shard(0, parts, wire.transport)
+        module.out_features //= wire.transport.size
+        fp8 = isinstance(module, Linear)
+        module.__class__ = ColumnParallelLinear if fp8 else PlainColumnParallelLinear
+        module.wire, module.gathers = wire, self.gathers
+        _spread(module, "weight", shard)
+        if module.bias is not None:
+            _spread(module, "bias", shard)
+
+
+@dataclass(frozen=True)
+class RowParallel:
+    """A linear layer's input features over the ranks; its output is a sequence shard."""
+
+    def check(self, name: str, module: nn.Module, ranks: int) -> None:
+        _check_linear("RowParallel", name, module)
+        if module.in_features % ranks:
+            raise ValueError(
+                f"RowParallel: {name} has {module.in_features} input features, which {ranks} ranks "
+                "must divide"
+            )
+
+    def apply(self, module: nn.Module, wire: Wire) -> None:
+        shard = sharding.Shard(1, (module.in_features,), wire.transport)
+        module.in_features //= wire.transport.size
+        fp8 = isinstance(module, Linear)
+        module.__class__ = RowParallelLinear if fp8 else PlainRowParallelLinear
+        module.wire = wire
+        _spread(module, "weight", shard)
+        if module.bias is not None:
+            _sum_gradients([module.bias], wire.transport)
+
+
+@dataclass(frozen=True)
+class SequenceParallel:
+    """A module that treats every position alone (a norm), run on the sequence shard. With
+    `gather_output` its output is the whole sequence, for a replicated head."""
+
+    gather_output: bool = False
+
+    def check(self, name: str, module: nn.Module, ranks: int) -> None:
+        pass
+
+    def apply(self, module: nn.Module, wire: Wire) -> None:
+        _sum_gradients(module.parameters(), wire.transport)
+        if self.gather_output:
+            module.register_forward_hook(
+                lambda module, args, y: _Join.apply(y, wire.transport, _out_dtype(y))
+            )
+
+
+@dataclass(frozen=True)
+class Split:
+    """The module that the sequence shards begin at: its first argument is the same whole sequence
+    on all ranks, of which each keeps its shard. A shape that comes for the first time is compared
+    between the ranks, values included."""
+
+    argument: str = "hidden_states"
+
+    def check(self, name: str, module: nn.Module, ranks: int) -> None:
+        pass
+
+    def apply(self, module: nn.Module, wire: Wire) -> None:
+        seen = set()
+
+        def split(x):
+            if x.shape not in seen:
+                _check_same_input(x.detach(), wire.transport)
+                seen.add(x.shape)
+            return _Split.apply(x, wire.transport, _out_dtype(x))
+
+        _change_argument(module, self.argument, split)
+
+
+@dataclass(frozen=True)
+class GatherInput:
+    """A module that needs the whole sequence: its first argument, a sequence shard, is gathered
+    once for all ColumnParallel(gathers=False) layers inside, in FP8 where they are."""
+
+    argument: str = "hidden_states"
+
+    def check(self, name: str, module: nn.Module, ranks: int) -> None:
+        if not any(isinstance(inner, nn.Linear) for inner in module.modules()):
+            raise TypeError(f"GatherInput: {name} has no linear layer to gather for")
+
+    def apply(self, module: nn.Module, wire: Wire) -> None:
+        def gather(x):
+            inner = (m for m in module.modules() if isinstance(m, _Column))
+            first = next(inner, None)
+            if first is None:
+                raise ValueError("GatherInput: no ColumnParallel layer inside")
+            return first.gather(x)
+
+        _change_argument(module, self.argument, gather)
+
+
+@dataclass(frozen=True)
+class LocalHeads(GatherInput):
+    """Attention: GatherInput, and each rank has its part of the heads. Attributes that the module
+    counts heads by (`heads`, `kv_heads`) or fused lengths (`split`) become the rank's own."""
+
+    heads: int = 1
+    kv_heads: int = 1
+
+    def check(self, name: str, module: nn.Module, ranks: int) -> None:
+        super().check(name, module, ranks)
+        for what in ("heads", "kv_heads"):
+            if getattr(self, what) % ranks:
+                raise ValueError(
+                    f"LocalHeads: {name} has {getattr(self, what)} {what}, which {ranks} ranks "
+                    "must divide"
+                )
+
+    def apply(self, module: nn.Module, wire: Wire) -> None:
+        super().apply(module, wire)
+        ranks = wire.transport.size
+        if hasattr(module, "split"):
+            module.split = tuple(n // ranks for n in module.split)
+            module.heads //= ranks
+            module.kv_heads //= ranks
+
+
+def parallelize(
+    model: nn.Module,
+    mesh,
+    plan: Mapping[str, object] | None = None,
+    *,
+    fp8_sum: bool = False,
+    regather: bool | None = None,
+) -> nn.Module:
+    """Spread `model` over the ranks of `mesh`, in place; returns the model.
+
+    Layers that `quaver.convert` made send FP8; plain ones send the autocast dtype. Convert first,
+    and build the optimizer last: spread weights are new Parameters. Rank 0's values are what
+    all ranks start from. The model takes the same input on all ranks and, by the default plan,
+    gives the same output on all. `quaver.clip_grad_norm_` and `quaver.AdamW` know spread
+    parameters: the norm is that of the whole model, and all ranks skip a step or none.
+
+    Args:
+        mesh: a 1-D DeviceMesh (mesh["tp"] of one with more axes), a process group, or a Transport,
+            whose `traffic` then counts what is sent.
+        plan: a style for every module whose name matches a pattern; None for `default_plan(model)`.
+        fp8_sum: partial sums (the reduce-scatters) travel in FP8 too: e4m3 outputs, and input
+            gradients in the recipe's gradient format.
+        regather: backward gathers inputs again from the shards, as Megatron-LM does; without, a
+            rank keeps the whole sequence and a third of the gathers is saved. None: as memory
+            has it: a rank keeps at most what its shard takes in bf16, so FP8 codes on two ranks.
+
+    Raises:
+        ValueError: on all ranks, where one of them found a pattern that matches nothing, features
+            or heads that the ranks do not divide, or another model or plan than rank 0.
+        TypeError: a style for a module that it does not fit.
+    """
+    if isinstance(mesh, Transport):
+        transport = mesh
+    else:
+        transport = Transport(mesh if isinstance(mesh, dist.ProcessGroup) else mesh.get_group())
+    wire = Wire(transport, fp8_sum, regather)
+    styles, error = [], None
+    try:
+        styles = _resolve(model, default_plan(model) if plan is None else plan)
+        _check_ties(model, styles)
+        for name, module, style in styles:
+            style.check(name, module, transport.size)
+    except (TypeError, ValueError) as problem:
+        error = problem
+    device = next(model.parameters()).device
+    _check_agreement(_description(model, styles, wire), error, transport, device)
+    _send_values(model, transport)
+    for _, module, style in styles:
+        style.apply(module, wire)
+    return model
+
+
+def default_plan(model: nn.Module) -> dict[str, object]:
+    """The plan of a decoder that is recognised by its modules: quaver's Llama and GPT, and models
+    built like Hugging Face's Llama. Raises ValueError for others."""
+    blocks, kind = _blocks(model)
+    plan = {f"{blocks}.0": Split()}
+    first = model.get_submodule(f"{blocks}.0")
+    if kind == "quaver":
+        attention, root = first.attention, ""
+        up = "gate_up" if hasattr(first.mlp, "gate_up") else "up"
+        ffn = first.mlp.down.in_features
+        inner = {
+            "norm[12]": SequenceParallel(),
+            "attention": LocalHeads(heads=attention.heads, kv_heads=attention.kv_heads),
+            "attention.qkv": ColumnParallel(tuple(attention.split), gathers=False),
+            "attention.out": RowParallel(),
+            "mlp": GatherInput(),
+            f"mlp.{up}": ColumnParallel(
+                (ffn,) * (getattr(first.mlp, up).out_features // ffn), gathers=False
+            ),
+            "mlp.down": RowParallel(),
+        }
+    else:
+        attention, root = first.self_attn, blocks.removesuffix("layers")
+        heads = attention.q_proj.out_features // attention.head_dim
+        kv_heads = attention.k_proj.out_features // attention.head_dim
+        inner = {
+            "input_layernorm": SequenceParallel(),
+            "post_attention_layernorm": SequenceParallel(),
+            "self_attn": LocalHeads(heads=heads, kv_heads=kv_heads),
+            "self_attn.[qkv]_proj": ColumnParallel(gathers=False),
+            "self_attn.o_proj": RowParallel(),
+            "mlp": GatherInput(argument="x"),
+            "mlp.gate_proj": ColumnParallel(gathers=False),
+            "mlp.up_proj": ColumnParallel(gathers=False),
+            "mlp.down_proj": RowParallel(),
+        }
+    for name, module in first.named_modules():
+        own = any(True for _ in module.parameters(recurse=False))
+        if own and not any(fnmatchcase(name, pattern) for pattern in inner):
+            raise ValueError(f"default_plan: {blocks}.0.{name} is unknown; give a plan")
+    plan |= {f"{blocks}.*.{pattern}": style for pattern, style in inner.items()}
+    return plan | {f"{root}norm": SequenceParallel(gather_output=True)}
+
+
+def _blocks(model: nn.Module) -> tuple[str, str]:
+    """The name of the list of blocks, and whose model it is."""
+    names = dict(model.named_modules())
+    for blocks, kind, needed in (
+        ("blocks", "quaver", ("attention.qkv", "attention.out", "mlp.down")),
+        ("model.layers", "huggingface", ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")),
+        ("layers", "huggingface", ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")),
+    ):
+        if all(f"{blocks}.0.{name}" in names for name in needed):
+            return blocks, kind
+    raise ValueError(f"default_plan: {type(model).__name__} is no known decoder; give a plan")
+
+
+def _resolve(model: nn.Module, plan: Mapping[str, object]) -> list[tuple[str, nn.Module, object]]:
+    """Every module that a pattern names, with its style."""
+    found = []
+    for pattern, style in plan.items():
+        depth = pattern.count(".")
+        matches = [
+            (name, module, style)
+            for name, module in model.named_modules()
+            if name.count(".") == depth and fnmatchcase(name, pattern)
+        ]
+        if not matches:
+            raise ValueError(f"parallelize: no module matches {pattern!r}")
+        found += matches
+    return found
+
+
+def _check_ties(model: nn.Module, styles) -> None:
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, module, style in styles:
+        if isinstance(style, (ColumnParallel, RowParallel)):
+            for parameter in module.parameters(recurse=False):
+                if len(names[id(parameter)]) > 1:
+                    raise ValueError(
+                        f"parallelize: {name} shares a parameter: {', '.join(names[id(parameter)])}"
+                    )
+
+
+def _check_linear(style: str, name: str, module: nn.Module) -> None:
+    if type(module) not in (nn.Linear, Linear):
+        raise TypeError(f"{style}: {name} must be a Linear, got {type(module).__name__}")
+    if getattr(module, "channel_amax", None) is not None:
+        raise ValueError(f"{style}: {name} is smoothed by channels, which cannot be spread yet")
+
+
+def _spread(module: nn.Module, name: str, shard: sharding.Shard) -> None:
+    whole = getattr(module, name)
+    mine = nn.Parameter(sharding.take(whole.detach(), shard), whole.requires_grad)
+    mine.shard = shard
+    setattr(module, name, mine)
+    if name == "weight" and isinstance(module, Linear):
+        module.refresh()
+
+
+def _change_argument(module: nn.Module, name: str, change) -> None:
+    def hook(module, args, kwargs):
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, name: change(kwargs[name])}
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _description(model: nn.Module, styles, wire: Wire) -> list[str]:
+    lines = [f"fp8_sum={wire.fp8_sum}, regather={wire.regather}"]
+    lines += [f"{name}: {style}" for name, _, style in styles]
+    for name, p in model.state_dict(keep_vars=True).items():
+        codes = p.qdata.dtype if isinstance(p, ScaledTensor) else p.dtype
+        lines.append(f"{name}: {list(p.shape)} {p.dtype} as {codes}")
+    lines += [
+        f"{name}: {module.rule}" for name, module in model.named_modules() if type(module) is Linear
+    ]
+    return lines
+
+
+def _check_agreement(mine: list[str], error: Exception | None, transport, device) -> None:
+    """Raises on all ranks what one of them found wrong, or in what they differ."""
+    every = transport.share((mine, None if error is None else str(error)), device)
+    if error is not None:
+        raise error
+    for other, (_, problem) in enumerate(every):
+        if problem is not None:
+            raise ValueError(f"parallelize: rank {other} of the group failed: {problem}")
+    wanted = every[0][0]
+    for other, (lines, _) in enumerate(every):
+        if lines == wanted:
+            continue
+        length = max(len(lines), len(wanted))
+        pairs = zip(*(x + ["nothing"] * (length - len(x)) for x in (lines, wanted)), strict=True)
+        here, there = next(pair for pair in pairs if pair[0] != pair[1])
+        raise ValueError(
+            f"parallelize: rank {other} of the group has {here}; rank 0 has {there} (this is rank "
+            f"{transport.rank})"
+        )
+
+
+def _check_same_input(x: Tensor, transport: Transport) -> None:
+    """Raises on all ranks where they were given other shapes or values."""
+    digest = hashlib.sha256(x.contiguous().view(torch.uint8).cpu().numpy()).hexdigest()
+    every = transport.share((list(x.shape), digest), x.device)
+    for rank, (shape, other) in enumerate(every):
+        if shape != every[0][0]:
+            raise ValueError(
+                f"tensor parallel: rank {rank} of the group got an input {shape}, rank 0 "
+                f"{every[0][0]}; all must get the same"
+            )
+        if other != every[0][1]:
+            raise ValueError(
+                f"tensor parallel: ranks 0 and {rank} of the group got different values; all must "
+                "get the same input"
+            )
+
+
+@torch.no_grad()
+def _send_values(model: nn.Module, transport: Transport) -> None:
+    """Rank 0's parameters and buffers to all."""
+    values = list(model.state_dict(keep_vars=True).values())
+    transport.broadcast([part.detach() for value in values for part in plain_tensors(value)])
+    for value in values:
+        torch.autograd.graph.increment_version(value)

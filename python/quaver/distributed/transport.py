@@ -1,0 +1,191 @@
+"""Messages between the ranks of a group, counted by kind.
+
+Everything above needs four of them: gather, exchange, shift along the ring, and a maximum. They
+move bytes, so FP8 travels over any backend. A message returns at once with a Pending; waiting for
+it gives the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .health import Heartbeat, RankFailure
+
+__all__ = ["KINDS", "Pending", "Transport", "compare"]
+
+# Renamed in torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+KINDS = ("gradient", "weight", "activation", "scale")
+
+
+class Pending:
+    """A message on its way. `wait` returns what arrived, and raises RankFailure, naming the rank
+    that is gone, where it cannot arrive."""
+
+    def __init__(self, works, result: Callable[[], Tensor], what: str, health: Heartbeat | None):
+        self._works, self._result, self._what, self._health = works, result, what, health
+
+    def wait(self) -> Tensor:
+        for work in self._works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                culprit = None if self._health is None else self._health.culprit()
+                raise RankFailure(
+                    f"{self._what}: {culprit or 'a message failed'}: {error}"
+                ) from error
+        self._works = ()
+        return self._result()
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().reshape(-1).view(torch.uint8)
+
+
+class Transport:
+    """The messages of one process group (default: the default group; without one, a world of one).
+
+    `traffic` counts the bytes that this rank sends, by kind: those of a gather and an exchange once
+    for every other rank, those of a maximum as a ring sends them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        started = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(group) if started else 0
+        self.size = dist.get_world_size(group) if started else 1
+        self.backend = dist.get_backend(group) if started else None
+        self.traffic = dict.fromkeys(KINDS, 0)
+        self._health = Heartbeat.of_process() if self.size > 1 else None
+
+    def _pending(self, what: str, works, result) -> Pending:
+        return Pending(works, result, f"rank {self.rank}, {what}", self._health)
+
+    def _start(self, what: str, start: Callable):
+        """Some backends refuse at once where a peer is gone."""
+        try:
+            return start()
+        except RuntimeError as error:
+            culprit = None if self._health is None else self._health.culprit()
+            raise RankFailure(
+                f"rank {self.rank}, {what}: {culprit or 'a message failed'}: {error}"
+            ) from error
+
+    def all_gather(self, x: Tensor, kind: str, out: Tensor | None = None) -> Pending:
+        """Every rank's x, of one shape: [ranks, *shape], in `out` where that is given, of which
+        x may be this rank's row."""
+        shape = (self.size, *x.shape)
+        if self.size == 1 and out is None:
+            return self._pending("all_gather", (), lambda: x.reshape(shape))
+        sent = _bytes(x)
+        got = sent.new_empty(self.size * sent.numel()) if out is None else _bytes(out)
+        self.traffic[kind] += (self.size - 1) * sent.numel()
+        work = self._start("all_gather", lambda: _all_gather(
+            got, sent, group=self.group, async_op=True))  # fmt: skip
+        return self._pending("all_gather", (work,), lambda: got.view(x.dtype).reshape(shape))
+
+    def gather_rows(self, rows: list[Tensor], kind: str) -> Pending:
+        """Overwrites row r of every rank, bytes of any number, with that of rank r; in place."""
+        if self.size == 1:
+            return self._pending("gather_rows", (), lambda: rows[0])
+        self.traffic[kind] += (self.size - 1) * rows[self.rank].numel()
+        works = [
+            self._start("gather_rows", lambda r=r, row=row: dist.broadcast(
+                row, group=self.group, group_src=r, async_op=True))
+            for r, row in enumerate(rows)
+            if row.numel()
+        ]  # fmt: skip
+        return self._pending("gather_rows", works, lambda: rows[self.rank])
+
+    def all_to_all(self, x: Tensor, lengths: list[int], kind: str) -> Pending:
+        """Cuts x, 1-D, into pieces of `lengths`, the same on every rank; piece r goes to rank r.
+        Gives the pieces of all ranks for this one: [ranks, lengths[rank]]."""
+        mine = lengths[self.rank]
+        if self.size == 1:
+            return self._pending("all_to_all", (), lambda: x.reshape(1, mine))
+        sent, size = _bytes(x), x.element_size()
+        got = sent.new_empty(self.size * mine * size)
+        self.traffic[kind] += (x.numel() - mine) * size
+        work = self._start("all_to_all", lambda: dist.all_to_all_single(
+            got, sent, [mine * size] * self.size, [n * size for n in lengths], self.group,
+            async_op=True))  # fmt: skip
+        return self._pending("all_to_all", (work,), lambda: got.view(x.dtype).view(self.size, mine))
+
+    def shift(self, x: Tensor, kind: str) -> Pending:
+        """x to the next rank of the ring; gives the previous one's."""
+        if self.size == 1:
+            return self._pending("shift", (), lambda: x)
+        sent = _bytes(x)
+        got = torch.empty_like(sent)
+        self.traffic[kind] += sent.numel()
+        after, before = ((self.rank + step) % self.size for step in (1, -1))
+        works = self._start("shift", lambda: dist.batch_isend_irecv([
+            dist.P2POp(dist.isend, sent, group=self.group, group_peer=after),
+            dist.P2POp(dist.irecv, got, group=self.group, group_peer=before),
+        ]))  # fmt: skip
+        return self._pending("shift", works, lambda: got.view(x.dtype).view(x.shape))
+
+    def send(self, x: Tensor, to: int) -> None:
+        """x to one rank, which calls `receive`; waits. Not counted: for checkpoints."""
+        sent = _bytes(x)
+        work = self._start("send", lambda: dist.isend(sent, group=self.group, group_dst=to))
+        self._pending("send", (work,), lambda: sent).wait()
+
+    def receive(self, x: Tensor, source: int) -> None:
+        """Overwrites x, contiguous, with what `source` sends; waits."""
+        got = x.view(-1).view(torch.uint8)
+        work = self._start("receive", lambda: dist.irecv(got, group=self.group, group_src=source))
+        self._pending("receive", (work,), lambda: got).wait()
+
+    def max(self, x: Tensor, kind: str) -> Pending:
+        """The largest of all ranks, element by element, of finite numbers."""
+        result = x.clone()
+        if self.size == 1:
+            return self._pending("max", (), lambda: result)
+        self.traffic[kind] += math.ceil(
+            2 * (self.size - 1) / self.size * x.numel() * x.element_size()
+        )
+        work = self._start("max", lambda: dist.all_reduce(
+            result, dist.ReduceOp.MAX, self.group, async_op=True))  # fmt: skip
+        return self._pending("max", (work,), lambda: result)
+
+    def share(self, value, device: torch.device | str = "cpu") -> list:
+        """The JSON values of all ranks, in rank order. Not counted: for agreements at the start."""
+        if self.size == 1:
+            return [value]
+        before = dict(self.traffic)
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+        count = torch.tensor([text.numel()], device=device)
+        counts = self.all_gather(count, "scale").wait().flatten().tolist()
+        padded = text.new_zeros(max(counts))
+        padded[: text.numel()] = text
+        rows = self.all_gather(padded, "scale").wait().cpu()
+        self.traffic = before
+        return [json.loads(bytes(r[:n].tolist())) for r, n in zip(rows, counts, strict=True)]
+
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Overwrites plain tensors with rank 0's. Not counted: for the start."""
+        if self.size == 1:
+            return
+        for t in tensors:
+            sent = _bytes(t)
+            work = self._start("broadcast", lambda sent=sent: dist.broadcast(
+                sent, group=self.group, group_src=0, async_op=True))  # fmt: skip
+            self._pending("broadcast", (work,), lambda: None).wait()
+            t.copy_(sent.view(t.dtype).view(t.shape))
+
+
+def compare(op: str, found: list[dict]) -> None:
+    """Raises ValueError naming the first thing in which a rank differs from rank 0."""
+    for rank, other in enumerate(found):
+        for key in [*found[0], *other]:
+            a, b = found[0].get(key, "nothing"), other.get(key, "nothing")
+            if a != b:
+                raise ValueError(f"{op}: {key} is {a} on rank 0, {b} on rank {rank}")

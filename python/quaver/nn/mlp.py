@@ -1,0 +1,110 @@
+"""The MLP of a transformer, gated or not, with nothing but FP8 kept between its linear layers.
+
+COAT (arXiv 2410.19313), section 5: the activation's inputs are saved in FP8 groups (its value is
+recomputed), the product once, transposed, for the weight gradient of the layer that reads it; their
+gradients go to the linear layers below as FP8 in both layouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import recipe as recipes
+from .common import Swapped, activation, cast_history, swap, swap_back
+from .linear import Linear
+
+_ops = torch.ops.quaver
+
+
+class _ActivateFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, up, kind, channel_scale, dtype, history, block, grad_dtype, x_history, up_history
+    ):
+        shape = (-1, x.shape[-1])
+        flat_up = None if up is None else up.reshape(shape)
+        q, qt, scale, amax, xq, xscale, uq, uscale, channel_amax = _ops.activate(
+            x.reshape(shape), flat_up, kind, channel_scale, dtype, None, history, True, block
+        )
+        up_saved = (None, None) if up is None else (uq, uscale)
+        ctx.save_for_backward(xq, xscale, *up_saved, channel_scale)
+        ctx.kind, ctx.block, ctx.grad_dtype = kind, block, grad_dtype
+        ctx.histories, ctx.x_dtype = (x_history, up_history), x.dtype
+        ctx.mark_non_differentiable(channel_amax)
+        return activation(q, qt, scale, amax, x.shape, x.dtype), channel_amax
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):
+        xq, xscale, uq, uscale, channel_scale = ctx.saved_tensors
+        both = _ops.activate_backward(
+            dy.reshape(xq.shape), xq, xscale, uq, uscale, ctx.kind, channel_scale, ctx.block,
+            ctx.grad_dtype, *ctx.histories, True,
+        )  # fmt: skip
+        dx = activation(*both[:4], dy.shape, ctx.x_dtype)
+        dup = None if uq is None else activation(*both[4:], dy.shape, ctx.x_dtype)
+        return dx, dup, *(None,) * 8
+
+
+@dataclass(frozen=True)
+class MLPPlan:
+    """down(f(gate(x)) * up(x)), or down(f(gate(x))) where `up` is None, by the names of the linear
+    layers. `up` equal to `gate` is one layer that gives both, gate first."""
+
+    gate: str
+    up: str | None
+    down: str
+    kind: str  # f: "silu", "gelu" or "gelu_tanh"
+
+
+class MLP(Swapped):
+    """What `quaver.convert` makes of an MLP whose linear layers multiply in FP8. Input and output
+    are those of its layers."""
+
+    def adopt(self, recipe: recipes.Recipe, plan: MLPPlan) -> None:
+        torch.compiler.allow_in_graph(_ActivateFunction)
+        swap(self, MLP)
+        down = getattr(self, plan.down)
+        if recipe.activation.smooth_swiglu and plan.up is not None:
+            down.channel_amax = torch.zeros(down.in_features, device=down.weight.device)
+            down.refresh()
+        self.rule, self.activation, self.plan = recipe.linear, recipe.activation, plan
+
+    def restore(self) -> None:
+        for name in ("rule", "activation", "plan"):
+            delattr(self, name)
+        swap_back(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.plan
+        gate_layer, down = getattr(self, plan.gate), getattr(self, plan.down)
+        gate, up, up_layer = gate_layer(x), None, None
+        if plan.up == plan.gate:
+            gate, up = gate.chunk(2, dim=-1)
+        elif plan.up is not None:
+            up_layer = getattr(self, plan.up)
+            up = up_layer(x)
+        anonymous = torch.compiler.is_compiling() or gate.is_inference()
+        # A joint gradient is cast by the layer that gave both halves.
+        fused = up is not None and up_layer is None
+        channels = down.gemm_weight()[3] if isinstance(down, Linear) else None
+        y, channel_amax = _ActivateFunction.apply(
+            gate, up, plan.kind, None if channels is None else channels.reciprocal(),
+            self.rule.input,
+            cast_history(down, getattr(down, "input_history", None), anonymous),
+            self.activation.block, self.rule.grad_output,
+            None if fused else _grad_history(gate_layer), _grad_history(up_layer),
+        )  # fmt: skip
+        result = down(y)
+        # A forward that is run again inside a backward leaves no second trace.
+        if channels is not None and self.training and torch._C._current_graph_task_id() == -1:
+            down.record_channels(channel_amax)
+        return result
+
+
+def _grad_history(layer) -> Tensor | None:
+    return layer.grad_history if isinstance(layer, Linear) and layer.training else None

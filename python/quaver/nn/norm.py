@@ -1,0 +1,103 @@
+"""RMSNorm and LayerNorm whose result is FP8, for linear layers that multiply in FP8.
+
+COAT (arXiv 2410.19313), section 5: the input is saved in FP8 groups, the result once, transposed,
+for the weight gradients of all linear layers that read it. Nothing is cast twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import recipe as recipes
+from ..ops import FLOATS
+from .common import HISTORY_STATE, Swapped, activation, cast_history, keep_f32, swap, swap_back
+
+_ops = torch.ops.quaver
+
+
+class _NormalizeFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, centered, dtype, history, block, out_dtype):
+        flat = x.reshape(-1, x.shape[-1])
+        q, qt, scale, amax, xq, xscale, mean, rstd = _ops.normalize(
+            flat, weight, bias, eps, centered, dtype, None, history, True, block
+        )
+        ctx.save_for_backward(xq, xscale, mean, rstd, weight)
+        ctx.block, ctx.x_dtype = block, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return activation(q, qt, scale, amax, x.shape, out_dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        xq, xscale, mean, rstd, weight = ctx.saved_tensors
+        dx, dweight, dbias = _ops.normalize_backward(
+            dy.reshape(xq.shape), xq, xscale, mean, rstd, weight, ctx.block,
+            ctx.bias_dtype is not None, ctx.x_dtype,
+        )  # fmt: skip
+        dweight = None if weight is None else dweight.to(weight.dtype)
+        dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+        return dx.reshape(dy.shape), dweight, dbias, *(None,) * 6
+
+
+class Norm(Swapped):
+    """What `quaver.convert` makes of a norm that feeds FP8 linear layers alone.
+
+    RMSNorm: x * rsqrt(mean(x^2) + eps) * (offset + weight); LayerNorm with mean and bias. Input
+    [..., C] float32, float16 or bfloat16; the output is a ScaledTensor of that shape, in the
+    autocast dtype where autocast is on, else the input's; an operation that does not know it gets
+    decoded values.
+
+    Raises:
+        ValueError: an input with another last axis than C.
+        TypeError: an input of another dtype.
+    """
+
+    def adopt(self, recipe: recipes.Recipe, width: int, eps: float | None, centered: bool,
+              offset: float, device: torch.device) -> None:  # fmt: skip
+        """`eps` None is the machine epsilon of the input's dtype, as nn.RMSNorm has it."""
+        torch.compiler.allow_in_graph(_NormalizeFunction)
+        swap(self, Norm)
+        self.rule, self.activation = recipe.linear, recipe.activation
+        self.width, self.epsilon, self.centered, self.offset = width, eps, centered, offset
+        state = None
+        if self.rule.scaling == "delayed":
+            state = torch.zeros(HISTORY_STATE, device=device)
+        self.register_buffer("output_history", state)
+        self.history_before = None
+
+    def restore(self) -> None:
+        for name in ("rule", "activation", "width", "epsilon", "centered", "offset",
+                     "output_history", "history_before"):  # fmt: skip
+            delattr(self, name)
+        swap_back(self)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        keep_f32(self, "output_history")
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, getattr(self, "bias", None)
+        if x.dim() == 0 or x.shape[-1] != self.width:
+            raise ValueError(
+                f"Norm: the input's last axis must be {self.width}, got {tuple(x.shape)}"
+            )
+        if x.dtype not in FLOATS:
+            raise TypeError(f"Norm: input must be float32, float16 or bfloat16, got {x.dtype}")
+        kind = x.device.type
+        out = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        compiling = torch.compiler.is_compiling()
+        return _NormalizeFunction.apply(
+            x,
+            weight if weight is None or not self.offset else weight + self.offset,
+            bias,
+            torch.finfo(x.dtype).eps if self.epsilon is None else self.epsilon,
+            self.centered,
+            self.rule.input,
+            cast_history(self, self.output_history, compiling or x.is_inference()),
+            self.activation.block,
+            out,
+        )

@@ -1,0 +1,219 @@
+// The table of tactics, the choice among them and the argument checks of gemm: no GPU is needed.
+#include <algorithm>
+#include <set>
+#include <string>
+
+#include "arguments.h"
+#include "quaver/gemm_choice.h"
+#include "test.h"
+
+namespace quaver {
+namespace {
+
+const DType kOuts[] = {DType::bf16, DType::f16, DType::f32, DType::e4m3, DType::e5m2};
+const std::pair<DType, DType> kPairs[] = {
+    {DType::e4m3, DType::e4m3}, {DType::e5m2, DType::e4m3}, {DType::e4m3, DType::e5m2}};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What the kernels promise to serve: any pair but e5m2 x e5m2; FP8 out where `a` and `b` are what
+// layers multiply; adding to what is not FP8.
+bool promised(const GemmProblem& p) {
+  if (is_fp8(p.out)) return !p.accumulate && p.b == DType::e4m3;
+  return true;
+}
+
+template <class Body>
+void for_each_problem(Body body) {
+  const int64_t sizes[] = {16, 48, 128, 144, 1008, 4096, 4112, 28672, 151936};
+  for (int64_t m : {int64_t(1), int64_t(17), int64_t(64), int64_t(4096), int64_t(100000)})
+    for (int64_t n : sizes)
+      for (int64_t k : sizes)
+        for (const auto& [a, b] : kPairs)
+          for (DType out : kOuts)
+            for (int flags = 0; flags < 4; ++flags) {
+              const GemmProblem p{m, n, k, a, b, out, (flags & 1) != 0, (flags & 2) != 0};
+              if (promised(p)) body(p);
+            }
+}
+
+TEST(every_row_says_what_its_name_says) {
+  std::set<std::string> names;
+  for (const GemmTactic& t : gemm_tactics()) {
+    std::string wanted = std::string(name_of(t.a)) + "_" + name_of(t.b);
+    if (t.fast) wanted += "_fast";
+    wanted += t.out == GemmOut::half ? "_half" : t.out == GemmOut::f32 ? "_f32" : "_fp8";
+    wanted += "_" + std::to_string(t.tile_m) + "x" + std::to_string(t.tile_n);
+    if (t.scheduler == GemmScheduler::stream_k) wanted += "_stream_k";
+    CHECK_EQ(std::string(t.name), wanted);
+    CHECK(names.insert(t.name).second);
+  }
+}
+
+// Each of these spills, or is refused by CUTLASS.
+TEST(no_row_asks_for_what_does_not_compile_well) {
+  for (const GemmTactic& t : gemm_tactics()) {
+    CHECK(t.fast || t.tile_m * t.tile_n <= 128 * 128);
+    CHECK(t.schedule != GemmSchedule::pingpong || t.tile_m * t.tile_n <= 128 * 128);
+    CHECK(t.schedule != GemmSchedule::pingpong || t.scheduler == GemmScheduler::persistent);
+    CHECK(t.schedule != GemmSchedule::cooperative || t.tile_m >= 128);
+    CHECK(t.out != GemmOut::fp8 || !t.source);
+    CHECK(t.a == DType::e4m3 || t.b == DType::e4m3);
+  }
+}
+
+TEST(every_promised_problem_has_a_choice) {
+  for (int sm_count : {2, 78, 114, 132, 143})
+    for_each_problem([&](const GemmProblem& p) {
+      const GemmCandidate c = choose_gemm(p, sm_count);
+      CHECK(c.index >= 0 && c.tactic == &gemm_tactics()[c.index]);
+      CHECK(c.tactic->a == p.a && c.tactic->b == p.b);
+      CHECK(p.fast_accumulate || !c.tactic->fast);
+      CHECK(c.tactic->source || !p.accumulate);
+      CHECK(c.efficiency > 0.0 && c.efficiency <= 1.0);
+      CHECK(c.launch.splits >= 1 && c.launch.splits <= 16);
+    });
+}
+
+TEST(candidates_come_best_first_and_are_explained) {
+  for_each_problem([&](const GemmProblem& p) {
+    const auto found = gemm_candidates(p, 132);
+    for (size_t i = 1; i < found.size(); ++i) CHECK(found[i - 1].efficiency >= found[i].efficiency);
+    const std::string why = explain_gemm(p, found);
+    CHECK(why.find("tiles of") != std::string::npos);
+    if (p.fast_accumulate) return;
+    CHECK(why.find("as asked") != std::string::npos);
+  });
+}
+
+// Every element of the output lies in exactly one tile, and the padding of the grid of tiles to
+// whole clusters and bands is less than one band on either axis, so no wave is spent on it alone.
+TEST(tiles_cover_the_output_once) {
+  for_each_problem([&](const GemmProblem& p) {
+    for (const GemmCandidate& c : gemm_candidates(p, 132)) {
+      const GemmTactic& t = *c.tactic;
+      const int64_t band_m = int64_t(t.cluster_m) * c.launch.swizzle;
+      const int64_t band_n = int64_t(t.cluster_n) * c.launch.swizzle;
+      const int64_t rows = ceil_div(ceil_div(p.m, t.tile_m), band_m) * band_m;
+      const int64_t cols = ceil_div(ceil_div(p.n, t.tile_n), band_n) * band_n;
+      CHECK_EQ(c.tiles, rows * cols);
+      CHECK(rows * t.tile_m >= p.m && (rows - band_m) * t.tile_m < p.m);
+      CHECK(cols * t.tile_n >= p.n && (cols - band_n) * t.tile_n < p.n);
+      CHECK(c.tiles < int64_t(1) << 31);
+      const int64_t slots = 132 / (t.cluster_m * t.cluster_n) * (t.cluster_m * t.cluster_n);
+      const int64_t least = ceil_div(ceil_div(p.m, t.tile_m), t.cluster_m) * t.cluster_m *
+                            (ceil_div(ceil_div(p.n, t.tile_n), t.cluster_n) * t.cluster_n);
+      CHECK_EQ(ceil_div(c.tiles, slots), ceil_div(least, slots));
+    }
+  });
+}
+
+TEST(only_work_that_is_cut_needs_a_workspace) {
+  for_each_problem([&](const GemmProblem& p) {
+    for (const GemmCandidate& c : gemm_candidates(p, 132)) {
+      const GemmTactic& t = *c.tactic;
+      if (t.scheduler == GemmScheduler::persistent) {
+        CHECK_EQ(c.workspace_bytes, 0);
+        CHECK_EQ(c.launch.splits, 1);
+        continue;
+      }
+      const int64_t tile = int64_t(t.tile_m) * t.tile_n * 4;
+      const int64_t cut = c.launch.splits > 1 ? c.tiles : std::min<int64_t>(c.tiles, 2 * 132);
+      CHECK(c.workspace_bytes >= cut * (tile + 8));
+      CHECK(c.workspace_bytes < cut * (tile + 8) + 256);
+      CHECK(c.workspace_bytes <= int64_t(48) << 20);
+      if (c.launch.splits > 1) CHECK(c.tiles * c.launch.splits <= 132);
+    }
+  });
+}
+
+TEST(a_few_choices) {
+  const auto name = [](GemmProblem p) { return std::string(choose_gemm(p, 132).tactic->name); };
+  GemmProblem p{8192, 8192, 8192};
+  CHECK_EQ(name(p), std::string("e4m3_e4m3_fast_half_128x256"));
+  p.m = 64;
+  CHECK_EQ(name(p), std::string("e4m3_e4m3_fast_half_64x128"));
+  GemmProblem wgrad{4096, 4096, 8192, DType::e5m2, DType::e4m3, DType::f32, true, false};
+  CHECK_EQ(name(wgrad), std::string("e5m2_e4m3_f32_128x128"));
+  wgrad.m = wgrad.n = 1024;  // 64 tiles would leave half of the multiprocessors idle
+  CHECK_EQ(name(wgrad), std::string("e5m2_e4m3_f32_128x128_stream_k"));
+  CHECK_EQ(choose_gemm(wgrad, 132).launch.splits, 2);
+}
+
+TEST(what_no_kernel_serves_is_refused_by_name) {
+  GemmProblem p{64, 64, 64};
+  p.a = p.b = DType::e5m2;
+  CHECK_THROWS(choose_gemm(p, 132), "no CUDA kernel for e5m2 x e5m2 to bf16; at least one operand");
+  p = {64, 64, 64};
+  p.out = DType::e4m3;
+  p.accumulate = true;
+  CHECK_THROWS(choose_gemm(p, 132), "FP8 cannot be accumulated into");
+  CHECK_THROWS(choose_gemm({0, 64, 64}, 132), "empty product [0, 64] over K = 64");
+  CHECK_THROWS(choose_gemm({64, 64, 64}, 1), "two multiprocessors, got 1");
+}
+
+GemmArguments good() {
+  static float scale = 1.0f;
+  const auto at = [](uintptr_t address, DType type, int64_t rows, int64_t cols) {
+    TensorView v;
+    v.data = reinterpret_cast<void*>(address);
+    v.dtype = type;
+    v.rows = rows;
+    v.cols = cols;
+    return v;
+  };
+  GemmArguments g;
+  g.a = at(0x1000, DType::e4m3, 7, 32);
+  g.b = at(0x2000, DType::e4m3, 48, 32);
+  g.out = at(0x3000, DType::bf16, 7, 48);
+  g.scale_a = g.scale_b = &scale;
+  return g;
+}
+
+TEST(arguments_are_checked_before_anything_runs) {
+  check_gemm_cuda(good());
+  GemmArguments g = good();
+  g.a.cols = g.b.cols = 40;
+  check_gemm(g);
+  CHECK_THROWS(check_gemm_cuda(g), "K must be a multiple of 16 on CUDA, got 40");
+  g = good();
+  g.b.rows = g.out.cols = 50;
+  CHECK_THROWS(check_gemm_cuda(g), "N must be a multiple of 16 on CUDA, got 50");
+  g = good();
+  g.b.data = reinterpret_cast<void*>(0x2008);
+  CHECK_THROWS(check_gemm_cuda(g), "b must start at a multiple of 16 bytes on CUDA");
+  g = good();
+  g.a.rows = g.out.rows = int64_t(1) << 31;
+  CHECK_THROWS(check_gemm_cuda(g), "M must be at most 2147418112 on CUDA, got 2147483648");
+  g = good();
+  g.a.dtype = g.b.dtype = DType::e5m2;
+  check_gemm(g);
+  CHECK_THROWS(check_gemm_cuda(g), "e5m2 x e5m2 has no CUDA kernel");
+  g = good();
+  g.b.cols = 48;  // [K, N] where [N, K] is wanted
+  CHECK_THROWS(check_gemm(g), "must share K, got [7, 32] and [48, 48]");
+  g = good();
+  g.out.rows = 48;
+  g.out.cols = 7;
+  CHECK_THROWS(check_gemm(g), "out must be [7, 48], got [48, 7]");
+  g = good();
+  g.a.dtype = DType::bf16;
+  CHECK_THROWS(check_gemm(g), "must be e4m3 or e5m2, got bf16 and e4m3");
+  g = good();
+  g.out.dtype = DType::e4m3;
+  CHECK_THROWS(check_gemm(g), "FP8 out needs a scale and an amax");
+  float amax = 0.0f;
+  g.out_scale = g.amax = &amax;
+  check_gemm_cuda(g);
+  g.accumulate = true;
+  CHECK_THROWS(check_gemm(g), "FP8 cannot be accumulated into");
+  g.out.dtype = DType::f32;
+  CHECK_THROWS(check_gemm(g), "a scale and an amax go with FP8 out, got f32");
+  g = good();
+  g.accumulate = true;
+  g.bias = &amax;
+  CHECK_THROWS(check_gemm(g), "bias and accumulate exclude each other");
+}
+
+}  // namespace
+}  // namespace quaver

@@ -1,0 +1,404 @@
+"""The table of test_cuda.py: for each op, calls whose results must be the same bits on the CPU and
+on CUDA. A new op gets a function here, which yields (what it is about, the op's arguments).
+
+Arguments are on the CPU; test_cuda.py moves copies. Tensors of the arguments are compared after
+the call too, so an in-place op needs nothing else.
+"""
+
+import itertools
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+CODES = (*FP8, torch.float16)
+SHAPES = ((1,), (7,), (4097,), (16, 64), (63, 65), (1000, 33), (128, 4096), (3, 5, 130))
+MATRICES = ((1, 1), (16, 16), (63, 65), (128, 128), (129, 257), (1000, 33), (512, 1024))
+NOT_FINITE = (float("inf"), -float("inf"), float("nan"))
+ops = torch.ops.quaver
+
+CASES = {}
+# Ops that compute no bits of their own, or not the same on both, and where they are tested.
+ELSEWHERE = {
+    "gemm": "test_gemm_device.py",
+    "gemm_": "test_gemm_device.py",
+    "gemm_quantize": "test_gemm_device.py",
+    "comm_id_": "test_comm.py",
+    "comm_create": "test_comm.py",
+    "comm_all_to_all_": "test_comm.py",
+    "comm_all_gather_": "test_comm.py",
+    "comm_all_reduce_": "test_comm.py",
+    "comm_check": "test_comm.py",
+    "comm_abort": "test_comm.py",
+    "comm_close": "test_comm.py",
+}
+
+
+def cases(op):
+    """Registers the calls of one op."""
+
+    def register(function):
+        CASES[op] = function
+        return function
+
+    return register
+
+
+def values(shape, dtype, seed=0):
+    """Normal values over many binades, with zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    x *= torch.exp2(torch.randint(-12, 12, shape, generator=generator).float())
+    x[torch.rand(shape, generator=generator) < 0.01] = 0
+    return x.to(dtype)
+
+
+def misaligned(x, device="cpu"):
+    """The same values, contiguous, one element behind a 16-byte boundary."""
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)
+    memory[1:] = x.flatten()
+    return memory[1:].view(x.shape)
+
+
+def every_rounding():
+    """All f32 whose 12 low mantissa bits are zero, and their neighbours: every case of rounding to
+    f16, e4m3 and e5m2, every subnormal, NaNs of every kind."""
+    bits = torch.arange(-(2**19), 2**19, dtype=torch.int64) << 12
+    bits = torch.cat([bits, bits + 1, bits - 1]).clamp(-(2**31), 2**31 - 1)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def histories(cast):
+    """States of delayed scaling: empty, warming up, full, and wrapped, made by `cast(x, state)`."""
+    state = torch.zeros(17)
+    for step in range(41):
+        if step in (0, 5, 15, 16, 17, 31, 40):
+            yield step, state.clone()
+        cast(values((8, 16), torch.bfloat16, step) * 2.0 ** (step % 5), state)
+
+
+def _quantize(x, to, scale=None, history=None, granularity="tensor", power_of_two=True,
+              stochastic=False):  # fmt: skip
+    return x, to, scale, history, granularity, 32, power_of_two, stochastic, 7
+
+
+@cases("quantize")
+def quantize():
+    for granularity, power_of_two, stochastic in itertools.product(
+        ("tensor", "row", "block"), (True, False), (False, True)
+    ):
+        for shape, dtype, to in itertools.product(SHAPES, FLOATS, CODES):
+            yield (
+                f"{shape} {dtype} to {to}, {granularity}, {power_of_two=}, {stochastic=}",
+                _quantize(values(shape, dtype), to, None, None, granularity, power_of_two,
+                          stochastic),
+            )  # fmt: skip
+    for to in CODES:
+        yield f"every rounding to {to}", _quantize(every_rounding(), to, torch.ones(()))
+        for dtype, bad in itertools.product(FLOATS, NOT_FINITE):
+            x = values((9, 70), dtype)
+            x[4, 3] = bad
+            yield f"{bad} in {dtype} to {to}", _quantize(x, to)
+    cast = lambda x, state: ops.quantize(*_quantize(x, FP8[0], None, state))  # noqa: E731
+    for step, state in histories(cast):
+        for bad in (None, float("inf")):
+            x = values((130, 48), torch.bfloat16, step)
+            if bad is not None:
+                x[3, 3] = bad
+            yield f"delayed, {step} casts before, {bad}", _quantize(x, FP8[0], None, state)
+    x = values((64, 96), torch.float32)
+    yield "a transposed view", _quantize(x.t(), FP8[0], granularity="row")
+    yield "a misaligned view", _quantize(misaligned(x), FP8[0])
+    yield "nothing", _quantize(values((0, 8), torch.float32), FP8[0], granularity="row")
+
+
+@cases("dequantize")
+def dequantize():
+    for granularity in ("tensor", "row", "block"):
+        for shape, code, out in itertools.product(SHAPES, CODES, FLOATS):
+            x = values(shape, torch.float32)
+            q, scale, _ = ops.quantize(*_quantize(x, code, granularity=granularity))
+            yield f"{code} to {out} {shape}, {granularity}", (q, scale, out, granularity, 32)
+    codes = torch.arange(256, dtype=torch.uint8)
+    for code, out in itertools.product(FP8, FLOATS):
+        for scale in (1.0, -0.37, 2.0**-120):
+            yield (
+                f"every code of {code} to {out}, scale {scale}",
+                (codes.view(code), torch.tensor(scale), out, "tensor", 0),
+            )
+    half = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    for out in FLOATS:
+        yield f"every f16 to {out}", (half, torch.tensor(0.37), out, "tensor", 0)
+
+
+@cases("cast_transpose")
+def cast_transpose():
+    for shape, dtype, to in itertools.product(MATRICES, FLOATS, FP8):
+        x = values(shape, dtype)
+        yield f"{shape} {dtype} to {to}", (x, to, None, None, True)
+        yield f"{shape} {dtype} to {to}, scale given", (x, to, torch.tensor(0.25), None, True)
+    for step, state in histories(lambda x, state: ops.cast_transpose(x, FP8[1], None, state, True)):
+        x = values((130, 48), torch.bfloat16, step)
+        yield f"delayed, {step} casts before", (x, FP8[1], None, state, True)
+    x = values((160, 144), torch.bfloat16)
+    yield "a transposed view", (x.t(), FP8[0], None, None, False)
+    yield "a misaligned view", (misaligned(x), FP8[0], None, None, True)
+
+
+@cases("grad_norm")
+def grad_norm():
+    sizes = (1, 33, 16384, 16385, 100_000, 3_000_000)
+    types = (torch.float32, torch.bfloat16, *CODES)
+    none = torch.empty(0)
+    for bad in (None, float("nan")):
+        grads = [values((n,), types[i % 5], i) for i, n in enumerate(sizes)]
+        scales = [torch.tensor(0.5 - i) if i % 2 else none for i in range(len(sizes))]
+        amaxes = [torch.tensor(1.0) if i % 2 else none for i in range(len(sizes))]
+        if bad is not None:
+            amaxes[1] = torch.tensor(bad)
+        yield f"every type, amax {bad}", (grads, scales, amaxes)
+    many = [misaligned(values((i % 40 + 1,), torch.bfloat16, i)) for i in range(700)]
+    yield "700 misaligned", (many, [none] * 700, [none] * 700)
+
+
+@cases("accumulate_")
+def accumulate():
+    for target in (*FP8, torch.bfloat16):
+        for n, other in itertools.product((1, 65, 100_003), (*FP8, torch.bfloat16, torch.float32)):
+            for amax in (2.0, float("inf")):
+                yield (
+                    f"{other} to {target}, {n}, amax {amax}",
+                    (values((n,), target, 1), torch.tensor(0.5), torch.tensor(amax),
+                     values((n,), other, 2), torch.tensor(0.25), None),
+                )  # fmt: skip
+
+
+def adam_arguments(shapes, low=True, copies=True, move=lambda t: t):
+    """Arguments of adam_ for weights in the states of fp8lm-o2, or all in f32."""
+    none = torch.empty(0)
+    n = len(shapes)
+    weight, first, second = (torch.float16, FP8[0], torch.float16) if low else (torch.float32,) * 3
+    copies = copies and low
+
+    def one(value, there=low):
+        return [torch.tensor(value) if there else none for _ in shapes]
+
+    def zeros(dtype, there=True, transposed=False):
+        return [
+            move(torch.zeros(s[::-1] if transposed else s, dtype=dtype)) if there else none
+            for s in shapes
+        ]
+
+    return [
+        [move(values(s, weight, i)) for i, s in enumerate(shapes)], one(0.5), one(4096.0),
+        zeros(first), one(1.0), one(0.0),
+        zeros(second), one(1.0), one(0.0),
+        [move(values(s, torch.bfloat16, 100 + i)) for i, s in enumerate(shapes)], [none] * n,
+        torch.full((n,), 8192.0),
+        zeros(FP8[0], copies), zeros(FP8[0], copies, transposed=True), one(1.0, copies),
+        [torch.zeros((), dtype=torch.int64) for _ in range(n)],
+        torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
+        torch.zeros((), dtype=torch.int64), [],
+    ]  # fmt: skip
+
+
+@cases("adam_")
+def adam():
+    shapes = ((1, 1), (63, 65), (1000, 33), (512, 768), (16, 16), (0, 5))
+    for low, copies in ((True, True), (True, False), (False, False)):
+        for steps in (0, 3):
+            args = adam_arguments(shapes, low, copies)
+            for _ in range(steps):
+                ops.adam_(*args)  # states that are no longer zero
+            yield f"{low=} {copies=} after {steps} steps", args
+    bad = adam_arguments(shapes)
+    bad[11][2] = float("inf")
+    yield "a step that is skipped", bad
+    yield "misaligned", adam_arguments(((96, 160),), move=misaligned)
+    yield "many", adam_arguments(tuple((i % 4 + 1, i % 9 + 1) for i in range(300)))
+
+    for bad in (False, True):
+        args = adam_arguments_in_groups(((10, 20), (63, 65), (1000, 33), (1, 1), (0, 5)))
+        for _ in range(3):
+            ops.adam_(*args)
+        if bad:
+            args[11][1] = float("nan")
+        yield f"moments in groups, bf16 weights, {bad=}", args
+
+
+def adam_arguments_in_groups(shapes):
+    """Arguments of adam_ for bf16 weights, every second one with a remainder and the others rounded
+    stochastically, and moments in groups, expanded or not."""
+    none = torch.empty(0)
+    nones = [none] * len(shapes)
+    states = [
+        [ops.encode_state(torch.zeros(s), FP8[0], i % 2 == 1) for i, s in enumerate(shapes)]
+        for _ in range(2)
+    ]
+    scaling = [1 + i % 2 for i in range(len(shapes))]
+    remainders = [
+        torch.zeros(s, dtype=torch.int16) if i % 2 else none for i, s in enumerate(shapes)
+    ]
+    return [
+        [values(s, torch.bfloat16, i) for i, s in enumerate(shapes)], nones, nones,
+        [q for q, _ in states[0]], [scale for _, scale in states[0]], nones,
+        [q for q, _ in states[1]], [scale for _, scale in states[1]], nones,
+        [values(s, torch.float32, 100 + i) for i, s in enumerate(shapes)], nones,
+        torch.full((len(shapes),), 8192.0), nones, nones, nones,
+        [torch.zeros((), dtype=torch.int64) for _ in shapes],
+        torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * len(shapes), dtype=torch.float64),
+        torch.zeros((), dtype=torch.int64),
+        remainders, scaling, scaling, [-1 if i % 2 else 7 + i for i in range(len(shapes))],
+    ]  # fmt: skip
+
+
+@cases("encode_state")
+def encode_state():
+    for shape, dtype, to in itertools.product(SHAPES, FLOATS, FP8):
+        for expand in (False, True):
+            x = values(shape, dtype)
+            yield f"{shape} {dtype} to {to}, {expand=}", (x, to, expand)
+    for bad in NOT_FINITE:
+        x = values((9, 70), torch.float32)
+        x[4, 3] = bad
+        yield f"{bad}", (x, FP8[0], True)
+
+
+@cases("decode_state")
+def decode_state():
+    for shape, code, expand in itertools.product(SHAPES, FP8, (False, True)):
+        x = values(shape, torch.float32)
+        yield f"{code} {shape}, {expand=}", (*ops.encode_state(x, code, expand), expand)
+
+
+ACTIVATION_SHAPES = ((0, 5), (5, 0), (1, 1), (3, 33), (17, 511), (70, 513), (129, 64), (40, 4100))
+
+
+def channels(cols, seed, dtype=torch.float32):
+    return (1 + 0.3 * values((cols,), torch.float32, seed).clamp(-2, 2)).to(dtype)
+
+
+def normalize_calls():
+    """(what, arguments of normalize): every type and shape, both kinds, bad values, histories."""
+    for i, (shape, centered) in enumerate(itertools.product(ACTIVATION_SHAPES, (False, True))):
+        for k, source in enumerate(FLOATS):
+            param = (*FLOATS, None)[(i + k) % 4]
+            weight = None if param is None else channels(shape[1], 1, param)
+            bias = None if param is None else channels(shape[1], 2, param)
+            block = (16, 32, 7, 128)[(i + k) % 4]
+            yield (
+                f"{shape} {source}, parameters {param}, {centered=}, block {block}",
+                (values(shape, source, i), weight, bias, 1e-5, centered, FP8[k % 2], None, None,
+                 i % 3 > 0, block),
+            )  # fmt: skip
+    for bad in NOT_FINITE:
+        x = values((9, 70), torch.bfloat16)
+        x[4, 3] = bad
+        yield f"{bad}", (x, None, None, 1e-5, True, FP8[0], None, None, True, 32)
+    cast = lambda x, state: ops.quantize(*_quantize(x, FP8[0], None, state))  # noqa: E731
+    for step, state in histories(cast):
+        x = values((130, 48), torch.bfloat16, step)
+        yield f"delayed, {step} casts before", (
+            x, channels(48, 1), None, 1e-6, False, FP8[0], None, state, True, 32)  # fmt: skip
+    x = values((160, 144), torch.bfloat16)
+    given = (torch.tensor(0.25), None, True, 32)
+    yield "scale given", (x, None, None, 1e-6, False, FP8[0], *given)
+    yield "a misaligned view", (misaligned(x), None, None, 1e-6, False, FP8[0], *given)
+
+
+@cases("normalize")
+def normalize():
+    yield from normalize_calls()
+
+
+@cases("normalize_backward")
+def normalize_backward():
+    for i, (what, arguments) in enumerate(normalize_calls()):
+        x, weight, bias, block = arguments[0], arguments[1], arguments[2], arguments[9]
+        _, _, _, _, codes, scales, mean, rstd = ops.normalize(*arguments)
+        dy = values(x.shape, FLOATS[i % 3], 50 + i)
+        yield what, (dy, codes, scales, mean, rstd, weight, block, bias is not None, x.dtype)
+
+
+def activate_calls():
+    """(what, arguments of activate)."""
+    kinds = ("silu", "gelu", "gelu_tanh")
+    for i, (shape, kind) in enumerate(itertools.product(ACTIVATION_SHAPES, kinds)):
+        for gated, smooth in ((False, False), (True, False), (True, True)):
+            source, block = FLOATS[i % 3], (16, 32, 7, 128)[i % 4]
+            yield (
+                f"{shape} {source} {kind}, {gated=}, {smooth=}, block {block}",
+                (values(shape, source, i), values(shape, source, 90 + i) if gated else None, kind,
+                 channels(shape[1], 3) if smooth else None, FP8[i % 2], None, None, True, block),
+            )  # fmt: skip
+    for bad in NOT_FINITE:
+        x, up = values((9, 70), torch.bfloat16), values((9, 70), torch.bfloat16, 1)
+        up[4, 3] = bad
+        yield f"{bad}", (x, up, "silu", None, FP8[0], None, None, True, 32)
+    x = values((160, 144), torch.bfloat16)
+    yield "a misaligned view", (misaligned(x), misaligned(x), "silu", None, FP8[0],
+                                torch.tensor(0.25), None, False, 32)  # fmt: skip
+
+
+@cases("activate")
+def activate():
+    yield from activate_calls()
+
+
+@cases("activate_backward")
+def activate_backward():
+    for i, (what, arguments) in enumerate(activate_calls()):
+        x, up, kind, channel_scale, block = *arguments[:4], arguments[8]
+        _, _, _, _, xq, xscale, uq, uscale, _ = ops.activate(*arguments)
+        if up is None:
+            uq = uscale = None
+        dy = values(x.shape, FLOATS[i % 3], 50 + i)
+        states = [None, None] if i % 2 else [torch.zeros(17), torch.zeros(17) if up is not None
+                                             else None]  # fmt: skip
+        yield what, (dy, xq, xscale, uq, uscale, kind, channel_scale, block, FP8[1], *states,
+                     i % 3 > 0)  # fmt: skip
+
+
+SIZES = (5, 0, 16, 700, 1, 4096 * 20 + 3)
+PLACES = sum(-(-n // 16) * 16 for n in SIZES) + 64  # of a bucket, and some behind it
+
+
+def shared(ranks, dtype):
+    """Scales of buckets and of sums, None for types that need none."""
+    if dtype not in FP8:
+        return None, None
+    amaxes = values((ranks, len(SIZES)), torch.float32).abs()
+    return ops.share_scales(amaxes, None, dtype)
+
+
+@cases("share_scales")
+def share_scales():
+    for ranks, dtype in itertools.product((1, 3, 8), FP8):
+        amaxes = values((ranks, 300), torch.float32).abs()
+        amaxes[0, :3] = torch.tensor(NOT_FINITE).abs()
+        for mu in (None, torch.full((300,), 0.35)):
+            yield f"{ranks} ranks, {dtype}, mu {mu is not None}", (amaxes, mu, dtype)
+
+
+def bucket(dtype, scales):
+    tensors = [values((n,), torch.float32, i) for i, n in enumerate(SIZES)]
+    return tensors, [torch.empty(0)] * len(SIZES), scales, dtype, PLACES
+
+
+@cases("pack")
+def pack():
+    for dtype in (*FP8, torch.bfloat16, torch.float32):
+        yield f"{dtype}", bucket(dtype, shared(3, dtype)[0])
+
+
+@cases("reduce_shards")
+def reduce_shards():
+    for dtype, ranks in itertools.product((*FP8, torch.bfloat16, torch.float32), (1, 3, 8)):
+        scales, sums = shared(ranks, dtype)
+        one = ops.pack(*bucket(dtype, scales))
+        shards = torch.stack([one.roll(16 * r) for r in range(ranks)])
+        for first, last in ((0, 736), (736, PLACES)):
+            part = shards[:, first:last].contiguous()
+            for out, given in {dtype: sums, torch.float32: None}.items():
+                yield (f"{dtype} to {out}, {ranks} ranks, from {first}",
+                       (part, scales, given, list(SIZES), first, out))  # fmt: skip

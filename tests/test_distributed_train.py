@@ -1,0 +1,250 @@
+"""`quaver train --parallel` by real processes: what it computes, writes, survives and refuses."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from safetensors.torch import load_file
+from test_train import MODEL, losses, read_metrics
+
+import quaver as qv
+from quaver import cli, train
+from quaver.distributed import init
+from quaver.distributed.launch import parse_parallel
+from quaver.errors import UsageError
+
+BIG = {**MODEL, "dim": 64, "layers": 4, "ffn": 128}
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """The command line of a run that takes a second."""
+    (tmp_path / "text.txt").write_bytes(random.Random(0).randbytes(200) * 50)
+    (tmp_path / "model.json").write_text(json.dumps(BIG))
+
+    def make(out, recipe, *more, steps=6):
+        return [
+            *("train", "--data", f"{tmp_path}/text.txt", "--model", f"{tmp_path}/model.json"),
+            *("--recipe", recipe, "--steps", str(steps), "--batch", "12", "--seq", "16"),
+            *("--device", "cpu", "--save-every", "2", "--out", str(tmp_path / out), *more),
+        ]  # fmt: skip
+
+    return make
+
+
+def command(rank, arguments, die=None, how=signal.SIGKILL):
+    """The command line in this process; (rank, step) of `die` gets a signal in that step."""
+    step = train.Job.step
+
+    def dies(self, name, model, optimizer, number):
+        if die == (self.world.rank, number):
+            if how == signal.SIGKILL:  # in the middle: the others are in their messages
+                model.register_forward_hook(lambda *a: os.kill(os.getpid(), how))
+            else:
+                os.kill(os.getpid(), how)
+        return step(self, name, model, optimizer, number)
+
+    if die is not None:
+        train.Job.step = dies
+    read, write = os.pipe()
+    os.dup2(write, 2)
+    began = time.monotonic()
+    status = cli.main(arguments)
+    os.close(write)
+    os.dup2(1, 2)
+    return status, os.read(read, 10**5).decode(), time.monotonic() - began
+
+
+def start(size, arguments, *more):
+    return ranks.Ranks(size, command, arguments, *more, timeout=100, init=False)
+
+
+def finish(size, arguments):
+    for status, text, _ in start(size, arguments).results():
+        assert status == 0, text
+
+
+def summary(out, recipe):
+    return json.loads(Path(out, "summary.json").read_text())["recipes"][recipe]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parallel"), [("fp8lm-o3", "zero=4"), ("fp8lm-o3", "fsdp=4"), ("fp8lm-o2", "dp=2")]
+)
+def test_ranks_train_what_one_process_trains(flags, tmp_path, recipe, parallel):
+    size = int(parallel[-1])
+    finish(size, flags("many", recipe, "--parallel", parallel))
+    assert cli.main(flags("one", recipe)) == 0
+    for a, b in zip(
+        losses(tmp_path / "many", recipe), losses(tmp_path / "one", recipe), strict=True
+    ):
+        assert a[1] == pytest.approx(b[1], rel=5e-3)
+    many, one = (summary(tmp_path / out, recipe) for out in ("many", "one"))
+    assert many["val_loss"] == pytest.approx(one["val_loss"], rel=5e-3)
+    assert one["communication"] == dict.fromkeys(("gradient", "weight", "activation", "scale"), 0)
+    lines = read_metrics(tmp_path / "many", recipe)
+    for kind, count in many["communication"].items():
+        assert count == sum(line["communication"][kind] for line in lines)
+    # A weight is f16 + e4m3 + e4m3 + f16 for master, gradient and moments.
+    per = many["memory"]["bytes_per_param"]
+    if parallel == "dp=2":
+        assert per["state"] == pytest.approx(6, rel=0.01)
+        assert many["communication"]["weight"] == 0
+    elif parallel == "fsdp=4":
+        wanted = (2 + 4 + 1 + 2) / size  # a part of everything; the gradient is f32
+        print(f"bytes per parameter and rank: {per['all']:.3f}, by the formula {wanted:.3f}")
+        assert per["all"] == pytest.approx(wanted, rel=0.01)
+    else:
+        wanted = 1 + 1 + 6 / size  # an e4m3 weight, its transpose, and a part of the rest
+        print(f"bytes per parameter and rank: {per['all']:.3f}, by the formula {wanted:.3f}")
+        assert per["all"] == pytest.approx(wanted, rel=0.01)
+
+
+def test_weight_gradients_take_half_of_bf16s_bytes(flags, tmp_path):
+    """Of converted weights, scales and padding included, as DDP with bf16 gradients would send."""
+    size = 2
+    finish(size, flags("run", "fp8lm-o2", "--parallel", "dp=2", steps=2))
+    model = qv.convert(train.models.build(train.models.load(str(tmp_path / "model.json"))))
+    weights = sum(p.numel() for p in model.parameters() if isinstance(p, qv.ScaledTensor))
+    others = sum(p.numel() for p in model.parameters() if not isinstance(p, qv.ScaledTensor))
+    sent = read_metrics(tmp_path / "run", "fp8lm-o2")[0]["communication"]
+    around = 2 * (size - 1) / size  # of a ring all-reduce
+    fp8 = sent["gradient"] + sent["scale"] - around * 4 * others
+    ratio = fp8 / (around * 2 * weights)
+    print(f"bytes of weight gradients against bf16: {ratio:.3f}")
+    # Of a model this small, the amaxes of its layers' histories are a percent alone.
+    assert 0.5 <= ratio <= 0.52 + sent["scale"] / (around * 2 * weights)
+
+
+@pytest.mark.parametrize("parallel", ["zero=3", "fsdp=3"])
+def test_a_killed_rank_is_named_and_the_run_resumes_with_the_same_bits(flags, tmp_path, parallel):
+    size, arguments = 3, ("--parallel", parallel)
+    finish(size, flags("whole", "fp8lm-o3", *arguments))
+    run = start(size, flags("cut", "fp8lm-o3", *arguments), (1, 4))
+    found = run.outcomes()
+    assert found[1] == ("died", -signal.SIGKILL)
+    for rank in (0, 2):
+        kind, (status, text, seconds) = found[rank]
+        assert kind == "ok" and status == 1
+        assert "rank 1 has died" in text and text.startswith("quaver train: error: rank")
+        assert seconds < 60
+    assert summary_missing(tmp_path / "cut")
+    finish(size, flags("cut", "fp8lm-o3", *arguments, "--resume"))
+    assert losses(tmp_path / "cut", "fp8lm-o3") == losses(tmp_path / "whole", "fp8lm-o3")
+    assert checksums(tmp_path / "cut") == checksums(tmp_path / "whole")
+
+
+def checksums(out):
+    path = out / "fp8lm-o3" / "checkpoint" / "state.safetensors"
+    if not path.is_dir():
+        return qv.files.read_tensors(path, "quaver checkpoint", 1)[1]["crc32"]
+    found = {}  # of FSDP2's shards; the random generators of Python were never seeded
+    for file in (path / json.loads((path / "checkpoint.json").read_text())["folder"]).iterdir():
+        tensors = load_file(file)
+        found |= {
+            (file.name, name): zlib.crc32(t.flatten().view(torch.uint8).numpy())
+            for name, t in tensors.items()
+            if not name.startswith("rng.")
+        }
+    return found
+
+
+def summary_missing(out):
+    return not Path(out, "summary.json").exists()
+
+
+def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_resumes(flags, tmp_path):
+    run = start(
+        2, flags("run", "fp8lm-o3", "--parallel", "zero=2"), (1, 3), signal.SIGTERM
+    )  # fmt: skip
+    assert [status for status, _, _ in run.results()] == [130, 130]
+    assert len(losses(tmp_path / "run", "fp8lm-o3")) == 3
+    assert cli.main(flags("run", "fp8lm-o3", "--resume")) == 0
+    assert cli.main(flags("one", "fp8lm-o3")) == 0
+    for a, b in zip(
+        losses(tmp_path / "run", "fp8lm-o3"), losses(tmp_path / "one", "fp8lm-o3"), strict=True
+    ):
+        assert a[1] == pytest.approx(b[1], rel=5e-3)
+
+
+def test_an_error_of_the_first_rank_ends_all(flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "note").touch()
+    for status, text, _ in start(2, flags("run", "f32", "--parallel", "dp=2")).results():
+        assert status == 2
+        assert "holds other files and no run" in text
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ("dp=2,tp=2", "is for 4 processes, 1 started"),
+        ("fsdp=2,tp=2", "takes fsdp=N, or one of dp=N and zero=N, and tp=N"),
+        ("dp", "wants dp=N, zero=N, fsdp=N or tp=N, N at least 1, got 'dp'"),
+        ("dp=0", "got 'dp=0'"),
+        ("dp=x", "got 'dp=x'"),
+        ("", "got ''"),
+        ("dp=2,zero=2", "takes fsdp=N, or one of dp=N and zero=N, and tp=N"),
+        ("dp=2,dp=2", "takes fsdp=N, or one of"),
+        ("dp=5", "--batch 12 does not divide among 5 ranks"),
+        ("dp=2", "is for 2 processes, 1 started: torchrun --nproc-per-node 2 -m quaver train"),
+    ],
+)
+def test_bad_parallel_is_named(flags, capsys, parallel, message):
+    assert cli.main(flags("run", "f32", "--parallel", parallel)) == 2
+    assert message in capsys.readouterr().err
+    assert parse_parallel(None) == {"dp": 1} and parse_parallel("zero=3") == {"zero": 3}
+
+
+def test_a_store_that_does_not_answer_is_named(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        UsageError, match=r"RANK, WORLD_SIZE, .* not set: start the ranks with torch"
+    ):
+        init()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=rf"the store at 127.0.0.1:{port} .* within 2 s"):
+        init(timeout=2)
+
+
+@pytest.mark.slow
+def test_under_torchrun(flags, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "quaver",
+    ]
+    done = subprocess.run(
+        [*launch, *flags("run", "fp8lm-o3", "--parallel", "zero=2")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fp8lm-o3  step 6/6" in done.stdout
+    assert summary(tmp_path / "run", "fp8lm-o3")["communication"]["weight"] > 0
+    example = Path(__file__).parents[1] / "examples" / "train_ranks.py"
+    done = subprocess.run(
+        [*launch[:5], str(example), "20", str(tmp_path / "example.safetensors")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "step   19" in done.stdout
+    assert (tmp_path / "example.safetensors").stat().st_size > 0

@@ -1,0 +1,386 @@
+"""The GPU report as far as it goes without a GPU: statistics, targets, plan, runner, table; and
+every CUDA row built and called once on the CPU, small."""
+
+import json
+import sys
+import zipfile
+
+import bench_gemm
+import bench_kernels
+import bench_layer
+import bench_optimizer
+import bench_quantize
+import clocks
+import common
+import gpu
+import gpu_build
+import gpu_plan
+import gpu_report
+import pytest
+import table
+import targets
+import torch
+from gpu_plan import Step
+
+from quaver import models
+
+BENCHES = (bench_gemm, bench_quantize, bench_optimizer, bench_kernels, bench_layer)
+
+
+class Clock:
+    """Seconds from a script, and who was asked."""
+
+    def __init__(self, seconds):
+        self.seconds, self.asked = seconds, []
+
+    def __call__(self, function, calls):
+        self.asked.append((function(), calls))
+        return self.seconds[function()]
+
+
+def test_pairs_alternate_and_ratios_are_medians(capsys):
+    clock = Clock({"base": 0.004, "ours": 0.001})
+    row = common.compare("row", lambda: "base", lambda: "ours", baseline_name="b", pairs=4,
+                         bytes=2e6, flops=3e9, bar=5, target="cast", clock=clock)  # fmt: skip
+    assert row["ratio"] == 4.0 and row["iqr"] == [4.0, 4.0]
+    assert (row["baseline_s"], row["candidate_s"], row["calls"]) == (0.004, 0.001, 10)
+    assert (row["gb_per_s"], row["tflop_per_s"]) == (2.0, 3.0)
+    assert (row["bar"], row["met"], row["target"]) == (5, False, "cast")
+    assert [name for name, _ in clock.asked[4:]] == ["base", "ours", "ours", "base"] * 2
+    assert "NOT met" in capsys.readouterr().out
+
+
+def test_spread():
+    assert common.spread([2.0]) == {"ratio": 2.0, "iqr": [2.0, 2.0]}
+    assert common.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"ratio": 3.0, "iqr": [1.5, 4.5]}
+
+
+def test_a_row_that_fails_does_not_cost_the_others(capsys):
+    def absent():
+        raise common.NotHereError("it is not installed")
+
+    def broken():
+        raise RuntimeError("no such kernel\nmore")
+
+    def fine():
+        return (lambda: "base"), (lambda: "ours")
+
+    clock = Clock({"base": 2.0, "ours": 1.0})
+    kept = []
+    cases = [common.Case(name, "b", build, target="cast")
+             for name, build in (("x", absent), ("y", broken), ("z", fine))]  # fmt: skip
+    rows = common.run_cases(
+        cases, 2, lambda rows: kept.append([dict(row) for row in rows]), lambda: {"clock": clock}
+    )
+    assert rows[0] == {"name": "x", "baseline": "b", "target": "cast",
+                       "reason": "it is not installed"}  # fmt: skip
+    assert rows[1]["reason"] == "RuntimeError: no such kernel" and rows[1]["failed"]
+    assert rows[2]["ratio"] == 2.0
+    assert [len(one) for one in kept] == [3, 3, 3]
+    assert kept[0][2]["reason"] == "not reached before the bench ended"
+    assert "no such kernel" in capsys.readouterr().err
+
+
+def rows_of(key, *ratios):
+    return [{"name": f"{key} {r}", "target": key, "ratio": r} for r in ratios]
+
+
+def test_targets():
+    found = targets.evaluate(rows_of("gemm-fast", 0.96, 1.2) + rows_of("cast", 0.95))
+    assert list(found) == list(targets.TARGETS)
+    assert found["gemm-fast"]["worst"] == 0.96
+    assert found["gemm-fast"]["geomean"] == pytest.approx((0.96 * 1.2) ** 0.5)
+    assert found["gemm-fast"]["met"] and found["gemm-fast"]["stretched"]
+    assert found["cast"]["met"] and not found["cast"]["stretched"]
+    assert found["layer"]["met"] is None and found["layer"]["reason"] == "no row was measured"
+    slow = targets.evaluate(rows_of("gemm-fast", 0.96, 0.97))
+    assert slow["gemm-fast"]["met"] is False  # the mean is short
+    assert targets.evaluate(rows_of("gemm-fast", 0.9, 2.0))["gemm-fast"]["met"] is False
+
+
+def test_a_target_with_a_row_that_was_not_measured_stays_open():
+    lacking = {"name": "x", "target": "cast", "reason": "out of memory"}
+    found = targets.evaluate([*rows_of("cast", 0.99), lacking])["cast"]
+    assert (found["met"], found["reason"], found["rows"]) == (None, "out of memory", 1)
+    assert targets.evaluate([*rows_of("cast", 0.5), lacking])["cast"]["met"] is False
+
+
+def test_clocks_are_those_of_a_busy_gpu():
+    text = """345, 2619, 68.1, 30, 0, 0x0000000000000001
+1980, 2619, 512.5, 41, 98, 0x0000000000000000
+1755, 2619, 699.0, 55, 100, 0x0000000000000004
+1900, 2619, [N/A], 50, 100, 0x0000000000000004
+torn, line
+"""
+    found = clocks.parse(text)
+    assert found["sm_mhz"] == {"min": 1755, "median": 1900, "max": 1980}
+    assert found["power_w"] == {"min": 512.5, "median": 605.75, "max": 699}
+    assert found["reasons"] == ["0x0000000000000000", "0x0000000000000004"]
+    assert clocks.parse("") == {}
+
+
+def test_sampler_without_nvidia_smi(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with clocks.Sampler() as sampler:
+        pass
+    assert sampler.result == {}
+
+
+def test_inputs_rotate_through_more_than_the_caches_hold():
+    assert gpu.set_count(32 << 20) == 8
+    assert gpu.set_count(1 << 30) == gpu.SETS
+    seen = []
+    call = gpu.rotate(lambda a, b: seen.append((a, b)), [(1, 2), (3, 4)])
+    for _ in range(3):
+        call()
+    assert seen == [(1, 2), (3, 4), (1, 2)]
+
+
+def test_the_device_clock_counts_turns_that_the_host_held_up(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 5.0  # ms, also that of the wait before
+
+    slept = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append, raising=False)
+    now = iter((0.0, 0.001, 0.0, 0.006, 0.0, 0.001))
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(now))
+    clock = gpu.Clock()
+    assert [clock(lambda: None, 2) for _ in range(3)] == [0.0025] * 3
+    assert (clock.turns, clock.host_bound) == (3, 1)
+    assert slept == [2_000_000, 3_000_000, 18_000_000]  # 1, then 1.5 times the longest queueing
+
+
+@pytest.fixture
+def small_on_cpu(monkeypatch):
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "CACHE_BYTES", 1 << 12)
+    monkeypatch.setattr(bench_gemm, "WEIGHTS", ((16, 48), (32, 16), (48, 32)))
+    monkeypatch.setattr(bench_gemm, "TOKENS", (16, 32, 48))
+    monkeypatch.setattr(bench_quantize, "SHAPES", ((16, 32), (48, 16)))
+    monkeypatch.setattr(bench_optimizer, "FEW_HUGE", ((32, 48), (16, 16)))
+    monkeypatch.setattr(bench_optimizer, "MANY_SMALL", ((8, 8),) * 3)
+    monkeypatch.setitem(bench_kernels.SIZES, "cuda", (1024, 16, 64, 96))
+    small = models.Config(dim=32, layers=1, heads=2, kv_heads=1, ffn=48, context=64)
+    monkeypatch.setattr(bench_layer.models, "load", lambda name: small)
+    monkeypatch.setitem(bench_layer.LENGTH, "cuda", 16)
+    monkeypatch.setattr(bench_layer, "TARGETED", 32)
+
+
+@pytest.mark.usefixtures("small_on_cpu")
+@pytest.mark.parametrize("bench", BENCHES)
+def test_every_cuda_row_runs(bench):
+    built = 0
+    for case in bench.cases("cuda"):
+        if "compiled" in case.name and "not compiled" not in case.name:
+            continue  # the compiler takes a minute; test_compile.py has converted models
+        try:
+            calls = case.build()
+        except common.NotHereError:
+            assert "torchao" in case.baseline or "bitsandbytes" in case.baseline
+            continue
+        built += 1
+        for call in calls * 2:
+            call()
+    assert built
+
+
+def test_the_plan_is_sound():
+    names = [step.name for step in gpu_plan.PLAN]
+    assert len(set(names)) == len(names)
+    assert sum(step.seconds for step in gpu_plan.PLAN) <= gpu_plan.SECONDS < 600
+    filled = {}
+    benches = BENCHES
+    listed = {case.target for bench in benches for case in bench.cases("cuda")}
+    for i, step in enumerate(gpu_plan.PLAN):
+        assert set(step.needs) <= set(names[:i])
+        assert gpu_report.missing_files(step.command) == []
+        filled |= dict.fromkeys(step.targets, step.name)
+    steps = {key: target.step for key, target in targets.TARGETS.items() if target.step}
+    assert filled == steps
+    assert set(filled) <= listed
+
+
+@pytest.mark.slow
+def test_a_dry_run_finds_nothing_missing(tmp_path, capsys):
+    assert gpu_report.dry_run(tmp_path) == []
+    shown = capsys.readouterr().out
+    assert all(f"\n{step.name}: {step.seconds} s" in shown for step in gpu_plan.PLAN)
+
+
+def test_a_dry_run_names_what_is_missing(tmp_path, monkeypatch, capsys):
+    broken = (
+        Step("one", 1, "-", ("{python}", "bench/no_such_bench.py")),
+        Step("two", 600, "-", python(""), python("import sys; sys.exit('no such flag')")),
+        Step("three", 1, "-", python(""), python("print()"), targets=("cast",)),
+    )
+    monkeypatch.setattr(gpu_plan, "PLAN", broken)
+    monkeypatch.setattr(gpu_report, "_recipes", lambda path: ["bf16"])
+    problems = gpu_report.dry_run(tmp_path)
+    assert problems[0] == "one: bench/no_such_bench.py is missing"
+    assert problems[1].endswith("gave 1: no such flag")
+    assert problems[2] == "three: no row for the target cast"
+    assert problems[3] == f"the plan takes 602 s, more than {gpu_plan.SECONDS}"
+
+
+def python(code):
+    return ("{python}", "-c", code.replace("{", "{{").replace("}", "}}"))
+
+
+ROW = '{"rows": [{"name": "r", "baseline": "b", "target": "cast", "ratio": 0.5, "iqr": [0, 1]}]}'
+BUILD = {
+    "path": "/nowhere", "bench_cuda": None, "recipes": ["bf16"], "how": "carried", "info": {},
+    "ops": {}, "sources": "0", "commit": "abc", "machine": {"cpu": "a CPU", "cores": 2},
+}  # fmt: skip
+
+
+def plan(work):
+    build = f"open({str(work / 'build.json')!r}, 'w').write({json.dumps(BUILD)!r})"
+    rows = f"open({str(work / 'rows.json')!r}, 'w').write({ROW!r}); raise SystemExit('broken')"
+    return (
+        Step("build", 20, "-", python(build), needs=()),
+        Step("leaves rows and fails", 20, "-", python(rows), rows="rows.json", targets=("cast",)),
+        Step("needs it", 20, "-", python(""), needs=("leaves rows and fails",)),
+        Step("C++", 20, "-", ("{bench_cuda}", "--check")),
+        Step("tool", 20, "-", python(""), tool="no-such-tool"),
+        Step("no rows", 20, "-", python(""), rows="none.json", targets=("layer",)),
+    )
+
+
+def test_a_step_that_fails_does_not_stop_the_others(tmp_path):
+    results, build = gpu_report.run_plan(plan(tmp_path), tmp_path)
+    assert build == BUILD
+    said = {name: (one["status"], one.get("reason")) for name, one in results.items()}
+    assert said == {
+        "build": ("passed", None),
+        "leaves rows and fails": ("failed", "status 1: broken"),
+        "needs it": ("skipped", "leaves rows and fails failed"),
+        "C++": ("skipped", "the build has no C++ bench"),
+        "tool": ("skipped", "no-such-tool is not on this machine"),
+        "no rows": ("passed", None),
+    }
+    rows = gpu_report.collect(plan(tmp_path), results, tmp_path)
+    assert [(row["target"], row.get("ratio"), row.get("reason")) for row in rows] == [
+        ("cast", 0.5, None),
+        ("layer", None, "no rows left no such row"),
+    ]
+
+
+def test_a_step_has_its_time_and_what_the_others_left(tmp_path):
+    took = {"early": 4.0, "late": 16.0}
+    given, time = {}, [100.0]
+
+    def run(command, env, log, seconds):
+        given[log.stem] = seconds
+        time[0] += took[log.stem]
+        return "passed", None
+
+    steps = [Step(name, s, "-", python(""), needs=()) for name, s in
+             (("early", 10), ("late", 10), ("last", 0))]  # fmt: skip
+    results, _ = gpu_report.run_plan(steps, tmp_path, run, lambda: time[0])
+    assert given == {"early": 10.0, "late": 16.0}
+    assert results["late"]["seconds"] == 16.0
+    assert (results["last"]["status"], results["last"]["reason"]) == (
+        "skipped", "no time was left")  # fmt: skip
+
+
+def test_a_step_that_runs_out_of_time_is_stopped_with_its_children(tmp_path):
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    command = gpu_report.fill(python(code), {"python": sys.executable})
+    status, note = gpu_report.execute(command, gpu_report.environment(), tmp_path / "log", 0.0)
+    assert (status, note) == ("timed out", "stopped after 0 s")
+
+
+def a_report(tmp_path, started="2026-01-02T03:04:05Z"):
+    (tmp_path / "train").mkdir(exist_ok=True)
+    result = {"tokens_per_s": 100.0, "peak_memory": 2**30, "final_loss": 1.5, "val_loss": 1.6,
+              "steps": 10, "skipped": 0}  # fmt: skip
+    recipes = {"bf16": result, "fp8lm-o2": result | {"tokens_per_s": 150.0, "final_loss": None}}
+    (tmp_path / "train" / "summary.json").write_text(json.dumps({"recipes": recipes}))
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite><testcase classname="t" name="a"/>'
+        '<testcase classname="t" name="b"><skipped/></testcase>'
+        '<testcase classname="t" name="c"><failure/></testcase></testsuite></testsuites>'
+    )
+    results, build = gpu_report.run_plan(plan(tmp_path), tmp_path)
+    one = {"name": "A GPU 80GB", "driver": "1.2", "torch": "2.11.0"}
+    report = gpu_report.report(one, plan(tmp_path), results, build, tmp_path, 7)
+    return report | {"started": started}
+
+
+def test_the_report_and_its_table(tmp_path):
+    report = json.loads(json.dumps(a_report(tmp_path)))
+    assert report["schema"] == 1 and report["commit"] == "abc" and report["seconds"] == 7
+    assert report["tests"] == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["t::c"]}
+    assert report["targets"]["cast"]["met"] is False
+    trained = {row["name"]: row for row in report["rows"] if row["step"] == "train"}
+    assert trained["quaver train, fp8lm-o2"]["ratio"] == 1.5
+    report["rows"][0] |= {"candidate_s": 1e-5}
+    text = table.gpu_text(report)
+    assert "A GPU 80GB, driver 1.2" in text and "1 passed, 1 failed, 1 skipped" in text
+    assert "| leaves rows and fails | **failed**: status 1: broken | - | - |" in text
+    assert (
+        "| quantize | a copy of the same bytes | 0.50 x | 0.50 x | worst 0.93 | **missed** |"
+        in text
+    )
+    assert "open: no bench measures it yet" in text
+    assert "| quaver train, fp8lm-o2 | 150 | 1.50 x | 1.00 | not finite | 10 |" in text
+    columns = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert set(columns) == {5, 7, 8}
+
+
+def test_the_readme_shows_the_newest_report(tmp_path):
+    assert table.newest(tmp_path) is None
+    assert table.NOTHING in table.readme_section(tmp_path)
+    for name, started in (("a", "2026-01-02"), ("b", "2026-03-01"), ("c", "2026-02-01")):
+        report = {"started": started, "name": name}
+        (tmp_path / f"gpu-{name}.json").write_text(json.dumps(report))
+    assert table.newest(tmp_path)["name"] == "b"
+    assert table.readme_section() in table.README.read_text()
+
+
+@pytest.mark.slow
+def test_without_a_gpu_nothing_is_written(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py"])
+    before = sorted(table.RESULTS.iterdir())
+    with pytest.raises(SystemExit, match="no GPU to report on"):
+        gpu_report.main()
+    assert sorted(table.RESULTS.iterdir()) == before
+
+
+def test_a_carried_build_must_be_of_these_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_build, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_build, "STAMP", tmp_path / "dist" / "carried.json")
+    (tmp_path / "dist").mkdir()
+    monkeypatch.setattr(gpu_build, "SOURCES", ("setup.py",))
+    (tmp_path / "setup.py").write_text("as it was")
+    with pytest.raises(gpu_build.BuildError, match=r"no dist/carried\.json"):
+        gpu_build.carried(tmp_path)
+    gpu_build.stamp()
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    with pytest.raises(gpu_build.BuildError, match=f"nor dist/quaver-\\*-{tag}-"):
+        gpu_build.carried(tmp_path)
+    with zipfile.ZipFile(tmp_path / "dist" / f"quaver-1-{tag}-{tag}-linux.whl", "w") as wheel:
+        wheel.writestr("quaver/__init__.py", "x = 1")
+    site = gpu_build.carried(tmp_path / "work")
+    assert (site / "quaver" / "__init__.py").read_text() == "x = 1"
+    assert gpu_build.choose(tmp_path / "work", "auto", ["nvcc"]) == (
+        "carried because nvcc is missing", site)  # fmt: skip
+    (tmp_path / "setup.py").write_text("changed")
+    with pytest.raises(gpu_build.BuildError, match="other sources"):
+        gpu_build.carried(tmp_path)
+    with pytest.raises(gpu_build.BuildError, match="cannot build: nvcc is missing"):
+        gpu_build.choose(tmp_path, "build", ["nvcc"])
