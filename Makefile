@@ -69,7 +69,8 @@ cuda: $(READY) $(if $(QUAVER_CUTLASS_DIR),,build/cutlass/.$(CUTLASS)) $(if $(she
 	cmake -S . -B build/cuda -G Ninja -DQUAVER_CUDA=on -DQUAVER_BINDING=OFF \
 	  -DQUAVER_CUDA_ARCHS="$(ARCHS)" -DQUAVER_CUTLASS_DIR="$(QUAVER_CUTLASS_DIR)" \
 	  -DCMAKE_CUDA_FLAGS="-Werror=all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
-	cmake --build build/cuda --target quaver_cuda bench_cuda
+	cmake --build build/cuda --target quaver_cuda bench_cuda test_cutlass_schedule
+	build/cuda/tests/test_cutlass_schedule
 	PATH="$$PATH:$(CURDIR)/build/cuobjdump/nvidia/cu13/bin" $(PY) cmake/check_cuda.py build/cuda/libquaver_cuda.a $(subst ;, ,$(ARCHS))
 
 # A build for `make gpu-report` on a machine that cannot compile, of QUAVER_PYTHON's version: carry dist/.

@@ -90,7 +90,8 @@ def main():
         failed += [] if good else [key]
         words = "at least" if least else "at most"
         print(f"{key:<18}{found[key]:8.3f}   {words} {bar:<6}{'yes' if good else 'NO'}")
-    common.save("train", [row, *rows])
+    usual = args.recipes == parser.get_default("recipes")
+    common.save("train" if usual else f"train-{settings['recipe'][1]}", [row, *rows])
     if failed:
         sys.exit(f"train: {', '.join(failed)} out of bounds")
 

@@ -63,7 +63,7 @@ TRAIN_DRY = _COMMON + "--data bench --model tiny --steps 2 --batch 1 --seq 32 --
 PLAN = (
     Step(
         "build",
-        150,
+        140,
         "the library is built from this tree, or a carried build is of it, and it loads",
         ("{python}", "bench/gpu_build.py", "--work", "{work}"),
         ("{python}", "bench/gpu_build.py", "--work", "{work}", "--dry-run"),
@@ -93,7 +93,12 @@ PLAN = (
         ),
         ("{python}", "-m", "pytest", "-m", "cuda", "-q", "--collect-only"),
     ),
-    _bench("gemm", 60, "matrix products against torch._scaled_mm"),
+    _bench(
+        "gemm",
+        60,
+        "matrix products against torch._scaled_mm",
+        ("gemm-fast", "gemm-promoted", "gemm-wgrad", "gemm-fp8-out"),
+    ),
     _bench("quantize", 25, "casts against a copy and against torch", ("cast", "cast-transpose")),
     _bench(
         "optimizer",
@@ -101,7 +106,13 @@ PLAN = (
         "AdamW against a copy, torch and other 8-bit optimizers",
         ("adam-copy", "adam-torch"),
     ),
-    _bench("layer", 55, "a Llama 7B layer against bf16", ("linears", "layer")),
+    _bench(
+        "kernels",
+        25,
+        "sums of shards, norms, activations and gradients against a copy",
+        ("reduce-encode",),
+    ),
+    _bench("layer", 50, "a Llama 7B layer against bf16", ("linears", "layer")),
     Step(
         "cpp",
         20,
@@ -112,7 +123,7 @@ PLAN = (
     ),
     Step(
         "train",
-        55,
+        45,
         "`quaver train` of a small Llama at equal batch: tokens/s, peak memory, loss",
         tuple(TRAIN.split()),
         tuple(TRAIN_DRY.split()),

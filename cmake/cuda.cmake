@@ -49,7 +49,7 @@ target_compile_options(quaver_cuda_flags INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:
   -Xcompiler=-Wall,-Wextra>)
 
 # One translation unit for each row of the table of tactics: a kernel of CUTLASS takes a minute and
-# up to 4 GB to compile, so no more than two compile at a time.
+# up to 4 GB to compile, so the machine's memory says how many compile at a time.
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS csrc/gemm_tactics.h)
 file(READ csrc/gemm_tactics.h rows)
 string(REGEX MATCHALL "X\\([^)]*\\)" rows "${rows}")
@@ -61,7 +61,12 @@ foreach(row IN LISTS rows)
     "#include \"cuda/gemm_sm90.h\"\nQUAVER_GEMM_UNIT(${CMAKE_MATCH_1}, ${CMAKE_MATCH_2})\n")
   list(APPEND gemm_sources ${source})
 endforeach()
-set_property(GLOBAL APPEND PROPERTY JOB_POOLS gemm=2)
+cmake_host_system_information(RESULT memory QUERY TOTAL_PHYSICAL_MEMORY)
+math(EXPR gemm_jobs "${memory} / 8192")
+if(gemm_jobs LESS 1)
+  set(gemm_jobs 1)
+endif()
+set_property(GLOBAL APPEND PROPERTY JOB_POOLS gemm=${gemm_jobs})
 add_library(quaver_gemm OBJECT ${gemm_sources})
 target_link_libraries(quaver_gemm PRIVATE quaver_cuda_flags)
 target_include_directories(quaver_gemm PRIVATE csrc)

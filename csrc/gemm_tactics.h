@@ -5,8 +5,8 @@
 // sums) do not fit beside a 128 x 256 tile, nor does that tile into one warpgroup (pingpong).
 // Which pairs: weights and activations are e4m3, gradients e5m2. A gradient is the first operand of
 // both backward products; e4m3 x e5m2 is there for whoever has it the other way around.
-// The forward and dgrad kernels add to nothing, which leaves them more shared memory; what adds to
-// its output (wgrad) is promoted or f32.
+// Fast kernels of two-byte outputs add to nothing, which leaves them more shared memory. Whoever
+// permits fast sums gets promoted ones where there is no fast kernel: what is rare has no other.
 #pragma once
 
 // clang-format off
@@ -17,16 +17,13 @@
   X(e4m3_e4m3_fast_half_64x128, e4m3, e4m3, half, kFast, kPlain, 64, 128, 1, 1, pingpong, persistent) \
   X(e4m3_e4m3_fast_half_128x256_stream_k, e4m3, e4m3, half, kFast, kPlain, 128, 256, 2, 1, cooperative, stream_k) \
   X(e4m3_e4m3_half_128x128, e4m3, e4m3, half, kPromoted, kSource, 128, 128, 2, 1, cooperative, persistent) \
-  X(e4m3_e4m3_half_64x128, e4m3, e4m3, half, kPromoted, kSource, 64, 128, 1, 1, pingpong, persistent) \
   X(e4m3_e4m3_fast_f32_128x256, e4m3, e4m3, f32, kFast, kSource, 128, 256, 2, 1, cooperative, persistent) \
   X(e4m3_e4m3_f32_128x128, e4m3, e4m3, f32, kPromoted, kSource, 128, 128, 2, 1, cooperative, persistent) \
   X(e4m3_e4m3_fast_fp8_128x256, e4m3, e4m3, fp8, kFast, kPlain, 128, 256, 2, 1, cooperative, persistent) \
   X(e4m3_e4m3_fp8_128x128, e4m3, e4m3, fp8, kPromoted, kPlain, 128, 128, 2, 1, cooperative, persistent) \
   X(e5m2_e4m3_fast_half_128x256, e5m2, e4m3, half, kFast, kPlain, 128, 256, 2, 1, cooperative, persistent) \
-  X(e5m2_e4m3_fast_half_128x128, e5m2, e4m3, half, kFast, kPlain, 128, 128, 2, 1, pingpong, persistent) \
   X(e5m2_e4m3_half_128x128, e5m2, e4m3, half, kPromoted, kSource, 128, 128, 2, 1, cooperative, persistent) \
   X(e5m2_e4m3_half_64x128, e5m2, e4m3, half, kPromoted, kSource, 64, 128, 1, 1, pingpong, persistent) \
-  X(e5m2_e4m3_fast_f32_128x256, e5m2, e4m3, f32, kFast, kSource, 128, 256, 2, 1, cooperative, persistent) \
   X(e5m2_e4m3_f32_128x128, e5m2, e4m3, f32, kPromoted, kSource, 128, 128, 2, 1, cooperative, persistent) \
   X(e5m2_e4m3_f32_128x128_stream_k, e5m2, e4m3, f32, kPromoted, kSource, 128, 128, 2, 1, cooperative, stream_k) \
   X(e5m2_e4m3_fp8_128x128, e5m2, e4m3, fp8, kPromoted, kPlain, 128, 128, 2, 1, cooperative, persistent) \

@@ -20,8 +20,9 @@ ops = torch.ops.quaver
 CASES = {}
 # Ops that compute no bits of their own, or not the same on both, and where they are tested.
 ELSEWHERE = {
-    "gemm": "test_gemm.py",
-    "gemm_": "test_gemm.py",
+    "gemm": "test_gemm_device.py",
+    "gemm_": "test_gemm_device.py",
+    "gemm_quantize": "test_gemm_device.py",
     "comm_id_": "test_comm.py",
     "comm_create": "test_comm.py",
     "comm_all_to_all_": "test_comm.py",

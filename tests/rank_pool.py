@@ -1,10 +1,7 @@
-"""Real processes for tests: `run(world_size, function, *args)` calls function(rank, *args) on every
-rank of a gloo group and returns the results by rank. The processes stay for the next call."""
+"""Ranks that stay for the next call, for tests of many short calls: `run` as in ranks.py."""
 
 import io
-import multiprocessing
 import os
-import tempfile
 import time
 import traceback
 from datetime import timedelta
@@ -12,19 +9,19 @@ from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
+from ranks import TIMEOUT, _context, _free_port
 
-TIMEOUT = 60  # seconds for a call, and for any one collective
+# Linear imports the compiler: once is enough.
+_context.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed", "quaver", "quaver.distributed"]
+)
 
 
-def _work(rank, world_size, store, pipe):
+def _work(rank, size, port, pipe):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, world_size),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=TIMEOUT),
-    )
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
     while True:
         try:
             function, args = pipe.recv()
@@ -39,20 +36,17 @@ def _work(rank, world_size, store, pipe):
             pipe.send((True, file.getvalue()))
 
 
-class _World:
+class _Pool:
     def __init__(self, size):
-        context = multiprocessing.get_context("forkserver")
-        # Linear imports the compiler; once is enough.
-        context.set_forkserver_preload(["torch", "torch._dynamo", "quaver"])
-        self.folder = tempfile.TemporaryDirectory()
+        port = _free_port()
         self.pipes, self.processes = [], []
         for rank in range(size):
-            mine, theirs = context.Pipe()
-            job = (rank, size, os.path.join(self.folder.name, "store"), theirs)
-            process = context.Process(target=_work, args=job, daemon=True)
+            ours, theirs = _context.Pipe()
+            job = (rank, size, port, theirs)
+            process = _context.Process(target=_work, args=job, daemon=True)
             process.start()
             theirs.close()
-            self.pipes.append(mine)
+            self.pipes.append(ours)
             self.processes.append(process)
 
     def call(self, function, args):
@@ -74,22 +68,21 @@ class _World:
                 results[rank] = torch.load(io.BytesIO(value), weights_only=False)
         return [results[rank] for rank in range(len(self.pipes))]
 
-    def end(self):
+    def kill(self):
         for process in self.processes:
             process.kill()
-        self.folder.cleanup()
 
 
-_worlds = {}
+_pools = {}
 
 
-def run(world_size, function, *args):
-    """Raises RuntimeError with the traceback of the first rank that failed, or on a time-out; the
-    processes are then replaced."""
-    if world_size not in _worlds:
-        _worlds[world_size] = _World(world_size)
+def run(size, function, *args):
+    """The results of function(rank, *args) on every rank. Raises RuntimeError with the traceback of
+    the first rank that failed, or on a time-out; the processes are then replaced."""
+    if size not in _pools:
+        _pools[size] = _Pool(size)
     try:
-        return _worlds[world_size].call(function, args)
+        return _pools[size].call(function, args)
     except RuntimeError:
-        _worlds.pop(world_size).end()
+        _pools.pop(size).kill()
         raise

@@ -4,10 +4,14 @@ import contextlib
 
 import pytest
 import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from helpers import randn
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import quaver as qv
+from quaver import models
 
 STEPS = 5
 
@@ -90,3 +94,60 @@ def test_a_compiled_model_sees_every_write_of_a_master():
         model.load_state_dict(build("fp8lm-o2")[0].state_dict())
         torch.testing.assert_close(run(x), model(x.clone()), rtol=1e-5, atol=1e-5)
     assert optimizer.skipped == 0
+
+
+TOKENS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def transformer_losses(family, wrap):
+    torch.manual_seed(0)
+    config = models.Config(family=family, vocab=64, dim=64, heads=4, ffn=96, layers=1, context=32)
+    model = qv.convert(models.build(config), "coat")
+    optimizer = qv.AdamW(model.parameters(), lr=3e-3, recipe="coat")
+    found, run = [], wrap(model)
+    for _ in range(STEPS):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = run(TOKENS)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), TOKENS.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"), [("llama", "aot_eager"), ("gpt", "aot_eager"), ("llama", "inductor")]
+)
+def test_fp8_between_linear_layers_compiles_whole(family, backend):
+    eager = transformer_losses(family, lambda model: model)
+    got = transformer_losses(family, lambda m: torch.compile(m, fullgraph=True, backend=backend))
+    if backend == "aot_eager":
+        assert got == eager
+    assert got == pytest.approx(eager, rel=2e-2)
+    assert eager[-1] < 0.9 * eager[0]
+
+
+def test_a_compiled_graph_shares_the_cast_of_a_norm():
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.RMSNorm(32)
+            self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x):
+            y = self.norm(x)
+            return self.q(y) + self.k(y) + self.v(y)
+
+    ops = []
+
+    def count(graph, inputs):
+        for node in graph.graph.nodes:
+            ops.extend(str(part) for part in (node.target, *node.args[:1]))
+        return make_boxed_func(graph)
+
+    net = qv.convert(Three(), "coat")
+    run = torch.compile(net, fullgraph=True, backend=aot_autograd(fw_compiler=count))
+    run(randn(16, 32).requires_grad_())
+    assert any("quaver.normalize" in op for op in ops)
+    assert not any("quaver.cast_transpose" in op or "quaver.quantize" in op for op in ops)

@@ -2,6 +2,7 @@
 wrong."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -97,6 +98,10 @@ def one_backward(rank, size, bucket_bytes, algorithm):
     }  # fmt: skip
 
 
+def shard_length(sizes, ranks):
+    return qv.ops.bucket_length(math.ceil(sum(map(qv.ops.bucket_length, sizes)) / ranks))
+
+
 def test_backward_leaves_the_mean_of_all_ranks():
     size = 3
     results = ranks.run(size, one_backward, size, 2**20, "two_shot")
@@ -124,9 +129,18 @@ def test_backward_leaves_the_mean_of_all_ranks():
     got = unused["branch.bias"]
     rest = sum(r["local"]["branch.bias"].double() for i, r in enumerate(results) if i != 1) / size
     torch.testing.assert_close(got.double(), rest, rtol=1e-5, atol=1e-7)
-    # FP8, padding and scales included, against two bytes a value around a ring.
+    # Two backwards of one bucket of FP8, with an amax a tensor, and one of f32; shards go out and
+    # come back, to each other rank.
+    named = dict(Net().named_parameters())
+    low = [p.numel() for n, p in named.items() if isinstance(mean[n], tuple) or n == "never.weight"]
+    plain = [p.numel() for n, p in named.items() if p.numel() not in low or p.dim() < 2]
+    assert len(low) + len(plain) == len(named)
+    low_shard, plain_shard = (shard_length(sizes, size) for sizes in (low, plain))
+    others = size - 1
     sent = results[0]["traffic"]
-    assert sent["gradient"] > 0 and sent["scale"] > 0
+    assert sent["gradient"] == 2 * others * (2 * low_shard + 4 * len(low) + 2 * 4 * plain_shard)
+    notes = len(named) + 17 * 2 * 4  # used or not, and two histories of four layers
+    assert sent["scale"] == 2 * (others * 4 * len(low) + math.ceil(2 * others / size * 4 * notes))
     assert sent["weight"] == sent["activation"] == 0
     small = ranks.run(size, one_backward, size, 1500, "two_shot")
     same(results[0]["mean"], small[0]["mean"], "other buckets")

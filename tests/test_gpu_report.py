@@ -4,8 +4,9 @@ every CUDA row built and called once on the CPU, small."""
 import json
 import sys
 import zipfile
-from pathlib import Path
 
+import bench_gemm
+import bench_kernels
 import bench_layer
 import bench_optimizer
 import bench_quantize
@@ -23,7 +24,7 @@ from gpu_plan import Step
 
 from quaver import models
 
-ROOT = Path(__file__).resolve().parents[1]
+BENCHES = (bench_gemm, bench_quantize, bench_optimizer, bench_kernels, bench_layer)
 
 
 class Clock:
@@ -165,9 +166,12 @@ def test_the_device_clock_counts_turns_that_the_host_held_up(monkeypatch):
 def small_on_cpu(monkeypatch):
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "CACHE_BYTES", 1 << 12)
+    monkeypatch.setattr(bench_gemm, "WEIGHTS", ((16, 48), (32, 16), (48, 32)))
+    monkeypatch.setattr(bench_gemm, "TOKENS", (16, 32, 48))
     monkeypatch.setattr(bench_quantize, "SHAPES", ((16, 32), (48, 16)))
     monkeypatch.setattr(bench_optimizer, "FEW_HUGE", ((32, 48), (16, 16)))
     monkeypatch.setattr(bench_optimizer, "MANY_SMALL", ((8, 8),) * 3)
+    monkeypatch.setitem(bench_kernels.SIZES, "cuda", (1024, 16, 64, 96))
     small = models.Config(dim=32, layers=1, heads=2, kv_heads=1, ffn=48, context=64)
     monkeypatch.setattr(bench_layer.models, "load", lambda name: small)
     monkeypatch.setitem(bench_layer.LENGTH, "cuda", 16)
@@ -175,7 +179,7 @@ def small_on_cpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_on_cpu")
-@pytest.mark.parametrize("bench", [bench_quantize, bench_optimizer, bench_layer])
+@pytest.mark.parametrize("bench", BENCHES)
 def test_every_cuda_row_runs(bench):
     built = 0
     for case in bench.cases("cuda"):
@@ -197,7 +201,7 @@ def test_the_plan_is_sound():
     assert len(set(names)) == len(names)
     assert sum(step.seconds for step in gpu_plan.PLAN) <= gpu_plan.SECONDS < 600
     filled = {}
-    benches = (bench_quantize, bench_optimizer, bench_layer)
+    benches = BENCHES
     listed = {case.target for bench in benches for case in bench.cases("cuda")}
     for i, step in enumerate(gpu_plan.PLAN):
         assert set(step.needs) <= set(names[:i])

@@ -12,18 +12,23 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 FP8 = [name for name in recipe.names() if recipe.get(name).linear is not None]
 
 
-def make(name, seed=0):
+def plain(family="Llama", seed=0, **changes):
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    model = qv.convert(transformers.LlamaForCausalLM(config), recipe=name)
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    config = getattr(transformers, f"{family}Config")(**sizes | changes)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def make(name, seed=0):
+    model = qv.convert(plain(seed=seed), recipe=name)
     return model, qv.AdamW(model.parameters(), lr=3e-3, recipe=name)
 
 
@@ -84,3 +89,83 @@ def test_fp8_starts_with_the_loss_of_the_plain_model(name):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             losses.append(model(input_ids=TOKENS, labels=TOKENS).loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+# Norms of two layers that feed linear layers alone, and MLPs of the forms we know.
+FAMILIES = {
+    "Llama": (14, 4, 2),
+    "Mistral": (14, 4, 2),
+    "Qwen2": (14, 4, 2),
+    "Qwen3": (14, 4, 2),
+    "Gemma": (14, 4, 2),
+    "Gemma2": (14, 4, 2),
+    "Mixtral": (8, 2, 0),
+    "GPTNeoX": (8, 4, 2),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_convert_unmodified_and_train(family):
+    changes = {"head_dim": 16} if family.startswith("Gemma") else {}
+    model = plain(family, **changes)
+    keys, types = list(model.state_dict()), [type(m) for m in model.modules()]
+    with torch.no_grad():
+        before = model(input_ids=TOKENS, labels=TOKENS).loss.item()
+    qv.convert(model, "coat")
+    report = qv.convert_report(model)
+    kinds = list(report.converted.values())
+    assert tuple(kinds.count(kind) for kind in ("linear", "norm", "mlp")) == FAMILIES[family]
+    assert all(report.left.values()) and "lm_head" in report.left
+    assert all(isinstance(m, t) for m, t in zip(model.modules(), types, strict=True))
+    assert list(model.state_dict()) == keys
+    optimizer = qv.AdamW(model.parameters(), lr=3e-3, recipe="coat")
+    losses = [step(model, optimizer, TOKENS) for _ in range(4)]
+    assert losses[0] == pytest.approx(before, rel=0.01) and losses[-1] < 0.9 * losses[0]
+    qv.restore(model)
+    assert [type(m) for m in model.modules()] == types and list(model.state_dict()) == keys
+
+
+def test_the_last_norm_and_what_is_no_linear_layer_are_left():
+    report = qv.convert_report(qv.convert(plain("Gemma2", head_dim=16), "coat"))
+    assert "who reads it is not known" in report.left["model.norm"]
+    left = report.left["model.layers.0.post_attention_layernorm"]  # added to the residual stream
+    assert left == "add reads it, which is no linear layer"
+    assert "model.layers.0.pre_feedforward_layernorm" in report.converted
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_librarys_own_gradient_checkpointing(use_reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model, optimizer = make("coat")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        found.append([step(model, optimizer, TOKENS) for _ in range(3)])
+    assert found[0] == found[1]
+
+
+def test_generation():
+    model = qv.convert(plain(), "coat").eval()
+    out = model.generate(TOKENS[:, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape == (2, 8) and torch.equal(out[:, :4], TOKENS[:, :4])
+
+
+def test_a_block_saves_half_of_what_bf16_does():
+    """Of either baseline: the residual stream in f32 under autocast, or a model in bf16."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    def measure(name, dtype):
+        model = plain(hidden_size=128, intermediate_size=344, max_position_embeddings=128)
+        layer, x = model.model.layers[0].to(dtype), torch.randn(1, 128, 128, dtype=dtype)
+        position = LlamaRotaryEmbedding(model.config)(x, torch.arange(128)[None])
+        qv.convert(layer, name)
+        with (
+            qv.saved_activations(layer) as saved,
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32),
+        ):
+            y = layer(x.requires_grad_(), position_embeddings=position)
+        y.float().sum().backward()
+        return saved.bytes
+
+    assert measure("coat", torch.float32) <= 0.5 * measure("bf16", torch.float32)
+    assert measure("coat", torch.bfloat16) <= 0.5 * measure("bf16", torch.bfloat16)

@@ -193,3 +193,68 @@ def test_bytes_per_parameter_of_the_fp8_levels(name, expected):
     assert found["weight"] == 0
     assert found["state"] + found["weight_fp8"] == pytest.approx(found["all"])
     assert report["grad"] < 1.02 * (2 * 512 * 512) + 2 * 512 * 4
+
+
+class Attn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(IN, 3 * IN, bias=False), nn.Linear(IN, IN, bias=False)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.out(torch.sigmoid(q) * k.exp() + v)
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(IN, IN, bias=False)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(IN), Attn()) for _ in range(2))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return x.tanh()
+
+
+def test_saved_activations_by_layer_and_kind():
+    model, n = Layers(), 4 * ROWS * IN
+    with qv.saved_activations(model) as saved:
+        loss = model(torch.randn(ROWS, IN)).neg().exp().mean()
+    loss.backward()
+    assert set(saved.by_layer) == {"embed", "blocks.0", "blocks.1", "", "outside"}
+    assert saved.by_layer["embed"] == {"linear": n}
+    for name in ("blocks.0", "blocks.1"):
+        # norm: x, mean and rstd; qkv: its input; sigmoid and exp: their results, which are not the
+        # product's factors alone; out: its input.
+        assert saved.by_layer[name]["norm"] == n + 2 * 4 * ROWS
+        assert saved.by_layer[name]["linear"] == 2 * n
+        assert saved.by_layer[name]["attention"] == 2 * n
+    assert saved.by_layer[""] == saved.by_layer["outside"] == {"other": n}  # tanh and exp
+    report = qv.memory_report(model, activations=saved)
+    by_layer = report["activation_by_layer"]
+    assert sum(sum(kinds.values()) for kinds in by_layer.values()) == report["activation"]
+    assert saved.by_kind()["linear"] == 5 * n
+    assert qv.memory_report(model)["activation_by_layer"] == {}
+
+
+def test_layers_without_a_list_are_modules():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(IN, 2 * IN), nn.Linear(2 * IN, IN)
+
+        def forward(self, x):
+            return self.down(F.gelu(self.up(x)))
+
+    model = nn.ModuleDict({"mlp": Two()})
+    with qv.saved_activations(model) as saved:
+        loss = model["mlp"](torch.randn(ROWS, IN)).sum()
+    loss.backward()
+    n = 4 * ROWS * IN
+    assert saved.by_layer == {
+        "mlp.up": {"linear": n},
+        "mlp": {"mlp": 2 * n},
+        "mlp.down": {"linear": 2 * n},
+    }

@@ -164,6 +164,34 @@ def test_shards_are_summed_in_rank_order(dtype, keep, ranks):
     assert_same(torch.stack([r[2] for r in results]).sum(0).int(), saturated)
 
 
+def heavy(shape, seed):
+    """Student's t of 3 degrees of freedom, rows of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn((5, *shape), generator=generator)
+    value = normal[0] / normal[1:4].square().mean(0).sqrt()
+    return value * torch.exp2(normal[4, :, :1])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_the_mean_of_heavy_tailed_gradients_is_two_roundings_off(ranks):
+    """FP8-LM's figure 7; bench_all_reduce.py has the whole table."""
+    squares = {"two_shot": 0.0, "ring": 0.0}
+    whole = 0.0
+    for seed in range(3):
+        shared = heavy((256, 256), seed)
+        values = [shared + 0.3 * heavy((256, 256), 100 * (r + 1) + seed) for r in range(ranks)]
+        mean = sum(v.double() for v in values) / ranks
+        q, scale, _ = reference.two_shot(values, E4M3)
+        ring = reference.ring_mean(values, E4M3, ranks**-0.5)
+        squares["two_shot"] += float((q.double() * scale - mean).square().sum())
+        squares["ring"] += float((ring - mean).square().sum())
+        whole += float(mean.square().sum())
+    error = {way: math.sqrt(square / whole) for way, square in squares.items()}
+    print(f"{ranks} ranks: two_shot {error['two_shot']:.4f}, ring {error['ring']:.4f}")
+    assert error["two_shot"] <= 0.037
+    assert ranks < 4 or error["two_shot"] <= 0.6 * error["ring"]
+
+
 def test_what_is_not_finite_shows_in_the_amax():
     shards = torch.ones(3, 32, dtype=torch.bfloat16)
     shards[1, 3], shards[2, 20] = NAN, INF

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import quaver as qv
-from quaver import ScaledTensor, models, recipe
-from quaver.distributed import sequence, sharding, traffic
+from quaver import ScaledTensor, data, models, recipe, train
+from quaver.distributed import Transport, sequence, sharding
 from quaver.distributed import tensor_parallel as tp
+from quaver.distributed.launch import parse_parallel
 from quaver.distributed.tensor_state import gather_state, scatter_state
+from quaver.errors import UsageError
+from quaver.rundir import RunDir
 
 E4M3, E5M2 = FP8
 CONFIG = models.Config(dim=64, layers=2, heads=8, kv_heads=4, ffn=96, context=64)
@@ -62,12 +66,12 @@ def whole_gradients(model):
 
 
 def mlp_on_a_rank(rank, name, fp8_sum, regather):
-    group = dist.group.WORLD
-    model = tp.parallelize(mlp(name), group, PLAN, fp8_sum=fp8_sum, regather=regather)
-    x = sequence.own(X, group).requires_grad_()
+    transport = Transport()
+    model = tp.parallelize(mlp(name), transport, PLAN, fp8_sum=fp8_sum, regather=regather)
+    x = sequence.own(X, transport).requires_grad_()
     y = model(x)
-    y.backward(sequence.own(DY, group))
-    whole = sequence.gather(y.detach(), group), sequence.gather(x.grad, group)
+    y.backward(sequence.own(DY, transport))
+    whole = sequence.gather(y.detach(), transport), sequence.gather(x.grad, transport)
     return *whole, whole_gradients(model)
 
 
@@ -211,6 +215,7 @@ def relative(a, b):
         (4, "bf16", {}),
         (2, "fp8lm-o2", {"fp8_sum": True}),
         (4, "fp8lm-o2", {}),
+        (2, "coat", {}),
     ],
 )
 def test_a_decoder_gives_what_it_gives_in_one_process(kind, ranks, name, options):
@@ -256,10 +261,10 @@ def bytes_on_a_rank(rank, runs):
     found = []
     for name, options in runs:
         model = models.build(CONFIG.replace(layers=LAYERS))
-        tp.parallelize(qv.convert(model, recipe=name), dist.group.WORLD, **options)
-        traffic.reset()
-        loss_of(model, name, TOKENS)[0].backward()
-        found.append(traffic.sent())
+        transport = Transport()
+        tp.parallelize(qv.convert(model, recipe=name), transport, **options)
+        loss_of(model, name)[0].backward()
+        found.append(transport.traffic)
     return found
 
 
@@ -357,7 +362,7 @@ def test_a_nan_on_one_rank_makes_all_skip_and_go_on(name):
 def infinity_on_a_rank(rank):
     """An input that is not finite on one rank alone is seen by all, saturation or not."""
     model = tp.parallelize(mlp("fp8lm-o2"), dist.group.WORLD, PLAN)
-    x = sequence.own(X, dist.group.WORLD)
+    x = sequence.own(X, Transport())
     if rank == 1:
         x[0, 0, 0] = float("inf")
     return model(x).isnan().all().item()
@@ -515,3 +520,64 @@ def test_mistakes_are_named_on_every_rank():
     }.items():
         assert text in str(first[key]), key
         assert text in str(second[key]), key
+
+
+class Stop:
+    """Asks a run to stop after some steps."""
+
+    def __init__(self, steps=math.inf):
+        self.steps = steps
+
+    def is_set(self):
+        self.steps -= 1
+        return self.steps < 0
+
+
+def train_on_a_rank(rank, out, name):
+    """Losses of a whole run, of one that stopped and went on, and the bytes that were sent."""
+    text = data.load([str(Path(qv.__file__).parent / "models")], 32)
+    world = qv.distributed.World("cpu", tensor=2)
+    found = []
+    for folder, stops in (("whole", []), ("stopped", [Stop(2)])):
+        folder = RunDir(Path(out) / folder)
+        for resume in range(len(stops) + 1):
+            settings = train.Settings(
+                recipe=(name,), steps=4, batch=4, seq=32, resume=resume > 0, parallel="dp=2,tp=2"
+            )
+            folder.metrics_path(name).parent.mkdir(parents=True, exist_ok=True)
+            job = train.Job(settings, CONFIG, text, torch.device("cpu"), folder, None, world)
+            try:
+                result, losses = job.train(name, stops.pop() if stops else Stop())
+            except train.Interrupted:
+                dist.barrier()
+        found.append((result["communication"], losses, result["val_loss"]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8lm-o2", "fp8lm-o3"])
+def test_training_on_two_by_two_ranks_resumes_to_the_same_bits(tmp_path, name):
+    results = run(4, train_on_a_rank, str(tmp_path), name)
+    (sent, losses, validation), (sent_again, again, validation_again) = results[0]
+    assert losses == again
+    assert validation == validation_again
+    assert losses[-1] < losses[0]
+    # Of two sequences of 32 tokens a rank sends half: see test_bytes_on_the_wire.
+    of_a_half = {"bf16": 2 * 5, "fp8lm-o2": 2 + 2 * 2, "fp8lm-o3": 2 + 2}[name]
+    wanted = 4 * (2 * 32 * 64 // 2) * (2 * CONFIG.layers * of_a_half + 2 * 2)
+    assert sent["activation"] == sent_again["activation"] == wanted
+    assert (sent["weight"] > 0) == (name == "fp8lm-o3")
+    for other in results[1:]:
+        assert other[0][1] == losses
+
+
+def test_the_flag_names_kinds_and_ranks():
+    assert parse_parallel("dp=2,tp=2") == {"dp": 2, "tp": 2}
+    assert parse_parallel("tp=4") == {"tp": 4}
+    assert parse_parallel("zero=2,tp=2") == {"zero": 2, "tp": 2}
+    for text in ("tp", "tp=0", "tp=2,tp=2", "dp=2,zero=2", "pp=2", "tp=2;dp=2"):
+        with pytest.raises(UsageError, match="--parallel"):
+            parse_parallel(text)
+    with pytest.raises(UsageError, match="--seq 30 does not divide among tp=4"):
+        train.Settings(parallel="tp=4", seq=30)
+    with pytest.raises(UsageError, match="--batch 3 does not divide among 2 ranks"):
+        train.Settings(parallel="dp=2,tp=2", batch=3)

@@ -1,6 +1,7 @@
 """The loop: what a step computes, what a run writes, and that a stopped run loses nothing."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 import quaver as qv
 from quaver import data, models, recipe, train
 from quaver.errors import UsageError
+from quaver.plot import memory_kinds
+from quaver.probe import Probe
 from quaver.progress import table
 from quaver.rundir import Metrics, RunDir
 
@@ -109,7 +112,8 @@ def test_what_a_run_writes(settings, capsys):
         assert result["steps"] == 40
         assert result["memory"]["bytes_per_param"]["state"] == 16
         assert result["memory"]["activation"] > 0
-    assert Path(s.out, "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    for picture in ("loss.png", "memory.png"):
+        assert Path(s.out, picture).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     shown = capsys.readouterr().out
     assert "bf16  step 40/40  loss" in shown
     assert table(summary["recipes"]) in shown
@@ -286,6 +290,7 @@ def test_metrics_keep_the_lines_before_the_checkpoint(tmp_path):
         ({"save_every": 0}, "--save-every must be at least 1"),
         ({"lr": float("nan")}, "--lr must be a positive number, got nan"),
         ({"warmup": 8}, "--warmup must be 0 to 7, got 8"),
+        ({"probe": -1}, "--probe must be 0 (off) or a number of steps, got -1"),
         ({"recipe": ("f32", "f32")}, "--recipe names one twice: f32,f32"),
         ({"recipe": ()}, "--recipe names none"),
         ({"recipe": ("fp9",)}, "fp9"),
@@ -330,3 +335,77 @@ def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path, name):
         kills += 1
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert losses(s.out, name) == losses(whole.out, name)
+
+
+def test_the_table_and_the_picture_add_up(settings):
+    results = train.run(settings(recipe=("bf16", "fp8lm-o2", "coat"), steps=2))["recipes"]
+    for result in results.values():
+        kinds = memory_kinds(result["memory"])
+        assert sum(kinds.values()) == result["memory"]["total"]
+        assert {"saved: norm", "saved: mlp", "saved: attention", "master"} <= kinds.keys()
+    rows = {line.split()[0]: line for line in table(results).splitlines() if line}
+    less = results["bf16"]["memory"]["total"] / results["coat"]["memory"]["total"]
+    assert rows["coat"].endswith(f"{less:.2f} x") and less > 1
+    saved = [results[name]["memory"]["activation"] for name in ("coat", "fp8lm-o2", "bf16")]
+    assert saved == sorted(saved)
+
+
+def test_what_was_converted_is_said(settings, capsys):
+    train.run(settings(recipe=("coat",), steps=1))
+    shown = capsys.readouterr().out
+    assert "coat converted 4 linear, 2 norm, 1 mlp" in shown
+    assert "left lm_head: it is skipped" in shown
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8lm-o2", "coat"])
+def test_a_probe_measures_and_changes_nothing(settings, tmp_path, name):
+    s = settings(recipe=(name,), steps=20, accumulate=2, out=str(tmp_path / "without"))
+    train.run(s)
+    probed = settings(recipe=(name,), steps=20, accumulate=2, out=str(tmp_path / "with"), probe=2)
+    train.run(probed)
+    assert losses(s.out, name) == losses(probed.out, name)
+    lines = read_metrics(probed.out, name)
+    assert ["probe" in line for line in lines] == [step % 2 == 0 for step in range(1, 21)]
+    found = lines[-1]["probe"]
+    if name == "bf16":
+        assert found == {}
+        return
+    for suffix in (".input", ".grad_output", ".weight.grad", ".exp_avg", ".exp_avg_sq"):
+        assert any(key.endswith(suffix) for key in found), suffix
+    for key, figures in found.items():
+        assert 0 <= figures["zeros"] <= 1 and 0 <= figures["saturated"] <= 1, key
+        if figures["snr_db"] is not None:
+            # 3 or 2 bits of mantissa leave about 31.5 or 25.5 dB; moments were rounded once more.
+            assert 15 < figures["snr_db"] < 80, (key, figures)
+    if name == "coat":
+        assert {"blocks.0.norm1.output", "blocks.0.norm2.saved", "blocks.0.mlp.product",
+                "blocks.0.mlp.saved_gate", "blocks.0.mlp.saved_up"} <= found.keys()  # fmt: skip
+
+
+def test_a_probe_figures_are_those_of_the_codes():
+    torch.manual_seed(0)
+    model = qv.convert(torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False)), "tensorwise")
+    optimizer = qv.AdamW(model.parameters(), recipe="tensorwise")
+    x = torch.randn(64, 64)
+    x[:, :16] = 0
+    x[0, 20] = 448.0
+    probe = Probe(model, optimizer)
+    with probe.watching():
+        model(x).sum().backward()
+    probe.before_update()
+    optimizer.step()
+    found = probe.after_update()["0.input"]
+    q = qv.quantize(x)
+    error = (x - q.dequantize()).double().square().sum()
+    snr = 10 * math.log10(x.double().square().sum() / error)
+    assert found["snr_db"] == pytest.approx(snr)
+    assert found["zeros"] == (q.qdata.float() == 0).float().mean().item()
+    assert found["saturated"] == 1 / x.numel()
+    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
+
+
+def test_probes_may_differ_on_resumption(settings):
+    s = settings(recipe=("coat",), steps=4, probe=2)
+    train.run(s)
+    again = settings(recipe=("coat",), steps=4, probe=1, resume=True)
+    assert train.run(again)["recipes"]["coat"]["steps"] == 4

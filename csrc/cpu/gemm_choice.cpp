@@ -40,9 +40,14 @@ double rate(const GemmTactic& t) {
   return r;
 }
 
-// What a tile costs beside its products, in elements of K: filling the pipeline, and an epilogue
-// that only pingpong hides behind the other warpgroup's products.
-double overhead(const GemmTactic& t) { return t.schedule == GemmSchedule::pingpong ? 96.0 : 384.0; }
+// Pingpong hides a tile's epilogue behind the products of the other warpgroup's tile, if it has
+// one.
+bool hides(const GemmTactic& t, double waves) {
+  return t.schedule == GemmSchedule::pingpong && waves > 1.0;
+}
+
+// What a tile costs beside its products, in elements of K: filling the pipeline, and the epilogue.
+double overhead(const GemmTactic& t, double waves) { return hides(t, waves) ? 96.0 : 384.0; }
 
 // Partial sums in f32 go to memory and come back: a tile's are 4 bytes for each 2 K flops, so for
 // one multiprocessor's share of the memory rate this is the same for every tile.
@@ -92,12 +97,13 @@ GemmCandidate evaluate(const GemmTactic& t, int index, const GemmProblem& p, int
     c.launch.splits = static_cast<int>(std::max<int64_t>(
         1, std::min({slots / std::max<int64_t>(c.tiles, 1), steps / 8, int64_t(16)})));
     if (c.launch.splits > 1)
-      time = double(ceil_div(steps, c.launch.splits)) * kGemmTileK + overhead(t) + kSplitOverhead;
+      time = double(ceil_div(steps, c.launch.splits)) * kGemmTileK + overhead(t, c.waves) +
+             kSplitOverhead;
     else
-      time = std::max(c.waves, 1.0) * (k + overhead(t)) + kSplitOverhead;
+      time = std::max(c.waves, 1.0) * (k + overhead(t, c.waves)) + kSplitOverhead;
     c.workspace_bytes = workspace_of(t, c.tiles, c.launch.splits, sm_count);
   } else {
-    time = double(ceil_div(c.tiles, slots)) * (k + overhead(t));
+    time = double(ceil_div(c.tiles, slots)) * (k + overhead(t, c.waves));
   }
   const double done = double(p.m) * double(p.n) * double(std::max<int64_t>(p.k, 1));
   const double spent = time * t.tile_m * t.tile_n / rate(t) * double(sm_count);
@@ -176,8 +182,10 @@ std::string explain_gemm(const GemmProblem& p, const std::vector<GemmCandidate>&
     s << "; K is cut into " << c.launch.splits << " parts to use those that would idle";
   else if (t.scheduler == GemmScheduler::stream_k)
     s << "; the work is cut evenly along K, so that the last wave is full";
-  if (t.schedule == GemmSchedule::pingpong)
+  if (hides(t, c.waves))
     s << "; two warpgroups take turns, so that one's epilogue hides behind the other's products";
+  else if (t.schedule == GemmSchedule::pingpong)
+    s << "; small tiles occupy the most multiprocessors";
   else
     s << "; two warpgroups share a tile, which reads the least shared memory";
   if (!t.fast)

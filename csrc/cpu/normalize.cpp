@@ -9,10 +9,20 @@
 namespace quaver::cpu {
 namespace {
 
-Channels channels_from(const TensorView& v, int64_t col) {
-  if (v.data == nullptr) return {nullptr, v.dtype};
-  return {at(v, col), v.dtype};
-}
+// An optional [C] argument in f32: every row needs it.
+class Channels {
+ public:
+  explicit Channels(const TensorView& v) : values_(v.data != nullptr ? v.numel() : 0) {
+    if (v.data == nullptr) return;
+    simd().cast(values_.data(), DType::f32, v.data, v.dtype, v.numel(), 1.0f, false);
+    given_ = true;
+  }
+  const float* from(int64_t col) const { return given_ ? values_.data() + col : nullptr; }
+
+ private:
+  std::vector<float> values_;
+  bool given_ = false;
+};
 
 struct Statistics {
   float mean, rstd;
@@ -34,6 +44,7 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
   check_normalize(y, saved, x, weight, bias);
   const ActivationSimd& loops = activation_simd();
   const int64_t groups = groups_in_row(x.cols, saved.block);
+  const Channels weights(weight), biases(bias);
   if (x.cols == 0) {  // there is no block to compute them with
     if (mean != nullptr) std::fill(mean, mean + x.rows, 0.0f);
     std::fill(rstd, rstd + x.rows, inverse_deviation(0.0f, eps));
@@ -52,8 +63,8 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
       for (int64_t col = 0; col < x.cols; col += kBlock) {
         const int64_t n = std::min(kBlock, x.cols - col);
         loops.normalize(values, at(x, row * x.cols + col), x.dtype, n,
-                        mean != nullptr ? mean[row] : 0.0f, rstd[row], channels_from(weight, col),
-                        channels_from(bias, col));
+                        mean != nullptr ? mean[row] : 0.0f, rstd[row], weights.from(col),
+                        biases.from(col));
         sink.put(0, row, col, n, values);
       }
     }
@@ -69,6 +80,7 @@ void normalize_backward(const TensorView& dx, float* dweight, float* dbias, cons
   const int64_t rows = dy.rows, cols = dy.cols, pieces = row_pieces(rows);
   const int64_t groups = groups_in_row(cols, x.block);
   const auto size = static_cast<size_t>(pieces * cols);
+  const Channels weights(weight);
   std::vector<float> dweights(dweight != nullptr ? size : 0), dbiases(dbias != nullptr ? size : 0);
   auto piece_body = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin * kRowPiece; row < std::min(end * kRowPiece, rows); ++row) {
@@ -81,7 +93,7 @@ void normalize_backward(const TensorView& dx, float* dweight, float* dbias, cons
       r.mean = mean != nullptr ? mean[row] : 0.0f;
       r.rstd = rstd[row];
       r.centered = mean != nullptr;
-      r.weight = channels_from(weight, 0);
+      r.weight = weights.from(0);
       r.dweight = dweight != nullptr ? dweights.data() + row / kRowPiece * cols : nullptr;
       r.dbias = dbias != nullptr ? dbiases.data() + row / kRowPiece * cols : nullptr;
       activation_simd().normalize_backward(r, cols);

@@ -26,11 +26,6 @@ inline const float* values_of(float* buffer, const void* x, DType type, int64_t 
   return buffer;
 }
 
-inline const float* channels_of(float* buffer, const Channels& c, int64_t first, int64_t n) {
-  if (c.data == nullptr) return nullptr;
-  return values_of(buffer, at(c.data, c.type, first), c.type, n);
-}
-
 float row_sum(const void* x, DType type, int64_t n, float mean, bool squares) {
   alignas(64) float lanes[kRowLanes] = {};
   alignas(64) float buffer[kBlock];
@@ -49,22 +44,20 @@ float row_sum(const void* x, DType type, int64_t n, float mean, bool squares) {
 }
 
 void normalize(float* __restrict out, const void* x, DType type, int64_t n, float mean, float rstd,
-               const Channels& weight, const Channels& bias) {
-  alignas(64) float buffer[kBlock];
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t m = n - i < kBlock ? n - i : kBlock;
-    float* __restrict y = out + i;
-    load_any(y, at(x, type, i), type, m, 1.0f);
+               const float* __restrict weight, const float* __restrict bias) {
+  load_any(out, x, type, n, 1.0f);
+  if (weight != nullptr && bias != nullptr) {
     QUAVER_SIMD
-    for (int64_t j = 0; j < m; ++j) y[j] = normalized(y[j], mean, rstd);
-    if (const float* w = channels_of(buffer, weight, i, m)) {
-      QUAVER_SIMD
-      for (int64_t j = 0; j < m; ++j) y[j] *= w[j];
-    }
-    if (const float* b = channels_of(buffer, bias, i, m)) {
-      QUAVER_SIMD
-      for (int64_t j = 0; j < m; ++j) y[j] += b[j];
-    }
+    for (int64_t j = 0; j < n; ++j) out[j] = normalized(out[j], mean, rstd) * weight[j] + bias[j];
+  } else if (weight != nullptr) {
+    QUAVER_SIMD
+    for (int64_t j = 0; j < n; ++j) out[j] = normalized(out[j], mean, rstd) * weight[j];
+  } else {
+    QUAVER_SIMD
+    for (int64_t j = 0; j < n; ++j) out[j] = normalized(out[j], mean, rstd);
+    if (bias == nullptr) return;
+    QUAVER_SIMD
+    for (int64_t j = 0; j < n; ++j) out[j] += bias[j];
   }
 }
 
@@ -149,7 +142,8 @@ inline void load_gradient(float* __restrict dy, float* __restrict g, float* __re
   const float mean = row.mean, rstd = row.rstd;
   QUAVER_SIMD
   for (int64_t j = 0; j < m; ++j) xhat[j] = normalized(xhat[j], mean, rstd);
-  if (const float* w = channels_of(g, row.weight, i, m)) {
+  if (row.weight != nullptr) {
+    const float* __restrict w = row.weight + i;
     QUAVER_SIMD
     for (int64_t j = 0; j < m; ++j) g[j] = dy[j] * w[j];
   } else {

@@ -7,12 +7,6 @@
 
 namespace quaver::cpu {
 
-// Values of an optional [C] argument from some column on: null for none.
-struct Channels {
-  const void* data;
-  DType type;
-};
-
 // A row of group-quantised codes and its scales (quaver/cast.h).
 struct GroupedRow {
   const uint8_t* codes;
@@ -35,16 +29,16 @@ struct NormalizeRow {
   GroupedRow x;
   float mean, rstd;
   bool centered;
-  Channels weight;
+  const float* weight;     // null: none
   float *dweight, *dbias;  // the sums of the row's piece, added to; null where not wanted
 };
 
 struct ActivationSimd {
   // The sum of decode(x), or of (decode(x) - mean)^2, in the order of normalize.h.
   float (*row_sum)(const void* x, DType type, int64_t n, float mean, bool squares);
-  // out = (x - mean) * rstd * weight + bias
+  // out = (x - mean) * rstd * weight + bias; weight and bias may be null.
   void (*normalize)(float* out, const void* x, DType type, int64_t n, float mean, float rstd,
-                    const Channels& weight, const Channels& bias);
+                    const float* weight, const float* bias);
   void (*normalize_backward)(const NormalizeRow& row, int64_t n);
   // n values in groups, of which only the last may be short.
   void (*save_groups)(const SavedRow& to, const void* x, DType type, int64_t n);

@@ -41,13 +41,14 @@ QUAVER_DEVICE void scale_channels(const float* channel_scale, bool aligned, Colu
   for (int i = 0; i < kVector; ++i) v[i] *= scale[i];
 }
 
-template <class X, Activation kind, bool kCast>
-__global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p) {
+// The pass for the amax is the same kernel without the cast, at half of the code.
+template <class X, Activation kind>
+__global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p, bool cast) {
   __shared__ Columns columns;
-  __shared__ Tile tile;  // not kept where kCast is false
+  __shared__ Tile tile;
   bool known = false;
   float scale = 1.0f;
-  if (kCast)
+  if (cast)
     scale = scale_in_cast(p.y.scale, &known);
   else if (!is_measured(p.y.scale))
     return;
@@ -80,10 +81,10 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p) {
     if (p.channel_scale != nullptr)
       scale_channels(p.channel_scale, p.aligned_scale, collect ? &columns : nullptr, at, v);
     seen = max_bits(seen, amax_bits(v));
-    if (kCast) put_values(p.y, tile, p.m, at, v, by);
+    if (cast) put_values(p.y, tile, p.m, at, v, by);
   }
   __syncthreads();
-  if (kCast) store_qt(p.y, tile, p.m);
+  if (cast) store_qt(p.y, tile, p.m);
   if (collect && threadIdx.x < kTile) {
     const int64_t col = int64_t(blockIdx.x) % p.m.padded.across * kTile + threadIdx.x;
     if (col < p.m.cols)
@@ -120,8 +121,8 @@ void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& 
     with_kind(kind, [&](auto k) {
       constexpr Activation f = decltype(k)::value;
       if (p.y.scale.mode != ScaleMode::given)
-        launch(op, activate_kernel<X, f, false>, blocks, kThreads, stream, p);
-      launch(op, activate_kernel<X, f, true>, blocks, kThreads, stream, p);
+        launch(op, activate_kernel<X, f>, blocks, kThreads, stream, p, false);
+      launch(op, activate_kernel<X, f>, blocks, kThreads, stream, p, true);
     });
     end_scale(op, p.y.scale, stream);
   });

@@ -47,13 +47,14 @@ QUAVER_DEVICE void gradients(const Problem<X>& p, const Piece& at, float (&dx)[k
   }
 }
 
-template <class X, Activation kind, bool kCast>
-__global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> p) {
+// The pass for the amaxes is the same kernel without the cast, at half of the code.
+template <class X, Activation kind>
+__global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> p, bool cast) {
   __shared__ Tile tile, tile_up;
   const bool gated = p.up.codes != nullptr;
   bool known = false, known_up = !gated;
   float scale = 1.0f, scale_up = 1.0f;
-  if (kCast) {
+  if (cast) {
     scale = scale_in_cast(p.dx.scale, &known);
     if (gated) scale_up = scale_in_cast(p.dup.scale, &known_up);
   } else {
@@ -69,12 +70,12 @@ __global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> 
     float dx[kVector], dup[kVector];
     gradients<X, kind>(p, at, dx, dup);
     seen = max_bits(seen, amax_bits(dx));
-    if (kCast) put_values(p.dx, tile, p.m, at, dx, by);
+    if (cast) put_values(p.dx, tile, p.m, at, dx, by);
     if (!gated) continue;
     seen_up = max_bits(seen_up, amax_bits(dup));
-    if (kCast) put_values(p.dup, tile_up, p.m, at, dup, by_up);
+    if (cast) put_values(p.dup, tile_up, p.m, at, dup, by_up);
   }
-  if (kCast) {
+  if (cast) {
     __syncthreads();
     store_qt(p.dx, tile, p.m);
     if (gated) store_qt(p.dup, tile_up, p.m);
@@ -108,8 +109,8 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
     const int64_t blocks = matrix_blocks(p.m);
     with_kind(kind, [&](auto k) {
       constexpr Activation f = decltype(k)::value;
-      launch(op, activate_backward_kernel<X, f, false>, blocks, kThreads, stream, p);
-      launch(op, activate_backward_kernel<X, f, true>, blocks, kThreads, stream, p);
+      launch(op, activate_backward_kernel<X, f>, blocks, kThreads, stream, p, false);
+      launch(op, activate_backward_kernel<X, f>, blocks, kThreads, stream, p, true);
     });
     end_scale(op, p.dx.scale, stream);
     if (gated) end_scale(op, p.dup.scale, stream);

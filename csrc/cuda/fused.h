@@ -144,9 +144,15 @@ QUAVER_DEVICE void load_vector(const DeviceGroups& g, int64_t row, int64_t col, 
     mask(x, n);  // a scale may be NaN
     return;
   }
+  int64_t group = group_of(g, col), end = (group + 1) * g.block - col;
 #pragma unroll
-  for (int i = 0; i < kVector; ++i)
-    if (i < n) x[i] *= decode_e8m0(scale[group_of(g, col + i)]);
+  for (int i = 0; i < kVector; ++i) {
+    if (i == end) {
+      ++group;
+      end += g.block;
+    }
+    if (i < n) x[i] *= decode_e8m0(scale[group]);
+  }
 }
 
 // An optional [C] argument.

@@ -91,19 +91,22 @@ __global__ void __launch_bounds__(kThreads) normalize_pieces_kernel(Problem p) {
   const int64_t n = p.cols - col;
   const int64_t begin = piece * kRowPiece;
   const int64_t end = begin + kRowPiece < p.rows ? begin + kRowPiece : p.rows;
+  int64_t group[kQuad];
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) group[k] = group_of(p.x, col + k);
   float dweight[kQuad] = {}, dbias[kQuad] = {};
 #pragma unroll 4
   for (int64_t row = begin; row < end; ++row) {
-    float dy[kQuad], x[kQuad], scale[kQuad];
+    float dy[kQuad], x[kQuad];
     decode_any(p.dy_type, load_quad(p.dy, p.dy_type, row * p.cols + col, n, p.aligned), 0, 1.0f,
                dy);
     decode_quad<e4m3>(load_quad(p.x.codes, DType::e4m3, row * p.cols + col, n, p.x.aligned), 0, x);
     const float mean = p.mean != nullptr ? p.mean[row] : 0.0f, rstd = p.rstd[row];
+    const uint8_t* scale = p.x.scale + row * p.x.per_row;
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
       if (k >= n) continue;
-      scale[k] = decode_e8m0(p.x.scale[row * p.x.per_row + group_of(p.x, col + k)]);
-      dweight[k] += dy[k] * normalized(x[k] * scale[k], mean, rstd);
+      dweight[k] += dy[k] * normalized(x[k] * decode_e8m0(scale[group[k]]), mean, rstd);
       dbias[k] += dy[k];
     }
   }

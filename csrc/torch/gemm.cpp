@@ -42,7 +42,7 @@ void check(const Call& c) {
                  c.b.size(0), " values, got ", c.bias->numel());
 }
 
-// The tensors of `c` as the core takes them; they must outlive the result.
+// The tensors of `c` as the core takes them, but for the bias, which may have any format.
 GemmArguments arguments_of(const Call& c) {
   GemmArguments g;
   g.out = view("gemm", "out", c.out);
@@ -52,7 +52,6 @@ GemmArguments arguments_of(const Call& c) {
   g.scale_b = static_cast<const float*>(c.scale_b.data_ptr());
   g.rows_a = c.scale_a.numel() != 1;
   g.rows_b = c.scale_b.numel() != 1;
-  if (c.bias.has_value()) g.bias = static_cast<const float*>(c.bias->data_ptr());
   if (c.out_scale.has_value()) g.out_scale = scalar("gemm_quantize", "out_scale", *c.out_scale);
   if (c.amax.has_value()) g.amax = scalar("gemm_quantize", "amax", *c.amax);
   g.accumulate = c.accumulate;
@@ -130,11 +129,15 @@ void run_cpu(Call& c) {
 
 template <class Stream>
 void run_cuda(Call& c, Stream stream) {
-  if (c.bias.has_value()) c.bias = dense(torch::stable::to(*c.bias, ScalarType::Float));
-  const GemmArguments g = arguments_of(c);
+  GemmArguments g = arguments_of(c);
   check_gemm_cuda(g);
   const cuda::GemmDevice device = cuda::gemm_device();
   if (device.major != 9 || g.out.numel() == 0 || g.a.cols == 0) return compose(c);
+  OptionalTensor bias;
+  if (c.bias.has_value()) {
+    bias = dense(torch::stable::to(*c.bias, ScalarType::Float));
+    g.bias = static_cast<const float*>(bias->data_ptr());
+  }
   const GemmCandidate choice = choose_gemm(gemm_problem(g), device.sm_count);
   const Tensor memory = workspace(c.a, choice.workspace_bytes);
   GemmLaunch launch = choice.launch;
@@ -150,10 +153,9 @@ void run(Call c) {
   const Tensor wanted = c.out;
   if (!wanted.is_contiguous())
     c.out = c.accumulate ? dense(wanted) : empty(wanted, shape_of(wanted), wanted.scalar_type());
-  const OptionalTensor bias = std::exchange(c.bias, {});
   check_gemm(arguments_of(c));
-  QUAVER_CHECK(!(c.accumulate && bias.has_value()), "gemm: bias and accumulate exclude each other");
-  c.bias = bias;
+  QUAVER_CHECK(!(c.accumulate && c.bias.has_value()),
+               "gemm: bias and accumulate exclude each other");
   on_device("gemm", c.a, [&] { run_cpu(c); }, [&](auto stream) { run_cuda(c, stream); });
   if (!wanted.is_contiguous()) {
     Tensor target = wanted;

@@ -84,8 +84,9 @@ def _add_train(commands):
     p.add_argument(
         "--parallel",
         metavar="KIND=N",
-        help="under torchrun with N processes, which share each micro-batch: dp=N, zero=N with "
-        "optimizer states spread over them, or fsdp=N with everything sharded (FSDP2)",
+        help="under torchrun: dp=N processes that share each micro-batch, zero=N with optimizer "
+        "states spread over them, or fsdp=N with everything sharded (FSDP2); tp=N that share the "
+        "model; dp=N,tp=M is N x M processes",
     )
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs too")
     p.add_argument(

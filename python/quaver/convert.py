@@ -204,7 +204,7 @@ def restore(model: nn.Module) -> nn.Module:
             weights[id(old)] = plain
             plain.__dict__.pop("fp8_weight", None)
         module.weight = weights[id(old)]
-        del module.input_history, module.grad_history, module.history_before
+        del module.input_history, module.grad_history, module.history_before, module.channel_amax
         del module.rule, module.fp8_weight
         module.__class__ = nn.Linear
     _reports.pop(model, None)

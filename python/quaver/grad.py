@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import ops
 from .distributed import sharding
 from .tensor import ScaledTensor, is_sharded, local
 
@@ -44,12 +43,8 @@ def clip_grad_norm_(
         if norm_type == float("inf"):
             norm = shards.share_max_(amax.amax().reshape(1), grads)[0]
         grads = [local(g) for g in grads]
-    elif sharding.groups(parameters):
-        norm = sharding.grad_norm(parameters, norm_type)
     else:
-        norm, amax = ops.grad_norm(grads)
-        if norm_type == float("inf"):
-            norm = amax.max()
+        norm = sharding.grad_norm(parameters, norm_type)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"clip_grad_norm_: the gradient norm is {norm.item()}")
     clip_by_norm_(grads, norm, max_norm)

@@ -145,6 +145,8 @@ class Probe:
                 gate, up = gate.chunk(2, dim=-1)
             y = ACTIVATIONS[plan.kind](gate.float())
             y = y if up is None else y * up.float()
+            if getattr(layer, "channel_amax", None) is not None:
+                y = y / layer.gemm_weight()[3]
             self._measure(f"{name}.product", arguments[0].detach(), y)
             block = module.activation.block
             self._groups(f"{name}.saved_gate", gate, block)

@@ -32,11 +32,15 @@ class ActivationRecipe:
 
     `norm` and `mlp`: norms and MLPs give FP8 to the linear layers that read them, and save their
     own inputs for backward in e4m3 groups of 1 x `block` with power-of-two scales.
+    `smooth_swiglu`: the product of a gated MLP is divided by a power of two per channel before its
+    cast, from the amaxes of the forward before, and the next layer's FP8 weights are multiplied by
+    it (arXiv 2409.12517); the weights themselves do not change.
     """
 
     block: int = 128
     norm: bool = True
     mlp: bool = True
+    smooth_swiglu: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Recipe:
     """`autocast` is the dtype of everything that is not FP8; None runs in the model's dtype.
     `exp_avg` and `exp_avg_sq` name state codecs of optim/states.py for converted weights. `replica`
     is what distributed.ZeroAdamW leaves of a converted weight on every rank, beside the master of
-    its owner; None leaves copies of the master."""
+    its owner; None leaves copies of the master. `fp8_sum`: under tensor parallelism partial sums
+    travel in FP8, as gathered activations do."""
 
     name: str
     autocast: torch.dtype | None = torch.bfloat16
@@ -53,6 +58,7 @@ class Recipe:
     exp_avg: str = "f32"
     exp_avg_sq: str = "f32"
     replica: torch.dtype | None = None
+    fp8_sum: bool = False
 
 
 _FP8LM = LinearRecipe(scaling="delayed", weight_grad="e4m3", master="f16-tensor")
@@ -68,7 +74,12 @@ _RECIPES = {
         Recipe("fp8lm-o1", linear=_FP8LM),
         Recipe("fp8lm-o2", linear=_FP8LM, exp_avg="e4m3-tensor", exp_avg_sq="f16-tensor"),
         Recipe(
-            "fp8lm-o3", linear=_FP8LM, exp_avg="e4m3-tensor", exp_avg_sq="f16-tensor", replica=E4M3
+            "fp8lm-o3",
+            linear=_FP8LM,
+            exp_avg="e4m3-tensor",
+            exp_avg_sq="f16-tensor",
+            replica=E4M3,
+            fp8_sum=True,
         ),
         Recipe(
             "coat",

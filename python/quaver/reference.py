@@ -310,6 +310,28 @@ def gemm_tolerance(
     return magnitude * ((a.shape[1] + 4) * 2.0**-24 + last) + torch.finfo(out_dtype).tiny
 
 
+def tensor_core_tolerance(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, promoted: bool
+) -> Tensor:
+    """What Hopper's FP8 tensor cores may lose beside f32 rounding.
+
+    An instruction adds 32 products to the running sum. Every addend is cut to 13 bits below the
+    leading bit of the largest one (DeepSeek-V3, arXiv 2412.19437, section 3.5.2: "about 14 bits"),
+    so each of the 33 loses less than 2^-13 of that one. Promoted sums start anew each 128 of K.
+    """
+    a, b = a.double() * scale_a.double(), b.double() * scale_b.double()
+    partial = lost = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64)
+    for step, k in enumerate(range(0, a.shape[1], 32)):
+        if promoted and step % 4 == 0:
+            partial = torch.zeros_like(partial)
+        x, y = a[:, k : k + 32], b[:, k : k + 32]
+        product = x.abs().amax(1, keepdim=True) * y.abs().amax(1)
+        largest = torch.maximum(product, partial.abs() + lost)
+        lost = lost + 33 * 2.0**-13 * largest
+        partial = partial + x @ y.t()
+    return lost
+
+
 def gemm_quantize(
     a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype, out_scale: Tensor,
     bias: Tensor | None = None,

@@ -3,6 +3,8 @@
     OUT/config.json  OUT/summary.json  OUT/loss.png  OUT/memory.png
     OUT/RECIPE/metrics.jsonl  OUT/RECIPE/checkpoint/state.safetensors  OUT/RECIPE/tensorboard/
 
+Under tensor parallelism each part of a model has its state: state-tp0of2.safetensors, and so on.
+
 Only files of these names are ever removed. OUT/.lock keeps two processes from writing one run.
 """
 
@@ -51,8 +53,9 @@ class RunDir:
     def metrics_path(self, recipe):
         return self.path / recipe / "metrics.jsonl"
 
-    def checkpoint_path(self, recipe):
-        return self.path / recipe / "checkpoint" / "state.safetensors"
+    def checkpoint_path(self, recipe, part=None, parts=None):
+        name = "state" if part is None else f"state-tp{part}of{parts}"
+        return self.path / recipe / "checkpoint" / f"{name}.safetensors"
 
     def tensorboard_path(self, recipe):
         return self.path / recipe / "tensorboard"
@@ -100,7 +103,8 @@ class RunDir:
     def _remove(self, recipes):
         for name in recipes:
             self.metrics_path(name).unlink(missing_ok=True)
-            self.checkpoint_path(name).unlink(missing_ok=True)
+            for path in self.checkpoint_path(name).parent.glob("state*.safetensors"):
+                path.unlink()
             if self.tensorboard_path(name).is_dir():
                 shutil.rmtree(self.tensorboard_path(name))
         self.summary_path.unlink(missing_ok=True)

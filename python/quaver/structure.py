@@ -98,10 +98,16 @@ def _probed_form(module: nn.Module) -> NormForm:
             for offset in (0.0, 1.0):
                 y = xhat * (weight + offset) + (0.0 if bias is None else bias)
                 # A few roundings of f32; a formula that differs is off in the first digits.
-                if isinstance(got, Tensor) and got.shape == y.shape:
-                    if torch.allclose(got.float(), y, rtol=1e-4, atol=1e-5):
-                        return NormForm(width, eps, centered, offset)
+                if _equal(got, y, rtol=1e-4, atol=1e-5):
+                    return NormForm(width, eps, centered, offset)
     raise Unknown("it computes something else than RMSNorm or LayerNorm")
+
+
+def _equal(got, wanted: Tensor, rtol: float, atol: float) -> bool:
+    """What a foreign function gave; it may be no tensor at all."""
+    if not isinstance(got, Tensor) or got.shape != wanted.shape:
+        return False
+    return torch.allclose(got.to(wanted.dtype), wanted, rtol=rtol, atol=atol)
 
 
 class _Steps(fx.Tracer):
@@ -214,6 +220,8 @@ def mlp_plan(module: nn.Module) -> MLPPlan:
                 gate = up = layer(_halves(source, other, used), x)
             else:
                 gate, up = layer(source, x), layer(other, x)
+                if gate == up:
+                    raise Unknown(f"{gate} is its gate and its other branch")
             plan = MLPPlan(gate, up, down, kind)
             break
     else:
@@ -224,7 +232,7 @@ def mlp_plan(module: nn.Module) -> MLPPlan:
     if plan is None:
         raise Unknown(f"its activation is none of {', '.join(ACTIVATIONS)}")
     if set(used) != set(kept):
-        others = [str(n.target) for n in kept if n not in used]
+        others = [str(getattr(n.target, "__name__", n.target)) for n in kept if n not in used]
         raise Unknown(f"its forward does more: {', '.join(others)}")
     return plan
 
@@ -272,12 +280,8 @@ def _kind(module: nn.Module, node) -> str | None:
         got = function(x)
     except Exception:  # a foreign function that does not take one tensor is no activation
         return None
-    if not isinstance(got, Tensor) or got.shape != x.shape:
-        return None
-    for kind, known in ACTIVATIONS.items():
-        if torch.allclose(got, known(x), rtol=1e-5, atol=1e-6):
-            return kind
-    return None
+    fits = (k for k, known in ACTIVATIONS.items() if _equal(got, known(x), rtol=1e-5, atol=1e-6))
+    return next(fits, None)
 
 
 def check_readers(parent: nn.Module, name: str, width: int) -> None:
@@ -300,7 +304,8 @@ def _check_users(parent: nn.Module, node: fx.Node, width: int) -> None:
     for user in node.users:
         reader = _target(parent, user)
         if reader is None:
-            raise Unknown(f"{user.target} reads it, which is no linear layer")
+            what = getattr(user.target, "__name__", user.target)
+            raise Unknown(f"{what} reads it, which is no linear layer")
         if type(reader) is Linear:
             continue
         layers = [m for m in reader.modules() if type(m) is Linear and m.in_features == width]

@@ -10,7 +10,7 @@ import signal
 import statistics
 import threading
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -77,9 +77,14 @@ class Settings:
             object.__setattr__(self, "warmup", self.steps // 20)
         if not 0 <= self.warmup < self.steps:
             raise UsageError(f"--warmup must be 0 to {self.steps - 1}, got {self.warmup}")
-        ((_, ranks),) = parse_parallel(self.parallel).items()
-        if self.batch % ranks:
-            raise UsageError(f"--batch {self.batch} does not divide among {ranks} ranks")
+        ranks = parse_parallel(self.parallel)
+        tensor = ranks.pop("tp", 1)
+        if self.batch % math.prod(ranks.values()):
+            raise UsageError(
+                f"--batch {self.batch} does not divide among {math.prod(ranks.values())} ranks"
+            )
+        if self.seq % tensor:
+            raise UsageError(f"--seq {self.seq} does not divide among tp={tensor}")
         if not self.recipe:
             raise UsageError("--recipe names none")
         if len(set(self.recipe)) != len(self.recipe):
@@ -112,16 +117,22 @@ def _model_config(settings, vocab):
 
 def _describe(settings, model, device, text):
     """What decides the numbers of a run: written to config.json and compared on resumption."""
-    left_out = {"out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe"}
-    left_out.add("parallel")  # a run may continue on another number of ranks
+    left_out = (
+        "out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "parallel",
+    )  # fmt: skip
+    tensor = parse_parallel(settings.parallel).get("tp", 1)  # each part has its checkpoint
     config = {key: value for key, value in asdict(settings).items() if key not in left_out}
-    return config | {
-        "data": list(settings.data),
-        "data_sha256": text.fingerprint,
-        "recipes": list(settings.recipe),
-        "model": model.as_dict(),
-        "device": device.type,
-    }
+    return (
+        config
+        | {
+            "data": list(settings.data),
+            "data_sha256": text.fingerprint,
+            "recipes": list(settings.recipe),
+            "model": model.as_dict(),
+            "device": device.type,
+        }
+        | ({"tensor_parallel": tensor} if tensor > 1 else {})
+    )
 
 
 def run(settings):
@@ -140,7 +151,8 @@ def run(settings):
 @contextmanager
 def _world(settings, device):
     """The ranks that --parallel asks for: torchrun has started this process as one of them."""
-    ((_, ranks),) = parse_parallel(settings.parallel).items()
+    parts = parse_parallel(settings.parallel)
+    ranks = math.prod(parts.values())
     started = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if started != ranks:
         raise UsageError(
@@ -153,7 +165,7 @@ def _world(settings, device):
     distributed.init(device.type)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    yield distributed.World(device)
+    yield distributed.World(device, parts.get("tp", 1))
     # Not where something failed: a group with a dead rank is left to the end of the process.
     torch.distributed.destroy_process_group()
 
@@ -264,7 +276,7 @@ class Job:
         self.settings, self.model_config, self.text = settings, model_config, text
         self.device, self.folder, self.writer = device, folder, writer
         self.world = world or distributed.World(device)
-        self.parallel = self.transport = None
+        self.parallel = self.fsdp = None
 
     def train(self, name, stop, done=None):
         """Trains recipe `name` from its checkpoint, or from the start. Returns its result and the
@@ -283,13 +295,11 @@ class Job:
             print(f"{name} {report}")
         if world.size > 1:
             self._connect(model, optimizer)
-        checkpoint = self.folder.checkpoint_path(name)
+        parts = () if world.tensor is None else (world.tensor.rank, world.tensor.size)
+        checkpoint = self.folder.checkpoint_path(name, *parts)
         start, skipped = 0, 0
-        if settings.resume and world.share(checkpoint.exists())[0]:
-            try:
-                state = distributed.load(checkpoint, model, optimizer, parallel=self.parallel)
-            except qv.CheckpointError as error:
-                raise UsageError(f"{error}; without the file {name} starts anew") from None
+        if settings.resume and any(world.share(checkpoint.exists())):
+            state = self._load(name, checkpoint, model, optimizer)
             start, skipped = state["step"], state["extra"]["skipped"]
         with ExitStack() as stack:
             metrics = stack.enter_context(Metrics(path, start, writes))
@@ -322,10 +332,25 @@ class Job:
                     progress.say(f"{name} stopped after step {step}; --resume continues")
                     raise Interrupted
         result = self._result(name, model, optimizer, metrics.lines)
-        self.parallel = self.transport = None
+        self.parallel = self.fsdp = None
         if any(world.share(stop.is_set())):
             raise Interrupted
         return result, [line["loss"] for line in metrics.lines]
+
+    def _load(self, name, checkpoint, model, optimizer):
+        """The checkpoint's step and notes. An error on one rank is one on all."""
+        state = error = None
+        try:
+            state = distributed.load(checkpoint, model, optimizer, parallel=self.parallel)
+        except qv.CheckpointError as found:
+            error = f"{found}; without the file {name} starts anew"
+        texts, steps = zip(*self.world.share([error, state and state["step"]]), strict=True)
+        if any(texts):
+            raise UsageError(error or next(text for text in texts if text)) from None
+        if len(set(steps)) > 1:
+            parts = ", ".join(map(str, sorted(set(steps))))
+            raise UsageError(f"the parts of the checkpoint of {name} are of several steps: {parts}")
+        return state
 
     def _agree(self, line, stop):
         """Makes the loss that of all ranks; whether one of them was asked to stop."""
@@ -339,19 +364,34 @@ class Job:
         # Initialised on the CPU: the same values whatever the device.
         model = models.build(self.model_config).to(self.device)
         model = qv.convert(model, recipe=name)
-        chosen, (parallel,) = recipe.get(name), parse_parallel(self.settings.parallel)
-        fsdp = parallel == "fsdp" and self.world.size > 1
+        chosen, world = recipe.get(name), self.world
+        if world.tensor is not None:
+            try:
+                distributed.parallelize(model, world.tensor, fp8_sum=chosen.fp8_sum)
+            except ValueError as error:
+                raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
+        fsdp = "fsdp" in parse_parallel(self.settings.parallel) and world.size > 1
         if fsdp:
             self._shard(model, chosen)
-        zero = parallel == "zero" or (chosen.replica and not fsdp)
-        kind = distributed.ZeroAdamW if zero else qv.AdamW
-        optimizer = kind(_groups(model), lr=self.settings.lr, betas=BETAS, recipe=name)
-        return model, optimizer
+        options = {"lr": self.settings.lr, "betas": BETAS, "recipe": name}
+        if (chosen.replica and not fsdp) or "zero" in parse_parallel(self.settings.parallel):
+            options["group"] = world.data_group
+            return model, distributed.ZeroAdamW(_groups(model), **options)
+        return model, qv.AdamW(_groups(model), **options)
 
-    @staticmethod
-    def _shard(model, chosen):
+    def _traffic(self):
+        """Bytes that this rank sent so far, by kind."""
+        transports = [self.parallel.transport] if self.parallel else []
+        transports += [self.fsdp] if self.fsdp else []
+        transports += [self.world.tensor] if self.world.tensor else []
+        return {kind: sum(t.traffic[kind] for t in transports) for kind in distributed.KINDS}
+
+    def _shard(self, model, chosen):
         if chosen.linear is not None:
-            distributed.fully_shard(model)
+            try:
+                distributed.fully_shard(model)
+            except ValueError as error:
+                raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
             return
         # What FSDP2 does without FP8: weights and gradients travel in the autocast dtype.
         low = chosen.autocast == torch.bfloat16
@@ -363,10 +403,10 @@ class Job:
     def _connect(self, model, optimizer):
         """After `build`: what averages gradients, unless FSDP2 does, and what counts the bytes."""
         if "fsdp" in parse_parallel(self.settings.parallel):
-            self.transport = distributed.transport_of(model)
+            self.fsdp = distributed.transport_of(model)
         else:
-            self.parallel = distributed.ddp(model, optimizer=optimizer)
-            self.transport = self.parallel.transport
+            group = self.world.data_group
+            self.parallel = distributed.ddp(model, optimizer=optimizer, group=group)
 
     def _loss(self, name, model, inputs, targets):
         inputs, targets = inputs.to(self.device), targets.to(self.device)
@@ -379,8 +419,8 @@ class Job:
         """This rank's part of a micro-batch."""
         settings, world = self.settings, self.world
         whole = self.text.batch(settings.seed, step, settings.batch, settings.seq, micro)
-        rows = settings.batch // world.size
-        return [part[world.rank * rows : (world.rank + 1) * rows] for part in whole]
+        rows = settings.batch // world.data_size
+        return [part[world.data_rank * rows : (world.data_rank + 1) * rows] for part in whole]
 
     def step(self, name, model, optimizer, step):
         """One optimizer step; returns its line of metrics."""
@@ -391,15 +431,15 @@ class Job:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        before = dict(self.transport.traffic) if self.transport else {}
+        before = self._traffic()
         probed = settings.probe and step % settings.probe == 0
         probe = Probe(model, optimizer) if probed else None
         for micro in range(settings.accumulate):
-            waits = self.parallel and micro + 1 < settings.accumulate
-            with (
-                probe.watching() if probe and micro == 0 else nullcontext(),
-                self.parallel.no_sync() if waits else nullcontext(),
-            ):
+            with ExitStack() as stack:
+                if self.parallel and micro + 1 < settings.accumulate:
+                    stack.enter_context(self.parallel.no_sync())
+                if probe and micro == 0:
+                    stack.enter_context(probe.watching())
                 loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
                 loss.backward()
             total += loss.detach()
@@ -420,8 +460,8 @@ class Job:
             "grad_norm": _finite(float(norm)),
             "tokens_per_s": tokens / (time.perf_counter() - began),
         } | measured
-        if self.transport:
-            after = self.transport.traffic
+        if self.parallel or self.fsdp:
+            after = self._traffic()
             line["communication"] = {kind: after[kind] - before[kind] for kind in after}
         return line
 
@@ -433,8 +473,8 @@ class Job:
         batches = list(self.text.validation(self.settings.batch, self.settings.seq))
         # The same number on every rank, because forwards of a sharded model are collective: whose
         # turn does not come again does an earlier batch again.
-        for turn in range(0, len(batches), self.world.size):
-            i = min(turn + self.world.rank, len(batches) - 1)
+        for turn in range(0, len(batches), self.world.data_size):
+            i = min(turn + self.world.data_rank, len(batches) - 1)
             inputs, targets = batches[i]
             loss = self._loss(name, model, inputs, targets).item()
             found[str(i)] = (loss * len(inputs), len(inputs))
@@ -466,8 +506,8 @@ class Job:
             "val_loss": self._validate(name, model),
             "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
             "memory": self._memory(name, model, optimizer),
-            "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
             "peak_memory": self._peak_memory(),
+            "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
             "steps": len(lines),
             "skipped": lines[-1]["skipped"],
             "nonfinite_losses": sum(line["loss"] is None for line in lines),

@@ -2,12 +2,15 @@
 
 import importlib
 
+from . import tensor_parallel
 from .all_reduce import all_reduce_mean, reduce_scatter_mean
 from .auto_scale import AutoScale, AutoScaleRule
 from .checkpoint import load, save
 from .ddp import DataParallel, ddp
 from .health import RankFailure
 from .launch import World, init
+from .tensor_parallel import parallelize
+from .tensor_state import gather_state, scatter_state
 from .transport import KINDS, Transport, compare
 from .zero import ZeroAdamW, zero_partition
 
@@ -24,11 +27,15 @@ __all__ = [
     "compare",
     "ddp",
     "fully_shard",
+    "gather_state",
     "init",
     "load",
+    "parallelize",
     "reduce_scatter_mean",
     "save",
+    "scatter_state",
     "sync_scales",
+    "tensor_parallel",
     "transport_of",
     "zero_partition",
 ]

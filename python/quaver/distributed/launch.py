@@ -8,34 +8,36 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from ..errors import UsageError
 from .transport import Transport
 
 __all__ = ["World", "init", "parse_parallel"]
 
-KINDS = ("dp", "zero", "fsdp")
-LATER = ("tp",)
+KINDS = ("dp", "zero", "fsdp", "tp")
 
 
 def parse_parallel(text: str | None) -> dict[str, int]:
-    """`--parallel`: "dp=4" (data parallelism), "zero=4" (with states spread, stage 2) or "fsdp=4"
-    (with everything sharded, FSDP2) as a dict; None is one process, {"dp": 1}. Raises UsageError
+    """`--parallel` as a dict: "dp=4" (data parallelism), "zero=4" (with states spread, stage 2),
+    "fsdp=4" (with everything sharded, FSDP2), "tp=2" (tensor parallelism), or one of the first two
+    with the last, "dp=2,tp=2" for four ranks. None is one process, {"dp": 1}. Raises UsageError
     naming the part that is wrong."""
     if text is None:
         return {"dp": 1}
     found = {}
     for part in text.split(","):
         kind, equals, count = part.partition("=")
-        if kind in LATER:
-            raise UsageError(
-                f"--parallel {part}: {kind} is not there yet; there are dp, zero, fsdp"
-            )
         if kind not in KINDS or not equals or not count.isdecimal() or int(count) < 1:
-            raise UsageError(f"--parallel wants dp=N, zero=N or fsdp=N, N at least 1, got {part!r}")
+            raise UsageError(
+                f"--parallel wants dp=N, zero=N, fsdp=N or tp=N, N at least 1, got {part!r}"
+            )
         found[kind] = int(count)
-    if len(found) != 1 or len(text.split(",")) != 1:
-        raise UsageError(f"--parallel takes one of dp=N, zero=N and fsdp=N, got {text!r}")
+    alone = "fsdp" in found and len(found) > 1
+    if alone or {"dp", "zero"} <= found.keys() or len(text.split(",")) != len(found):
+        raise UsageError(
+            f"--parallel takes fsdp=N, or one of dp=N and zero=N, and tp=N, got {text!r}"
+        )
     return found
 
 
@@ -75,12 +77,25 @@ def init(device: str = "cpu", timeout: float = 60.0, message_timeout: float = 18
 
 
 class World:
-    """The ranks of a run; alone without `init`. Its messages are not counted as traffic."""
+    """The ranks of a run; alone without `init`. Its messages are not counted as traffic.
 
-    def __init__(self, device: torch.device | str = "cpu"):
+    Every `tensor` ranks that follow each other share one model by tensor parallelism and have the
+    same data: of `tensor`, a Transport, or None where `tensor` is 1. Ranks at the same place in
+    theirs share the data by `data_group` (None: all ranks), as `data_rank` of `data_size`.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", tensor: int = 1):
         self.transport = Transport()
         self.rank, self.size = self.transport.rank, self.transport.size
         self.device = torch.device(device)
+        self.tensor, self.data_group = None, None
+        self.data_rank, self.data_size = self.rank // tensor, self.size // tensor
+        if tensor > 1:
+            mesh = init_device_mesh(
+                self.device.type, (self.data_size, tensor), mesh_dim_names=("dp", "tp")
+            )
+            self.data_group = mesh["dp"].get_group()
+            self.tensor = Transport(mesh["tp"].get_group())
 
     def share(self, value) -> list:
         """The JSON values of all ranks."""

@@ -14,34 +14,37 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import recipe as recipes
-from ..nn import linear
+from ..nn.common import cast_history, pad, poison, ready_cast
 from ..nn.linear import Linear
 from ..tensor import ScaledTensor
 from . import sequence
+from .transport import Transport
 
 _ops = torch.ops.quaver
 
 
 @dataclass(frozen=True, eq=False)
 class Wire:
-    """How a group's layers talk. `fp8_sum`: partial results travel in FP8 too, outputs as e4m3 and
-    input gradients as the recipe's gradients; without, in the dtype of the product. `regather`:
-    backward gathers an input again, instead of keeping the whole sequence; None: unless the FP8
-    codes of the sequence are no more bytes than a bf16 shard, so on up to two ranks."""
+    """How the layers of a group talk.
 
-    group: dist.ProcessGroup
+    fp8_sum: partial results travel in FP8 too, outputs as e4m3 and input gradients as the recipe's
+        gradients; without, in the dtype of the product.
+    regather: backward gathers an input again, instead of keeping the whole sequence. None: unless
+        the FP8 codes of the sequence are no more bytes than a bf16 shard, so on up to two ranks.
+    """
+
+    transport: Transport
     fp8_sum: bool = False
     regather: bool | None = None
 
     def regathers(self, codes: bool) -> bool:
         if self.regather is None:
-            return not codes or sequence.size(self.group) > 2
+            return not codes or self.transport.size > 2
         return self.regather
 
     def __deepcopy__(self, memo) -> Wire:
@@ -50,16 +53,24 @@ class Wire:
 
 class _Again:
     """The sequence of an input's shards for the backwards of all layers that took the input: the
-    first gathers it, the last lets it go."""
+    first gathers it, the last lets it go. Each calls `start`, and then `finish` for the result."""
 
-    def __init__(self, group: dist.ProcessGroup | None, prepare):
-        self.group, self.prepare = group, prepare  # no group: what was kept is the sequence
+    def __init__(self, transport: Transport | None, prepare):
+        self.transport, self.prepare = transport, prepare  # None: what was kept is the sequence
         self.users = self.served = 0
-        self.result = None
+        self.waiting = self.result = None
 
-    def __call__(self, kept: Tensor) -> Tensor:
+    def start(self, kept: Tensor) -> None:
+        if self.waiting is not None or self.result is not None:
+            return
+        if self.transport is None:
+            self.waiting = lambda: kept
+        else:
+            self.waiting = sequence.start_gather(kept, self.transport)
+
+    def finish(self) -> Tensor:
         if self.result is None:
-            self.result = self.prepare(sequence.gather(kept, self.group) if self.group else kept)
+            self.result, self.waiting = self.prepare(self.waiting()), None
         result = self.result
         self.served += 1
         if self.served >= self.users:
@@ -71,28 +82,28 @@ class _Gathered(torch.autograd.Function):
     """A shard's sequence, already gathered; backward sums the partial gradients into shards."""
 
     @staticmethod
-    def forward(ctx, x, full, group, fp8):
-        ctx.group, ctx.fp8, ctx.dtype = group, fp8, x.dtype
+    def forward(ctx, x, full, transport, fp8):
+        ctx.transport, ctx.fp8, ctx.dtype = transport, fp8, x.dtype
         return full.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return sequence.sum_scatter(dy, ctx.group, ctx.fp8, ctx.dtype), None, None, None
+        return sequence.sum_scatter(dy, ctx.transport, ctx.fp8, ctx.dtype), None, None, None
 
 
 class _SumScatter(torch.autograd.Function):
     """Partial sequences to a shard of their sum; backward gathers the shards' gradients."""
 
     @staticmethod
-    def forward(ctx, y, group):
-        ctx.group = group
-        return sequence.sum_scatter(y, group, None, y.dtype)
+    def forward(ctx, y, transport):
+        ctx.transport = transport
+        return sequence.sum_scatter(y, transport, None, y.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return sequence.gather(dy, ctx.group), None
+        return sequence.gather(dy, ctx.transport), None
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -100,7 +111,7 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def _pad(codes: Tensor) -> Tensor:
-    return linear._pad(codes.view(torch.uint8)).view(codes.dtype)
+    return pad(codes.view(torch.uint8)).view(codes.dtype)
 
 
 def _transposed(codes: Tensor) -> Tensor:
@@ -114,8 +125,9 @@ def _out_dtype(x: Tensor) -> torch.dtype:
 
 class _Product(torch.autograd.Function):
     """The local FP8 products of a layer. `codes`: the input in the GEMM's layout; `kept`: what to
-    save of it; `again`: its transposed codes from what was saved; `wire`: of a row-parallel layer,
-    whose output is summed and whose output gradient is gathered."""
+    save of it, of which `again` makes the transposed codes, where they are not what was saved;
+    `wire`: of a row-parallel layer, whose output is summed and whose output gradient is gathered.
+    """
 
     @staticmethod
     def forward(
@@ -130,7 +142,7 @@ class _Product(torch.autograd.Function):
         y = y[: math.prod(x.shape[:-1]), :n].reshape(*x.shape[:-1], n)
         if wire is not None:
             wide = recipes.E4M3 if wire.fp8_sum else None
-            y = sequence.sum_scatter(y, wire.group, wide, product)
+            y = sequence.sum_scatter(y, wire.transport, wide, product)
         ctx.save_for_backward(kept, scale)
         ctx.w_col, ctx.w_scale, ctx.again, ctx.wire = w_col, w_scale, again, wire
         ctx.history, ctx.product, ctx.rule = history, product, rule
@@ -145,17 +157,26 @@ class _Product(torch.autograd.Function):
         rule, (n, k) = ctx.rule, ctx.weight.shape
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
+        if needs_weight and ctx.again is not None:
+            ctx.again.start(kept)  # it travels during dgrad
         if needs_bias:
             db = _matrix(dy).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         if ctx.wire is not None:
-            own, g_scale = sequence.shared_cast(dy, rule.grad_output, ctx.history, ctx.wire.group)
-            g = _pad(_matrix(sequence.gather(own, ctx.wire.group)))
+            own, g_scale = sequence.shared_cast(
+                dy, rule.grad_output, ctx.history, ctx.wire.transport
+            )
+            g = _pad(_matrix(sequence.gather(own, ctx.wire.transport)))
             gt = _transposed(g) if needs_weight else None
         else:
-            g, gt, g_scale, amax = _ops.cast_transpose(
-                linear._pad(_matrix(dy)), rule.grad_output, None, ctx.history, True
-            )
-            g_scale = linear._poison(g_scale, amax)
+            dy = _matrix(dy)
+            ready = ready_cast(dy, rule.grad_output)
+            if ready is not None:
+                g, gt, g_scale = ready
+            else:
+                g, gt, g_scale, amax = _ops.cast_transpose(
+                    pad(dy), rule.grad_output, None, ctx.history, True
+                )
+                g_scale = poison(g_scale, amax)
         if needs_x:
             if ctx.weight._version != ctx.version:
                 raise RuntimeError(
@@ -165,7 +186,8 @@ class _Product(torch.autograd.Function):
             dx = dx[: math.prod(ctx.x_shape[:-1]), :k].reshape(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:
             wide = torch.float32 if rule.weight_grad == "f32" else ctx.product
-            dw = _ops.gemm(gt, g_scale, ctx.again(kept), scale, None, wide, False)[:n, :k]
+            xt = kept if ctx.again is None else ctx.again.finish()
+            dw = _ops.gemm(gt, g_scale, xt, scale, None, wide, False)[:n, :k]
             dw = _weight_grad(dw, rule.weight_grad, ctx.weight_dtype)
         return dx, dw, db, *(None,) * 11
 
@@ -198,10 +220,12 @@ class _PlainProduct(torch.autograd.Function):
         kept, low = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
+        if needs_weight:
+            ctx.again.start(kept)
         if needs_x:
             dx = dy @ low
         if needs_weight:
-            dw = (_matrix(dy).t() @ ctx.again(kept)).to(ctx.dtypes[0])
+            dw = (_matrix(dy).t() @ ctx.again.finish()).to(ctx.dtypes[0])
         if needs_bias:
             db = _matrix(dy).sum(0, dtype=torch.float32).to(ctx.dtypes[1])
         return dx, dw, db, None, None
@@ -234,10 +258,10 @@ class _Column:
         wire, dtype = self.wire, _out_dtype(x)
         shard, scale, full, fp8 = self._gather(x.detach(), dtype)
         if wire.regathers(codes=scale is not None):
-            kept, again = shard, _Again(wire.group, self._prepare)
+            kept, again = shard, _Again(wire.transport, self._prepare)
         else:
             kept, again = _values(full), _Again(None, self._prepare)
-        full = _Gathered.apply(x, full, wire.group, fp8 if wire.fp8_sum else None)
+        full = _Gathered.apply(x, full, wire.transport, fp8 if wire.fp8_sum else None)
         full.gathered = Input(kept, scale, again)
         return full
 
@@ -265,9 +289,9 @@ class ColumnParallelLinear(_Column, Linear):
 
     def _gather(self, x, dtype):
         # A shared scale, so a shared history: the input's amax is that of the whole sequence.
-        history = self._history(False)
-        codes, scale = sequence.shared_cast(x, self.rule.input, history, self.wire.group)
-        full = ScaledTensor(sequence.gather(codes, self.wire.group), scale, None, dtype)
+        history = cast_history(self, self.input_history, False)
+        codes, scale = sequence.shared_cast(x, self.rule.input, history, self.wire.transport)
+        full = ScaledTensor(sequence.gather(codes, self.wire.transport), scale, None, dtype)
         return codes, scale, full, self.rule.grad_output
 
     @staticmethod
@@ -276,7 +300,7 @@ class ColumnParallelLinear(_Column, Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x, taken = self._take(x)
-        row, col, w_scale = self._gemm_weight()
+        row, col, w_scale, _ = self.gemm_weight()
         return _Product.apply(
             x, self.weight, self.bias, _pad(_matrix(x.qdata)), taken.kept, taken.scale, row, col,
             w_scale, taken.again, None, self.grad_history if self.training else None,
@@ -295,19 +319,15 @@ class RowParallelLinear(Linear):
                 f"{list(x.shape)}"
             )
         out = _out_dtype(x)
-        row, col, w_scale = self._gemm_weight()
+        row, col, w_scale, _ = self.gemm_weight()
         both = torch.is_grad_enabled() and self.weight.requires_grad
         q, qt, scale = self._cast(x, both)
         y = _Product.apply(
-            x, self.weight, None, q, qt, scale, row, col, w_scale, _same, self.wire,
+            x, self.weight, None, q, qt, scale, row, col, w_scale, None, self.wire,
             self.grad_history if self.training else None,
             torch.bfloat16 if out == torch.bfloat16 else torch.float32, self.rule,
         ).to(out)  # fmt: skip
         return y if self.bias is None else y + self.bias.to(out)
-
-
-def _same(kept: Tensor) -> Tensor:
-    return kept
 
 
 class PlainColumnParallelLinear(_Column, nn.Linear):
@@ -315,7 +335,7 @@ class PlainColumnParallelLinear(_Column, nn.Linear):
 
     def _gather(self, x, dtype):
         x = x.to(dtype)
-        return x, None, sequence.gather(x, self.wire.group), None
+        return x, None, sequence.gather(x, self.wire.transport), None
 
     @staticmethod
     def _prepare(full):
@@ -331,5 +351,5 @@ class PlainRowParallelLinear(nn.Linear):
     """As RowParallelLinear, of an nn.Linear: in the autocast dtype, or the input's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _SumScatter.apply(F.linear(x, self.weight), self.wire.group)
+        y = _SumScatter.apply(F.linear(x, self.weight), self.wire.transport)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -1,77 +1,66 @@
 """Sequence shards: gather them, or sum partial results into them, over a tensor-parallel group.
 
-The sequence is the last axis but one; rank r holds the r-th of equal runs of it. Codes and values
-are sent as bytes, and sums are taken in f32 in rank order, so that every rank and every backend
-gets the same bits.
+The sequence is the last axis but one; rank r holds the r-th of equal runs of it. Sums are taken in
+f32 in rank order, so that every backend gives the same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import traffic
+from .. import ops
+from .transport import Transport
 
 _ops = torch.ops.quaver
-# Renamed in torch 2.13.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def size(group: dist.ProcessGroup) -> int:
-    return dist.get_world_size(group)
-
-
-def stack(x: Tensor, group: dist.ProcessGroup, kind: str) -> Tensor:
-    """Every rank's x, [ranks, *x.shape]; all have one shape and dtype."""
-    x = x.contiguous()
-    sent = x.reshape(-1).view(torch.uint8)
-    received = sent.new_empty(size(group) * sent.numel())
-    if sent.numel():
-        _all_gather(received, sent, group=group)
-        traffic.count(kind, sent.numel() * (size(group) - 1))
-    return received.view(x.dtype).reshape(-1, *x.shape)
-
-
-def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather(x: Tensor, transport: Transport) -> Tensor:
     """The sequence [..., S, C] of shards x [..., S / ranks, C]."""
-    shards = stack(x, group, "activation")
-    return _bytes(shards).movedim(0, -3).flatten(-3, -2).view(x.dtype)
+    return start_gather(x, transport)()
 
 
-def own(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def start_gather(x: Tensor, transport: Transport) -> Callable[[], Tensor]:
+    """`gather`, under way: the call of what this returns waits for it."""
+    pending = transport.all_gather(x, "activation")
+    return lambda: _moved(pending.wait(), 0, -3).flatten(-3, -2).view(x.dtype)
+
+
+def own(x: Tensor, transport: Transport) -> Tensor:
     """This rank's shard of the sequence x."""
-    return _runs(x, group)[dist.get_rank(group)].contiguous()
+    return _runs(x, transport)[transport.rank].contiguous().view(x.dtype)
 
 
 def sum_scatter(
-    x: Tensor, group: dist.ProcessGroup, wire: torch.dtype | None, out: torch.dtype
+    x: Tensor, transport: Transport, wire: torch.dtype | None, out: torch.dtype
 ) -> Tensor:
     """This rank's shard [..., S / ranks, C] of the sum over ranks of x [..., S, C], in dtype `out`.
 
-    An all-to-all and a sum in f32 in rank order. `wire`: an FP8 format that x travels in, with one
+    An exchange and a sum in f32 in rank order. `wire`: an FP8 format that x travels in, with one
     scale on all ranks (FP8-LM, arXiv 2310.18313, section 2.3), or None for x's own dtype.
     """
-    runs = _runs(x, group).contiguous()
+    scale = None
     if wire is not None:
-        runs, scale = shared_cast(runs, wire, None, group)
-    received = torch.empty_like(runs)
-    if runs.numel():
-        dist.all_to_all_single(_bytes(received), _bytes(runs), group=group)
-        traffic.count("activation", runs.nbytes // size(group) * (size(group) - 1))
-    total = received[0].float()
-    for part in received[1:]:
-        total += part.float()
-    if wire is not None:
-        total *= scale
-    return total.to(out)
+        x, scale = shared_cast(x, wire, None, transport)
+        scale = scale.reshape(1)
+    runs = _runs(x, transport).contiguous()
+    shape, n = runs.shape[1:], runs[0].numel()
+    runs = runs.view(transport.size, n)
+    padded = F.pad(runs, (0, ops.bucket_length(n) - n)).view(x.dtype)
+    lengths = [padded.shape[1]] * transport.size
+    received = transport.all_to_all(padded.flatten(), lengths, "activation").wait()
+    result = out if out == x.dtype else torch.float32
+    total, _, _ = ops.reduce_shards(received, [n], 0, scale, None, result)
+    return total[:n].view(shape).to(out)
 
 
-def shared_amax(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def shared_amax(x: Tensor, transport: Transport) -> Tensor:
     """The largest magnitude on any rank, f32 0-D; infinite where any rank holds a NaN."""
     amax = largest(x).nan_to_num(nan=float("inf"), posinf=float("inf"))
-    return share_max(amax, group)
+    return transport.max(amax, "scale").wait()
 
 
 def largest(x: Tensor) -> Tensor:
@@ -81,19 +70,12 @@ def largest(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, float("inf")).float()
 
 
-def share_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The maximum over ranks, in place. NaNs must be gone: backends drop them."""
-    dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
-    traffic.count("scale", 2 * x.nbytes * (size(group) - 1) // size(group))
-    return x
-
-
 def shared_cast(
-    x: Tensor, dtype: torch.dtype, history: Tensor | None, group: dist.ProcessGroup
+    x: Tensor, dtype: torch.dtype, history: Tensor | None, transport: Transport
 ) -> tuple[Tensor, Tensor]:
     """FP8 codes of x, and the decode scale, from the amax of all ranks: what one process would
     choose for the whole tensor. The scale is NaN where a value on any rank is not finite."""
-    amax = shared_amax(x, group)
+    amax = shared_amax(x, transport)
     # The op that chooses scales and keeps histories, asked about the largest value alone.
     _, scale, _ = _quantize(amax.reshape(1), dtype, None, history)
     codes, _, _ = _quantize(x, dtype, scale, None)
@@ -104,17 +86,17 @@ def _quantize(x, dtype, scale, history):
     return _ops.quantize(x, dtype, scale, history, "tensor", 128, True, False, 0)
 
 
-def _bytes(x: Tensor) -> Tensor:
-    """A view that gloo sends and torch copies, whatever the dtype."""
-    return x.view(torch.uint8) if x.dtype in FP8 else x
+def _moved(x: Tensor, source: int, target: int) -> Tensor:
+    """movedim, of FP8 as bytes: torch does not copy and join FP8 everywhere."""
+    return (x.view(torch.uint8) if x.element_size() == 1 else x).movedim(source, target)
 
 
-def _runs(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, ..., S / ranks, C], a view."""
-    ranks = size(group)
+def _runs(x: Tensor, transport: Transport) -> Tensor:
+    """[ranks, ..., S / ranks, C], a view; of FP8, of its bytes."""
+    ranks = transport.size
     if x.dim() < 2 or x.shape[-2] % ranks:
         raise ValueError(
             f"tensor parallel: the sequence (the last axis but one of {list(x.shape)}) must be "
             f"divisible by the {ranks} ranks"
         )
-    return x.unflatten(-2, (ranks, x.shape[-2] // ranks)).movedim(-3, 0)
+    return _moved(x.unflatten(-2, (ranks, x.shape[-2] // ranks)), -3, 0)

@@ -6,35 +6,35 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
 from ..tensor import ScaledTensor
 from . import sequence
+from .transport import Transport
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Which part of a matrix a rank of `group` holds: of axis `dim`, a run of every one of `parts`
-    (the lengths, summing to the whole, of what is fused along it: q, k and v, say)."""
+    """Which part of a matrix a rank holds: of axis `dim`, a run of every one of `parts` (the
+    lengths, summing to the whole, of what is fused along it: q, k and v, say)."""
 
     dim: int
     parts: tuple[int, ...]
-    group: dist.ProcessGroup
+    transport: Transport
 
     def __deepcopy__(self, memo) -> Shard:
         return self  # a copied model talks over the same group
 
     def take(self, whole: Tensor) -> Tensor:
         """This rank's part of a plain tensor."""
-        ranks, rank = sequence.size(self.group), dist.get_rank(self.group)
+        ranks, rank = self.transport.size, self.transport.rank
         runs = [part.chunk(ranks, self.dim)[rank] for part in whole.split(self.parts, self.dim)]
         return torch.cat(runs, self.dim)
 
     def join(self, mine: Tensor) -> Tensor:
         """The whole of a plain tensor, from every rank's part. All ranks must call it."""
-        shards = sequence.stack(mine.detach(), self.group, "weight")
+        shards = self.transport.all_gather(mine.detach(), "weight").wait()
         lengths = [n // len(shards) for n in self.parts]
         runs = zip(*(shard.split(lengths, self.dim) for shard in shards), strict=True)
         return torch.cat([run for part in runs for run in part], self.dim)
@@ -60,29 +60,33 @@ def join(mine: Tensor, shard: Shard) -> Tensor:
     return shard.join(mine.dequantize() if isinstance(mine, ScaledTensor) else mine)
 
 
-def groups(parameters: Iterable[Tensor]) -> list[dist.ProcessGroup]:
-    """The groups over which any of these are sharded."""
+def transports(parameters: Iterable[Tensor]) -> list[Transport]:
+    """Of the groups over which any of these are spread."""
     found = {}
     for p in parameters:
         shard = shard_of(p)
         if shard is not None:
-            found[id(shard.group)] = shard.group
+            found[id(shard.transport)] = shard.transport
     return list(found.values())
 
 
-def grad_norm(parameters: Iterable[Tensor], kind: float) -> Tensor:
-    """The norm (`kind`: 2 or inf) of the gradients of a model that is spread over a group: of all
-    ranks' parts, and once of what they all hold. Float32 0-D, the same bits on every rank."""
+def grad_norm(
+    parameters: Iterable[Tensor], kind: float = 2.0, of: Iterable[Tensor] | None = None
+) -> Tensor:
+    """The norm (`kind`: 2 or inf) of the gradients of `parameters`, float32 0-D. Where `of`, the
+    parameters of the model (default: these), are spread over a group, it is that of all ranks'
+    parts, and once of what they all hold, with the same bits on every rank; all must call.
+    """
     parameters = [p for p in parameters if p.grad is not None]
-    found = groups(parameters)
-    if len(found) != 1:
-        raise ValueError(f"grad_norm: wanted parameters spread over one group, got {len(found)}")
-    mine = []
-    for spread in (True, False):
-        grads = [p.grad for p in parameters if (shard_of(p) is not None) == spread]
-        norm, amax = ops.grad_norm(grads or [parameters[0].new_zeros(1)])
-        mine.append(norm if kind == 2.0 else amax.max())
-    every = sequence.stack(torch.stack(mine), found[0], "scale")
+    of = parameters if of is None else list(of)
+    over = transports(of)
+    if not over:
+        return _local_norm(parameters, kind)
+    if len(over) > 1:
+        raise ValueError("grad_norm: the parameters are spread over several groups; wanted one")
+    spread, replicated = ([p for p in parameters if (shard_of(p) is None) == b] for b in (0, 1))
+    mine = [_local_norm(some, kind).to(of[0].device) for some in (spread, replicated)]
+    every = over[0].all_gather(torch.stack(mine), "scale").wait()
     # What all hold is counted as the first rank has it, so that all get one result.
     norms = torch.cat((every[:, 0], every[:1, 1])).double()
     if kind != 2.0:
@@ -90,10 +94,25 @@ def grad_norm(parameters: Iterable[Tensor], kind: float) -> Tensor:
     return norms.square().sum().sqrt().float()
 
 
+def _local_norm(parameters: list[Tensor], kind: float) -> Tensor:
+    if not parameters:
+        return torch.zeros(())
+    norm, amax = ops.grad_norm([p.grad for p in parameters])
+    return norm if kind == 2.0 else amax.max()
+
+
 def agree_to_skip(amax: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """`amax` of gradients (f32 [n]), made infinite where a gradient on a rank that holds another
     part of the model is not finite: all ranks skip the step or none."""
-    for group in groups(parameters):
-        bad = sequence.share_max((~amax.isfinite().all()).float(), group)
-        amax = torch.where(bad > 0, float("inf"), amax)
-    return amax
+    parameters = list(parameters)
+    if not transports(parameters):
+        return amax
+    bad = anywhere((~amax.isfinite().all()).float(), parameters)
+    return torch.where(bad > 0, float("inf"), amax)
+
+
+def anywhere(flag: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """The largest `flag` (f32 0-D) of the ranks over which `parameters` are spread."""
+    for transport in transports(parameters):
+        flag = transport.max(flag, "scale").wait()
+    return flag

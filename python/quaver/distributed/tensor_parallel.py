@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..memory import plain_tensors
 from ..nn.linear import Linear
 from ..tensor import ScaledTensor
 from . import sequence, sharding
@@ -39,6 +40,7 @@ from .parallel_linear import (
     _Column,
     _out_dtype,
 )
+from .transport import Transport
 
 __all__ = [
     "ColumnParallel",
@@ -56,35 +58,35 @@ class _Split(torch.autograd.Function):
     """A replicated sequence to this rank's shard of it."""
 
     @staticmethod
-    def forward(ctx, x, group, wire):
-        ctx.group, ctx.wire, ctx.dtype = group, wire, x.dtype
-        return sequence.own(x, group)
+    def forward(ctx, x, transport, wire):
+        ctx.transport, ctx.wire, ctx.dtype = transport, wire, x.dtype
+        return sequence.own(x, transport)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return sequence.gather(dy.to(ctx.wire), ctx.group).to(ctx.dtype), None, None
+        return sequence.gather(dy.to(ctx.wire), ctx.transport).to(ctx.dtype), None, None
 
 
 class _Join(torch.autograd.Function):
     """Shards to the sequence that every rank goes on with, all computing the same."""
 
     @staticmethod
-    def forward(ctx, x, group, wire):
-        ctx.group, ctx.dtype = group, x.dtype
-        return sequence.gather(x.to(wire), group)
+    def forward(ctx, x, transport, wire):
+        ctx.transport, ctx.dtype = transport, x.dtype
+        return sequence.gather(x.to(wire), transport)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return sequence.own(dy, ctx.group).to(ctx.dtype), None, None
+        return sequence.own(dy, ctx.transport).to(ctx.dtype), None, None
 
 
-def _sum_gradients(parameters, group: dist.ProcessGroup) -> None:
+def _sum_gradients(parameters, transport: Transport) -> None:
     """Each rank's gradient comes from its own shard of the sequence: sum them, in rank order."""
 
     def summed(gradient):
-        every = sequence.stack(gradient, group, "gradient")
+        every = transport.all_gather(gradient, "gradient").wait()
         total = every[0].float()
         for one in every[1:]:
             total += one.float()
@@ -115,8 +117,8 @@ class ColumnParallel:
 
     def apply(self, module: nn.Module, wire: Wire) -> None:
         parts = self.parts or (module.out_features,)
-        shard = sharding.Shard(0, parts, wire.group)
-        module.out_features //= sequence.size(wire.group)
+        shard = sharding.Shard(0, parts, wire.transport)
+        module.out_features //= wire.transport.size
         fp8 = isinstance(module, Linear)
         module.__class__ = ColumnParallelLinear if fp8 else PlainColumnParallelLinear
         module.wire, module.gathers = wire, self.gathers
@@ -138,14 +140,14 @@ class RowParallel:
             )
 
     def apply(self, module: nn.Module, wire: Wire) -> None:
-        shard = sharding.Shard(1, (module.in_features,), wire.group)
-        module.in_features //= sequence.size(wire.group)
+        shard = sharding.Shard(1, (module.in_features,), wire.transport)
+        module.in_features //= wire.transport.size
         fp8 = isinstance(module, Linear)
         module.__class__ = RowParallelLinear if fp8 else PlainRowParallelLinear
         module.wire = wire
         _spread(module, "weight", shard)
         if module.bias is not None:
-            _sum_gradients([module.bias], wire.group)
+            _sum_gradients([module.bias], wire.transport)
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,10 @@ class SequenceParallel:
         pass
 
     def apply(self, module: nn.Module, wire: Wire) -> None:
-        _sum_gradients(module.parameters(), wire.group)
+        _sum_gradients(module.parameters(), wire.transport)
         if self.gather_output:
             module.register_forward_hook(
-                lambda module, args, y: _Join.apply(y, wire.group, _out_dtype(y))
+                lambda module, args, y: _Join.apply(y, wire.transport, _out_dtype(y))
             )
 
 
@@ -182,9 +184,9 @@ class Split:
 
         def split(x):
             if x.shape not in seen:
-                _check_same_input(x.detach(), wire.group)
+                _check_same_input(x.detach(), wire.transport)
                 seen.add(x.shape)
-            return _Split.apply(x, wire.group, _out_dtype(x))
+            return _Split.apply(x, wire.transport, _out_dtype(x))
 
         _change_argument(module, self.argument, split)
 
@@ -230,7 +232,7 @@ class LocalHeads(GatherInput):
 
     def apply(self, module: nn.Module, wire: Wire) -> None:
         super().apply(module, wire)
-        ranks = sequence.size(wire.group)
+        ranks = wire.transport.size
         if hasattr(module, "split"):
             module.split = tuple(n // ranks for n in module.split)
             module.heads //= ranks
@@ -254,7 +256,8 @@ def parallelize(
     parameters: the norm is that of the whole model, and all ranks skip a step or none.
 
     Args:
-        mesh: a 1-D DeviceMesh (mesh["tp"] of one with more axes) or a process group.
+        mesh: a 1-D DeviceMesh (mesh["tp"] of one with more axes), a process group, or a Transport,
+            whose `traffic` then counts what is sent.
         plan: a style for every module whose name matches a pattern; None for `default_plan(model)`.
         fp8_sum: partial sums (the reduce-scatters) travel in FP8 too: e4m3 outputs, and input
             gradients in the recipe's gradient format.
@@ -267,18 +270,22 @@ def parallelize(
             or heads that the ranks do not divide, or another model or plan than rank 0.
         TypeError: a style for a module that it does not fit.
     """
-    group = mesh if isinstance(mesh, dist.ProcessGroup) else mesh.get_group()
-    wire = Wire(group, fp8_sum, regather)
+    if isinstance(mesh, Transport):
+        transport = mesh
+    else:
+        transport = Transport(mesh if isinstance(mesh, dist.ProcessGroup) else mesh.get_group())
+    wire = Wire(transport, fp8_sum, regather)
     styles, error = [], None
     try:
         styles = _resolve(model, default_plan(model) if plan is None else plan)
         _check_ties(model, styles)
         for name, module, style in styles:
-            style.check(name, module, sequence.size(group))
+            style.check(name, module, transport.size)
     except (TypeError, ValueError) as problem:
         error = problem
-    _check_agreement(_description(model, styles, wire), error, group)
-    _send_values(model, group)
+    device = next(model.parameters()).device
+    _check_agreement(_description(model, styles, wire), error, transport, device)
+    _send_values(model, transport)
     for _, module, style in styles:
         style.apply(module, wire)
     return model
@@ -373,6 +380,8 @@ def _check_ties(model: nn.Module, styles) -> None:
 def _check_linear(style: str, name: str, module: nn.Module) -> None:
     if type(module) not in (nn.Linear, Linear):
         raise TypeError(f"{style}: {name} must be a Linear, got {type(module).__name__}")
+    if getattr(module, "channel_amax", None) is not None:
+        raise ValueError(f"{style}: {name} is smoothed by channels, which cannot be spread yet")
 
 
 def _spread(module: nn.Module, name: str, shard: sharding.Shard) -> None:
@@ -405,11 +414,9 @@ def _description(model: nn.Module, styles, wire: Wire) -> list[str]:
     return lines
 
 
-def _check_agreement(mine: list[str], error: Exception | None, group) -> None:
+def _check_agreement(mine: list[str], error: Exception | None, transport, device) -> None:
     """Raises on all ranks what one of them found wrong, or in what they differ."""
-    rank = dist.get_rank(group)
-    every = [None] * sequence.size(group)
-    dist.all_gather_object(every, (mine, None if error is None else str(error)), group=group)
+    every = transport.share((mine, None if error is None else str(error)), device)
     if error is not None:
         raise error
     for other, (_, problem) in enumerate(every):
@@ -424,15 +431,14 @@ def _check_agreement(mine: list[str], error: Exception | None, group) -> None:
         here, there = next(pair for pair in pairs if pair[0] != pair[1])
         raise ValueError(
             f"parallelize: rank {other} of the group has {here}; rank 0 has {there} (this is rank "
-            f"{rank})"
+            f"{transport.rank})"
         )
 
 
-def _check_same_input(x: Tensor, group: dist.ProcessGroup) -> None:
+def _check_same_input(x: Tensor, transport: Transport) -> None:
     """Raises on all ranks where they were given other shapes or values."""
     digest = hashlib.sha256(x.contiguous().view(torch.uint8).cpu().numpy()).hexdigest()
-    every = [None] * sequence.size(group)
-    dist.all_gather_object(every, (list(x.shape), digest), group=group)
+    every = transport.share((list(x.shape), digest), x.device)
     for rank, (shape, other) in enumerate(every):
         if shape != every[0][0]:
             raise ValueError(
@@ -447,13 +453,9 @@ def _check_same_input(x: Tensor, group: dist.ProcessGroup) -> None:
 
 
 @torch.no_grad()
-def _send_values(model: nn.Module, group: dist.ProcessGroup) -> None:
+def _send_values(model: nn.Module, transport: Transport) -> None:
     """Rank 0's parameters and buffers to all."""
-    source = dist.get_global_rank(group, 0)
-    for value in model.state_dict(keep_vars=True).values():
-        scaled = isinstance(value, ScaledTensor)
-        parts = [value.qdata, value.scale, value.amax] if scaled else [value]
-        for part in parts:
-            if part is not None and part.numel():
-                dist.broadcast(sequence._bytes(part.detach()), source, group=group)
+    values = list(model.state_dict(keep_vars=True).values())
+    transport.broadcast([part.detach() for value in values for part in plain_tensors(value)])
+    for value in values:
         torch.autograd.graph.increment_version(value)

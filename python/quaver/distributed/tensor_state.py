@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tensor import ScaledTensor
-from . import sequence, sharding
+from . import sharding
 
 __all__ = ["gather_state", "scatter_state"]
 
@@ -32,7 +32,7 @@ def gather_state(model: nn.Module, optimizer=None) -> dict[str, Tensor]:
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if name in wires and value is not None:
-            value = sequence.share_max(value.clone(), wires[name].group)
+            value = wires[name].transport.max(value, "scale").wait()
         state[f"model.{name}"] = _whole(value, sharding.shard_of(value))
     for name, parameter in model.named_parameters():
         entries = {} if optimizer is None else optimizer.state.get(parameter, {})

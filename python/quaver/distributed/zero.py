@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import ops
 from .. import recipe as recipes
 from ..grad import clip_by_norm_
 from ..memory import plain_tensors
 from ..nn.linear import GemmWeight
 from ..optim import AdamW
 from ..tensor import ScaledTensor
+from . import sharding
 from .transport import Transport, compare
 
 __all__ = ["ZeroAdamW", "zero_partition"]
@@ -227,8 +227,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         """qv.clip_grad_norm_ over the gradients of all ranks, each counted by its owner."""
         if not max_norm >= 0:
             raise ValueError(f"clip_grad_norm_: max_norm must be >= 0, got {max_norm}")
-        own = [p.grad for p in self._masters if p.grad is not None]
-        norm = ops.grad_norm(own)[0] if own else torch.zeros((), device=self._device)
+        norm = sharding.grad_norm(self._masters, of=self.owners).to(self._device)
         norms = self.transport.all_gather(norm, "scale").wait().double()
         total = norms[0] * norms[0]
         for other in norms[1:]:
@@ -254,7 +253,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         if used:
             amaxes = AdamW._amax([p.grad for p in used])
             bad = (~amaxes.isfinite().all()).float()
-        bad = self.transport.max(bad, "scale").wait()
+        bad = sharding.anywhere(self.transport.max(bad, "scale").wait(), self.owners)
         self._skipped += (bad > 0).long()
         if used:
             self._inner.amaxes = torch.where(bad > 0, torch.nan, amaxes)

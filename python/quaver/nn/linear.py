@@ -30,12 +30,19 @@ class GemmWeight:
 
     A pure function of the weight, so it is never saved. The optimizer rewrites it in place together
     with the weight; any other change of the weight is found by its version.
+
+    `channels` [K] are powers of two that multiply the columns of both copies, because the input is
+    divided by them (`smooth`). They follow the layer's `channel_amax` when the copies are written,
+    so that all micro-batches of a step see the same.
     """
 
     row: Tensor
     col: Tensor
     scale: Tensor
     version: int
+    channels: Tensor | None = None
+    channel_amax: Tensor | None = None
+    amax_version: int = 0  # of the channel_amax that `channels`, or the forwards since, know
 
     @staticmethod
     def rows(weight: ScaledTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -46,12 +53,17 @@ class GemmWeight:
         return row, weight.scale * MASTER_TO_FP8
 
     @staticmethod
-    def encode(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(
+        weight: Tensor, dtype: torch.dtype, channels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """row, col and decode scale of `weight`, padded to the GEMM's alignment."""
         if isinstance(weight, ScaledTensor) and weight.qdata.dtype == dtype:
             # Another rank's, which comes without its master: the codes are the copy.
             row = pad(weight.qdata.view(torch.uint8)).view(dtype)
             return row, row.t().contiguous(), weight.scale
+        if channels is not None:
+            low = isinstance(weight, ScaledTensor)
+            weight = (weight.dequantize(torch.float32) if low else weight.float()) * channels
         if isinstance(weight, ScaledTensor):
             # e4m3 of the f16 codes: the scales differ by exactly 2^7.
             step = weight.scale.new_full((), MASTER_TO_FP8)
@@ -63,18 +75,29 @@ class GemmWeight:
     @torch.no_grad()
     def rewrite(self, weight: Tensor) -> None:
         """Encode the changed weight into the same tensors: compiled graphs hold on to them."""
-        for mine, new in zip(
-            (self.row, self.col, self.scale), self.encode(weight, self.row.dtype), strict=True
-        ):
-            mine.copy_(new)
+        if self.channels is not None:
+            self.channels.copy_(smooth(self.channel_amax))
+            self.amax_version = self.channel_amax._version
+        new = self.encode(weight, self.row.dtype, self.channels)
+        for mine, value in zip((self.row, self.col, self.scale), new, strict=True):
+            mine.copy_(value)
         self.version = weight._version
+
+
+def smooth(channel_amax: Tensor) -> Tensor:
+    """Powers of two that bring each channel's amax into [1/2, 1), if it is divided by them:
+    Smooth-SwiGLU (arXiv 2409.12517, section 4.4). 1 for a channel without values."""
+    _, exponent = torch.frexp(channel_amax)
+    usable = (channel_amax > 0) & channel_amax.isfinite()
+    exponent = torch.where(usable, exponent, 0).clamp(-100, 100)  # so that 1 / it is finite too
+    return torch.ldexp(torch.ones_like(channel_amax), exponent)
 
 
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, weight, bias, q, qt, scale, w_row, w_col, w_scale, history, out_dtype, grad_dtype,
-        weight_grad,
+        ctx, x, weight, bias, q, qt, scale, w_row, w_col, w_scale, channels, history, out_dtype,
+        grad_dtype, weight_grad,
     ):  # fmt: skip
         n = weight.shape[0]
         rows = math.prod(x.shape[:-1])
@@ -86,7 +109,7 @@ class _LinearFunction(torch.autograd.Function):
         ctx.save_for_backward(qt, scale)
         # Not saved tensors: they belong to the module, and the optimizer rewrites them in place.
         # An all-gathered weight's w_col is None: it is freed until backward gathers it again.
-        ctx.w_col, ctx.w_scale, ctx.history = w_col, w_scale, history
+        ctx.w_col, ctx.w_scale, ctx.history, ctx.channels = w_col, w_scale, history, channels
         ctx.out_dtype, ctx.grad_dtype, ctx.weight_grad = out_dtype, grad_dtype, weight_grad
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
@@ -134,6 +157,8 @@ class _LinearFunction(torch.autograd.Function):
                 gqt, g_scale, qt, scale, None, torch.float32 if wide else ctx.out_dtype, False
             )
             dw = dw[:n, :k]
+            if ctx.channels is not None:
+                dw = dw * ctx.channels.to(dw.dtype)
             if wide:
                 dw = dw.to(ctx.weight_dtype)
             elif ctx.weight_grad == "bf16":
@@ -145,7 +170,7 @@ class _LinearFunction(torch.autograd.Function):
                     dw, recipes.E4M3, None, None, "tensor", 128, True, False, 0
                 )
                 dw = ScaledTensor(q, s, amax, ctx.weight_dtype)
-        return dx, dw, db, *(None,) * 10
+        return dx, dw, db, *(None,) * 11
 
 
 class _LastCast:
@@ -204,6 +229,7 @@ class Linear(nn.Linear):
                 state = torch.zeros(HISTORY_STATE, device=self.weight.device)
             self.register_buffer(name, state)
         self.history_before = None
+        self.register_buffer("channel_amax", None)  # Smooth-SwiGLU, see nn/mlp.py
         self.refresh()
 
     def refresh(self) -> GemmWeight:
@@ -214,27 +240,50 @@ class Linear(nn.Linear):
             self.fp8_weight = None
             return None
         copies = weight.__dict__.get("fp8_weight")
-        if copies is None or copies.row.device != weight.device:
+        amax = self.channel_amax
+        fits = copies is not None and copies.row.device == weight.device
+        if not fits or (copies.channels is None) != (amax is None):
             # Never inference tensors: the optimizer could not write them later.
             with torch.inference_mode(False), torch.no_grad():
-                encoded = GemmWeight.encode(weight.detach(), self.rule.weight)
-            copies = weight.fp8_weight = GemmWeight(*encoded, weight._version)
-        elif copies.version != weight._version:
+                channels = None if amax is None else smooth(amax)
+                encoded = GemmWeight.encode(weight.detach(), self.rule.weight, channels)
+            copies = weight.fp8_weight = GemmWeight(*encoded, weight._version, channels, amax)
+            copies.amax_version = 0 if amax is None else amax._version
+        elif (
+            copies.version != weight._version
+            or copies.channel_amax is not amax
+            or (amax is not None and copies.amax_version != amax._version)
+        ):
+            copies.channel_amax = amax
             copies.rewrite(weight.detach())
         self.fp8_weight = copies  # a graph cannot look into the weight
         return copies
 
-    def _gemm_weight(self) -> tuple[Tensor, Tensor | None, Tensor]:
+    def gemm_weight(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """row, col, scale and channels of the weight's FP8 copies; no col where gathered."""
         if getattr(self.weight, "gathered", False):
+            if self.channel_amax is not None:
+                raise ValueError("Linear: FSDP2 does not gather a weight of Smooth-SwiGLU")
             self.fp8_weight = None
-            return pad(self.weight.qdata), None, self.weight.scale
+            return pad(self.weight.qdata), None, self.weight.scale, None
         if not torch.compiler.is_compiling():
             copies = self.refresh()
         elif isinstance(self.weight, ScaledTensor):
             copies = self.fp8_weight  # whoever writes the weight rewrites them
         else:  # a graph cannot see whether a plain weight changed
-            return GemmWeight.encode(self.weight.detach(), self.rule.weight)
-        return copies.row, copies.col, copies.scale
+            channels = None if self.channel_amax is None else smooth(self.channel_amax)
+            encoded = GemmWeight.encode(self.weight.detach(), self.rule.weight, channels)
+            return *encoded, channels
+        return copies.row, copies.col, copies.scale, copies.channels
+
+    @torch.no_grad()
+    def record_channels(self, channel_amax: Tensor) -> None:
+        """What the next FP8 copies of the weight are smoothed by; nothing where it is not finite.
+        Those of now stay, for the backward and the step's other micro-batches."""
+        new = torch.where(channel_amax.isfinite(), channel_amax, self.channel_amax)
+        self.channel_amax.copy_(new)
+        if not torch.compiler.is_compiling():
+            self.fp8_weight.amax_version = self.channel_amax._version
 
     def _cast(self, x: Tensor, both: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """The input's codes, their transpose where `both`, and the scale."""
@@ -271,19 +320,21 @@ class Linear(nn.Linear):
         kind = x.device.type
         out = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         product = torch.bfloat16 if out == torch.bfloat16 else torch.float32
-        row, col, w_scale = self._gemm_weight()
+        row, col, w_scale, channels = self.gemm_weight()
+        if channels is not None and not isinstance(x, ScaledTensor):  # else an MLP divided it
+            x = x / channels.to(x.dtype)
         both = torch.is_grad_enabled() and self.weight.requires_grad
         q, qt, scale = self._cast(x, both)
         grad_history = self.grad_history if self.training else None
         y = _LinearFunction.apply(
-            x, self.weight, self.bias, q, qt, scale, row, col, w_scale, grad_history, product,
-            self.rule.grad_output, "f32" if col is None else self.rule.weight_grad,
+            x, self.weight, self.bias, q, qt, scale, row, col, w_scale, channels, grad_history,
+            product, self.rule.grad_output, "f32" if col is None else self.rule.weight_grad,
         )  # fmt: skip
         return y.to(out)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        keep_f32(self, "input_history", "grad_history")
+        keep_f32(self, "input_history", "grad_history", "channel_amax")
         copies = self.weight.__dict__.get("fp8_weight")
         if copies is not None:
             copies.version = -1  # a weight that got other data kept its version

@@ -22,29 +22,32 @@ _ops = torch.ops.quaver
 
 class _ActivateFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, up, kind, dtype, history, block, grad_dtype, x_history, up_history):
+    def forward(
+        ctx, x, up, kind, channel_scale, dtype, history, block, grad_dtype, x_history, up_history
+    ):
         shape = (-1, x.shape[-1])
         flat_up = None if up is None else up.reshape(shape)
-        q, qt, scale, amax, xq, xscale, uq, uscale, _ = _ops.activate(
-            x.reshape(shape), flat_up, kind, None, dtype, None, history, True, block
+        q, qt, scale, amax, xq, xscale, uq, uscale, channel_amax = _ops.activate(
+            x.reshape(shape), flat_up, kind, channel_scale, dtype, None, history, True, block
         )
         up_saved = (None, None) if up is None else (uq, uscale)
-        ctx.save_for_backward(xq, xscale, *up_saved)
+        ctx.save_for_backward(xq, xscale, *up_saved, channel_scale)
         ctx.kind, ctx.block, ctx.grad_dtype = kind, block, grad_dtype
         ctx.histories, ctx.x_dtype = (x_history, up_history), x.dtype
-        return activation(q, qt, scale, amax, x.shape, x.dtype)
+        ctx.mark_non_differentiable(channel_amax)
+        return activation(q, qt, scale, amax, x.shape, x.dtype), channel_amax
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        xq, xscale, uq, uscale = ctx.saved_tensors
+    def backward(ctx, dy, _):
+        xq, xscale, uq, uscale, channel_scale = ctx.saved_tensors
         both = _ops.activate_backward(
-            dy.reshape(xq.shape), xq, xscale, uq, uscale, ctx.kind, None, ctx.block,
+            dy.reshape(xq.shape), xq, xscale, uq, uscale, ctx.kind, channel_scale, ctx.block,
             ctx.grad_dtype, *ctx.histories, True,
         )  # fmt: skip
         dx = activation(*both[:4], dy.shape, ctx.x_dtype)
         dup = None if uq is None else activation(*both[4:], dy.shape, ctx.x_dtype)
-        return dx, dup, *(None,) * 7
+        return dx, dup, *(None,) * 8
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class MLP(Swapped):
     def adopt(self, recipe: recipes.Recipe, plan: MLPPlan) -> None:
         torch.compiler.allow_in_graph(_ActivateFunction)
         swap(self, MLP)
+        down = getattr(self, plan.down)
+        if recipe.activation.smooth_swiglu and plan.up is not None:
+            down.channel_amax = torch.zeros(down.in_features, device=down.weight.device)
+            down.refresh()
         self.rule, self.activation, self.plan = recipe.linear, recipe.activation, plan
 
     def restore(self) -> None:
@@ -84,13 +91,19 @@ class MLP(Swapped):
         anonymous = torch.compiler.is_compiling() or gate.is_inference()
         # A joint gradient is cast by the layer that gave both halves.
         fused = up is not None and up_layer is None
-        y = _ActivateFunction.apply(
-            gate, up, plan.kind, self.rule.input,
+        channels = down.gemm_weight()[3] if isinstance(down, Linear) else None
+        y, channel_amax = _ActivateFunction.apply(
+            gate, up, plan.kind, None if channels is None else channels.reciprocal(),
+            self.rule.input,
             cast_history(down, getattr(down, "input_history", None), anonymous),
             self.activation.block, self.rule.grad_output,
             None if fused else _grad_history(gate_layer), _grad_history(up_layer),
         )  # fmt: skip
-        return down(y)
+        result = down(y)
+        # A forward that is run again inside a backward leaves no second trace.
+        if channels is not None and self.training and torch._C._current_graph_task_id() == -1:
+            down.record_channels(channel_amax)
+        return result
 
 
 def _grad_history(layer) -> Tensor | None:

@@ -172,7 +172,7 @@ class AdamW(torch.optim.Optimizer):
         copies = p.__dict__.get("fp8_weight")
         if copies is None or not isinstance(p, ScaledTensor) or copies.row.shape != p.shape:
             return None
-        if copies.row.dtype != torch.float8_e4m3fn:
+        if copies.row.dtype != torch.float8_e4m3fn or copies.channels is not None:
             return None
         return copies if copies.version == p._version else None
 
