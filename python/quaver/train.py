@@ -394,10 +394,10 @@ class Job:
                 raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
             return
         # What FSDP2 does without FP8: weights and gradients travel in the autocast dtype.
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import
+
         low = chosen.autocast == torch.bfloat16
-        policy = torch.distributed.fsdp.MixedPrecisionPolicy(
-            param_dtype=chosen.autocast, reduce_dtype=torch.float32
-        )
+        policy = MixedPrecisionPolicy(param_dtype=chosen.autocast, reduce_dtype=torch.float32)
         distributed.fully_shard(model, gradient="bf16" if low else "f32", mp_policy=policy)
 
     def _connect(self, model, optimizer):
