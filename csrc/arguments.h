@@ -178,33 +178,69 @@ inline void check_reduce_shards(const TensorView& out, const ShardedSum& s) {
     QUAVER_CHECK(s.sizes[t] >= 0, op, ": sizes must not be negative, got ", s.sizes[t]);
 }
 
+inline void check_groups(const char* op, const char* name, const StateView& s) {
+  QUAVER_CHECK(is_fp8(s.values.dtype), op, ": ", name, " in groups must be e4m3 or e5m2, got ",
+               name_of(s.values.dtype));
+  QUAVER_CHECK(s.scale != nullptr || s.values.numel() == 0, op, ": ", name,
+               " in groups needs their scales");
+}
+
+inline void check_encode_state(const StateView& s, const TensorView& x) {
+  check_groups("encode_state", "q", s);
+  QUAVER_CHECK(!is_fp8(x.dtype) && s.values.numel() == x.numel(), "encode_state: x must be ",
+               s.values.numel(), " f32, f16 or bf16, got ", x.numel(), " ", name_of(x.dtype));
+}
+
+inline void check_decode_state(const TensorView& out, const StateView& s) {
+  check_groups("decode_state", "q", s);
+  QUAVER_CHECK(out.dtype == DType::f32 && out.numel() == s.values.numel(),
+               "decode_state: out must be ", s.values.numel(), " f32, got ", out.numel(), " ",
+               name_of(out.dtype));
+}
+
 inline void check_state(const char* name, const StateView& s, int64_t numel) {
   QUAVER_CHECK(s.values.numel() == numel, "adam_: ", name, " has ", s.values.numel(),
                " values, its parameter ", numel);
-  QUAVER_CHECK(!is_scaled(s) || (s.scale != nullptr && s.amax != nullptr), "adam_: ", name, " is ",
+  if (s.scaling != Scaling::tensor) return check_groups("adam_", name, s);
+  const bool needs = scale_max(s.values.dtype) > 0.0f;
+  QUAVER_CHECK(!needs || (s.scale != nullptr && s.amax != nullptr), "adam_: ", name, " is ",
                name_of(s.values.dtype), " and needs a scale and an amax");
+}
+
+inline void check_moment(const char* name, const StateView& s, int64_t numel) {
+  QUAVER_CHECK(s.values.dtype != DType::bf16, "adam_: ", name,
+               " must be f32, f16, e4m3 or e5m2, got bf16");
+  check_state(name, s, numel);
+}
+
+inline void check_weight(const AdamParameter& p) {
+  const StateView& w = p.weight;
+  QUAVER_CHECK(!is_fp8(w.values.dtype), "adam_: weight must be f32, bf16 or f16, got ",
+               name_of(w.values.dtype));
+  QUAVER_CHECK((w.scale == nullptr) == (w.amax == nullptr) &&
+                   (w.scale == nullptr || w.values.dtype == DType::f16),
+               "adam_: only an f16 weight has a scale, and then an amax too");
+  const bool plain = w.values.dtype == DType::bf16;
+  QUAVER_CHECK(plain || !(p.stochastic || p.remainder != nullptr),
+               "adam_: stochastic rounding and a remainder go with a bf16 weight, got ",
+               name_of(w.values.dtype));
+  QUAVER_CHECK(!(p.stochastic && p.remainder != nullptr),
+               "adam_: a weight with a remainder is exact and not rounded stochastically");
 }
 
 inline void check_adam(const AdamParameter& p) {
   const int64_t n = p.weight.values.numel();
   const DType w = p.weight.values.dtype;
-  const DType m = p.exp_avg.values.dtype, v = p.exp_avg_sq.values.dtype;
-  bool known = false;
-#define QUAVER_CASE(W, M, V) \
-  known = known || (w == DTypeOf<W>::value && m == DTypeOf<M>::value && v == DTypeOf<V>::value);
-  QUAVER_ADAM_CODECS(QUAVER_CASE)
-#undef QUAVER_CASE
-  QUAVER_CHECK(known, "adam_: no codec for weight, exp_avg and exp_avg_sq in ", name_of(w), ", ",
-               name_of(m), " and ", name_of(v));
-  check_state("weight", p.weight, n);
-  check_state("exp_avg", p.exp_avg, n);
-  check_state("exp_avg_sq", p.exp_avg_sq, n);
+  check_weight(p);
+  check_moment("exp_avg", p.exp_avg, n);
+  check_moment("exp_avg_sq", p.exp_avg_sq, n);
   QUAVER_CHECK(p.grad.numel() == n, "adam_: grad has ", p.grad.numel(), " values, its parameter ",
                n);
   QUAVER_CHECK(p.grad_amax != nullptr && p.step != nullptr && p.hyper != nullptr,
                "adam_: grad_amax, step and hyper are needed");
   if (p.fp8.data == nullptr) return;
-  QUAVER_CHECK(w == DType::f16, "adam_: an FP8 copy goes with an f16 weight, got ", name_of(w));
+  QUAVER_CHECK(w == DType::f16 && p.weight.scale != nullptr,
+               "adam_: an FP8 copy goes with a scaled f16 weight, got ", name_of(w));
   QUAVER_CHECK(p.fp8.dtype == DType::e4m3 && p.fp8_t.dtype == DType::e4m3,
                "adam_: FP8 copies must be e4m3, got ", name_of(p.fp8.dtype), " and ",
                name_of(p.fp8_t.dtype));

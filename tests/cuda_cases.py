@@ -198,7 +198,7 @@ def adam_arguments(shapes, low=True, copies=True, move=lambda t: t):
         zeros(FP8[0], copies), zeros(FP8[0], copies, transposed=True), one(1.0, copies),
         [torch.zeros((), dtype=torch.int64) for _ in range(n)],
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
-        torch.zeros((), dtype=torch.int64),
+        torch.zeros((), dtype=torch.int64), [],
     ]  # fmt: skip
 
 
@@ -216,6 +216,59 @@ def adam():
     yield "a step that is skipped", bad
     yield "misaligned", adam_arguments(((96, 160),), move=misaligned)
     yield "many", adam_arguments(tuple((i % 4 + 1, i % 9 + 1) for i in range(300)))
+
+    for bad in (False, True):
+        args = adam_arguments_in_groups(((10, 20), (63, 65), (1000, 33), (1, 1), (0, 5)))
+        for _ in range(3):
+            ops.adam_(*args)
+        if bad:
+            args[11][1] = float("nan")
+        yield f"moments in groups, bf16 weights, {bad=}", args
+
+
+def adam_arguments_in_groups(shapes):
+    """Arguments of adam_ for bf16 weights, every second one with a remainder and the others rounded
+    stochastically, and moments in groups, expanded or not."""
+    none = torch.empty(0)
+    nones = [none] * len(shapes)
+    states = [
+        [ops.encode_state(torch.zeros(s), FP8[0], i % 2 == 1) for i, s in enumerate(shapes)]
+        for _ in range(2)
+    ]
+    scaling = [1 + i % 2 for i in range(len(shapes))]
+    remainders = [
+        torch.zeros(s, dtype=torch.int16) if i % 2 else none for i, s in enumerate(shapes)
+    ]
+    return [
+        [values(s, torch.bfloat16, i) for i, s in enumerate(shapes)], nones, nones,
+        [q for q, _ in states[0]], [scale for _, scale in states[0]], nones,
+        [q for q, _ in states[1]], [scale for _, scale in states[1]], nones,
+        [values(s, torch.float32, 100 + i) for i, s in enumerate(shapes)], nones,
+        torch.full((len(shapes),), 8192.0), nones, nones, nones,
+        [torch.zeros((), dtype=torch.int64) for _ in shapes],
+        torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * len(shapes), dtype=torch.float64),
+        torch.zeros((), dtype=torch.int64),
+        remainders, scaling, scaling, [-1 if i % 2 else 7 + i for i in range(len(shapes))],
+    ]  # fmt: skip
+
+
+@cases("encode_state")
+def encode_state():
+    for shape, dtype, to in itertools.product(SHAPES, FLOATS, FP8):
+        for expand in (False, True):
+            x = values(shape, dtype)
+            yield f"{shape} {dtype} to {to}, {expand=}", (x, to, expand)
+    for bad in NOT_FINITE:
+        x = values((9, 70), torch.float32)
+        x[4, 3] = bad
+        yield f"{bad}", (x, FP8[0], True)
+
+
+@cases("decode_state")
+def decode_state():
+    for shape, code, expand in itertools.product(SHAPES, FP8, (False, True)):
+        x = values(shape, torch.float32)
+        yield f"{code} {shape}, {expand=}", (*ops.encode_state(x, code, expand), expand)
 
 
 ACTIVATION_SHAPES = ((0, 5), (5, 0), (1, 1), (3, 33), (17, 511), (70, 513), (129, 64), (40, 4100))

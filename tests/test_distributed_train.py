@@ -188,14 +188,14 @@ def test_an_error_of_the_first_rank_ends_all(flags, tmp_path):
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ("pp=2", "wants dp=N, zero=N, fsdp=N or tp=N, N at least 1, got 'pp=2'"),
+        ("dp=2,tp=2", "is for 4 processes, 1 started"),
         ("fsdp=2,tp=2", "takes fsdp=N, or one of dp=N and zero=N, and tp=N"),
         ("dp", "wants dp=N, zero=N, fsdp=N or tp=N, N at least 1, got 'dp'"),
         ("dp=0", "got 'dp=0'"),
         ("dp=x", "got 'dp=x'"),
         ("", "got ''"),
-        ("dp=2,zero=2", "or one of dp=N and zero=N, and tp=N"),
-        ("dp=2,dp=2", "--parallel takes"),
+        ("dp=2,zero=2", "takes fsdp=N, or one of dp=N and zero=N, and tp=N"),
+        ("dp=2,dp=2", "takes fsdp=N, or one of"),
         ("dp=5", "--batch 12 does not divide among 5 ranks"),
         ("dp=2", "is for 2 processes, 1 started: torchrun --nproc-per-node 2 -m quaver train"),
     ],

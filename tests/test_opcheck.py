@@ -34,7 +34,24 @@ def adam(n=2):
         each(lambda: torch.zeros(shape).to(E4M3)), each(lambda: torch.zeros(shape[::-1]).to(E4M3)),
         each(ONE.clone), each(lambda: torch.zeros((), dtype=torch.int64)),
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
+        torch.zeros((), dtype=torch.int64), [], [], [], [],
+    )  # fmt: skip
+
+
+def adam_in_groups(n=2):
+    """bf16 weights with a remainder and one stochastic, moments in groups and expanded."""
+    shape, none = (10, 20), torch.empty(0)
+    nones = [none] * n
+    states = [ops.encode_state(randn(*shape, seed=i).abs(), E4M3, i % 2 == 1) for i in range(2 * n)]
+    return (
+        [randn(*shape).bfloat16() for _ in range(n)], nones, nones,
+        *([state[part] for state in states[:n]] for part in (0, 1)), nones,
+        *([state[part] for state in states[n:]] for part in (0, 1)), nones,
+        [randn(*shape) for _ in range(n)], nones, torch.ones(n), nones, nones, nones,
+        [torch.zeros((), dtype=torch.int64) for _ in range(n)],
+        torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
         torch.zeros((), dtype=torch.int64),
+        [torch.zeros(shape, dtype=torch.int16), *nones[1:]], [1, 2], [1, 2], [-1, 7],
     )  # fmt: skip
 
 
@@ -95,6 +112,10 @@ CASES = [
     (ops.reduce_shards, (torch.stack([A.qdata.view(-1)] * 2), ONE[None], ONE[None] * 4, [512], 0,
                          E4M3)),
     (ops.reduce_shards, (randn(3, 32), None, None, [5, 9], 16, torch.float32)),
+    (ops.adam_, adam_in_groups()),
+    (ops.encode_state, (randn(10, 20).bfloat16(), E5M2, True)),
+    (ops.encode_state, (randn(20, 10).t(), E4M3, False)),
+    (ops.decode_state, (*ops.encode_state(randn(10, 20), E4M3, True), True)),
 ]  # fmt: skip
 
 

@@ -17,49 +17,53 @@ struct Plan {
   AtomicAmax amax[3];
 };
 
+static_assert(kGrain % kGroup == 0 && 2 * kTile % kGroup == 0, "a piece begins with a group");
+
 struct Piece {
   int64_t parameter, begin, n;
 };
 
+StateSpan span_of(const StateView& s, float bound) {
+  StateSpan span = {s.values.data, s.values.dtype, s.scaling, 1.0f, 1.0f, nullptr};
+  if (s.scaling != Scaling::tensor) {
+    span.scales = s.scale;
+  } else if (is_scaled(s)) {
+    span.scale = *s.scale;
+    span.new_scale = next_scale(scale_max(s.values.dtype), bound, *s.scale);
+  }
+  return span;
+}
+
 void prepare(const AdamParameter& p, Plan* plan) {
   const double* h = p.hyper;
   plan->step = adam_step(h[0], h[1], h[2], h[3], h[4], *p.step + 1);
-  auto scale = [](const StateView& s) { return is_scaled(s) ? *s.scale : 1.0f; };
   auto amax = [](const StateView& s) { return is_scaled(s) ? *s.amax : 0.0f; };
-  AdamSpan& s = plan->span;
-  s.weight = p.weight.values.data;
-  s.exp_avg = p.exp_avg.values.data;
-  s.exp_avg_sq = p.exp_avg_sq.values.data;
-  s.grad = p.grad.data;
-  s.fp8 = p.fp8.as<uint8_t>();
-  s.weight_type = p.weight.values.dtype;
-  s.exp_avg_type = p.exp_avg.values.dtype;
-  s.exp_avg_sq_type = p.exp_avg_sq.values.dtype;
-  s.grad_type = p.grad.dtype;
-  s.weight_scale = scale(p.weight);
-  s.exp_avg_scale = scale(p.exp_avg);
-  s.exp_avg_sq_scale = scale(p.exp_avg_sq);
-  s.grad_scale = p.grad_scale != nullptr ? *p.grad_scale : 1.0f;
   const AdamStep& step = plan->step;
-  auto next = [&](const StateView& state, float bound) {
-    return next_scale(scale_max(state.values.dtype), bound, scale(state));
-  };
-  s.new_weight_scale = next(p.weight, weight_bound(step, amax(p.weight)));
-  s.new_exp_avg_scale = next(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax));
-  s.new_exp_avg_sq_scale =
-      next(p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax));
+  AdamSpan& s = plan->span;
+  s.weight = span_of(p.weight, weight_bound(step, amax(p.weight)));
+  s.exp_avg = span_of(p.exp_avg, exp_avg_bound(step, amax(p.exp_avg), *p.grad_amax));
+  s.exp_avg_sq = span_of(p.exp_avg_sq, exp_avg_sq_bound(step, amax(p.exp_avg_sq), *p.grad_amax));
+  s.grad = p.grad.data;
+  s.grad_type = p.grad.dtype;
+  s.grad_scale = p.grad_scale != nullptr ? *p.grad_scale : 1.0f;
+  s.fp8 = p.fp8.as<uint8_t>();
+  s.remainder = p.remainder;
+  s.stochastic = p.stochastic;
+  s.seed = p.seed;
+  s.offset = static_cast<uint64_t>(*p.step);
+  s.first = 0;
 }
 
 void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
   AdamSpan s = plan.span;
-  auto move = [begin](void* pointer, DType type) -> void* {
-    return static_cast<char*>(pointer) + begin * size_of(type);
-  };
-  s.weight = move(s.weight, s.weight_type);
-  s.exp_avg = move(s.exp_avg, s.exp_avg_type);
-  s.exp_avg_sq = move(s.exp_avg_sq, s.exp_avg_sq_type);
+  for (StateSpan* state : {&s.weight, &s.exp_avg, &s.exp_avg_sq}) {
+    state->values = static_cast<char*>(state->values) + begin * size_of(state->type);
+    if (state->scales != nullptr) state->scales += begin / kGroup;
+  }
   s.grad = static_cast<const char*>(s.grad) + begin * size_of(s.grad_type);
   if (s.fp8 != nullptr) s.fp8 += begin;
+  if (s.remainder != nullptr) s.remainder += begin;
+  s.first = static_cast<uint64_t>(begin);
   uint32_t amax[3] = {0, 0, 0};
   simd().adam(s, plan.step, n, amax);
   for (int k = 0; k < 3; ++k) plan.amax[k].add(amax[k]);
@@ -79,10 +83,10 @@ void finish(const AdamParameter& p, const Plan& plan) {
     *s.scale = scale;
     *s.amax = bit_cast<float>(plan.amax[k].bits());
   };
-  record(p.weight, plan.span.new_weight_scale, 0);
-  record(p.exp_avg, plan.span.new_exp_avg_scale, 1);
-  record(p.exp_avg_sq, plan.span.new_exp_avg_sq_scale, 2);
-  if (p.fp8_scale != nullptr) *p.fp8_scale = plan.span.new_weight_scale * kMasterToFp8;
+  record(p.weight, plan.span.weight.new_scale, 0);
+  record(p.exp_avg, plan.span.exp_avg.new_scale, 1);
+  record(p.exp_avg_sq, plan.span.exp_avg_sq.new_scale, 2);
+  if (p.fp8_scale != nullptr) *p.fp8_scale = plan.span.weight.new_scale * kMasterToFp8;
   ++*p.step;
 }
 
@@ -105,8 +109,9 @@ void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped) {
     prepare(p, &plans[i]);
     const int64_t n = p.weight.values.numel();
     int64_t size = kGrain;
-    if (p.fp8.data != nullptr) {  // whole strips of rows, so that a piece can transpose its codes
-      const int64_t strip = kTile * std::max<int64_t>(p.fp8.cols, 1);
+    if (p.fp8.data != nullptr) {
+      // Whole strips of rows, so that a piece can transpose its codes, and whole groups.
+      const int64_t strip = 2 * kTile * std::max<int64_t>(p.fp8.cols, 1);
       size = strip * std::max<int64_t>(1, kGrain / strip);
     }
     for (int64_t begin = 0; begin < n; begin += size)

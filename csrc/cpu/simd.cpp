@@ -5,6 +5,7 @@
 
 #include "quaver/norm.h"
 #include "quaver/philox.h"
+#include "simd_adam.h"
 #include "span.h"
 
 namespace quaver::cpu::QUAVER_ISA {
@@ -165,103 +166,10 @@ uint32_t add(void* out, DType out_type, float scale, const void* a, DType a_type
   return result;
 }
 
-// The largest magnitude code of scaled storage; f32 and bf16 have no scale that would need it.
-inline void collect(const float*, int64_t, uint32_t&) {}
-inline void collect(const bf16*, int64_t, uint32_t&) {}
-inline void collect(const f16* x, int64_t n, uint32_t& result) {
-  const uint32_t seen = amax_code<uint16_t>(x, n);
-  result = result < seen ? seen : result;
-}
-inline void collect(const e4m3* x, int64_t n, uint32_t& result) {
-  const uint32_t seen = amax_code<uint8_t>(x, n);
-  result = result < seen ? seen : result;
-}
-
-template <class T>
-inline uint32_t amax_of_code(uint32_t code, float scale) {
-  if constexpr (std::is_same<T, float>::value)
-    return 0;
-  else
-    return bit_cast<uint32_t>(
-        TensorCodec<T>::decode(T{static_cast<decltype(T::bits)>(code)}, scale));
-}
-
-// Small enough that the processor overlaps the division and square root of one run with the
-// conversions of the next.
-constexpr int64_t kRun = 128;
-
-// `count` <= kRun elements; a constant count gives loops without remainders.
-template <class W, class M, class V>
-inline __attribute__((always_inline)) void adam_run(W* weight, M* exp_avg, V* exp_avg_sq,
-                                                    const float* g, const AdamSpan& p,
-                                                    const AdamStep& s, const float inverse[3],
-                                                    int64_t count) {
-  alignas(64) float w[kRun], m[kRun], v[kRun];
-  load(w, weight, count, p.weight_scale);
-  load(m, exp_avg, count, p.exp_avg_scale);
-  load(v, exp_avg_sq, count, p.exp_avg_sq_scale);
-  QUAVER_SIMD
-  for (int64_t j = 0; j < count; ++j) {
-    const AdamElement e = adamw(s, {w[j], m[j], v[j]}, g[j]);
-    w[j] = e.weight;
-    m[j] = e.exp_avg;
-    v[j] = e.exp_avg_sq;
-  }
-  if (std::is_same<M, e4m3>::value) {
-    const float scale = p.new_exp_avg_scale;
-    QUAVER_SIMD
-    for (int64_t j = 0; j < count; ++j) m[j] = settle_exp_avg(m[j], scale, inverse[1]);
-  }
-  store(weight, w, count, inverse[0]);
-  store(exp_avg, m, count, inverse[1]);
-  store(exp_avg_sq, v, count, inverse[2]);
-}
-
-template <class W, class M, class V>
-void adam_typed(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
-  alignas(64) float g[kBlock];
-  const AdamSpan p = span;
-  const AdamStep s = step;
-  const float inverse[3] = {1.0f / p.new_weight_scale, 1.0f / p.new_exp_avg_scale,
-                            1.0f / p.new_exp_avg_sq_scale};
-  W* weight = static_cast<W*>(p.weight);
-  M* exp_avg = static_cast<M*>(p.exp_avg);
-  V* exp_avg_sq = static_cast<V*>(p.exp_avg_sq);
-  uint32_t codes[3] = {0, 0, 0};
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t count = n - i < kBlock ? n - i : kBlock;
-    load_any(g, at(p.grad, p.grad_type, i), p.grad_type, count, p.grad_scale);
-    int64_t j = 0;
-    for (; j + kRun <= count; j += kRun)
-      adam_run(weight + i + j, exp_avg + i + j, exp_avg_sq + i + j, g + j, p, s, inverse, kRun);
-    if (j < count)
-      adam_run(weight + i + j, exp_avg + i + j, exp_avg_sq + i + j, g + j, p, s, inverse,
-               count - j);
-    collect(weight + i, count, codes[0]);
-    collect(exp_avg + i, count, codes[1]);
-    collect(exp_avg_sq + i, count, codes[2]);
-    if (p.fp8 == nullptr) continue;
-    // From the stored codes, so that a reloaded weight gives the same copy.
-    load(g, weight + i, count, 1.0f / kMasterToFp8);
-    store(reinterpret_cast<e4m3*>(p.fp8) + i, g, count, 1.0f);
-  }
-  amax_bits[0] = amax_of_code<W>(codes[0], p.new_weight_scale);
-  amax_bits[1] = amax_of_code<M>(codes[1], p.new_exp_avg_scale);
-  amax_bits[2] = amax_of_code<V>(codes[2], p.new_exp_avg_sq_scale);
-}
-
-void adam(const AdamSpan& p, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
-#define QUAVER_CASE(W, M, V)                                                       \
-  if (p.weight_type == DTypeOf<W>::value && p.exp_avg_type == DTypeOf<M>::value && \
-      p.exp_avg_sq_type == DTypeOf<V>::value)                                      \
-    return adam_typed<W, M, V>(p, step, n, amax_bits);
-  QUAVER_ADAM_CODECS(QUAVER_CASE)
-#undef QUAVER_CASE
-}
-
 }  // namespace
 
 extern const Simd table;
-const Simd table = {amax, cast, cast_stochastic, transpose, sum_squares, add, adam};
+const Simd table = {amax, cast,          cast_stochastic, transpose, sum_squares,
+                    add,  encode_groups, decode_groups,   adam};
 
 }  // namespace quaver::cpu::QUAVER_ISA

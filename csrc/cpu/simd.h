@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "quaver/adam.h"
-#include "quaver/dtype.h"
+#include "quaver/codec.h"
 
 namespace quaver::cpu {
 
@@ -13,14 +13,25 @@ namespace quaver::cpu {
 constexpr int64_t kBlock = 512;
 constexpr int64_t kTile = 64;
 
+// One state of a span of Adam. A span begins with a group.
+struct StateSpan {
+  void* values;
+  DType type;
+  Scaling scaling;
+  float scale, new_scale;  // decode, of the whole tensor, as stored and to be stored
+  float* scales;           // or of each group
+};
+
 // One parameter's storage and scales for a span of Adam.
 struct AdamSpan {
-  void *weight, *exp_avg, *exp_avg_sq;
+  StateSpan weight, exp_avg, exp_avg_sq;
   const void* grad;
-  uint8_t* fp8;  // e4m3 GEMM copy of the span, or null
-  DType weight_type, exp_avg_type, exp_avg_sq_type, grad_type;
-  float weight_scale, exp_avg_scale, exp_avg_sq_scale, grad_scale;  // decode, as stored
-  float new_weight_scale, new_exp_avg_scale, new_exp_avg_sq_scale;  // decode, to be stored
+  DType grad_type;
+  float grad_scale;
+  uint8_t* fp8;         // e4m3 GEMM copy of the span, or null
+  uint16_t* remainder;  // of a bf16 weight, or null
+  bool stochastic;
+  uint64_t seed, offset, first;  // Philox: of the weight, the step, the first element
 };
 
 struct Simd {
@@ -41,10 +52,16 @@ struct Simd {
   // is not null; returns its amax bits.
   uint32_t (*add)(void* out, DType out_type, float scale, const void* a, DType a_type,
                   float scale_a, const void* b, DType b_type, float scale_b, int64_t n);
+  // Codes and scales of groups, to nearest, and back.
+  void (*encode_groups)(const StateSpan& state, const void* x, DType type, int64_t n);
+  void (*decode_groups)(float* out, const StateSpan& state, int64_t n);
   // One AdamW step of n elements; amax bits of the stored weight, exp_avg and exp_avg_sq.
   void (*adam)(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax[3]);
 };
 
 const Simd& simd();
+
+// contract() of all 256 codes of a format, signs included, for a scale that holds this power.
+const float* expanded_values(DType type, uint32_t power);
 
 }  // namespace quaver::cpu

@@ -1,17 +1,18 @@
 // AdamW over all parameters in one launch (FP8-LM, arXiv 2310.18313, section 2.2): states are
 // decoded, updated and encoded in registers, and the e4m3 GEMM copies of a weight are written in
 // both layouts from its new codes. A block updates one chunk of one parameter: 16384 elements in a
-// row, or a 128 x 128 tile where there is an FP8 copy to transpose.
+// row, or a 128 x 128 tile where there is an FP8 copy to transpose. A state in groups (COAT, arXiv
+// 2410.19313) needs whole groups of 128 in a row: where a matrix is not a multiple of that wide,
+// its copy is transposed by a launch of its own.
 //
 // Scales are known before the pass from bounds of the new amaxes (quaver/adam.h). Whether the step
 // is skipped, its number and its hyperparameters are read on the device.
 #include <vector>
 
 #include "../arguments.h"
-#include "any.h"
-#include "quaver/adam.h"
+#include "group.h"
 #include "table.h"
-#include "tile.h"
+#include "transpose.h"
 
 namespace quaver::cuda {
 namespace {
@@ -24,8 +25,11 @@ constexpr int kStates = 3;  // weight, exp_avg, exp_avg_sq
 
 struct State {
   void* values;
-  float* scale;
+  float* scale;  // of the tensor, or of each group
   float* amax;
+  DType type;
+  Scaling scaling;
+  bool scaled;  // as a whole: the step chooses its scale and records its amax
 };
 
 struct Entry {
@@ -35,12 +39,14 @@ struct Entry {
   const float* grad_amax;
   uint8_t *fp8, *fp8_t;  // null: none
   float* fp8_scale;
+  uint16_t* remainder;  // null: none
+  uint64_t seed;
   int64_t* step;
   const double* hyper;
   int64_t numel, first;
   Tiles tiles;
-  DType type[kStates], grad_type;
-  bool aligned, aligned_t;
+  DType grad_type;
+  bool stochastic, tiled, aligned, aligned_t;
 };
 
 // What a step of one parameter needs, computed once.
@@ -50,6 +56,7 @@ struct Plan {
   float new_scale[kStates];          // decode, to be stored
   float inverse[kStates];            // 1 / new_scale
   float amax[kStates];
+  uint64_t offset;  // of the random bits: steps taken before
 };
 
 struct Problem {
@@ -64,11 +71,12 @@ QUAVER_DEVICE void plan_step(const Entry& e, Plan* plan) {
   Plan p;
   const double* h = e.hyper;
   p.step = adam_step(h[0], h[1], h[2], h[3], h[4], *e.step + 1);
+  p.offset = static_cast<uint64_t>(*e.step);
   p.grad_scale = e.grad_scale != nullptr ? *e.grad_scale : 1.0f;
   float amax[kStates];
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
-    const bool scaled = scale_max(e.type[k]) > 0.0f;
+    const bool scaled = e.state[k].scaled;
     p.scale[k] = scaled ? *e.state[k].scale : 1.0f;
     amax[k] = scaled ? *e.state[k].amax : 0.0f;
     p.amax[k] = 0.0f;
@@ -78,7 +86,8 @@ QUAVER_DEVICE void plan_step(const Entry& e, Plan* plan) {
                                 exp_avg_sq_bound(p.step, amax[2], *e.grad_amax)};
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
-    p.new_scale[k] = next_scale(scale_max(e.type[k]), bound[k], p.scale[k]);
+    const float max = e.state[k].scaled ? scale_max(e.state[k].type) : 0.0f;
+    p.new_scale[k] = next_scale(max, bound[k], p.scale[k]);
     p.inverse[k] = 1.0f / p.new_scale[k];
   }
   *plan = p;
@@ -99,43 +108,117 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(Problem p) {
 }
 
 struct Loaded {
-  AnyQuad state[kStates], grad;
-  int64_t i, n;  // first element, and how many are left of its row or tensor
+  AnyQuad state[kStates], grad, remainder;
+  float scale[kStates];  // decode
+  int64_t i, n;          // first element, and how many are left of its row or tensor
 };
 
-QUAVER_DEVICE Loaded load_elements(const Entry& e, int64_t i, int64_t n) {
+QUAVER_DEVICE Loaded load_elements(const Entry& e, const Plan& p, int64_t i, int64_t n) {
   Loaded l;
   l.i = i;
   l.n = n;
 #pragma unroll
-  for (int k = 0; k < kStates; ++k)
-    l.state[k] = load_quad(e.state[k].values, e.type[k], i, n, e.aligned);
+  for (int k = 0; k < kStates; ++k) {
+    const State& s = e.state[k];
+    l.state[k] = load_quad(s.values, s.type, i, n, e.aligned);
+    l.scale[k] = s.scaling == Scaling::tensor ? p.scale[k] : n > 0 ? s.scale[i / kGroup] : 1.0f;
+  }
   l.grad = load_quad(e.grad, e.grad_type, i, n, e.aligned);
+  if (e.remainder != nullptr) l.remainder = load_quad(e.remainder, DType::bf16, i, n, e.aligned);
   return l;
 }
 
-// Updates four elements; returns the codes of their FP8 copy.
-QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, Loaded& l, uint32_t (&seen)[kStates]) {
-  float x[kStates][kQuad], grad[kQuad];
+QUAVER_DEVICE void decode_state(const State& s, const AnyQuad& v, float scale,
+                                const Logarithms& logarithms, float (&x)[kQuad]) {
+  if (s.scaling == Scaling::expand)
+    decode_expanded(s.type, v, scale, logarithms, x);
+  else
+    decode_any(s.type, v, 0, scale, x);
+}
+
+QUAVER_DEVICE uint32_t half_of(const AnyQuad& v, int j) {
+  return v.word[j / 2] >> j % 2 * 16 & 0xffff;
+}
+
+QUAVER_DEVICE void put_half(AnyQuad& v, int j, uint32_t bits) {
+  v.word[j / 2] = (v.word[j / 2] & ~(0xffffu << j % 2 * 16)) | bits << j % 2 * 16;
+}
+
+QUAVER_DEVICE void decode_weight(const Entry& e, const Loaded& l, float (&w)[kQuad]) {
+  if (e.remainder == nullptr) return decode_any(e.state[0].type, l.state[0], 0, l.scale[0], w);
 #pragma unroll
-  for (int k = 0; k < kStates; ++k) decode_any(e.type[k], l.state[k], 0, p.scale[k], x[k]);
+  for (int j = 0; j < kQuad; ++j)
+    w[j] = join_master(bf16{static_cast<uint16_t>(half_of(l.state[0], j))},
+                       static_cast<uint16_t>(half_of(l.remainder, j)));
+}
+
+QUAVER_DEVICE void encode_weight(const Entry& e, const Plan& p, const float (&w)[kQuad],
+                                 Loaded& l) {
+  if (e.remainder != nullptr) {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      put_half(l.state[0], j, master_high(w[j]).bits);
+      put_half(l.remainder, j, master_low(w[j]));
+    }
+    store_quad(e.remainder, DType::bf16, l.i, l.remainder, l.n, e.aligned);
+  } else if (e.stochastic) {
+    const Philox4 random = philox4x32(e.seed, static_cast<uint64_t>(l.i) / kQuad, p.offset);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j)
+      put_half(l.state[0], j, encode_bf16_stochastic(w[j], random.word[j]).bits);
+  } else {
+    encode_any(e.state[0].type, w, p.inverse[0], 0, l.state[0]);
+  }
+}
+
+// A moment of the whole warp.
+QUAVER_DEVICE void encode_moment(const Entry& e, const Plan& p, int k, const float (&x)[kQuad],
+                                 const float (&grad)[kQuad], Loaded& l) {
+  const State& s = e.state[k];
+  float y[kQuad];
+  if (s.scaling == Scaling::tensor) {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) y[j] = x[j] * p.inverse[k];
+  } else {
+    const bool expands = s.scaling == Scaling::expand;
+    const float scale = scale_of_warp(s.type, expands, x);
+    if (l.n > 0 && threadIdx.x % kWarp == 0) s.scale[l.i / kGroup] = scale;
+    to_format(s.type, expands, scale, x, y);
+  }
+  if (k == 1)
+    settle_first(s.type, x, grad, y);
+  else
+    settle_second(s.type, x, y);
+  encode_any(s.type, y, 1.0f, 0, l.state[k]);
+}
+
+// Updates four elements; returns the codes of their FP8 copy.
+QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, const Logarithms& logarithms,
+                              Loaded& l, uint32_t (&seen)[kStates]) {
+  float x[kStates][kQuad], grad[kQuad];
+  decode_weight(e, l, x[0]);
+#pragma unroll
+  for (int k = 1; k < kStates; ++k)
+    decode_state(e.state[k], l.state[k], l.scale[k], logarithms, x[k]);
   decode_any(e.grad_type, l.grad, 0, p.grad_scale, grad);
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     const AdamElement element = adamw(p.step, {x[0][j], x[1][j], x[2][j]}, grad[j]);
     // Beyond the edge all is zero, and 0 / (0 + eps) is NaN where eps is 0.
     x[0][j] = j < l.n ? element.weight : 0.0f;
-    x[1][j] = e.type[1] == DType::e4m3
-                  ? settle_exp_avg(element.exp_avg, p.new_scale[1], p.inverse[1])
-                  : element.exp_avg;
+    x[1][j] = element.exp_avg;
     x[2][j] = element.exp_avg_sq;
   }
+  encode_weight(e, p, x[0], l);
+#pragma unroll
+  for (int k = 1; k < kStates; ++k) encode_moment(e, p, k, x[k], grad, l);
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
-    encode_any(e.type[k], x[k], p.inverse[k], 0, l.state[k]);
-    decode_any(e.type[k], l.state[k], 0, p.new_scale[k], x[k]);  // the amax of what is stored
+    const State& s = e.state[k];
+    store_quad(s.values, s.type, l.i, l.state[k], l.n, e.aligned);
+    if (!s.scaled) continue;
+    decode_any(s.type, l.state[k], 0, p.new_scale[k], x[k]);  // the amax of what is stored
     seen[k] = max_bits(seen[k], amax_bits(x[k]));
-    store_quad(e.state[k].values, e.type[k], l.i, l.state[k], l.n, e.aligned);
   }
   if (e.fp8 == nullptr) return 0;
   // From the new codes, so that a reload gives the same copy.
@@ -147,12 +230,15 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, Loaded& l, uint32_t
 
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(Problem p) {
   __shared__ Tile tile;
+  __shared__ Logarithms logarithms;
   if (*p.skip) return;
+  fill(logarithms, threadIdx.x);
+  __syncthreads();
   const int64_t owner = owner_of(p.table, p.count, blockIdx.x);
   const Entry& e = p.table[owner];
   Plan& plan = p.plans[owner];
   const int64_t chunk = blockIdx.x - e.first;
-  const bool tiled = e.fp8 != nullptr;
+  const bool tiled = e.tiled;
   const int64_t row0 = chunk / e.tiles.across * kTile, col0 = chunk % e.tiles.across * kTile;
   const int word = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;  // a warp takes a tile's row
   uint32_t seen[kStates] = {};
@@ -168,11 +254,11 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(Problem p) {
         i = row * e.tiles.cols + col;
         n = row < e.tiles.rows ? e.tiles.cols - col : 0;
       }
-      loaded[a] = load_elements(e, i, n);
+      loaded[a] = load_elements(e, plan, i, n);
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      const uint32_t codes = update(e, plan, loaded[a], seen);
+      const uint32_t codes = update(e, plan, logarithms, loaded[a], seen);
       if (tiled) put_word(tile, (turn + a) * kWarps + warp, word, codes);
     }
   }
@@ -192,7 +278,7 @@ __global__ void __launch_bounds__(kThreads) end_kernel(Problem p) {
     const Plan& plan = p.plans[i];
 #pragma unroll
     for (int k = 0; k < kStates; ++k) {
-      if (!(scale_max(e.type[k]) > 0.0f)) continue;
+      if (!e.state[k].scaled) continue;
       *e.state[k].scale = plan.new_scale[k];
       *e.state[k].amax = plan.amax[k];
     }
@@ -206,13 +292,16 @@ Entry make_entry(const AdamParameter& p, int64_t first) {
   e.first = first;
   e.numel = p.weight.values.numel();
   e.tiles = make_tiles(p.fp8.rows, p.fp8.cols);
-  e.aligned = is_aligned(p.grad.data) && is_aligned(p.fp8.data) &&
-              (p.fp8.data == nullptr || p.fp8.cols % kVector == 0);
+  const bool grouped =
+      p.exp_avg.scaling != Scaling::tensor || p.exp_avg_sq.scaling != Scaling::tensor;
+  e.tiled = p.fp8.data != nullptr && !(grouped && p.fp8.cols % kGroup != 0);
+  e.aligned = is_aligned(p.grad.data) && is_aligned(p.fp8.data) && is_aligned(p.remainder) &&
+              (!e.tiled || p.fp8.cols % kVector == 0);
   const StateView* states[kStates] = {&p.weight, &p.exp_avg, &p.exp_avg_sq};
   for (int k = 0; k < kStates; ++k) {
-    e.state[k] = {states[k]->values.data, states[k]->scale, states[k]->amax};
-    e.type[k] = states[k]->values.dtype;
-    e.aligned = e.aligned && is_aligned(states[k]->values.data);
+    const StateView& s = *states[k];
+    e.state[k] = {s.values.data, s.scale, s.amax, s.values.dtype, s.scaling, is_scaled(s)};
+    e.aligned = e.aligned && is_aligned(s.values.data);
   }
   e.grad = p.grad.data;
   e.grad_type = p.grad.dtype;
@@ -222,46 +311,75 @@ Entry make_entry(const AdamParameter& p, int64_t first) {
   e.fp8_t = p.fp8_t.as<uint8_t>();
   e.fp8_scale = p.fp8_scale;
   e.aligned_t = is_aligned(p.fp8_t.data) && p.fp8.rows % kVector == 0;
+  e.remainder = p.remainder;
+  e.stochastic = p.stochastic;
+  e.seed = p.seed;
   e.step = p.step;
   e.hyper = p.hyper;
   return e;
 }
 
 int64_t chunk_count(const Entry& e) {
-  return e.fp8 != nullptr ? tile_count(e.tiles) : ceil_div(e.numel, kChunk);
+  return e.tiled ? tile_count(e.tiles) : ceil_div(e.numel, kChunk);
 }
 
-int64_t table_bytes(int64_t count) { return ceil_div(count * int64_t(sizeof(Entry)), 16) * 16; }
+// What is left to transpose after the update.
+void add_transposition(const Entry& e, std::vector<TransposeEntry>* list, int64_t* tiles) {
+  if (e.fp8 == nullptr || e.tiled) return;
+  const bool aligned = is_aligned(e.fp8) && e.tiles.cols % kVector == 0;
+  list->push_back({e.fp8, e.fp8_t, *tiles, e.tiles, aligned, e.aligned_t});
+  *tiles += tile_count(e.tiles);
+}
 
-constexpr int64_t kSkipBytes = 16;
+int64_t rounded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
+
+// The workspace: what each piece takes, in this order.
+struct Pieces {
+  int64_t entries, transpositions, skip, plans;
+};
+
+Pieces pieces(int64_t count) {
+  return {rounded(count * int64_t(sizeof(Entry))), rounded(count * int64_t(sizeof(TransposeEntry))),
+          16, rounded(count * int64_t(sizeof(Plan)))};
+}
 
 }  // namespace
 
 int64_t adam_workspace_bytes(int64_t count) {
-  return table_bytes(count) + kSkipBytes + count * int64_t(sizeof(Plan));
+  const Pieces p = pieces(count);
+  return p.entries + p.transpositions + p.skip + p.plans;
 }
 
 void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped, void* workspace,
           void* stream) {
   const char* op = "adam_";
   std::vector<Entry> entries;
-  int64_t chunks = 0;
+  std::vector<TransposeEntry> transpositions;
+  int64_t chunks = 0, tiles = 0;
   for (int64_t i = 0; i < count; ++i) {
     check_adam(parameters[i]);
     entries.push_back(make_entry(parameters[i], chunks));
     chunks += chunk_count(entries.back());
+    add_transposition(entries.back(), &transpositions, &tiles);
   }
   if (count == 0) return;
-  auto* memory = static_cast<char*>(workspace);
+  const Pieces size = pieces(count);
+  auto* table = static_cast<char*>(workspace);
+  char* late = table + size.entries;
+  char* skip = late + size.transpositions;
   Problem p;
-  p.table = reinterpret_cast<const Entry*>(memory);
-  p.skip = reinterpret_cast<int*>(memory + table_bytes(count));
-  p.plans = reinterpret_cast<Plan*>(memory + table_bytes(count) + kSkipBytes);
+  p.table = reinterpret_cast<const Entry*>(table);
+  p.skip = reinterpret_cast<int*>(skip);
+  p.plans = reinterpret_cast<Plan*>(skip + size.skip);
   p.count = count;
   p.skipped = skipped;
-  upload(op, workspace, entries.data(), count * int64_t(sizeof(Entry)), stream);
+  upload(op, table, entries.data(), count * int64_t(sizeof(Entry)), stream);
+  const auto late_count = static_cast<int64_t>(transpositions.size());
+  upload(op, late, transpositions.data(), late_count * int64_t(sizeof(TransposeEntry)), stream);
   launch(op, begin_kernel, 1, kThreads, stream, p);
   if (chunks > 0) launch(op, update_kernel, chunks, kThreads, stream, p);
+  transpose_codes(op, reinterpret_cast<const TransposeEntry*>(late), late_count, tiles, p.skip,
+                  stream);
   launch(op, end_kernel, 1, kThreads, stream, p);
 }
 

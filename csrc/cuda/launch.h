@@ -3,7 +3,18 @@
 // under the SIMT shim of tests/cpp/simt, which has the same three functions.
 #pragma once
 
+#include <cstdint>
+
 #include "quaver/check.h"
+
+namespace quaver::cuda {
+
+inline void check_blocks(const char* op, int64_t blocks) {
+  QUAVER_CHECK(blocks > 0 && blocks <= 0x7fffffff, op,
+               ": a launch takes 1 to 2^31 - 1 blocks, got ", blocks);
+}
+
+}  // namespace quaver::cuda
 
 #if !defined(__CUDACC__)
 #include "simt.h"
@@ -24,8 +35,7 @@ inline void check_status(const char* op, const char* what, cudaError_t status) {
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads,
             void* stream, const Arguments&... arguments) {
-  QUAVER_CHECK(blocks > 0 && blocks <= 0x7fffffff, op,
-               ": a launch takes 1 to 2^31 - 1 blocks, got ", blocks);
+  check_blocks(op, blocks);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));

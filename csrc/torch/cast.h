@@ -105,9 +105,7 @@ inline GroupedResult grouped_result(const char* op, const Tensor& like, int64_t 
 }
 
 inline GroupedResult no_grouped_result(const Tensor& like) {
-  return {empty(like, {0}, ScalarType::Float8_e4m3fn),
-          empty(like, {0}, ScalarType::Byte),
-          {}};
+  return {empty(like, {0}, ScalarType::Float8_e4m3fn), empty(like, {0}, ScalarType::Byte), {}};
 }
 
 }  // namespace quaver::binding

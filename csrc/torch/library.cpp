@@ -1,7 +1,9 @@
 // Schemas of torch.ops.quaver. Fake kernels and autograd are registered in python/quaver/ops.py.
 //
 // Scales are decode multipliers in f32: x ~= scale * q. In a list argument an empty tensor stands
-// for "none". Each stage's binding registers its kernels for the CPU (and CUDA) key.
+// for "none", and an empty list where it may be empty for none at all. `*_scaling` are the values
+// of Scaling (codec.h); a seed >= 0 rounds a bf16 weight stochastically. Each stage's binding
+// registers its kernels for the CPU (and CUDA) key.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -66,7 +68,11 @@ STABLE_TORCH_LIBRARY(quaver, m) {
       "Tensor(g!)[] exp_avg_sqs, Tensor(h!)[] exp_avg_sq_scales, Tensor(i!)[] exp_avg_sq_amaxes, "
       "Tensor[] grads, Tensor[] grad_scales, Tensor grad_amax, "
       "Tensor(j!)[] fp8s, Tensor(k!)[] fp8_ts, Tensor(l!)[] fp8_scales, "
-      "Tensor(m!)[] steps, Tensor hyper, Tensor(n!) skipped) -> ()");
+      "Tensor(m!)[] steps, Tensor hyper, Tensor(n!) skipped, "
+      "Tensor(o!)[] remainders, int[] exp_avg_scaling=[], int[] exp_avg_sq_scaling=[], int[] "
+      "seeds=[]) -> ()");
+  m.def("encode_state(Tensor x, ScalarType dtype, bool expand) -> (Tensor q, Tensor scale)");
+  m.def("decode_state(Tensor q, Tensor scale, bool expand) -> Tensor");
   m.def("comm_id_(Tensor(a!) id, str library) -> ()");
   m.def("comm_create(Tensor id, int rank, int size, float timeout, str library, bool host) -> int");
   m.def("comm_all_to_all_(int comm, Tensor send, Tensor(a!) recv) -> ()");

@@ -10,9 +10,36 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-StateView state(const char* name, const Tensor& values, const Tensor& scale, const Tensor& amax) {
-  return {view("adam_", name, values), optional_scalar("adam_", "scale", scale),
-          optional_scalar("adam_", "amax", amax)};
+using Ints = std::vector<int64_t>;
+
+StateView state(const char* name, const Tensor& values, const Tensor& scale, const Tensor& amax,
+                int64_t scaling = 0) {
+  QUAVER_CHECK(scaling >= 0 && scaling <= static_cast<int64_t>(Scaling::expand), "adam_: ", name,
+               " has scaling ", scaling, ", wanted 0 (tensor), 1 (group) or 2 (expand)");
+  StateView s;
+  s.values = view("adam_", name, values);
+  s.scaling = static_cast<Scaling>(scaling);
+  if (s.scaling == Scaling::tensor) {
+    s.scale = optional_scalar("adam_", "scale", scale);
+    s.amax = optional_scalar("adam_", "amax", amax);
+    return s;
+  }
+  const int64_t groups = group_count(s.values.numel());
+  QUAVER_CHECK(
+      scale.numel() == groups && scale.scalar_type() == ScalarType::Float && scale.is_contiguous(),
+      "adam_: ", name, " of ", s.values.numel(), " values needs ", groups,
+      " contiguous float32 scales, got ", scale.numel(), " of ",
+      torch::headeronly::toString(scale.scalar_type()));
+  s.scale = static_cast<float*>(scale.data_ptr());
+  return s;
+}
+
+uint16_t* remainder(const Tensor& t, int64_t numel) {
+  if (t.numel() == 0) return nullptr;
+  QUAVER_CHECK(t.numel() == numel && t.scalar_type() == ScalarType::Short && t.is_contiguous(),
+               "adam_: a remainder must be ", numel, " contiguous int16, got ", t.numel(), " of ",
+               torch::headeronly::toString(t.scalar_type()));
+  return static_cast<uint16_t*>(t.data_ptr());
 }
 
 void adam_(const Tensors& weights, const Tensors& weight_scales, const Tensors& weight_amaxes,
@@ -20,7 +47,9 @@ void adam_(const Tensors& weights, const Tensors& weight_scales, const Tensors& 
            const Tensors& exp_avg_sqs, const Tensors& exp_avg_sq_scales,
            const Tensors& exp_avg_sq_amaxes, const Tensors& grads, const Tensors& grad_scales,
            const Tensor& grad_amax, const Tensors& fp8s, const Tensors& fp8_ts,
-           const Tensors& fp8_scales, const Tensors& steps, const Tensor& hyper, Tensor skipped) {
+           const Tensors& fp8_scales, const Tensors& steps, const Tensor& hyper, Tensor skipped,
+           const Tensors& remainders, const Ints& exp_avg_scaling, const Ints& exp_avg_sq_scaling,
+           const Ints& seeds) {
   const size_t n = weights.size();
   if (n == 0) return;
   for (const auto& [name, list] : std::initializer_list<std::pair<const char*, const Tensors*>>{
@@ -42,6 +71,15 @@ void adam_(const Tensors& weights, const Tensors& weight_scales, const Tensors& 
     QUAVER_CHECK(list->size() == n, "adam_: ", n, " weights, but ", list->size(), " ", name);
     check_device("adam_", weights[0], name, *list);
   }
+  QUAVER_CHECK(remainders.empty() || remainders.size() == n, "adam_: ", n, " weights, but ",
+               remainders.size(), " remainders");
+  check_device("adam_", weights[0], "remainders", remainders);
+  for (const auto& [name, list] : std::initializer_list<std::pair<const char*, const Ints*>>{
+           {"exp_avg_scaling", &exp_avg_scaling},
+           {"exp_avg_sq_scaling", &exp_avg_sq_scaling},
+           {"seeds", &seeds}})
+    QUAVER_CHECK(list->empty() || list->size() == n, "adam_: ", n, " weights, but ", list->size(),
+                 " ", name);
   check_device("adam_", weights[0], "grad_amax", grad_amax);
   check_device("adam_", weights[0], "hyper", hyper);
   check_device("adam_", weights[0], "skipped", skipped);
@@ -58,8 +96,13 @@ void adam_(const Tensors& weights, const Tensors& weight_scales, const Tensors& 
   for (size_t i = 0; i < n; ++i) {
     AdamParameter& p = parameters[i];
     p.weight = state("weight", weights[i], weight_scales[i], weight_amaxes[i]);
-    p.exp_avg = state("exp_avg", exp_avgs[i], exp_avg_scales[i], exp_avg_amaxes[i]);
-    p.exp_avg_sq = state("exp_avg_sq", exp_avg_sqs[i], exp_avg_sq_scales[i], exp_avg_sq_amaxes[i]);
+    p.exp_avg = state("exp_avg", exp_avgs[i], exp_avg_scales[i], exp_avg_amaxes[i],
+                      exp_avg_scaling.empty() ? 0 : exp_avg_scaling[i]);
+    p.exp_avg_sq = state("exp_avg_sq", exp_avg_sqs[i], exp_avg_sq_scales[i], exp_avg_sq_amaxes[i],
+                         exp_avg_sq_scaling.empty() ? 0 : exp_avg_sq_scaling[i]);
+    if (!remainders.empty()) p.remainder = remainder(remainders[i], p.weight.values.numel());
+    p.stochastic = !seeds.empty() && seeds[i] >= 0;
+    p.seed = p.stochastic ? static_cast<uint64_t>(seeds[i]) : 0;
     kept[i] = dense(grads[i]);
     p.grad = view("adam_", "grad", kept[i]);
     p.grad_scale = optional_scalar("adam_", "grad_scale", grad_scales[i]);

@@ -57,23 +57,38 @@ QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
   return e;
 }
 
-// An e4m3 first moment as it will be stored: toward zero below the format's normal range. To
-// nearest, beta1 * k rounds back to k for its smallest codes, so the moment of a weight that gets
-// no more gradient would never decay while its second moment does, and m / sqrt(v) would run away.
-// `scale` is a power of two, so that scaling there and back is exact.
-QUAVER_HD float settle_exp_avg(float m, float scale, float inverse) {
-  using F = Format<e4m3>;
+// An FP8 first moment y = m / scale, or m expanded, as it will be rounded to codes of type T:
+// toward zero below the format's normal range, and wherever the gradient is small beside the
+// moment. To nearest, beta1 * y can round back to y (for the smallest codes always, for all where
+// beta1 is near 1), so the moment of a weight that gets no more gradient would never decay while
+// its second moment does, and m / sqrt(v) would run away. Toward zero, what is stored never exceeds
+// what Adam computed, whatever the scale, k or beta1. A weight that still learns has gradients that
+// exceed its moment most of the time, so its average is not pulled down.
+template <class T>
+QUAVER_HD float settle_exp_avg(float y, float m, float grad) {
+  using F = Format<T>;
   constexpr float min_normal = 1.0f / (1 << (F::bias - 1));
   constexpr float step = min_normal / (1 << F::mantissa);  // the smallest subnormal
   constexpr float aligner = step * (1 << 23);              // its ulp is `step`: adding it rounds
-  const float x = m * inverse;
-  const uint32_t sign = bit_cast<uint32_t>(x) & 0x80000000u;
-  const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffffu;
+  constexpr uint32_t dropped = (1u << (23 - F::mantissa)) - 1u;
+  const uint32_t sign = bit_cast<uint32_t>(y) & 0x80000000u;
+  const uint32_t magnitude = bit_cast<uint32_t>(y) & 0x7fffffffu;
   const float a = bit_cast<float>(magnitude);
   const float nearest = (a + aligner) - aligner;
   const float below = nearest - bit_cast<float>(select(nearest > a, bit_cast<uint32_t>(step), 0u));
-  return bit_cast<float>(select(a < min_normal, bit_cast<uint32_t>(below), magnitude) | sign) *
-         scale;
+  const float g8 = 8.0f * bit_cast<float>(bit_cast<uint32_t>(grad) & 0x7fffffffu);
+  const bool weak = g8 < bit_cast<float>(bit_cast<uint32_t>(m) & 0x7fffffffu);
+  const uint32_t normal = select(weak, magnitude & ~dropped, magnitude);
+  return bit_cast<float>(select(a < min_normal, bit_cast<uint32_t>(below), normal) | sign);
+}
+
+// An FP8 second moment likewise: never to zero, where a gradient has left its trace in the first
+// moment alone and m / eps would be a step of any size. Too large a v only makes the step smaller.
+template <class T>
+QUAVER_HD float settle_exp_avg_sq(float y, float v) {
+  constexpr float least = 1.0f / (1 << (Format<T>::bias - 1 + Format<T>::mantissa));
+  const uint32_t bits = bit_cast<uint32_t>(y < least ? least : y);
+  return bit_cast<float>(select(v > 0.0f, bits, bit_cast<uint32_t>(y)));
 }
 
 // Upper bounds of the next amaxes, known before the pass, so that its scales can be too. They are

@@ -1,14 +1,22 @@
-// State codecs: how one element of a weight or a moment is stored. Every codec has `bytes`,
-// `encode` and `decode`; Adam of each backend is written over them. Tensor-scaled codecs use
-// power-of-two scales, so that multiplying by the reciprocal is exact.
+// State codecs: how one element of a weight or a moment is stored. Adam of each backend is written
+// over them. A state is scaled as a whole, by groups of 128 flat elements, or by such groups after
+// dynamic range expansion (COAT, arXiv 2410.19313, section 4).
 #pragma once
 
 #include "quaver/fp8.h"
+#include "quaver/math.h"
 #include "quaver/scale.h"
 
 namespace quaver {
 
-// One storage format with one scale for the whole tensor. f32 and bf16 have scale 1.
+enum class Scaling : int8_t { tensor, group, expand };
+
+constexpr int64_t kGroup = 128;  // flat elements that share a scale
+
+constexpr int64_t group_count(int64_t numel) { return (numel + kGroup - 1) / kGroup; }
+
+// One storage format with one scale for the whole tensor, a power of two, so that multiplying by
+// its reciprocal is exact. f32 and bf16 have scale 1.
 template <class T>
 struct TensorCodec {
   using Storage = T;
@@ -17,14 +25,158 @@ struct TensorCodec {
   QUAVER_HD T encode(float x, float inverse_scale) { return encode_nearest<T>(x * inverse_scale); }
 };
 
-// The combinations of weight, exp_avg and exp_avg_sq storage that Adam is built for: both backends
-// and the check of arguments expand this list. X(weight, exp_avg, exp_avg_sq)
-#define QUAVER_ADAM_CODECS(X) \
-  X(float, float, float)      \
-  X(bf16, float, float)       \
-  X(f16, float, float)        \
-  X(f16, e4m3, float)         \
-  X(f16, float, f16)          \
-  X(f16, e4m3, f16)
+// What a group's scale is chosen from: bits of its largest magnitude, and of its smallest that is
+// not zero, minus 1. Zeros thus count as the largest `least`, and an infinity as the largest float;
+// NaN counts as zero, for it says nothing about the others.
+struct GroupRange {
+  uint32_t most = 0, least = 0xffffffffu;
+};
+
+QUAVER_HD uint32_t range_bits(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
+  const uint32_t finite = bits < 0x7f7fffffu ? bits : 0x7f7fffffu;
+  return select(bits > 0x7f800000u, 0u, finite);
+}
+
+// Dynamic range expansion stores |x|^k, with k such that the group's ratio of largest to smallest
+// fills the format:
+//
+//     code = round(max * (|x| / scale)^k)        x = scale * (code / max)^(1 / k)
+//
+// `max` is the format's finite maximum and `scale` the group's largest magnitude. This is the
+// paper's mid and s in one number: ((|x| / mid)^k / s with s = (largest / mid)^k / max is the same.
+// k is in sixteenths, one byte, and sits in the low byte of the scale's own bits: the scale is the
+// smallest f32 with that low byte that the largest magnitude does not exceed, at most 2^-15 above.
+//
+// k >= 1: below, every element would be coarser than without expansion for the sake of the
+// smallest. k < 16 is what a byte holds; a constant group would ask for infinity.
+constexpr uint32_t kPowerOne = 16, kPowerMost = 255, kPowerMask = 0xff;
+
+// What the paper's code lets the expanded ratio be: max^2 / 2, which puts the smallest element at
+// 2.3 times the format's smallest subnormal.
+template <class T> struct Expansion;
+template <> struct Expansion<e4m3> {
+  static constexpr float log2_max = 8.80735492f, log2_ratio = 2.0f * log2_max - 1.0f;
+};
+template <> struct Expansion<e5m2> {
+  static constexpr float log2_max = 15.8073549f, log2_ratio = 2.0f * log2_max - 1.0f;
+};
+
+// log2 of a normal x > 0 and 2^x for |x| <= 120, to within 2^-18 absolute and relative: all that a
+// code of two or three bits of mantissa can show, for a third of the work of math.h's. Exact at
+// powers of two and at integers. Minimax polynomials of log2(1 + u) / u and (2^f - 1) / f.
+QUAVER_HD float log2_coarse(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x) - 0x3f3504f3u;  // x = m * 2^e, m from sqrt(1/2)
+  const float e = static_cast<float>(static_cast<int32_t>(bits) >> 23);
+  const float u = bit_cast<float>((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+  float p = -0.206591845f;
+  p = fma(p, u, 0.32215485f);
+  p = fma(p, u, -0.367489964f);
+  p = fma(p, u, 0.479348004f);
+  p = fma(p, u, -0.721131861f);
+  p = fma(p, u, 1.4427135f);
+  return fma(p, u, e);
+}
+
+QUAVER_HD float exp2_coarse(float x) {
+  constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const float shifted = x + to_integer;
+  const float f = x - (shifted - to_integer);
+  float p = 9.58285294e-3f;
+  p = fma(p, f, 5.59064262e-2f);
+  p = fma(p, f, 2.40240991e-1f);
+  p = fma(p, f, 6.93124175e-1f);
+  p = fma(p, f, 1.0f);
+  return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
+}
+
+// Lifts small groups, so that the magnitudes that matter in them are normal.
+QUAVER_HD float group_lift(float scale) {
+  return bit_cast<float>(scale < 5.421010862e-20f ? 0x5f800000u : 0x3f800000u);  // 2^-64: 2^64, 1
+}
+
+// The scale of a group whose codes are of type T.
+template <class T>
+QUAVER_HD float group_scale(bool expand, GroupRange r) {
+  const float most = bit_cast<float>(r.most);
+  if (!expand) return scale_from_amax(most, Format<T>::finite_max, false);
+  uint32_t power = kPowerOne;
+  if (r.most >= 0x800000u) {  // a subnormal has no bits to spare for a fine k
+    const float lift = group_lift(most);
+    const float ratio =
+        log2_coarse(most * lift) - log2_coarse(bit_cast<float>(r.least + 1u) * lift);
+    const float wanted = Expansion<T>::log2_ratio * kPowerOne / ratio;
+    // Not above 0 for a constant group.
+    power = ratio > 0.0f && wanted < float(kPowerMost) ? static_cast<uint32_t>(wanted) : kPowerMost;
+    power = power > kPowerOne ? power : kPowerOne;
+  }
+  uint32_t bits = (r.most & ~kPowerMask) | power;
+  if (bits < r.most) bits += kPowerMask + 1;
+  return bit_cast<float>(bits < 0x7f800000u ? bits : bits - kPowerMask - 1);
+}
+
+QUAVER_HD float power_of(float scale) {
+  const uint32_t power = bit_cast<uint32_t>(scale) & kPowerMask;
+  return static_cast<float>(power > kPowerOne ? power : kPowerOne) / kPowerOne;
+}
+
+// The elements of one group to what is then rounded to codes, and back. Without expansion that is
+// a division, and a multiplication, by the scale.
+struct Expander {
+  float lift, power, offset;
+};
+
+template <class T>
+QUAVER_HD Expander expander(float scale) {
+  const float lift = group_lift(scale), power = power_of(scale);
+  return {lift, power, Expansion<T>::log2_max - power * log2_coarse(scale * lift)};
+}
+
+// In two steps, for loops that would not overlap one long chain of dependent operations.
+QUAVER_HD float log2_expanded(const Expander& e, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
+  return fma(e.power, log2_coarse(bit_cast<float>(bits) * e.lift), e.offset);
+}
+
+QUAVER_HD float expanded(float log2_y, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
+  constexpr float floor = -40.0f;  // below any code; a zero, too, is below this
+  const uint32_t y = bit_cast<uint32_t>(exp2_coarse(bit_cast<float>(
+      select(log2_y > floor, bit_cast<uint32_t>(log2_y), bit_cast<uint32_t>(floor)))));
+  return bit_cast<float>(select(bits > 0x7f800000u, 0x7fc00000u, y) |
+                         (bit_cast<uint32_t>(x) & 0x80000000u));
+}
+
+QUAVER_HD float expand(const Expander& e, float x) { return expanded(log2_expanded(e, x), x); }
+
+// log2(|code| / max) of a code without sign. Kept as a table of 128 by whoever decodes many.
+template <class T>
+QUAVER_HD float log2_of_code(uint32_t code) {
+  return log2_coarse(decode(T{static_cast<uint8_t>(code)})) - log2_coarse(Format<T>::finite_max);
+}
+
+// A magnitude over its group's scale. Codes above `max_code` are NaN.
+QUAVER_HD float contract(uint32_t code, uint32_t max_code, float log2_code, float inverse_power) {
+  const uint32_t x = bit_cast<uint32_t>(exp2_coarse(log2_code * inverse_power));
+  return bit_cast<float>(select(code == 0u, 0u, select(code > max_code, 0x7fc00000u, x)));
+}
+
+// An f32 in a bf16 and 16 further bits, exactly. The bf16 is the nearest one, ties away from zero:
+// to even, an f32 halfway between two bf16 could not be told from its neighbour's.
+QUAVER_HD float join_master(bf16 high, uint16_t low) {
+  return bit_cast<float>((uint32_t(high.bits) << 16) + low - (uint32_t(low & 0x8000u) << 1));
+}
+QUAVER_HD bf16 master_high(float x) {
+  return bf16{static_cast<uint16_t>((bit_cast<uint32_t>(x) + 0x8000u) >> 16)};
+}
+QUAVER_HD uint16_t master_low(float x) { return static_cast<uint16_t>(bit_cast<uint32_t>(x)); }
+
+// Up with the probability of the 16 bits that a bf16 lacks.
+QUAVER_HD bf16 encode_bf16_stochastic(float x, uint32_t random) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t up = bits + (random & 0xffffu);
+  const bool special = (bits & 0x7f800000u) == 0x7f800000u;
+  return bf16{static_cast<uint16_t>(select(special, encode_bf16(x).bits, up >> 16))};
+}
 
 }  // namespace quaver

@@ -1,28 +1,37 @@
 // Stage "optimizer": AdamW over all parameters in one call, one pass over each state.
 #pragma once
 
+#include "quaver/codec.h"
 #include "quaver/tensor_view.h"
 
 namespace quaver {
 
-// A stored tensor with its decode scale and the amax of its values; null for f32 and bf16.
+// A stored tensor with its decode scale and the amax of its values, or with the scales of its
+// groups; null for what has no scale.
 struct StateView {
   TensorView values;
   float* scale = nullptr;
   float* amax = nullptr;
+  Scaling scaling = Scaling::tensor;
 };
 
-inline bool is_scaled(const StateView& s) { return scale_max(s.values.dtype) > 0.0f; }
+// Has one scale, which a step must choose before it begins.
+inline bool is_scaled(const StateView& s) {
+  return s.scale != nullptr && s.scaling == Scaling::tensor;
+}
 
 struct AdamParameter {
-  StateView weight;      // f32, bf16, or f16 with scale
-  StateView exp_avg;     // f32, or e4m3 with scale
-  StateView exp_avg_sq;  // f32, or f16 with scale
+  StateView weight;      // f32, bf16 or f16, or f16 with scale
+  StateView exp_avg;     // f32, f16 with scale, or FP8 of any scaling
+  StateView exp_avg_sq;  // likewise
   TensorView grad;
   const float* grad_scale = nullptr;  // null: 1
   const float* grad_amax = nullptr;   // of the decoded gradient; non-finite skips the whole step
   TensorView fp8, fp8_t;              // e4m3 GEMM copies of an f16 weight, or empty
   float* fp8_scale = nullptr;
+  uint16_t* remainder = nullptr;  // the low bits of a bf16 weight's f32 master (codec.h)
+  bool stochastic = false;        // round a bf16 weight by Philox of (seed, step, element)
+  uint64_t seed = 0;
   int64_t* step = nullptr;        // counts the steps taken
   const double* hyper = nullptr;  // lr, beta1, beta2, eps, weight_decay
 };
@@ -31,6 +40,10 @@ namespace cpu {
 
 // If any grad_amax is not finite nothing changes but *skipped, which counts up.
 void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped);
+
+// Codes and scales of a state in groups from f32, f16 or bf16 values, to nearest; and back to f32.
+void encode_state(const StateView& state, const TensorView& x);
+void decode_state(const TensorView& out, const StateView& state);
 
 }  // namespace cpu
 
@@ -43,6 +56,9 @@ int64_t adam_workspace_bytes(int64_t count);
 // host reads shapes and pointers only.
 void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped, void* workspace,
           void* stream);
+
+void encode_state(const StateView& state, const TensorView& x, void* stream);
+void decode_state(const TensorView& out, const StateView& state, void* stream);
 
 }  // namespace cuda
 }  // namespace quaver

@@ -29,9 +29,10 @@ QUAVER_HD Philox4 philox4x32(uint64_t seed, uint64_t counter_low, uint64_t count
   return {{c0, c1, c2, c3}};
 }
 
-// The 32 random bits of one element: word (index % 4) of block (index / 4).
-QUAVER_HD uint32_t random_bits(uint64_t seed, uint64_t index) {
-  const Philox4 block = philox4x32(seed, index >> 2);
+// The 32 random bits of one element: word (index % 4) of block (index / 4). `offset` counts the
+// times that the element is drawn for.
+QUAVER_HD uint32_t random_bits(uint64_t seed, uint64_t index, uint64_t offset = 0) {
+  const Philox4 block = philox4x32(seed, index >> 2, offset);
   const uint32_t lane = uint32_t(index & 3u);
   return lane == 0   ? block.word[0]
          : lane == 1 ? block.word[1]

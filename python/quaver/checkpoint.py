@@ -167,7 +167,8 @@ def _recipe(optimizer):
     recipe = getattr(optimizer, "recipe", None)
     if recipe is None:
         return None
-    return f"{recipe.name} (exp_avg {recipe.exp_avg}, exp_avg_sq {recipe.exp_avg_sq})"
+    master = "" if recipe.bf16_master == "nearest" else f", bf16_master {recipe.bf16_master}"
+    return f"{recipe.name} (exp_avg {recipe.exp_avg}, exp_avg_sq {recipe.exp_avg_sq}{master})"
 
 
 def _collect_optimizer(model, optimizer, add):

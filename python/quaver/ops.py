@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tensor import ScaledTensor
+from .tensor import GROUP, ScaledTensor
 
 _ops = torch.ops.quaver
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -327,13 +327,16 @@ def parts(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tenso
         return [], [], []
     first = tensors[0]
     none = none_like(first.qdata if isinstance(first, ScaledTensor) else first)
-    values, scales, amaxes = [], [], []
-    for t in tensors:
-        scaled = isinstance(t, ScaledTensor)
-        values.append(t.qdata if scaled else t)
-        scales.append(t.scale if scaled else none)
-        amaxes.append(t.amax if scaled and t.amax is not None else none)
-    return values, scales, amaxes
+    low = [isinstance(t, ScaledTensor) for t in tensors]
+    if not any(low):
+        return list(tensors), [none] * len(low), [none] * len(low)
+    pairs = list(zip(tensors, low, strict=True))
+    amaxes = [t.amax if scaled else None for t, scaled in pairs]
+    return (
+        [t.qdata if scaled else t for t, scaled in pairs],
+        [t.scale if scaled else none for t, scaled in pairs],
+        [none if amax is None else amax for amax in amaxes],
+    )
 
 
 def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -412,6 +415,24 @@ def reduce_shards(
         finite maximum.
     """
     return _ops.reduce_shards(shards, scales, sum_scales, sizes, first, dtype or shards.dtype)
+
+
+def encode_state(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, expand: bool = True):
+    """Encode x in groups of 128 flat elements with one float32 scale each, as Adam's moments are.
+
+    Without `expand` a group is x ~= scale * q with scale = amax / finite_max. With it the group's
+    dynamic range is first expanded to the format's: see "Dynamic range expansion" in codec.h (COAT,
+    arXiv 2410.19313, section 4). Rounds to nearest; infinity saturates, NaN stays NaN.
+
+    Args:
+        x: float32, float16 or bfloat16, any shape and strides.
+        dtype: float8_e4m3fn or float8_e5m2.
+
+    Raises:
+        RuntimeError: other types.
+    """
+    q, scale = _ops.encode_state(x, dtype, expand)
+    return ScaledTensor(q, scale, None, torch.float32, "expand" if expand else "group", GROUP)
 
 
 @torch.library.register_fake("quaver::quantize")
@@ -523,7 +544,7 @@ def _(q, scale, amax, other, other_scale, other_amax):
 
 
 @torch.library.register_fake("quaver::adam_")
-def _(*args):
+def _(*args, **kwargs):
     return None
 
 
@@ -543,3 +564,14 @@ def _(shards, scales, sum_scales, sizes, first, dtype):
     out = shards.new_empty([shards.shape[1]], dtype=dtype)
     amax = shards.new_empty([len(sizes)], dtype=torch.float32)
     return out, amax, torch.empty_like(amax, dtype=torch.int32)
+
+
+@torch.library.register_fake("quaver::encode_state")
+def _(x, dtype, expand):
+    groups = (x.numel() + GROUP - 1) // GROUP
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty([groups], dtype=torch.float32)
+
+
+@torch.library.register_fake("quaver::decode_state")
+def _(q, scale, expand):
+    return q.new_empty(q.shape, dtype=torch.float32)

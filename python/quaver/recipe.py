@@ -46,10 +46,13 @@ class ActivationRecipe:
 @dataclass(frozen=True)
 class Recipe:
     """`autocast` is the dtype of everything that is not FP8; None runs in the model's dtype.
-    `exp_avg` and `exp_avg_sq` name state codecs of optim/states.py for converted weights. `replica`
-    is what distributed.ZeroAdamW leaves of a converted weight on every rank, beside the master of
-    its owner; None leaves copies of the master. `fp8_sum`: under tensor parallelism partial sums
-    travel in FP8, as gathered activations do."""
+    `exp_avg` and `exp_avg_sq` name state codecs of optim/states.py for converted weights, and with
+    `plain_moments` for all other parameters too. `bf16_master` is how a bf16 parameter takes its
+    update: "nearest", "stochastic" (unbiased, no further bytes) or "remainder" (16 more bits in the
+    optimizer's state, which make it an exact f32 master). `replica` is what distributed.ZeroAdamW
+    leaves of a converted weight on every rank, beside the master of its owner; None leaves copies
+    of the master. `fp8_sum`: under tensor parallelism partial sums travel in FP8, as gathered
+    activations do."""
 
     name: str
     autocast: torch.dtype | None = torch.bfloat16
@@ -57,6 +60,8 @@ class Recipe:
     activation: ActivationRecipe | None = None
     exp_avg: str = "f32"
     exp_avg_sq: str = "f32"
+    plain_moments: bool = False
+    bf16_master: str = "nearest"
     replica: torch.dtype | None = None
     fp8_sum: bool = False
 
@@ -85,8 +90,10 @@ _RECIPES = {
             "coat",
             linear=_COAT,
             activation=ActivationRecipe(),
-            exp_avg="e4m3-tensor",
-            exp_avg_sq="f16-tensor",
+            exp_avg="e4m3-expand",
+            exp_avg_sq="e4m3-expand",
+            plain_moments=True,
+            bf16_master="stochastic",
         ),
     )
 }

@@ -75,11 +75,12 @@ def _from_codes(code: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return code.to(torch.uint16 if dtype == F16 else torch.uint8).view(dtype)
 
 
-def philox(seed: int, counter: Tensor) -> Tensor:
+def philox(seed: int, counter: Tensor, high: int = 0) -> Tensor:
     """The four 32-bit words [..., 4] of Philox4x32-10 (Salmon et al., SC 2011, section 3.3)."""
     mask = 0xFFFFFFFF
     key = [seed & mask, seed >> 32 & mask]
-    c = [counter & mask, counter >> 32 & mask, torch.zeros_like(counter), torch.zeros_like(counter)]
+    zeros = torch.zeros_like(counter)
+    c = [counter & mask, counter >> 32 & mask, zeros + (high & mask), zeros + (high >> 32 & mask)]
 
     def product(constant, x):  # high and low words; int64 holds 32 x 16 bits
         low = constant * (x & 0xFFFF)
@@ -448,18 +449,155 @@ def update_bound(t: int, lr, beta1, beta2) -> float:
     return 2 * abs(lr) * max(peak, 1.0)
 
 
+def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+    """a * b + c of f32 values, rounded once.
+
+    The product is exact in f64 and the sum is rounded to odd there, after which rounding to f32 is
+    right (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
+    """
+    b, c = (torch.as_tensor(t, dtype=torch.float32).double() for t in (b, c))
+    product = a.double() * b
+    total = product + c
+    rest = total - product
+    error = (product - (total - rest)) + (c - rest)
+    odd = total.view(torch.int64) % 2 == 1
+    away = torch.where(error > 0, torch.inf, -torch.inf).double()
+    return torch.where((error == 0) | odd, total, torch.nextafter(total, away)).float()
+
+
+def log2_coarse(x: Tensor) -> Tensor:
+    """log2 of normal f32 > 0, within 2^-18: the polynomial of codec.h."""
+    mantissa, exponent = torch.frexp(x)  # [1/2, 1)
+    low = mantissa < math.sqrt(0.5)
+    u = torch.where(low, 2 * mantissa, mantissa) - 1
+    p = torch.full_like(u, -0.206591845)
+    for c in (0.32215485, -0.367489964, 0.479348004, -0.721131861, 1.4427135):
+        p = fma(p, u, c)
+    return fma(p, u, (exponent - low.int()).float())
+
+
+def exp2_coarse(x: Tensor) -> Tensor:
+    """2^x within a relative 2^-18: the polynomial of codec.h."""
+    n = x.round()
+    p = torch.full_like(x, 9.58285294e-3)
+    for c in (5.59064262e-2, 2.40240991e-1, 6.93124175e-1, 1.0):
+        p = fma(p, x - n, c)
+    return torch.ldexp(p.double(), n.int()).float()
+
+
+GROUP = 128  # flat elements that share a scale
+LIFT = 2.0**64  # of groups below 2^-64, so that their logarithms meet normal numbers
+
+
+def _groups(x: Tensor) -> Tensor:
+    flat = x.detach().float().flatten()
+    return F.pad(flat, (0, -len(flat) % GROUP)).reshape(-1, GROUP)
+
+
+def _power(scale: Tensor) -> Tensor:
+    """k of expanded groups: sixteenths in the low byte of the scale's bits."""
+    return ((scale.view(torch.int32) & 255).clamp(min=16) / 16).float()
+
+
+def expanded_scale(groups: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale of each group [n, 128]: the smallest f32 whose low byte is 16 k and that is not
+    below the largest magnitude; k = log2(finite_max^2 / 2) / log2(largest / smallest that is not
+    zero), rounded down to sixteenths, from 1 to 255/16; 1 where the largest is subnormal."""
+    top = torch.finfo(torch.float32).max
+    a = groups.abs().nan_to_num(0.0, posinf=top)
+    most, least = a.amax(1), torch.where(a > 0, a, top).amin(1)
+    lift = torch.where(most < 2.0**-64, LIFT, 1.0)
+    ratio = log2_coarse(most * lift) - log2_coarse(least * lift)
+    log2_max = torch.tensor(math.log2(scale_max(dtype)), dtype=torch.float32)
+    wanted = (2 * log2_max - 1) * 16 / ratio
+    power = torch.where((ratio > 0) & (wanted < 255), wanted.clamp(max=255), 255.0)
+    power = torch.where(most < 2.0**-126, 16.0, power).clamp(min=16).int()
+    seen = most.view(torch.int32)
+    bits = seen & ~255 | power
+    bits = torch.where(bits < seen, bits + 256, bits)
+    return torch.where(bits < 0x7F800000, bits, bits - 256).view(torch.float32)
+
+
+def expand(groups: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """sign(x) * finite_max * (|x| / scale)^k, what is then rounded (COAT, arXiv 2410.19313)."""
+    power, lift = _power(scale), torch.where(scale < 2.0**-64, LIFT, 1.0)
+    log2_max = torch.tensor(math.log2(scale_max(dtype)), dtype=torch.float32)
+    offset = log2_max - power * log2_coarse(scale * lift)
+    x = groups.abs().nan_to_num(posinf=torch.finfo(torch.float32).max) * lift[:, None]
+    usable = torch.where(x >= 2.0**-126, x, 1.0)
+    exponent = fma(log2_coarse(usable), power[:, None], offset[:, None])
+    y = exp2_coarse(torch.where(x >= 2.0**-126, exponent, -40.0).clamp(min=-40))
+    return torch.where(groups.isnan(), groups, y.copysign(groups))
+
+
+def to_format(x: Tensor, dtype: torch.dtype, expanded: bool) -> tuple[Tensor, Tensor]:
+    """What is rounded to codes, shaped like x, and the scale of each group."""
+    groups = _groups(x)
+    if expanded:
+        scale = expanded_scale(groups, dtype)
+        y = expand(groups, scale, dtype)
+    else:
+        amax = groups.abs().nan_to_num(0.0, posinf=torch.finfo(torch.float32).max).amax(1)
+        scale = scale_from_amax(amax, dtype, power_of_two=False)
+        y = groups / scale[:, None]
+    return y.flatten()[: x.numel()].reshape(x.shape), scale
+
+
+def encode_state(x: Tensor, dtype: torch.dtype, expanded: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of groups of 128 flat elements; see ops.encode_state."""
+    y, scale = to_format(x, dtype, expanded)
+    return encode(y, dtype), scale
+
+
+def decode_state(q: Tensor, scale: Tensor, expanded: bool) -> Tensor:
+    """The values of `encode_state`'s codes, f32."""
+    groups = _groups(q)
+    if expanded:
+        a = groups.abs()
+        finite = (a > 0) & a.isfinite()
+        top = torch.tensor(scale_max(q.dtype), dtype=torch.float32)
+        log2 = log2_coarse(torch.where(finite, a, 1.0)) - log2_coarse(top)
+        value = exp2_coarse(log2 * (1 / _power(scale))[:, None])
+        groups = torch.where(finite, value, torch.where(a == 0, a, torch.nan)).copysign(groups)
+    return (groups * scale[:, None]).flatten()[: q.numel()].reshape(q.shape)
+
+
+def toward_zero(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest value of the format that is not above |y|, with y's sign."""
+    table = magnitudes(dtype)
+    code = torch.searchsorted(table, y.double().abs().contiguous(), right=True) - 1
+    return table[code].copysign(y.double()).float()
+
+
+def settle_exp_avg(y: Tensor, m: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """A first moment m, y in the format's domain: toward zero below the normal range, and where
+    the gradient is below an eighth of it; else nearest rounding could hold it up for ever."""
+    return torch.where(
+        (y.abs() < torch.finfo(dtype).tiny) | (8 * g.abs() < m.abs()), toward_zero(y, dtype), y
+    )
+
+
+def settle_exp_avg_sq(y: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """An FP8 second moment: never to zero, or m / sqrt(v) is as large as eps lets it be."""
+    return torch.where(v > 0, y.clamp(min=magnitudes(dtype)[1].item()), y)
+
+
 def adamw_fp8(
     states: list[tuple[Tensor, Tensor, Tensor]], g: Tensor, g_amax: Tensor, t: int, lr, beta1,
-    beta2, eps, weight_decay,
+    beta2, eps, weight_decay, granularities=("tensor",) * 3,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Step t of AdamW on stored (codes, scale, amax) of weight, exp_avg and exp_avg_sq.
 
     FP8-LM, section 2.2, in one pass: each new scale comes from a bound of the new amax that is
     known before (adam.h), and the amax of what was stored is what the next starts from. f32, in
-    the order of adam.h, so that every bit can be compared. Unscaled states have scale 1.
+    the order of adam.h, so that every bit can be compared. Unscaled states have scale 1. States of
+    granularity "group" and "expand" have the scales of their groups, from what they now hold.
     """
     f32 = functools.partial(torch.tensor, dtype=torch.float32)
-    w, m, v = (codes.float() * scale for codes, scale, _ in states)
+    w, m, v = (
+        codes.float() * scale if kind == "tensor" else decode_state(codes, scale, kind == "expand")
+        for (codes, scale, _), kind in zip(states, granularities, strict=True)
+    )
     g = g.float()
     b1, r1, b2, r2 = f32(beta1), f32(1 - beta1), f32(beta2), f32(1 - beta2)
     m = b1 * m + r1 * g
@@ -475,18 +613,47 @@ def adamw_fp8(
         b2 * states[2][2] + r2 * (top * top),
     ]
     stored = []
-    for value, bound, (codes, scale, _) in zip((w, m, v), bounds, states, strict=True):
-        if codes.dtype in FORMATS:
-            scale = scale_from_amax(bound, codes.dtype, previous=scale)
-            value = value / scale
-            if codes.dtype == E4M3:  # toward zero below 2^-6, the normal range: else m cannot decay
-                value = torch.where(value.abs() < 2**-6, (value * 512).trunc() / 512, value)
-            codes = encode(value, codes.dtype)
+    for i, (value, (codes, scale, _)) in enumerate(zip((w, m, v), states, strict=True)):
+        dtype, kind = codes.dtype, granularities[i]
+        if dtype not in FORMATS:
+            stored.append((value.to(dtype), scale, f32(0.0)))
+            continue
+        if kind == "tensor":
+            scale = scale_from_amax(bounds[i], dtype, previous=scale)
+            y = value / scale
         else:
-            codes = value.to(codes.dtype)
-        amax = (codes.float() * scale).abs().amax() if codes.numel() else f32(0.0)
+            y, scale = to_format(value, dtype, kind == "expand")
+        if i == 1:
+            y = settle_exp_avg(y, m, g, dtype)
+        if i == 2 and dtype in (E4M3, E5M2):
+            y = settle_exp_avg_sq(y, v, dtype)
+        codes = encode(y, dtype)
+        amax = (
+            (codes.float() * scale).abs().amax() if codes.numel() and kind == "tensor" else f32(0.0)
+        )
         stored.append((codes, scale, amax))
     return stored
+
+
+def split_master(x: Tensor) -> tuple[Tensor, Tensor]:
+    """An f32 master as its nearest bf16, ties away from zero, and its low 16 bits as int16."""
+    bits = x.view(torch.int32).to(torch.int64)
+    high = (bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
+    return high, bits.to(torch.int16)
+
+
+def join_master(high: Tensor, low: Tensor) -> Tensor:
+    """The f32 of `split_master`: a low half of 0x8000 or more was rounded up."""
+    bits = (high.view(torch.int16).to(torch.int64) << 16) + low.to(torch.int64)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def stochastic_bf16(x: Tensor, seed: int, offset: int) -> Tensor:
+    """Up with the probability of the dropped 16 bits: Philox of (seed, offset, flat index)."""
+    index = torch.arange(x.numel())
+    words = philox(seed, index // 4, offset).gather(1, (index % 4)[:, None])[:, 0]
+    bits = x.view(torch.int32).to(torch.int64).flatten() + (words & 0xFFFF)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16).reshape(x.shape)
 
 
 def fp8_weight(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

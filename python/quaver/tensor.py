@@ -15,6 +15,10 @@ from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 
+GROUP = 128  # flat elements that share a scale in the granularities "group" and "expand"
+
+FLAT = ("group", "expand")
+
 QDTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16)
 
 _TABLE = {}
@@ -48,9 +52,11 @@ def _scale_shape(qdata: Tensor, granularity: str, block: int) -> tuple[int, ...]
         return (*rows, 1)
     if granularity == "block" and block > 0:
         return (*rows, -(-columns // block))
+    if granularity in FLAT and block == GROUP:
+        return (-(-qdata.numel() // GROUP),)
     raise ValueError(
-        f'ScaledTensor: granularity must be "tensor", "row" or "block", got {granularity!r} with '
-        f"block {block}"
+        f'ScaledTensor: granularity must be "tensor", "row", "block", "group" or "expand", got '
+        f"{granularity!r} with block {block}"
     )
 
 
@@ -60,7 +66,8 @@ class ScaledTensor(torch.Tensor):
     Args:
         qdata: float8_e4m3fn, float8_e5m2, float16 or bfloat16 codes, of any shape.
         scale: float32 decode multiplier: 0-D for granularity "tensor", [..., 1] for "row",
-            [..., ceil(cols / block)] for "block".
+            [..., ceil(cols / block)] for "block". Optimizer states also come as "group" and
+            "expand", [ceil(numel / 128)], where "expand" is not linear (ops.encode_state).
         amax: float32 largest magnitude of the values that were encoded, shaped like scale, or None.
             Encoding saturates, so a non-finite amax is the only trace of an infinity.
         dtype: the logical dtype that other code sees.
@@ -125,6 +132,9 @@ class ScaledTensor(torch.Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded values as a plain tensor of `dtype` (default: the logical dtype)."""
         dtype = dtype or self.dtype
+        if self.granularity in FLAT:
+            expand = self.granularity == "expand"
+            return torch.ops.quaver.decode_state(self.qdata, self.scale, expand).to(dtype)
         direct = dtype in (torch.float32, torch.float16, torch.bfloat16)
         out = torch.ops.quaver.dequantize(
             self.qdata,
@@ -182,6 +192,12 @@ class ScaledTensor(torch.Tensor):
                 self.amax.copy_(self.qdata.abs().amax() if self.numel() else 0.0)
             return self.refresh_copies()
         value = value.to(torch.float32) if value.dtype == torch.float64 else value
+        if self.granularity in FLAT:
+            value, expand = value.expand(self.shape), self.granularity == "expand"
+            q, scale = torch.ops.quaver.encode_state(value, self.qdata.dtype, expand)
+            self.qdata.copy_(q)
+            self.scale.copy_(scale)
+            return self
         q, scale, amax = torch.ops.quaver.quantize(
             value.expand(self.shape).contiguous(),
             self.qdata.dtype,
@@ -400,7 +416,7 @@ def _scale_(func, x, factor):
     one = not isinstance(factor, Tensor) or (
         factor.dim() == 0 and not isinstance(factor, ScaledTensor)
     )
-    if not (isinstance(x, ScaledTensor) and one) or x.part:
+    if not (isinstance(x, ScaledTensor) and one) or x.granularity == "expand" or x.part:
         return NotImplemented
     func(x.scale, factor)
     if x.amax is not None:

@@ -276,7 +276,7 @@ class Job:
         self.settings, self.model_config, self.text = settings, model_config, text
         self.device, self.folder, self.writer = device, folder, writer
         self.world = world or distributed.World(device)
-        self.parallel = self.fsdp = None
+        self.parallel = self.transport = None
 
     def train(self, name, stop, done=None):
         """Trains recipe `name` from its checkpoint, or from the start. Returns its result and the
@@ -332,7 +332,7 @@ class Job:
                     progress.say(f"{name} stopped after step {step}; --resume continues")
                     raise Interrupted
         result = self._result(name, model, optimizer, metrics.lines)
-        self.parallel = self.fsdp = None
+        self.parallel = self.transport = None
         if any(world.share(stop.is_set())):
             raise Interrupted
         return result, [line["loss"] for line in metrics.lines]
@@ -365,25 +365,24 @@ class Job:
         model = models.build(self.model_config).to(self.device)
         model = qv.convert(model, recipe=name)
         chosen, world = recipe.get(name), self.world
+        parallel = parse_parallel(self.settings.parallel)
         if world.tensor is not None:
             try:
                 distributed.parallelize(model, world.tensor, fp8_sum=chosen.fp8_sum)
             except ValueError as error:
                 raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
-        fsdp = "fsdp" in parse_parallel(self.settings.parallel) and world.size > 1
+        fsdp = "fsdp" in parallel and world.size > 1
         if fsdp:
             self._shard(model, chosen)
         options = {"lr": self.settings.lr, "betas": BETAS, "recipe": name}
-        if (chosen.replica and not fsdp) or "zero" in parse_parallel(self.settings.parallel):
+        if "zero" in parallel or (chosen.replica and not fsdp):
             options["group"] = world.data_group
             return model, distributed.ZeroAdamW(_groups(model), **options)
         return model, qv.AdamW(_groups(model), **options)
 
     def _traffic(self):
         """Bytes that this rank sent so far, by kind."""
-        transports = [self.parallel.transport] if self.parallel else []
-        transports += [self.fsdp] if self.fsdp else []
-        transports += [self.world.tensor] if self.world.tensor else []
+        transports = [t for t in (self.transport, self.world.tensor) if t]
         return {kind: sum(t.traffic[kind] for t in transports) for kind in distributed.KINDS}
 
     def _shard(self, model, chosen):
@@ -403,10 +402,10 @@ class Job:
     def _connect(self, model, optimizer):
         """After `build`: what averages gradients, unless FSDP2 does, and what counts the bytes."""
         if "fsdp" in parse_parallel(self.settings.parallel):
-            self.fsdp = distributed.transport_of(model)
+            self.transport = distributed.transport_of(model)
         else:
-            group = self.world.data_group
-            self.parallel = distributed.ddp(model, optimizer=optimizer, group=group)
+            self.parallel = distributed.ddp(model, optimizer=optimizer, group=self.world.data_group)
+            self.transport = self.parallel.transport
 
     def _loss(self, name, model, inputs, targets):
         inputs, targets = inputs.to(self.device), targets.to(self.device)
@@ -460,7 +459,7 @@ class Job:
             "grad_norm": _finite(float(norm)),
             "tokens_per_s": tokens / (time.perf_counter() - began),
         } | measured
-        if self.parallel or self.fsdp:
+        if self.transport:
             after = self._traffic()
             line["communication"] = {kind: after[kind] - before[kind] for kind in after}
         return line

@@ -13,10 +13,25 @@ struct Layout {
   DType weight, exp_avg, exp_avg_sq, grad;
   bool fp8 = false;
   int64_t skew = 0;
+  Scaling exp_avg_scaling = Scaling::tensor, exp_avg_sq_scaling = Scaling::tensor;
+  bool remainder = false, stochastic = false, scaled = true;  // an f16 weight's scale
 };
 
 constexpr Layout o2(Shape shape, DType grad = DType::e4m3) {
   return {shape, DType::f16, DType::e4m3, DType::f16, grad, true};
+}
+
+// COAT's moments.
+constexpr Layout coat(Shape shape, DType weight, DType grad = DType::bf16) {
+  Layout l = {shape, weight, DType::e4m3, DType::e4m3, grad};
+  l.exp_avg_scaling = l.exp_avg_sq_scaling = Scaling::expand;
+  return l;
+}
+
+constexpr Layout coat_with_copies(Shape shape) {
+  Layout l = coat(shape, DType::f16, DType::e4m3);
+  l.fp8 = true;
+  return l;
 }
 
 // One parameter's memory, twice: once for each backend.
@@ -40,6 +55,12 @@ class Parameter {
       CHECK(cpu_.state[k].bytes() == cuda_.state[k].bytes());
       CHECK(cuda_.state[k].guards_hold());
     }
+    for (int k = 1; k < 3; ++k) {
+      CHECK(cpu_.groups[k].bytes() == cuda_.groups[k].bytes());
+      CHECK(cuda_.groups[k].guards_hold());
+    }
+    CHECK(cpu_.remainder.bytes() == cuda_.remainder.bytes());
+    CHECK(cuda_.remainder.guards_hold());
     CHECK(cpu_.fp8.bytes() == cuda_.fp8.bytes());
     CHECK(cpu_.fp8_t.bytes() == cuda_.fp8_t.bytes());
     CHECK(cuda_.fp8.guards_hold() && cuda_.fp8_t.guards_hold());
@@ -50,7 +71,7 @@ class Parameter {
 
  private:
   struct Copy {
-    Buffer state[3], grad, fp8, fp8_t;
+    Buffer state[3], groups[3], remainder, grad, fp8, fp8_t;
     std::vector<float> scales{0.0625f, 1.0f, 1.0f, 0.5f, 1.0f};  // states, gradient, copy
     std::vector<float> amaxes{1.0f, 0.0f, 0.0f};
     float grad_amax = 1.0f;
@@ -59,13 +80,18 @@ class Parameter {
 
     Copy(const Layout& l, uint64_t seed)
         : state{make(l, l.weight), make(l, l.exp_avg), make(l, l.exp_avg_sq)},
+          groups{Buffer(0), group_scales(l), group_scales(l)},
+          remainder(make(l, DType::bf16, l.remainder)),
           grad(make(l, l.grad)),
           fp8(make(l, DType::e4m3, l.fp8)),
           fp8_t(make(l, DType::e4m3, l.fp8)) {
       const int64_t n = l.shape.rows * l.shape.cols;
       fill(&state[0], l.weight, n, seed);
-      for (int k = 1; k < 3; ++k)
-        for (unsigned char* b = state[k].data(); b < state[k].data() + state[k].size(); ++b) *b = 0;
+      for (Buffer* zero : {&state[1], &state[2], &groups[1], &groups[2], &remainder})
+        for (unsigned char* b = zero->data(); b < zero->data() + zero->size(); ++b) *b = 0;
+    }
+    static Buffer group_scales(const Layout& l) {
+      return Buffer(group_count(l.shape.rows * l.shape.cols) * 4);
     }
     static Buffer make(const Layout& l, DType type, bool present = true) {
       return Buffer(present ? l.shape.rows * l.shape.cols * size_of(type) : 0,
@@ -79,8 +105,17 @@ class Parameter {
       for (int k = 0; k < 3; ++k) {
         const bool scaled = scale_max(types[k]) > 0.0f;
         *states[k] = {view(state[k], types[k], rows, cols), scaled ? &scales[k] : nullptr,
-                      scaled ? &amaxes[k] : nullptr};
+                      scaled ? &amaxes[k] : nullptr, Scaling::tensor};
       }
+      if (!l.scaled) p.weight.scale = p.weight.amax = nullptr;
+      const Scaling scalings[] = {Scaling::tensor, l.exp_avg_scaling, l.exp_avg_sq_scaling};
+      for (int k = 1; k < 3; ++k) {
+        if (scalings[k] == Scaling::tensor) continue;
+        *states[k] = {states[k]->values, groups[k].as<float>(), nullptr, scalings[k]};
+      }
+      if (l.remainder) p.remainder = remainder.as<uint16_t>();
+      p.stochastic = l.stochastic;
+      p.seed = 17;
       p.grad = view(grad, l.grad, rows, cols);
       p.grad_scale = is_fp8(l.grad) ? &scales[3] : nullptr;
       p.grad_amax = &grad_amax;
@@ -135,11 +170,49 @@ TEST(low_precision_of_every_shape) {
 }
 
 TEST(every_type_of_state) {
-  for (const DType grad : {DType::f32, DType::bf16, DType::e5m2}) {
-#define QUAVER_CASE(W, M, V) \
-  check({{{7, 100}, DTypeOf<W>::value, DTypeOf<M>::value, DTypeOf<V>::value, grad}});
-    QUAVER_ADAM_CODECS(QUAVER_CASE)
-#undef QUAVER_CASE
+  const DType moments[] = {DType::f32, DType::f16, DType::e4m3, DType::e5m2};
+  for (const DType grad : {DType::f32, DType::bf16, DType::e5m2})
+    for (const DType weight : {DType::f32, DType::bf16, DType::f16})
+      for (const DType exp_avg : moments)
+        for (const DType exp_avg_sq : moments)
+          check({{{7, 100}, weight, exp_avg, exp_avg_sq, grad}});
+}
+
+TEST(states_in_groups) {
+  for (const DType exp_avg : {DType::e4m3, DType::e5m2})
+    for (const DType exp_avg_sq : {DType::e4m3, DType::e5m2, DType::f32})
+      for (const Scaling first : {Scaling::group, Scaling::expand})
+        for (const Scaling second : {Scaling::group, Scaling::expand}) {
+          Layout l = {{9, 100}, DType::f32, exp_avg, exp_avg_sq, DType::f32};
+          l.exp_avg_scaling = first;
+          if (exp_avg_sq != DType::f32) l.exp_avg_sq_scaling = second;
+          check({l});
+        }
+  for (const Shape& shape : kShapes) check({coat(shape, DType::f32)});
+  for (const int64_t n : {1, 127, 128, 129, 16383, 16385}) check({coat({1, n}, DType::bf16)});
+}
+
+// Tiles where rows are whole groups, and otherwise a transposition afterwards.
+TEST(groups_beside_gemm_copies) {
+  for (const Shape& shape : kShapes) check({coat_with_copies(shape)});
+  for (const int64_t rows : {1, 127, 130})
+    for (const int64_t cols : {128, 144, 256, 257}) check({coat_with_copies({rows, cols})});
+  in_every_order([] {
+    check({coat_with_copies({40, 96}), o2({33, 48}), coat_with_copies({30, 128}),
+           coat_with_copies({0, 5}), coat_with_copies({17, 40}), coat({3, 70}, DType::bf16)});
+  });
+}
+
+TEST(masters_of_bf16_weights) {
+  for (const int64_t n : {5, 128, 700}) {
+    Layout exact = coat({1, n}, DType::bf16), random = exact, half = coat({1, n}, DType::f16);
+    exact.remainder = random.stochastic = true;
+    half.scaled = false;
+    check({exact, random, half});
+    for (Layout* l : {&exact, &random, &half}) {
+      l->skew = 1;
+      check({*l});
+    }
   }
 }
 
@@ -176,4 +249,12 @@ TEST(wrong_arguments_are_named) {
   a.grad.cols = 7;
   CHECK_THROWS(cuda::adam(&a, 1, nullptr, nullptr, nullptr),
                "grad has 28 values, its parameter 32");
+}
+
+TEST(a_master_needs_a_bf16_weight) {
+  Layout layout = coat({4, 8}, DType::f32);
+  layout.remainder = true;
+  Parameter p(layout, 1);
+  AdamParameter a = p.cuda();
+  CHECK_THROWS(cuda::adam(&a, 1, nullptr, nullptr, nullptr), "go with a bf16 weight, got f32");
 }

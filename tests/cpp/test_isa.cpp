@@ -164,6 +164,60 @@ TEST(adam_with_low_precision_states) {
   }
 }
 
+TEST(states_in_groups) {
+  for (const DType type : {DType::e4m3, DType::e5m2})
+    for (const Scaling scaling : {Scaling::group, Scaling::expand})
+      same_everywhere([&](Bytes* bytes) {
+        for (const int64_t n : kSizes) {
+          std::vector<float> x = some_values(n, 6), back(n), scales(group_count(n));
+          std::vector<uint8_t> q(n);
+          const StateView state = {view(q.data(), type, 1, n), scales.data(), nullptr, scaling};
+          cpu::encode_state(state, view(x.data(), DType::f32, 1, n));
+          cpu::decode_state(view(back.data(), DType::f32, 1, n), state);
+          append(bytes, q);
+          append(bytes, scales);
+          append(bytes, back);
+        }
+      });
+}
+
+TEST(adam_with_states_in_groups) {
+  for (const int64_t n : kSizes)
+    for (const bool exact : {false, true})
+      same_everywhere([&](Bytes* bytes) {
+        const std::vector<float> grad = some_values(n, 4);
+        std::vector<bf16> weight(n, bf16{0x3f80});
+        std::vector<uint16_t> remainder(n, 0);
+        std::vector<uint8_t> moments[2] = {std::vector<uint8_t>(n), std::vector<uint8_t>(n)};
+        std::vector<float> scales[2] = {std::vector<float>(group_count(n), 1.0f),
+                                        std::vector<float>(group_count(n), 1.0f)};
+        float grad_amax = 1.0f;
+        int64_t step = 0, skipped = 0;
+        const double hyper[5] = {1e-3, 0.9, 0.95, 1e-8, 0.1};
+        AdamParameter p;
+        p.weight = {view(weight.data(), DType::bf16, 1, n)};
+        p.exp_avg = {view(moments[0].data(), DType::e4m3, 1, n), scales[0].data(), nullptr,
+                     Scaling::expand};
+        p.exp_avg_sq = {view(moments[1].data(), DType::e5m2, 1, n), scales[1].data(), nullptr,
+                        Scaling::expand};
+        p.grad = view(const_cast<float*>(grad.data()), DType::f32, 1, n);
+        p.grad_amax = &grad_amax;
+        p.step = &step;
+        p.hyper = hyper;
+        p.remainder = exact ? remainder.data() : nullptr;
+        p.stochastic = !exact;
+        p.seed = 3;
+        for (int i = 0; i < 3; ++i) cpu::adam(&p, 1, &skipped);
+        CHECK_EQ(step, 3);
+        append(bytes, weight);
+        append(bytes, remainder);
+        for (int k = 0; k < 2; ++k) {
+          append(bytes, moments[k]);
+          append(bytes, scales[k]);
+        }
+      });
+}
+
 TEST(an_unknown_instruction_set_is_refused_by_name) {
   CHECK_THROWS(cpu::set_isa("mmx"), "got mmx");
 }

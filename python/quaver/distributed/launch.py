@@ -33,8 +33,9 @@ def parse_parallel(text: str | None) -> dict[str, int]:
                 f"--parallel wants dp=N, zero=N, fsdp=N or tp=N, N at least 1, got {part!r}"
             )
         found[kind] = int(count)
-    alone = "fsdp" in found and len(found) > 1
-    if alone or {"dp", "zero"} <= found.keys() or len(text.split(",")) != len(found):
+    apart = found.keys() - {"tp"}  # of these there can be one, and FSDP2 goes with no other
+    alone = "fsdp" in found and "tp" in found
+    if len(apart) > 1 or alone or len(text.split(",")) != len(found):
         raise UsageError(
             f"--parallel takes fsdp=N, or one of dp=N and zero=N, and tp=N, got {text!r}"
         )

@@ -260,10 +260,10 @@ class Linear(nn.Linear):
         return copies
 
     def gemm_weight(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """row, col, scale and channels of the weight's FP8 copies; no col where gathered."""
+        """row, col, scale and channels of the weight's FP8 copies."""
         if getattr(self.weight, "gathered", False):
             if self.channel_amax is not None:
-                raise ValueError("Linear: FSDP2 does not gather a weight of Smooth-SwiGLU")
+                raise RuntimeError("Linear: Smooth-SwiGLU does not go with FSDP2's sharded weights")
             self.fp8_weight = None
             return pad(self.weight.qdata), None, self.weight.scale, None
         if not torch.compiler.is_compiling():

@@ -1,3 +1,4 @@
 from .adamw import AdamW
+from .states import STATES, EncodedState, encode_state
 
-__all__ = ["AdamW"]
+__all__ = ["STATES", "AdamW", "EncodedState", "encode_state"]

@@ -11,7 +11,9 @@ from .. import ops
 from .. import recipe as recipes
 from ..distributed import sharding
 from ..tensor import ScaledTensor, is_sharded, local
-from .states import STATES
+from .states import STATES, scaling
+
+MASTERS = ("nearest", "stochastic", "remainder")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -23,13 +25,20 @@ def _shards():
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) with the states of a recipe (FP8-LM, arXiv 2310.18313).
+    """AdamW (arXiv 1711.05101) with the states of a recipe (FP8-LM, arXiv 2310.18313; COAT, arXiv
+    2410.19313).
 
     Converted weights (ScaledTensors) have their moments in the recipe's codecs and are themselves
     the master weight; their FP8 GEMM copies are written in the same pass. All other parameters
-    (norms, biases, embeddings) keep f32 moments. A step with a non-finite gradient changes nothing
-    and is counted in `skipped`. Of FSDP2's parameters each rank steps its shard, with the scales of
-    the whole tensor: the codes of all shards are those of one process, and all ranks skip alike.
+    (norms, biases, embeddings) keep f32 moments, unless the recipe has `plain_moments`, as "coat"
+    does: a model needs no conversion for that. A bf16 parameter takes its update as the recipe's
+    `bf16_master` says; the 16 bits of "remainder" are its state "master". A step with a non-finite
+    gradient changes nothing and is counted in `skipped`. Of FSDP2's parameters each rank steps its
+    shard, with the scales of the whole tensor: the codes of all shards are those of one process,
+    and all ranks skip alike.
+
+    A CUDA graph may capture `step()`: its number and hyperparameters are read on the device. After
+    a change of hyperparameters call `write_hyper()` before the next replay.
 
     Args:
         params: parameters or groups, as torch's optimizers take them.
@@ -37,19 +46,39 @@ class AdamW(torch.optim.Optimizer):
         recipe: a name or a Recipe.
 
     Raises:
-        ValueError: hyperparameters out of range, an unknown recipe.
-        RuntimeError: sparse gradients, gradients on another device than their parameter.
+        ValueError: hyperparameters out of range, an unknown recipe or codec, a state dict that is
+            not of this recipe and these parameters.
+        RuntimeError: sparse gradients, gradients on another device than their parameter, parameters
+            that changed their shape or dtype between steps.
     """
 
     def __init__(self, params, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
                  recipe="fp8lm-o2"):  # fmt: skip
         self.recipe = recipes.get(recipe)
+        self._check_recipe()
         self._skipped: dict[torch.device, Tensor] = {}
+        self._hyper: dict[torch.device, tuple[list, list, Tensor]] = {}
+        self._dtypes: dict[Tensor, torch.dtype] = {}
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict:  # torch's has the groups and states only; for deepcopy
-        return {**super().__getstate__(), "recipe": self.recipe, "_skipped": self._skipped}
+        mine = ("recipe", "_skipped", "_dtypes")
+        return {**super().__getstate__(), **{k: getattr(self, k) for k in mine}, "_hyper": {}}
+
+    def _check_recipe(self) -> None:
+        for what in ("exp_avg", "exp_avg_sq"):
+            name = getattr(self.recipe, what)
+            if name not in STATES:
+                raise ValueError(
+                    f"AdamW: recipe {self.recipe.name}: unknown state codec {name!r} for {what}; "
+                    f"there are {', '.join(STATES)}"
+                )
+        if self.recipe.bf16_master not in MASTERS:
+            raise ValueError(
+                f"AdamW: recipe {self.recipe.name}: bf16_master must be one of "
+                f"{', '.join(MASTERS)}, got {self.recipe.bf16_master!r}"
+            )
 
     def add_param_group(self, group: dict) -> None:
         super().add_param_group(group)
@@ -71,11 +100,9 @@ class AdamW(torch.optim.Optimizer):
         if not added["weight_decay"] >= 0:
             raise ValueError(f"AdamW: weight_decay must be >= 0, got {added['weight_decay']}")
         for p in added["params"]:
-            if p.dtype not in ops.FLOATS or (
-                p.dtype == torch.float16 and not isinstance(local(p), ScaledTensor)
-            ):
+            if p.dtype not in ops.FLOATS:
                 raise ValueError(
-                    f"AdamW: parameters must be float32, bfloat16 or converted, got {p.dtype}"
+                    f"AdamW: parameters must be float32, bfloat16 or float16, got {p.dtype}"
                 )
 
     @property
@@ -83,16 +110,45 @@ class AdamW(torch.optim.Optimizer):
         """Steps skipped because a gradient was not finite. Reading it waits for the device."""
         return sum(int(count) for count in self._skipped.values())
 
+    # States
+
+    def _codecs(self, p: Tensor) -> dict:
+        low = isinstance(local(p), ScaledTensor) or self.recipe.plain_moments
+        names = (self.recipe.exp_avg, self.recipe.exp_avg_sq) if low else ("f32", "f32")
+        return dict(zip(("exp_avg", "exp_avg_sq"), (STATES[n] for n in names), strict=True))
+
+    def _has_remainder(self, p: Tensor) -> bool:
+        plain = p.dtype == torch.bfloat16 and not isinstance(local(p), ScaledTensor)
+        return plain and self.recipe.bf16_master == "remainder"
+
     def _state(self, p: Tensor) -> dict:
         state = self.state[p]
         if not state:
             part = local(p)
-            low = isinstance(part, ScaledTensor)
             state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
-            for key in MOMENTS:
-                zeros = STATES[getattr(self.recipe, key) if low else "f32"](part)
+            for key, codec in self._codecs(p).items():
+                zeros = codec.zeros(part)
+                if is_sharded(p) and scaling(zeros):
+                    raise RuntimeError(
+                        f"AdamW: recipe {self.recipe.name} keeps {key} in groups of flat elements, "
+                        "which FSDP2's shards would cut; wanted f32 or one scale a tensor"
+                    )
                 state[key] = _shards().like(p, zeros) if is_sharded(p) else zeros
+            if self._has_remainder(p):
+                state["master"] = torch.zeros(p.shape, dtype=torch.int16, device=p.device)
+        if self._dtypes.setdefault(p, p.dtype) != p.dtype:
+            raise RuntimeError(
+                f"AdamW: a parameter of shape {list(p.shape)} changed from {self._dtypes[p]} to "
+                f"{p.dtype} between steps"
+            )
+        if state["exp_avg"].shape != p.shape:
+            raise RuntimeError(
+                f"AdamW: a parameter changed from shape {list(state['exp_avg'].shape)} to "
+                f"{list(p.shape)} between steps"
+            )
         return state
+
+    # The step
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -102,9 +158,11 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         by_device: dict[torch.device, list] = {}
+        ordinal = 0  # of a parameter among all: the seed of its rounding
         for group in self.param_groups:
-            hyper = [float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]]
+            hyper = self._hyper_of(group)
             for p in group["params"]:
+                ordinal += 1
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
@@ -113,18 +171,17 @@ class AdamW(torch.optim.Optimizer):
                     raise RuntimeError(
                         f"AdamW: a gradient on {p.grad.device} for a parameter on {p.device}"
                     )
-                by_device.setdefault(p.device, []).append((p, hyper))
+                by_device.setdefault(p.device, []).append((p, hyper, self._state(p), ordinal))
         for device, items in by_device.items():
             self._step_device(device, items)
         return loss
 
     def _step_device(self, device: torch.device, items: list) -> None:
-        wholes = [p for p, _ in items]
+        wholes, hyper, states, ordinals = (list(column) for column in zip(*items, strict=True))
         sharded = any(is_sharded(p) for p in wholes)
         params = [local(p) for p in wholes]
         grads = [local(p.grad) for p in wholes]
-        states = [{k: local(v) for k, v in self._state(p).items()} for p in wholes]
-        hyper = torch.tensor([h for _, h in items], dtype=torch.float64).to(device)
+        states = [{k: local(v) for k, v in s.items()} for s in states]
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         grad_amax = sharding.agree_to_skip(self._amax(grads), params)
@@ -133,10 +190,11 @@ class AdamW(torch.optim.Optimizer):
         grad_values, grad_scales, _ = ops.parts(grads)
         copies = [self._fused_copies(p) for p in params]
         none = grad_amax.new_empty(0)
+        firsts, seconds = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq"))
         torch.ops.quaver.adam_(
             *ops.parts(params),
-            *ops.parts([s["exp_avg"] for s in states]),
-            *ops.parts([s["exp_avg_sq"] for s in states]),
+            *ops.parts(firsts),
+            *ops.parts(seconds),
             grad_values,
             grad_scales,
             grad_amax,
@@ -144,8 +202,12 @@ class AdamW(torch.optim.Optimizer):
             [none if c is None else c.col for c in copies],
             [none if c is None else c.scale for c in copies],
             [s["step"] for s in states],
-            hyper,
+            self._hyper_on(device, wholes, hyper),
             self._skipped[device],
+            self._remainders(states, none),
+            [scaling(t) for t in firsts],
+            [scaling(t) for t in seconds],
+            self._seeds(params, ordinals),
         )
         if sharded:
             moments = [self.state[p][key] for p in wholes for key in MOMENTS]
@@ -158,10 +220,50 @@ class AdamW(torch.optim.Optimizer):
                 p.refresh_copies()  # a compiled graph would not find out
 
     @staticmethod
+    def _remainders(states: list[dict], none: Tensor) -> list[Tensor]:
+        found = [s.get("master", none) for s in states]
+        return found if any(t is not none for t in found) else []
+
+    def _seeds(self, params: list[Tensor], ordinals: list[int]) -> list[int]:
+        """The Philox seed of each weight that rounds stochastically, -1 for the others."""
+        if self.recipe.bf16_master != "stochastic":
+            return []
+        return [
+            n if p.dtype == torch.bfloat16 and not isinstance(p, ScaledTensor) else -1
+            for p, n in zip(params, ordinals, strict=True)
+        ]
+
+    # Hyperparameters live on the device and are written when they change.
+
+    @staticmethod
+    def _hyper_of(group: dict) -> list[float]:
+        return [float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]]
+
+    def _hyper_on(self, device: torch.device, params: list[Tensor], rows: list) -> Tensor:
+        kept = self._hyper.get(device)
+        if kept is not None and len(kept[1]) == len(rows):
+            if kept[1] != rows:
+                kept[2].copy_(torch.tensor(rows, dtype=torch.float64))
+            self._hyper[device] = (params, rows, kept[2])
+            return kept[2]
+        table = torch.tensor(rows, dtype=torch.float64).to(device)
+        self._hyper[device] = (params, rows, table)
+        return table
+
+    def write_hyper(self) -> None:
+        """Brings the device's copy of the hyperparameters up to date, for a captured `step()`:
+        inside a graph's replay there is no Python that could."""
+        row_of = {p: self._hyper_of(group) for group in self.param_groups for p in group["params"]}
+        for device, (params, _, _) in list(self._hyper.items()):
+            self._hyper_on(device, params, [row_of[p] for p in params])
+
+    @staticmethod
     def _amax(grads: list[Tensor]) -> Tensor:
         """Each gradient's amax, float32 [n]. FP8 gradients carry theirs; plain ones are read."""
         carried = [g.amax if isinstance(g, ScaledTensor) else None for g in grads]
         plain = [g for g, amax in zip(grads, carried, strict=True) if amax is None]
+        if len(plain) == len(grads):
+            return ops.grad_norm(plain)[1]
         computed = iter(ops.grad_norm(plain)[1].unbind() if plain else ())
         return torch.stack([next(computed) if amax is None else amax for amax in carried])
 
@@ -176,12 +278,20 @@ class AdamW(torch.optim.Optimizer):
             return None
         return copies if copies.version == p._version else None
 
+    # State dicts
+
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but a state keeps the dtype and codes it was saved with."""
-        super().load_state_dict(state_dict)
+        """As torch's, but a state keeps the dtype and codes it was saved with. Raises ValueError,
+        and changes nothing, where a state is not one of this recipe for its parameter."""
         saved = state_dict["state"]
         ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
+        if len(ids) == len(params):  # else torch says what is wrong
+            for i, p in zip(ids, params, strict=True):
+                if saved.get(i):
+                    self._check_saved(i, saved[i], p)
+        super().load_state_dict(state_dict)
+        self._dtypes.clear()
         for i, p in zip(ids, params, strict=True):
             if i not in saved:
                 continue
@@ -189,3 +299,33 @@ class AdamW(torch.optim.Optimizer):
                 k: copy.deepcopy(v).to(p.device) if isinstance(v, Tensor) else copy.deepcopy(v)
                 for k, v in saved[i].items()
             }
+
+    def _check_saved(self, i: int, state: dict, p: Tensor) -> None:
+        def refuse(what: str) -> None:
+            raise ValueError(f"AdamW: the state of parameter {i} {what}")
+
+        remainder = {"master"} if self._has_remainder(p) else set()
+        wanted = {"step", "exp_avg", "exp_avg_sq"} | remainder
+        if set(state) != wanted:
+            refuse(f"has {', '.join(sorted(state))}; wanted {', '.join(sorted(wanted))}")
+        step = state["step"]
+        if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim():
+            refuse(f"counts its steps in {type(step).__name__}, wanted one int64 tensor")
+        for key, codec in self._codecs(p).items():
+            if not codec.fits(state[key], p):
+                name = getattr(self.recipe, key) if codec.granularity else "f32"
+                refuse(
+                    f"has {key} {_describe(state[key])}; recipe {self.recipe.name} keeps it as "
+                    f"{name} of shape {list(p.shape)}"
+                )
+        low = state.get("master")
+        if low is not None and (low.dtype != torch.int16 or low.shape != p.shape):
+            refuse(f"has master {_describe(low)}; wanted int16 of shape {list(p.shape)}")
+
+
+def _describe(state: object) -> str:
+    if not isinstance(state, Tensor):
+        return f"a {type(state).__name__}"
+    low = isinstance(state, ScaledTensor)
+    kind = f"{state.qdata.dtype} with {state.granularity} scale" if low else str(state.dtype)
+    return f"{kind} of shape {list(state.shape)}"

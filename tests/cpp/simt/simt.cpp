@@ -14,6 +14,7 @@
 namespace quaver::simt {
 
 dim3 thread_index, block_index, block_size, grid_size;
+Control control;
 
 namespace {
 
@@ -116,8 +117,8 @@ void run_block(const std::vector<int>& order) {
   }
 }
 
-std::vector<int> ordered(int n) {
-  std::vector<int> order(n);
+std::vector<int64_t> ordered(int64_t n) {
+  std::vector<int64_t> order(n);
   std::iota(order.begin(), order.end(), 0);
   if (order_of_run == Order::descending) std::reverse(order.begin(), order.end());
   if (order_of_run == Order::shuffled)
@@ -128,9 +129,9 @@ std::vector<int> ordered(int n) {
 // Threads by warps, both in the order of the run.
 std::vector<int> ordered_threads(int threads) {
   std::vector<int> result;
-  for (const int warp : ordered((threads + 31) / 32))
-    for (const int lane : ordered(32))
-      if (warp * 32 + lane < threads) result.push_back(warp * 32 + lane);
+  for (const int64_t warp : ordered((threads + 31) / 32))
+    for (const int64_t lane : ordered(32))
+      if (warp * 32 + lane < threads) result.push_back(static_cast<int>(warp * 32 + lane));
   return result;
 }
 
@@ -138,10 +139,11 @@ std::vector<int> ordered_threads(int threads) {
 
 void set_order(Order order) { order_of_run = order; }
 
-void run(int64_t blocks, int threads, void (*body)(void*), void* context) {
-  if (blocks < 1 || threads < 1 || threads > 1024)
-    throw std::runtime_error("simt: cannot launch " + std::to_string(blocks) + " blocks of " +
-                             std::to_string(threads) + " threads");
+void run(const char* op, int64_t blocks, int threads, void (*body)(void*), void* context) {
+  if (threads < 1 || threads > 1024)
+    throw std::runtime_error("simt: cannot launch blocks of " + std::to_string(threads) +
+                             " threads");
+  if (control.seen) control.seen(op, blocks);
   if (static_cast<int>(block.fibers.size()) < threads) block.fibers.resize(threads);
   block.warps.resize((threads + 31) / 32);
   block.threads = threads;
@@ -150,7 +152,7 @@ void run(int64_t blocks, int threads, void (*body)(void*), void* context) {
   grid_size.x = static_cast<unsigned>(blocks);
   block_size.x = static_cast<unsigned>(threads);
   const std::vector<int> order = ordered_threads(threads);
-  for (const int b : ordered(static_cast<int>(blocks))) {
+  for (const int64_t b : control.chosen ? control.chosen(blocks) : ordered(blocks)) {
     block_index.x = static_cast<unsigned>(b);
     run_block(order);
   }

@@ -8,6 +8,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
 
 #define __global__
 #define __device__
@@ -34,8 +39,16 @@ extern dim3 thread_index, block_index, block_size, grid_size;
 enum class Order { ascending, descending, shuffled };
 void set_order(Order order);
 
+// What a test may ask of launches: grids as large as a real device's need not run whole.
+struct Control {
+  std::function<std::vector<int64_t>(int64_t blocks)> chosen;  // blocks that run; empty: all
+  std::function<void(const char* op, int64_t blocks)> seen;    // called for each launch
+  int64_t multiprocessors = 1;  // few, so that loops over the grid take several turns
+};
+extern Control control;
+
 // Runs body(context) for every thread of every block.
-void run(int64_t blocks, int threads, void (*body)(void*), void* context);
+void run(const char* op, int64_t blocks, int threads, void (*body)(void*), void* context);
 
 // Waits for all threads of the block.
 void sync_block();
@@ -102,18 +115,19 @@ inline int32_t atomicAdd(int32_t* to, int32_t value) {
 namespace quaver::cuda {
 
 template <class... Parameters, class... Arguments>
-void launch(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
+void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
             const Arguments&... arguments) {
+  check_blocks(op, blocks);
   auto call = [&] { kernel(static_cast<Parameters>(arguments)...); };
   simt::run(
-      blocks, threads, [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+      op, blocks, threads, [](void* context) { (*static_cast<decltype(call)*>(context))(); },
+      &call);
 }
 
 inline void clear(const char*, void* memory, int64_t bytes, void*) {
   std::memset(memory, 0, static_cast<size_t>(bytes));
 }
 
-// Few, so that loops over the grid take several turns.
-inline int64_t multiprocessors(const char*) { return 1; }
+inline int64_t multiprocessors(const char*) { return simt::control.multiprocessors; }
 
 }  // namespace quaver::cuda

@@ -1,0 +1,256 @@
+// Adam and the grouped states, compiled once per instruction set as simd.cpp is. Everything goes
+// by runs of one group, through f32 buffers in the first-level cache: a run is decoded, updated and
+// encoded, and only the conversions know the storage types.
+#include "simd_adam.h"
+
+#include "quaver/philox.h"
+#include "span.h"
+
+// gcc 12 reports the remainders that whole runs do not have.
+#pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
+
+namespace quaver::cpu::QUAVER_ISA {
+namespace {
+
+// Small enough that the processor overlaps the division and square root of one run with the
+// conversions of the next.
+constexpr int64_t kRun = kGroup;
+
+// Calls body(T{}) for a type that has a Format.
+template <class Body>
+inline __attribute__((always_inline)) void with_format(DType type, Body body) {
+  switch (type) {
+    case DType::e4m3: return body(e4m3{});
+    case DType::e5m2: return body(e5m2{});
+    default: return body(f16{});
+  }
+}
+
+// Whole runs get loops of a constant count, which have no remainders; count <= kRun.
+template <class Body>
+inline __attribute__((always_inline)) void with_count(int64_t count, Body body) {
+  if (count == kRun) return body(kRun);
+  body(count < kRun ? count : kRun);
+}
+
+// Element i and the following, of a state.
+void load_state(float* out, const StateSpan& s, int64_t i, int64_t count) {
+  if (s.scaling == Scaling::expand) {
+    const float scale = s.scales[i / kGroup];
+    const auto* codes = static_cast<const uint8_t*>(s.values) + i;
+    const float* values = expanded_values(s.type, bit_cast<uint32_t>(scale) & kPowerMask);
+    alignas(64) uint32_t bits[kRun];
+    for (int64_t j = 0; j < count; ++j) bits[j] = bit_cast<uint32_t>(values[codes[j]]);
+    QUAVER_SIMD
+    for (int64_t j = 0; j < count; ++j) out[j] = bit_cast<float>(bits[j]) * scale;
+    return;
+  }
+  const float scale = s.scaling == Scaling::group ? s.scales[i / kGroup] : s.scale;
+  with_count(count, [&](int64_t n) { load_any(out, at(s.values, s.type, i), s.type, n, scale); });
+}
+
+GroupRange range_of(const float* x, int64_t n) {
+  uint32_t most = 0, least = 0xffffffffu;
+  _Pragma("omp simd reduction(max : most) reduction(min : least)") for (int64_t j = 0; j < n; ++j) {
+    const uint32_t bits = range_bits(x[j]);
+    most = most < bits ? bits : most;
+    least = bits - 1u < least ? bits - 1u : least;
+  }
+  return {most, least};
+}
+
+// Chooses and stores the scale of the group that begins at i.
+void choose_scale(const StateSpan& s, int64_t i, GroupRange range) {
+  const bool expands = s.scaling == Scaling::expand;
+  s.scales[i / kGroup] =
+      s.type == DType::e4m3 ? group_scale<e4m3>(expands, range) : group_scale<e5m2>(expands, range);
+}
+
+// y = x in the format's domain.
+template <class T>
+inline void to_format(float* __restrict y, const float* __restrict x, const StateSpan& s, int64_t i,
+                      int64_t n) {
+  if (s.scaling == Scaling::tensor) {
+    const float inverse = 1.0f / s.new_scale;
+    QUAVER_SIMD
+    for (int64_t j = 0; j < n; ++j) y[j] = x[j] * inverse;
+    return;
+  }
+  if constexpr (sizeof(T) == 1) {
+    const float scale = s.scales[i / kGroup];
+    if (s.scaling == Scaling::expand) {
+      const Expander e = expander<T>(scale);
+      QUAVER_SIMD
+      for (int64_t j = 0; j < n; ++j) y[j] = log2_expanded(e, x[j]);
+      QUAVER_SIMD
+      for (int64_t j = 0; j < n; ++j) y[j] = expanded(y[j], x[j]);
+    } else {
+      QUAVER_SIMD
+      for (int64_t j = 0; j < n; ++j) y[j] = x[j] / scale;
+    }
+  }
+}
+
+void store_plain(const StateSpan& s, int64_t i, const float* x, int64_t count) {
+  with_count(count, [&](int64_t n) {
+    store_any(at(s.values, s.type, i), s.type, x, n, 1.0f / s.new_scale);
+  });
+}
+
+void store_exp_avg(const StateSpan& s, int64_t i, const float* x, const float* grad,
+                   int64_t count) {
+  if (s.type == DType::f32) return store_plain(s, i, x, count);
+  alignas(64) float y[kRun];
+  with_count(count, [&](int64_t n) {
+    with_format(s.type, [&](auto format) {
+      using T = decltype(format);
+      to_format<T>(y, x, s, i, n);
+      QUAVER_SIMD
+      for (int64_t j = 0; j < n; ++j) y[j] = settle_exp_avg<T>(y[j], x[j], grad[j]);
+      store(static_cast<T*>(s.values) + i, y, n, 1.0f);
+    });
+  });
+}
+
+void store_exp_avg_sq(const StateSpan& s, int64_t i, const float* x, int64_t count) {
+  if (!is_fp8(s.type)) return store_plain(s, i, x, count);
+  alignas(64) float y[kRun];
+  with_count(count, [&](int64_t n) {
+    with_format(s.type, [&](auto format) {
+      using T = decltype(format);
+      if constexpr (sizeof(T) == 1) {
+        to_format<T>(y, x, s, i, n);
+        QUAVER_SIMD
+        for (int64_t j = 0; j < n; ++j) y[j] = settle_exp_avg_sq<T>(y[j], x[j]);
+        store(static_cast<T*>(s.values) + i, y, n, 1.0f);
+      }
+    });
+  });
+}
+
+void load_weight(float* w, const AdamSpan& p, int64_t i, int64_t n) {
+  if (p.remainder == nullptr) return load_state(w, p.weight, i, n);
+  const auto* high = static_cast<const bf16*>(p.weight.values) + i;
+  const uint16_t* low = p.remainder + i;
+  QUAVER_SIMD
+  for (int64_t j = 0; j < n; ++j) w[j] = join_master(high[j], low[j]);
+}
+
+void store_weight(const AdamSpan& p, int64_t i, const float* w, int64_t n) {
+  if (!p.stochastic && p.remainder == nullptr) return store_plain(p.weight, i, w, n);
+  auto* high = static_cast<bf16*>(p.weight.values) + i;
+  if (p.remainder != nullptr) {
+    uint16_t* low = p.remainder + i;
+    QUAVER_SIMD
+    for (int64_t j = 0; j < n; ++j) {
+      high[j] = master_high(w[j]);
+      low[j] = master_low(w[j]);
+    }
+    return;
+  }
+  // A draw gives four words, for neighbours; a span begins with a group.
+  alignas(64) uint32_t drawn[4][kRun / 4], random[kRun];
+  const uint64_t first = (p.first + static_cast<uint64_t>(i)) / 4;
+  QUAVER_SIMD
+  for (int64_t b = 0; b < kRun / 4; ++b) {
+    const Philox4 four = philox4x32(p.seed, first + static_cast<uint64_t>(b), p.offset);
+    drawn[0][b] = four.word[0];
+    drawn[1][b] = four.word[1];
+    drawn[2][b] = four.word[2];
+    drawn[3][b] = four.word[3];
+  }
+  for (int64_t b = 0; b < kRun / 4; ++b)
+    for (int k = 0; k < 4; ++k) random[4 * b + k] = drawn[k][b];
+  QUAVER_SIMD
+  for (int64_t j = 0; j < n; ++j) high[j] = encode_bf16_stochastic(w[j], random[j]);
+}
+
+void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, int64_t count) {
+  alignas(64) float w[kRun], m[kRun], v[kRun];
+  load_weight(w, p, i, count);
+  load_state(m, p.exp_avg, i, count);
+  load_state(v, p.exp_avg_sq, i, count);
+  with_count(count, [&](int64_t n) {
+    QUAVER_SIMD
+    for (int64_t j = 0; j < n; ++j) {
+      const AdamElement e = adamw(s, {w[j], m[j], v[j]}, g[j]);
+      w[j] = e.weight;
+      m[j] = e.exp_avg;
+      v[j] = e.exp_avg_sq;
+    }
+  });
+  // Both ranges, then both scales: a scale is a long chain of dependent operations.
+  const bool group_m = p.exp_avg.scaling != Scaling::tensor;
+  const bool group_v = p.exp_avg_sq.scaling != Scaling::tensor;
+  const GroupRange range_m = group_m ? range_of(m, count) : GroupRange{};
+  const GroupRange range_v = group_v ? range_of(v, count) : GroupRange{};
+  if (group_m) choose_scale(p.exp_avg, i, range_m);
+  if (group_v) choose_scale(p.exp_avg_sq, i, range_v);
+  store_weight(p, i, w, count);
+  store_exp_avg(p.exp_avg, i, m, g, count);
+  store_exp_avg_sq(p.exp_avg_sq, i, v, count);
+}
+
+// The largest magnitude code of storage with one scale; the rest needs no amax.
+void collect(const StateSpan& s, int64_t i, int64_t n, uint32_t& result) {
+  if (s.scaling != Scaling::tensor || s.type == DType::f32 || s.type == DType::bf16) return;
+  const void* x = at(s.values, s.type, i);
+  const uint32_t seen = s.type == DType::f16 ? amax_code<uint16_t>(static_cast<const f16*>(x), n)
+                                             : amax_code<uint8_t>(static_cast<const e4m3*>(x), n);
+  result = result < seen ? seen : result;
+}
+
+uint32_t amax_of_code(const StateSpan& s, uint32_t code) {
+  float value = 0.0f;
+  if (s.type == DType::f16) value = decode(f16{static_cast<uint16_t>(code)});
+  if (s.type == DType::e4m3) value = decode(e4m3{static_cast<uint8_t>(code)});
+  if (s.type == DType::e5m2) value = decode(e5m2{static_cast<uint8_t>(code)});
+  return bit_cast<uint32_t>(value * s.new_scale);
+}
+
+}  // namespace
+
+void encode_groups(const StateSpan& s, const void* x, DType type, int64_t n) {
+  alignas(64) float values[kRun], y[kRun];
+  for (int64_t i = 0; i < n; i += kRun) {
+    const int64_t count = n - i < kRun ? n - i : kRun;
+    const float* from = reinterpret_cast<const float*>(at(x, type, i));
+    if (type != DType::f32) {
+      load_any(values, at(x, type, i), type, count, 1.0f);
+      from = values;
+    }
+    choose_scale(s, i, range_of(from, count));
+    auto run = [&](auto format) {
+      using T = decltype(format);
+      to_format<T>(y, from, s, i, count);
+      store(static_cast<T*>(s.values) + i, y, count, 1.0f);
+    };
+    s.type == DType::e4m3 ? run(e4m3{}) : run(e5m2{});
+  }
+}
+
+void decode_groups(float* out, const StateSpan& s, int64_t n) {
+  for (int64_t i = 0; i < n; i += kRun) load_state(out + i, s, i, n - i < kRun ? n - i : kRun);
+}
+
+void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
+  alignas(64) float g[kBlock];
+  const AdamSpan p = span;
+  const AdamStep s = step;
+  const StateSpan* states[3] = {&p.weight, &p.exp_avg, &p.exp_avg_sq};
+  uint32_t codes[3] = {0, 0, 0};
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t count = n - i < kBlock ? n - i : kBlock;
+    load_any(g, at(p.grad, p.grad_type, i), p.grad_type, count, p.grad_scale);
+    for (int64_t j = 0; j < count; j += kRun)
+      adam_run(p, s, i + j, g + j, count - j < kRun ? count - j : kRun);
+    for (int k = 0; k < 3; ++k) collect(*states[k], i, count, codes[k]);
+    if (p.fp8 == nullptr) continue;
+    // From the stored codes, so that a reloaded weight gives the same copy.
+    load(g, static_cast<const f16*>(p.weight.values) + i, count, 1.0f / kMasterToFp8);
+    store(reinterpret_cast<e4m3*>(p.fp8) + i, g, count, 1.0f);
+  }
+  for (int k = 0; k < 3; ++k) amax_bits[k] = amax_of_code(*states[k], codes[k]);
+}
+
+}  // namespace quaver::cpu::QUAVER_ISA

@@ -1,0 +1,423 @@
+"""AdamW over every state codec and every kind of weight: bits, habits, and coming to rest."""
+
+import copy
+import dataclasses
+import io
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import FP8, assert_same, everywhere, randn, random_bits
+from torch import nn
+
+import quaver as qv
+from quaver import ScaledTensor, recipe, reference
+from quaver.optim import STATES
+from quaver.optim.states import SCALINGS
+
+E4M3 = FP8[0]
+HYPER = (1e-2, 0.9, 0.95, 1e-8, 0.1)
+COAT = recipe.get("coat")
+INF = float("inf")
+
+
+def with_states(exp_avg, exp_avg_sq=None, **options):
+    """A recipe for plain parameters."""
+    return dataclasses.replace(
+        COAT, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq or exp_avg, linear=None, **options
+    )
+
+
+def parts_of(t):
+    if isinstance(t, ScaledTensor):
+        return t.qdata, t.scale, torch.zeros(()) if t.amax is None else t.amax
+    return t, torch.ones(()), torch.zeros(())
+
+
+def state_of(optimizer, p):
+    """Everything that a step of p may change, cloned."""
+    tensors = [p.detach(), *(v for _, v in sorted(optimizer.state[p].items()))]
+    return [part.clone() for t in tensors for part in parts_of(t)]
+
+
+def assert_unchanged(before, after):
+    for a, b in zip(before, after, strict=True):
+        assert_same(a, b)
+
+
+PAIRS = [(name, name) for name in STATES] + [
+    ("e4m3", "e5m2"), ("e5m2-expand", "e4m3-expand"), ("e4m3-tensor", "e4m3-expand"),
+    ("e4m3-expand", "f32"), ("f32", "e4m3-expand"), ("e4m3-expand", "f16-tensor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", PAIRS, ids="/".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_pair_of_codecs_is_its_oracle_bit_for_bit(names, dtype):
+    codecs = [STATES[name] for name in names]
+    kinds = ["tensor", *(c.granularity or "tensor" for c in codecs)]
+    for shape in ((5, 100), (1,), (0, 4), (128,), (3, 130)):
+        start = randn(*shape).to(dtype)
+
+        def run(start=start, shape=shape):
+            p = nn.Parameter(start.clone())
+            chosen = with_states(*names, bf16_master="nearest")
+            optimizer = qv.AdamW([p], *HYPER[:1], HYPER[1:3], *HYPER[3:], recipe=chosen)
+            out = []
+            for t in range(1, 5):
+                p.grad = randn(*shape, seed=t).to(dtype) * 10.0 ** -(t % 3)
+                optimizer.step()
+                out += state_of(optimizer, p)
+            return out
+
+        got = iter(everywhere(run))
+        stored = [(start, torch.ones(()), torch.zeros(()))]
+        stored += [parts_of(codec.zeros(start)) for codec in codecs]
+        for t in range(1, 5):
+            g = randn(*shape, seed=t).to(dtype) * 10.0 ** -(t % 3)
+            top = g.float().abs().amax() if g.numel() else torch.zeros(())
+            # A plain f16 weight has no scale of its own.
+            weight = reference.adamw_fp8(
+                [(stored[0][0].float(), *stored[0][1:]), *stored[1:]], g, top, t, *HYPER, kinds
+            )
+            codes = reference.encode(weight[0][0], dtype) if dtype == torch.float16 else (
+                weight[0][0].to(dtype))  # fmt: skip
+            stored = [(codes, *weight[0][1:]), *weight[1:]]
+            for wanted in (stored[0], stored[1], stored[2], None):
+                for i in range(3):
+                    value = next(got)
+                    if wanted is not None:
+                        assert_same(value, wanted[i], f"{shape}, step {t}, part {i}")
+
+
+def steps(p, chosen, grads, lr=1e-2):
+    optimizer = qv.AdamW([p], lr=lr, recipe=chosen)
+    for g in grads:
+        p.grad = g
+        optimizer.step()
+    return optimizer
+
+
+def test_a_remainder_makes_bf16_an_exact_f32_master():
+    start = randn(50, 33, dtype=torch.bfloat16)
+    grads = [randn(50, 33, seed=t, dtype=torch.bfloat16) for t in range(1, 9)]
+    exact, half = nn.Parameter(start.float()), nn.Parameter(start.clone())
+    steps(exact, with_states("e4m3-expand"), [g.float() for g in grads])
+
+    def run():
+        p = nn.Parameter(start.clone())
+        optimizer = steps(p, with_states("e4m3-expand", bf16_master="remainder"), grads)
+        return [p.detach(), optimizer.state[p]["master"]]
+
+    high, low = everywhere(run)
+    assert_same(reference.join_master(high, low), exact.detach())
+    wanted = reference.split_master(exact.detach())
+    assert_same(high, wanted[0])
+    assert_same(low, wanted[1])
+    assert half.dtype == torch.bfloat16
+
+
+def test_the_split_of_a_master_is_exact_for_every_float():
+    x = torch.cat([random_bits(100_000), torch.tensor([0.0, -0.0, INF, -INF, 3.4e38, 1e-45])])
+    x = torch.cat([x, torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF]).int().view(torch.float32)])
+    x = x[~x.isnan()]
+    high, low = reference.split_master(x)
+    assert_same(reference.join_master(high, low), x)
+    ordinary = (x.abs() < 3e38) & (x.abs() >= 2**-126)
+    assert ((high.float() - x).abs() <= 2**-8 * x.abs())[ordinary].all()
+
+
+def test_stochastic_rounding_is_philox_and_unbiased():
+    start = randn(40, 33, dtype=torch.bfloat16)
+    other = nn.Parameter(torch.zeros(3))
+    other.grad = torch.zeros(3)
+    chosen = with_states("f32", bf16_master="stochastic")
+
+    def run():
+        p = nn.Parameter(start.clone())
+        optimizer = qv.AdamW([other, p], *HYPER[:1], HYPER[1:3], *HYPER[3:], recipe=chosen)
+        out = []
+        for t in range(1, 4):
+            p.grad = randn(40, 33, seed=t, dtype=torch.bfloat16)
+            optimizer.step()
+            out += state_of(optimizer, p)
+        return out
+
+    got = everywhere(run)
+    w, m, v = start, torch.zeros(40, 33), torch.zeros(40, 33)
+    one, none = torch.ones(()), torch.zeros(())
+    for t in range(1, 4):
+        stored = [(w.float(), one, none), (m, one, none), (v, one, none)]
+        g = randn(40, 33, seed=t, dtype=torch.bfloat16)
+        (w, _, _), (m, _, _), (v, _, _) = reference.adamw_fp8(stored, g, none, t, *HYPER)
+        w = reference.stochastic_bf16(w, 2, t - 1)  # the second parameter
+        assert_same(got[12 * (t - 1)], w, f"step {t}")
+    # A step far below half an ulp: to nearest nothing would move; here the mean does.
+    p = nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    qv.AdamW([p], lr=2**-12, weight_decay=0.0, recipe=chosen).step()
+    moved = 1 - p.detach().double().mean().item()
+    assert abs(moved / 2**-12 - 1) < 5 * 4 / math.sqrt(100_000)  # up by 2^-8 with chance 1/16
+
+
+@pytest.mark.parametrize("name", ["e4m3-expand", "e5m2-expand", "e4m3", "e5m2", "e4m3-tensor"])
+@pytest.mark.parametrize("beta1", [0.9, 0.95, 0.99])
+@pytest.mark.parametrize("second", ["f32", "e4m3-expand", "f16-tensor"])
+def test_weights_that_get_no_more_gradient_come_to_rest(name, beta1, second):
+    """Dead rows, and dead elements among live ones in one group. In exact arithmetic m / sqrt(v),
+    at most the Cauchy-Schwarz peak, falls by beta1 / sqrt(beta2) a step, and a weight moves by the
+    sum of that. A first moment that nearest rounding holds up would move it for ever, and faster as
+    v falls. An encoded v is up to 2^-3 small, or larger, and then the step is smaller."""
+    lr, beta2, stop, total = 1e-3, 0.999 if beta1 > 0.95 else 0.95, 30, 600
+    torch.manual_seed(0)
+    p = nn.Parameter(randn(64, 128) * 0.02)
+    dead = torch.zeros(64, 128, dtype=torch.bool)
+    dead[:8] = True
+    dead[8:, ::5] = True
+    optimizer = qv.AdamW(
+        [p], lr=lr, betas=(beta1, beta2), weight_decay=0.0, recipe=with_states(name, second)
+    )
+    moved = []
+    for t in range(total):
+        p.grad = randn(64, 128, seed=t)
+        if t >= stop:
+            p.grad[dead] = 0
+        if t in (stop, total - 100):
+            moved.append(p.detach()[dead].clone())
+        optimizer.step()
+    c1 = 1 - beta1 ** (stop + 1)
+    peak = (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2)) / c1
+    bound = lr * peak / (1 - beta1 / math.sqrt(beta2)) * 1.07
+    now = p.detach()[dead]
+    assert (now - moved[0]).abs().max() < bound
+    # And they are at rest: the last hundred steps moved them by less than one step of theirs.
+    assert (now - moved[1]).abs().max() < lr
+    first = optimizer.state[p]["exp_avg"]
+    m = first.dequantize() if isinstance(first, ScaledTensor) else first
+    assert m[dead].abs().max() < 0.01 * m[~dead].abs().max()
+
+
+@pytest.mark.parametrize("name", ["e4m3-expand", "e5m2-expand", "e4m3", "e5m2"])
+def test_tiny_second_moments_among_large_ones_never_vanish(name):
+    """A gradient of 1e-6 beside one of 1: m is stored, v would be flushed to zero, and m / eps is a
+    step of 100 learning rates."""
+    p = nn.Parameter(torch.zeros(128))
+    g = torch.full((128,), 1e-6)
+    g[::16] = 1.0
+    optimizer = steps(p, with_states("f32", name), [g] * 20, lr=1e-3)
+    v = optimizer.state[p]["exp_avg_sq"].dequantize()
+    assert (v > 0).all()
+    assert p.detach().abs().max() < 20 * 1e-3 * 1.2
+
+
+def small_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 56), nn.GELU(), nn.LayerNorm(56), nn.Linear(56, 8))
+    return net.to(dtype)
+
+
+def train(net, optimizer, count, first=0):
+    losses = []
+    for i in range(first, first + count):
+        x = randn(32, 40, seed=i, dtype=next(net.parameters()).dtype)
+        optimizer.zero_grad()
+        loss = (net(x).float() - x[:, :8].float().tanh()).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+RECIPES = [COAT, with_states("e4m3-expand", bf16_master="remainder"),
+           with_states("e5m2-expand", "e5m2", bf16_master="nearest")]  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", RECIPES, ids=lambda r: r.bf16_master)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_unconverted_models_train_and_resume_bit_for_bit(chosen, dtype, tmp_path):
+    net = small_model(dtype)
+    optimizer = qv.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0, recipe=chosen)
+    losses = train(net, optimizer, 60)
+    assert sum(losses[-5:]) < 0.4 * sum(losses[:5])
+    file = io.BytesIO()
+    torch.save((net.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    qv.save(tmp_path / "at60", net, optimizer, step=60)
+    twins = []
+    for way in ("torch", "quaver", "deepcopy"):
+        if way == "deepcopy":
+            twins.append(copy.deepcopy((net, optimizer)))
+            continue
+        twin = small_model(dtype)
+        other = qv.AdamW(twin.parameters(), lr=1.0, recipe=chosen)
+        if way == "torch":
+            saved = torch.load(file, weights_only=True)
+            twin.load_state_dict(saved[0])
+            other.load_state_dict(saved[1])
+        else:
+            assert qv.load(tmp_path / "at60", twin, other)["step"] == 60
+        twins.append((twin, other))
+    wanted = train(net, optimizer, 5, 60)
+    for twin, other in twins:
+        assert train(twin, other, 5, 60) == wanted
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            assert_unchanged(state_of(optimizer, p), state_of(other, q))
+
+
+def test_bytes_of_a_bf16_model_by_memory_report():
+    net = nn.Linear(1024, 512, bias=False).bfloat16()
+    for master, extra in (("stochastic", 0), ("remainder", 2)):
+        chosen = dataclasses.replace(COAT, bf16_master=master)
+        optimizer = qv.AdamW(net.parameters(), recipe=chosen)
+        net(randn(2, 1024, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+        per = qv.memory_report(net, optimizer)["bytes_per_param"]
+        assert per["exp_avg"] + per["exp_avg_sq"] == 2 + 8 / 128 <= 2.10
+        assert per["weight"] + per["master"] == 2 + extra
+
+
+@pytest.mark.parametrize("chosen", RECIPES, ids=lambda r: r.bf16_master)
+@pytest.mark.parametrize("bad", [INF, -INF, float("nan")])
+def test_a_non_finite_gradient_leaves_states_untouched(chosen, bad):
+    net = small_model(torch.bfloat16)
+    optimizer = qv.AdamW(net.parameters(), recipe=chosen)
+    train(net, optimizer, 2)
+    before = [state_of(optimizer, p) for p in net.parameters()]
+    net[3].bias.grad[1] = bad
+    optimizer.step()
+    assert optimizer.skipped == 1
+    for p, wanted in zip(net.parameters(), before, strict=True):
+        assert_unchanged(wanted, state_of(optimizer, p))
+
+
+def test_converted_weights_have_coats_moments_too():
+    net = qv.convert(small_model(), COAT)
+    optimizer = qv.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0, recipe="coat")
+    losses = train(net, optimizer, 60)
+    assert sum(losses[-5:]) < 0.4 * sum(losses[:5])
+    for p in net.parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert optimizer.state[p][key].granularity == "expand"
+            assert optimizer.state[p][key].qdata.dtype == E4M3
+    # The FP8 copies come out of the same pass, of pieces that begin with a group.
+    layer = net[0]
+    copies = layer.refresh()
+    row, _ = reference.fp8_weight(layer.weight.qdata, layer.weight.scale)
+    n, k = layer.weight.shape
+    assert_same(copies.row[:n, :k].contiguous(), row)
+    assert_same(copies.col[:k, :n].contiguous(), row.t().contiguous())
+
+
+@pytest.mark.parametrize("shape", [(300, 144), (64, 48), (129, 96)])
+def test_copies_and_groups_in_one_pass(shape):
+    """Strips of rows that a thread transposes are whole groups, whatever the width."""
+    start, g = randn(*shape), randn(*shape, seed=1)
+
+    def run():
+        p = qv.quantize(start, torch.float16)
+        m, v = (STATES["e4m3-expand"].zeros(start) for _ in range(2))
+        row, col, scale = (
+            torch.zeros(shape, dtype=E4M3),
+            torch.zeros(shape[::-1], dtype=E4M3),
+            torch.ones(()),
+        )
+        none = torch.empty(0)
+        torch.ops.quaver.adam_(
+            [p.qdata], [p.scale], [p.amax], [m.qdata], [m.scale], [none], [v.qdata], [v.scale],
+            [none], [g], [none], g.abs().amax()[None], [row], [col], [scale],
+            [torch.zeros((), dtype=torch.int64)], torch.tensor([HYPER], dtype=torch.float64),
+            torch.zeros((), dtype=torch.int64), [], [2], [2], [],
+        )  # fmt: skip
+        return [p.qdata, p.scale, m.qdata, m.scale, v.qdata, v.scale, row, col]
+
+    got = everywhere(run)
+    first = qv.quantize(start, torch.float16)
+    zero = parts_of(STATES["e4m3-expand"].zeros(start))
+    wanted = reference.adamw_fp8(
+        [parts_of(first), zero, zero], g, g.abs().amax(), 1, *HYPER, ("tensor", "expand", "expand")
+    )
+    flat = [part for state in wanted for part in state[:2]]
+    for a, b in zip(got[:6], flat, strict=True):
+        assert_same(a, b)
+    assert_same(got[6], reference.fp8_weight(got[0], got[1])[0])
+    assert_same(got[7], got[6].t().contiguous())
+
+
+def test_hyperparameters_stay_where_a_graph_reads_them():
+    p = nn.Parameter(randn(4, 4))
+    p.grad = randn(4, 4)
+    optimizer = qv.AdamW([p], lr=1e-2, recipe="coat")
+    optimizer.step()
+    ((_, _, table),) = optimizer._hyper.values()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 5e-3
+    assert table[0, 0] == 1e-2
+    optimizer.write_hyper()
+    assert table[0, 0] == 5e-3
+    optimizer.step()
+    assert next(iter(optimizer._hyper.values()))[2] is table
+
+
+def test_a_parameter_that_changes_is_named():
+    p = nn.Parameter(randn(4, 6, dtype=torch.bfloat16))
+    p.grad = torch.zeros(4, 6, dtype=torch.bfloat16)
+    optimizer = qv.AdamW([p], recipe="coat")
+    optimizer.step()
+    p.data = p.data.float()
+    p.grad = torch.zeros(4, 6)
+    with pytest.raises(RuntimeError, match=r"changed from torch.bfloat16 to torch.float32"):
+        optimizer.step()
+    q = nn.Parameter(randn(4, 6))
+    q.grad = torch.zeros(4, 6)
+    optimizer = qv.AdamW([q], recipe="coat")
+    optimizer.step()
+    q.data = torch.zeros(4, 7)
+    q.grad = torch.zeros(4, 7)
+    with pytest.raises(RuntimeError, match=r"changed from shape \[4, 6\] to \[4, 7\]"):
+        optimizer.step()
+
+
+def test_foreign_state_dicts_are_refused_and_nothing_is_lost():
+    net = small_model()
+    optimizer = qv.AdamW(net.parameters(), recipe="coat")
+    train(net, optimizer, 2)
+    before = [state_of(optimizer, p) for p in net.parameters()]
+    theirs = small_model()
+    torchs = torch.optim.AdamW(theirs.parameters())
+    train(theirs, torchs, 1)
+    o2 = qv.AdamW(theirs.parameters(), recipe=with_states("e4m3-tensor", "f16-tensor"))
+    train(theirs, o2, 1)
+    remainder = small_model(torch.bfloat16)
+    with_master = qv.AdamW(remainder.parameters(), recipe=RECIPES[1])
+    train(remainder, with_master, 1)
+    missing = copy.deepcopy(optimizer.state_dict())
+    del missing["state"][0]["exp_avg_sq"]
+    narrow = copy.deepcopy(optimizer.state_dict())
+    narrow["state"][0]["exp_avg"] = STATES["e4m3-expand"].zeros(torch.zeros(3))
+    cases = [
+        (torchs.state_dict(), "parameter 0 counts its steps in Tensor, wanted one int64"),
+        (o2.state_dict(), "exp_avg torch.float8_e4m3fn with tensor scale .* keeps it as e4m3-exp"),
+        (with_master.state_dict(), "has exp_avg, exp_avg_sq, master, step; wanted exp_avg, exp_a"),
+        (missing, "has exp_avg, step; wanted exp_avg, exp_avg_sq, step"),
+        (narrow, r"of shape \[3\]; recipe coat keeps it as e4m3-expand of shape \[56, 40\]"),
+    ]
+    for foreign, message in cases:
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(foreign)
+        for p, wanted in zip(net.parameters(), before, strict=True):
+            assert_unchanged(wanted, state_of(optimizer, p))
+
+
+def test_unknown_codecs_and_masters_are_refused():
+    p = nn.Parameter(randn(2))
+    with pytest.raises(ValueError, match="unknown state codec 'int8' for exp_avg; there are f32, "):
+        qv.AdamW([p], recipe=with_states("int8"))
+    with pytest.raises(ValueError, match="bf16_master must be one of nearest, stochastic, rem"):
+        qv.AdamW([p], recipe=with_states("e4m3", bf16_master="up"))
+
+
+def test_scalings_are_those_of_the_core():
+    assert list(SCALINGS.values()) == [0, 1, 2]
+    assert {c.granularity for c in STATES.values()} - {None} == set(SCALINGS)
+    assert all(a == b for a, b in itertools.pairwise([128, qv.tensor.GROUP, reference.GROUP]))
