@@ -1,6 +1,7 @@
 """AdamW with FP8-LM's states against torch's fused AdamW in f32, other 8-bit optimizers where they
 are installed, and on a GPU against a copy of the bytes that a step moves."""
 
+import dataclasses
 from functools import partial
 
 import common
@@ -16,6 +17,13 @@ FEW_HUGE = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))  # a laye
 MANY_SMALL = ((400, 250),) * 200
 # Bytes of a parameter: master, first and second moment read and written, the gradient read.
 TRAFFIC = {"fp8lm-o2": 1 + 2 * (2 + 1 + 2), "fp8lm-o1": 1 + 2 * (2 + 4 + 4), "f32": 4 + 2 * 12}
+MOMENTS = 2 * (2 + 8 / 128)  # COAT's, read and written
+# COAT's steps of an unconverted model: dtype of weights and gradients, master, bytes.
+COATS = {
+    "f32 weights": (torch.float32, "nearest", 4 + 2 * 4 + MOMENTS),
+    "bf16 + remainder": (torch.bfloat16, "remainder", 2 + 2 * 4 + MOMENTS),
+    "bf16 stochastic": (torch.bfloat16, "stochastic", 2 + 2 * 2 + MOMENTS),
+}
 TORCH = "torch AdamW(fused=True) f32"
 HYPER = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
@@ -46,6 +54,13 @@ def quaver_step(recipe, shapes, device):
             low[-1].grad = qv.quantize(p.grad)
         params = low
     return qv.AdamW(params, recipe=recipe, **HYPER).step
+
+
+def coat_step(kind, shapes, device):
+    """A step of COAT's optimizer alone."""
+    dtype, master, _ = COATS[kind]
+    recipe = dataclasses.replace(qv.recipe.get("coat"), bf16_master=master)
+    return qv.AdamW(plain(shapes, device, dtype), recipe=recipe, **HYPER).step
 
 
 def layers_step(grad_dtype):
@@ -103,6 +118,15 @@ def cpu_cases():
             bar=1.0 if recipe == "fp8lm-o2" else None,
         )
         for recipe, traffic in TRAFFIC.items()
+    ] + [
+        Case(
+            f"AdamW coat, {kind}, {n // 10**6} M in {len(MANY_SMALL)} tensors",
+            TORCH,
+            lambda kind=kind: (baseline, coat_step(kind, MANY_SMALL, "cpu")),
+            bytes=traffic * n,
+            bar=0.5,
+        )
+        for kind, (_, _, traffic) in COATS.items()
     ]
 
 
@@ -132,6 +156,11 @@ def cuda_cases():
     for recipe in ("fp8lm-o1", "f32"):
         step = partial(quaver_step, recipe, FEW_HUGE, gpu.DEVICE)
         cases.append(case(f"AdamW {recipe}, {size}", TORCH, against_torch(step), TRAFFIC[recipe]))
+    for kind, (_, _, traffic) in COATS.items():
+        step = partial(coat_step, kind, FEW_HUGE, gpu.DEVICE)
+        cases.append(
+            case(f"AdamW coat, {kind}, {size}", COPY, against_copy(traffic, step), traffic)
+        )
     small = f"{count(MANY_SMALL) // 10**6} M in {len(MANY_SMALL)} tensors"
     cases.append(
         Case(

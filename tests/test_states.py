@@ -104,7 +104,7 @@ def test_expansion_is_coats_formula_in_f64(name):
     y = (a / mid) ** k / s
     low, high = y * (1 - 2**-10), y * (1 + 2**-10)  # the scale is up to 2^-15 larger, k below 16
     code = state.tensor.qdata.view(torch.uint8) & 127
-    as_code = [reference.encode(t, dtype).view(torch.uint8) for t in (low, high)]
+    as_code = [reference.encode(t, dtype).view(torch.uint8).clamp(min=1) for t in (low, high)]
     assert ((code >= as_code[0]) & (code <= as_code[1])).all()
     assert (as_code[0] == as_code[1]).double().mean() > 0.97  # so the bound says something
 
@@ -151,10 +151,10 @@ def test_every_finite_input_decodes_to_finite_values_no_larger(name):
         value = encode_state(x, name).decode()
         assert value.isfinite().all()
         assert value.shape == x.shape
-        assert (value[x == 0] == 0).all()
+        assert ((value == 0) == (x == 0)).all() or x.abs().max() < 2**-120
         assert (value * x >= 0).all()
         half_ulp = 2.0**-3 if STATES[name].dtype == E5M2 else 2.0**-4
-        top = x.abs().max() * (1 + half_ulp) + 2.0**-141 if x.numel() else 0
+        top = x.abs().max() * (1 + half_ulp) + 2.0**-134 if x.numel() else 0
         assert (value.abs() <= top).all()
 
 

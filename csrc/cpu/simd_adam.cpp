@@ -121,7 +121,7 @@ void store_exp_avg_sq(const StateSpan& s, int64_t i, const float* x, int64_t cou
       if constexpr (sizeof(T) == 1) {
         to_format<T>(y, x, s, i, n);
         QUAVER_SIMD
-        for (int64_t j = 0; j < n; ++j) y[j] = settle_exp_avg_sq<T>(y[j], x[j]);
+        for (int64_t j = 0; j < n; ++j) y[j] = keep_nonzero<T>(y[j], x[j]);
         store(static_cast<T*>(s.values) + i, y, n, 1.0f);
       }
     });
@@ -223,6 +223,8 @@ void encode_groups(const StateSpan& s, const void* x, DType type, int64_t n) {
     auto run = [&](auto format) {
       using T = decltype(format);
       to_format<T>(y, from, s, i, count);
+      QUAVER_SIMD
+      for (int64_t j = 0; j < count; ++j) y[j] = keep_nonzero<T>(y[j], from[j]);
       store(static_cast<T*>(s.values) + i, y, count, 1.0f);
     };
     s.type == DType::e4m3 ? run(e4m3{}) : run(e5m2{});

@@ -187,8 +187,8 @@ QUAVER_DEVICE void encode_moment(const Entry& e, const Plan& p, int k, const flo
   }
   if (k == 1)
     settle_first(s.type, x, grad, y);
-  else
-    settle_second(s.type, x, y);
+  else if (is_fp8(s.type))
+    keep_nonzero(s.type, x, y);
   encode_any(s.type, y, 1.0f, 0, l.state[k]);
 }
 

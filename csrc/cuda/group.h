@@ -80,12 +80,11 @@ QUAVER_DEVICE void settle_first(DType type, const float (&m)[kQuad], const float
   }
 }
 
-QUAVER_DEVICE void settle_second(DType type, const float (&v)[kQuad], float (&y)[kQuad]) {
-  if (!is_fp8(type)) return;
+QUAVER_DEVICE void keep_nonzero(DType type, const float (&x)[kQuad], float (&y)[kQuad]) {
 #pragma unroll
   for (int j = 0; j < kQuad; ++j)
-    y[j] = type == DType::e4m3 ? settle_exp_avg_sq<e4m3>(y[j], v[j])
-                               : settle_exp_avg_sq<e5m2>(y[j], v[j]);
+    y[j] = type == DType::e4m3 ? quaver::keep_nonzero<e4m3>(y[j], x[j])
+                               : quaver::keep_nonzero<e5m2>(y[j], x[j]);
 }
 
 }  // namespace quaver::cuda

@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(Problem p) {
     const float scale = scale_of_warp(p.format, p.expand, x);
     if (at.group < p.groups && threadIdx.x % kWarp == 0) p.scales[at.group] = scale;
     to_format(p.format, p.expand, scale, x, y);
+    keep_nonzero(p.format, x, y);
     AnyQuad codes = {};
     encode_any(p.format, y, 1.0f, 0, codes);
     store_quad(p.codes, p.format, at.i, codes, at.n, p.aligned);

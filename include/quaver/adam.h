@@ -63,7 +63,8 @@ QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
 // beta1 is near 1), so the moment of a weight that gets no more gradient would never decay while
 // its second moment does, and m / sqrt(v) would run away. Toward zero, what is stored never exceeds
 // what Adam computed, whatever the scale, k or beta1. A weight that still learns has gradients that
-// exceed its moment most of the time, so its average is not pulled down.
+// exceed its moment most of the time, so its average is not pulled down. An FP8 second moment
+// never becomes zero instead (keep_nonzero of codec.h).
 template <class T>
 QUAVER_HD float settle_exp_avg(float y, float m, float grad) {
   using F = Format<T>;
@@ -80,15 +81,6 @@ QUAVER_HD float settle_exp_avg(float y, float m, float grad) {
   const bool weak = g8 < bit_cast<float>(bit_cast<uint32_t>(m) & 0x7fffffffu);
   const uint32_t normal = select(weak, magnitude & ~dropped, magnitude);
   return bit_cast<float>(select(a < min_normal, bit_cast<uint32_t>(below), normal) | sign);
-}
-
-// An FP8 second moment likewise: never to zero, where a gradient has left its trace in the first
-// moment alone and m / eps would be a step of any size. Too large a v only makes the step smaller.
-template <class T>
-QUAVER_HD float settle_exp_avg_sq(float y, float v) {
-  constexpr float least = 1.0f / (1 << (Format<T>::bias - 1 + Format<T>::mantissa));
-  const uint32_t bits = bit_cast<uint32_t>(y < least ? least : y);
-  return bit_cast<float>(select(v > 0.0f, bits, bit_cast<uint32_t>(y)));
 }
 
 // Upper bounds of the next amaxes, known before the pass, so that its scales can be too. They are

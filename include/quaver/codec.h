@@ -149,6 +149,19 @@ QUAVER_HD float expanded(float log2_y, float x) {
 
 QUAVER_HD float expand(const Expander& e, float x) { return expanded(log2_expanded(e, x), x); }
 
+// What is not zero never rounds to zero: y, of x in the format's domain, is at least the smallest
+// subnormal. A second moment that vanished where the first did not would leave m / eps for a step;
+// one that is too large only makes the step smaller.
+template <class T>
+QUAVER_HD float keep_nonzero(float y, float x) {
+  const uint32_t least = bit_cast<uint32_t>(
+      1.0f / static_cast<float>(1u << (Format<T>::bias - 1 + Format<T>::mantissa)));
+  const uint32_t bits = bit_cast<uint32_t>(y), magnitude = bits & 0x7fffffffu;
+  const uint32_t kept = magnitude < least ? least : magnitude;
+  const bool zero = (bit_cast<uint32_t>(x) & 0x7fffffffu) == 0u;
+  return bit_cast<float>(select(zero, magnitude, kept) | (bits & 0x80000000u));
+}
+
 // log2(|code| / max) of a code without sign. Kept as a table of 128 by whoever decodes many.
 template <class T>
 QUAVER_HD float log2_of_code(uint32_t code) {

@@ -422,7 +422,8 @@ def encode_state(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, expand:
 
     Without `expand` a group is x ~= scale * q with scale = amax / finite_max. With it the group's
     dynamic range is first expanded to the format's: see "Dynamic range expansion" in codec.h (COAT,
-    arXiv 2410.19313, section 4). Rounds to nearest; infinity saturates, NaN stays NaN.
+    arXiv 2410.19313, section 4). Rounds to nearest, but nothing
+    else than zero to zero; infinity saturates, NaN stays NaN.
 
     Args:
         x: float32, float16 or bfloat16, any shape and strides.

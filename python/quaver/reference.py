@@ -321,7 +321,7 @@ def tensor_core_tolerance(
     so each of the 33 loses less than 2^-13 of that one. Promoted sums start anew each 128 of K.
     """
     a, b = a.double() * scale_a.double(), b.double() * scale_b.double()
-    partial = lost = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64)
+    partial = lost = a.new_zeros(a.shape[0], b.shape[0])
     for step, k in enumerate(range(0, a.shape[1], 32)):
         if promoted and step % 4 == 0:
             partial = torch.zeros_like(partial)
@@ -543,10 +543,17 @@ def to_format(x: Tensor, dtype: torch.dtype, expanded: bool) -> tuple[Tensor, Te
     return y.flatten()[: x.numel()].reshape(x.shape), scale
 
 
+def keep_nonzero(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """y, of x in the format's domain, at least the smallest subnormal where x is not zero: a second
+    moment that vanished would leave m / eps for a step."""
+    least = y.abs().clamp(min=magnitudes(dtype)[1].item()).copysign(y)
+    return torch.where(x == 0, y, least)
+
+
 def encode_state(x: Tensor, dtype: torch.dtype, expanded: bool) -> tuple[Tensor, Tensor]:
     """Codes and scales of groups of 128 flat elements; see ops.encode_state."""
     y, scale = to_format(x, dtype, expanded)
-    return encode(y, dtype), scale
+    return encode(keep_nonzero(y, x, dtype), dtype), scale
 
 
 def decode_state(q: Tensor, scale: Tensor, expanded: bool) -> Tensor:
@@ -575,11 +582,6 @@ def settle_exp_avg(y: Tensor, m: Tensor, g: Tensor, dtype: torch.dtype) -> Tenso
     return torch.where(
         (y.abs() < torch.finfo(dtype).tiny) | (8 * g.abs() < m.abs()), toward_zero(y, dtype), y
     )
-
-
-def settle_exp_avg_sq(y: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """An FP8 second moment: never to zero, or m / sqrt(v) is as large as eps lets it be."""
-    return torch.where(v > 0, y.clamp(min=magnitudes(dtype)[1].item()), y)
 
 
 def adamw_fp8(
@@ -626,7 +628,7 @@ def adamw_fp8(
         if i == 1:
             y = settle_exp_avg(y, m, g, dtype)
         if i == 2 and dtype in (E4M3, E5M2):
-            y = settle_exp_avg_sq(y, v, dtype)
+            y = keep_nonzero(y, v, dtype)
         codes = encode(y, dtype)
         amax = (
             (codes.float() * scale).abs().amax() if codes.numel() and kind == "tensor" else f32(0.0)

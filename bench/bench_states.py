@@ -1,0 +1,95 @@
+"""How well codecs keep Adam's moments: the mean squared error of m / sqrt(v), and their bytes.
+
+The states are those of a model trained here; the table is COAT's (arXiv 2410.19313, table 1).
+
+The paper does not say in what unit its errors are, so the bars are ratios between codecs.
+"""
+
+import argparse
+
+import common
+import torch
+
+from quaver import data, models, train
+from quaver.optim import encode_state
+
+EPS = 1e-8
+FORMATS = ("e4m3", "e5m2")
+PAIRS = [(m, v) for m in FORMATS for v in FORMATS]
+# Of the expanded pair e4m3/e4m3, at most, over the pairs without expansion.
+BARS = {("e4m3", "e4m3"): 0.45, ("e5m2", "e5m2"): 0.15}
+
+
+def trained_states(steps, batch, seq):
+    """Moments of `tiny` after some f32 steps on the standard library's text, and its loss."""
+    settings = train.Settings(
+        data=("stdlib",), model="tiny", recipe=("f32",), steps=steps, batch=batch, seq=seq
+    )
+    text = data.load(settings.data, settings.seq)
+    config = models.load(settings.model).replace(vocab=text.vocab)
+    job = train.Job(settings, config, text, torch.device("cpu"))
+    model, optimizer = job.build("f32")
+    for step in range(1, steps + 1):
+        line = job.step("f32", model, optimizer, step)
+    states = [optimizer.state[p] for p in model.parameters()]
+    return [(s["exp_avg"], s["exp_avg_sq"]) for s in states], line["loss"]
+
+
+def error(states, first, second):
+    """Mean of (m / (sqrt(v) + eps) - decoded)^2 over all elements that ever had a gradient, and
+    bytes of both moments a parameter."""
+    total, count, size, numel = 0.0, 0, 0, 0
+    for m, v in states:
+        stored_m, stored_v = encode_state(m, first), encode_state(v, second)
+        live = v > 0
+        exact = m.double() / (v.double().sqrt() + EPS)
+        ours = stored_m.decode().double() / (stored_v.decode().double().sqrt() + EPS)
+        total += (ours - exact)[live].square().sum().item()
+        count += int(live.sum())
+        size += stored_m.nbytes + stored_v.nbytes
+        numel += m.numel()
+    return total / count, size / numel
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60, help="training steps (default 60)")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=128)
+    args = parser.parse_args()
+    print(common.describe(common.machine()))
+    states, loss = trained_states(args.steps, args.batch, args.seq)
+    print(f"tiny after {args.steps} steps, loss {loss:.3f}; MSE of m / sqrt(v), times 1e5:")
+    print(f"{'m / v':<12} {'plain':>9} {'expanded':>9} {'ratio':>6}  bytes a parameter")
+    rows, plain = [], {}
+    for pair in PAIRS:
+        plain[pair], plain_bytes = error(states, *pair)
+        expanded, expanded_bytes = error(states, *(f"{name}-expand" for name in pair))
+        name = "/".join(pair)
+        rows.append(
+            {
+                "name": f"states {name}",
+                "mse": plain[pair],
+                "mse_expanded": expanded,
+                "bytes_per_param": plain_bytes,
+                "bytes_per_param_expanded": expanded_bytes,
+            }
+        )
+        print(
+            f"{name:<12} {plain[pair] * 1e5:9.3f} {expanded * 1e5:9.3f} "
+            f"{expanded / plain[pair]:6.3f}  {plain_bytes:.4f} {expanded_bytes:.4f}"
+        )
+    ours = rows[0]["mse_expanded"]
+    for pair, bar in BARS.items():
+        found = ours / plain[pair]
+        met = found <= bar
+        rows.append({"name": f"expanded e4m3/e4m3 over plain {'/'.join(pair)}", "mse_ratio": found,
+                     "bar": bar, "met": met})  # fmt: skip
+        print(f"expanded e4m3/e4m3 is {found:.3f} x plain {'/'.join(pair)}, "
+              f"bar {bar:.2f}: {'met' if met else 'NOT met'}")  # fmt: skip
+    rows.append({"name": "training", "steps": args.steps, "loss": loss})
+    common.save("states", rows)
+
+
+if __name__ == "__main__":
+    main()
