@@ -23,6 +23,7 @@ set_source_files_properties(csrc/cpu/dispatch.cpp csrc/cpu/gemm_choice.cpp PROPE
   COMPILE_OPTIONS -fvisibility=default)
 
 list(JOIN isas "," isa_names)
+list(JOIN QUAVER_CUDA_ARCHS "," arch_names)
 Python_add_library(quaver_module MODULE WITH_SOABI csrc/python/module.cpp)
 set_target_properties(quaver_module PROPERTIES OUTPUT_NAME _C
   BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/lib")
@@ -30,7 +31,7 @@ target_include_directories(quaver_module SYSTEM PRIVATE ${pybind11_include})
 target_compile_definitions(quaver_module PRIVATE
   QUAVER_VERSION="${PROJECT_VERSION}" QUAVER_TORCH_VERSION="${torch_version}"
   QUAVER_TORCH_TARGET=${torch_target} QUAVER_ISAS="${isa_names}"
-  QUAVER_ARCHS="$<$<TARGET_EXISTS:quaver_cuda>:${QUAVER_CUDA_ARCHS}>"
+  QUAVER_ARCHS="$<$<TARGET_EXISTS:quaver_cuda>:${arch_names}>"
   QUAVER_CUTLASS="${cutlass_version}")
 target_link_libraries(quaver_module PRIVATE quaver_flags quaver_ops)
 target_link_options(quaver_module PRIVATE -Wl,--allow-shlib-undefined)
