@@ -75,7 +75,7 @@ cuda: $(READY) $(if $(QUAVER_CUTLASS_DIR),,build/cutlass/.$(CUTLASS)) $(if $(she
 
 # A build for `make gpu-report` on a machine that cannot compile, of QUAVER_PYTHON's version: carry dist/.
 carried: export QUAVER_CUDA := on
-carried: wheel
+carried: build/cutlass/.$(CUTLASS) wheel
 	cmake --build build/release --target bench_cuda
 	$(PY) bench/gpu_build.py --stamp
 

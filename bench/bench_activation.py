@@ -1,6 +1,7 @@
 """normalize and activate with their backwards against torch's bf16 ops and quaver's casts apart.
 
-The baseline makes less: it keeps nothing in FP8 for backward.
+The plain baseline makes less: it keeps nothing in FP8 for backward. The rows "as much kept" add
+that to it, by quantize.
 """
 
 import common
@@ -39,6 +40,9 @@ def bench(pairs):
         grad = torch.ops.aten.silu_backward(dh * up, gate)
         return qv.cast_transpose(grad, E5M2), qv.cast_transpose(dh * F.silu(gate), E5M2)
 
+    def keep(*tensors):
+        return [qv.quantize(t, granularity="block", block=32) for t in tensors]
+
     def row(name, call, baseline, baseline_name, bar=None):
         return common.compare(
             name, baseline, call, baseline_name=baseline_name, pairs=pairs, bar=bar
@@ -50,6 +54,9 @@ def bench(pairs):
     yield row(f"normalize layer {norm}",
               lambda: qv.ops.normalize(x, weight, bias, 1e-5, True), layer_norm,
               "layer_norm + cast_transpose", 1.0)  # fmt: skip
+    yield row(f"normalize layer {norm}, as much kept",
+              lambda: qv.ops.normalize(x, weight, bias, 1e-5, True),
+              lambda: (layer_norm(), keep(x)), "the same + quantize")  # fmt: skip
     yield row(f"normalize_backward layer {norm}",
               lambda: qv.ops.normalize_backward(
                   dy, layer.saved, layer.mean, layer.rstd, weight, has_bias=True),
@@ -59,6 +66,8 @@ def bench(pairs):
               layer_norm_backward, "native_layer_norm_backward")  # fmt: skip
     yield row(f"activate silu, up {mlp}", lambda: qv.ops.activate(gate, up), gated,
               "silu * up + cast_transpose", 1.0)  # fmt: skip
+    yield row(f"activate silu, up {mlp}, as much kept", lambda: qv.ops.activate(gate, up),
+              lambda: (gated(), keep(gate, up)), "the same + 2 quantize")  # fmt: skip
     yield row(f"activate_backward silu, up {mlp}",
               lambda: qv.ops.activate_backward(dh, swiglu.x, swiglu.up), gated_backward,
               "silu_backward, silu, 2 cast_transpose")  # fmt: skip

@@ -98,18 +98,16 @@ def block_rows(name, make):
 
 
 def whole(model, recipe, batch, seq):
-    """memory_report after a step, with the gradients and activations of another one."""
+    """memory_report of a step: its activations, its gradients, and the states that it leaves."""
     settings = train.Settings(model=model, recipe=(recipe,), batch=batch, seq=seq, device="cpu")
     config = models.load(model)
     job = train.Job(settings, config, None, torch.device("cpu"))
     net, optimizer = job.build(recipe)
-    tokens = torch.randint(0, config.vocab, (2, batch, seq + 1))
-    job._loss(recipe, net, tokens[0, :, :-1], tokens[0, :, 1:]).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    tokens = torch.randint(0, config.vocab, (batch, seq + 1))
     with qv.saved_activations(net) as saved:
-        loss = job._loss(recipe, net, tokens[1, :, :-1], tokens[1, :, 1:])
+        loss = job._loss(recipe, net, tokens[:, :-1], tokens[:, 1:])
     loss.backward()
+    optimizer.step()
     return qv.memory_report(net, optimizer, activations=saved)
 
 

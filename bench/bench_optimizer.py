@@ -136,14 +136,14 @@ def cuda_cases():
     size = f"{n // 10**6} M in {len(FEW_HUGE)} matrices"
 
     def case(name, baseline, build, traffic=None, target=None):
-        bytes = None if traffic is None else traffic * n
+        bytes = None if traffic is None else round(traffic * n)
         return Case(name, baseline, build, bytes=bytes, target=target)
 
     def against_torch(step):
         return lambda: (torch_step(FEW_HUGE, gpu.DEVICE), step())
 
     def against_copy(traffic, step):
-        return lambda: (gpu.copy(traffic * n), step())
+        return lambda: (gpu.copy(round(traffic * n)), step())
 
     bf16 = partial(adam_alone, "bf16")
     cases = [

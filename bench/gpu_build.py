@@ -1,9 +1,9 @@
 """The build that a GPU report measures: made here, or carried from a machine that can compile.
 
-QUAVER_REPORT_BUILD=build|carried|auto; auto builds where everything for it is there, and takes a
-carried build otherwise: python/quaver/ with its library, or a wheel in dist/, with the
-dist/carried.json of `make carried`. Leaves {work}/build.json: how, the folder for PYTHONPATH, the
-C++ bench, build_info and recipes.
+QUAVER_REPORT_BUILD=build|carried|auto; auto takes a carried build of these very sources, which
+saves minutes, and builds otherwise. Carried is a wheel in dist/ or a built python/quaver/,
+beside the dist/carried.json of `make carried`. Leaves {work}/build.json: how, the folder for
+PYTHONPATH, the C++ bench, build_info and recipes.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def missing_tools():
         [sys.executable, "-c", ask.format(modules)], capture_output=True, text=True, check=True
     )
     missing += done.stdout.split()
-    if list((ROOT / "csrc/cuda").glob("gemm_sm90_*.cu")) and not _has_cutlass():
+    if not _has_cutlass():
         missing.append("CUTLASS (QUAVER_CUTLASS_DIR, build/cutlass or the package nvidia-cutlass)")
     return missing
 
@@ -87,10 +87,11 @@ def _has_cutlass():
 
 
 def build():
-    """Builds in place with make, which knows how; the bench too. Returns the PYTHONPATH."""
-    env = {**os.environ, "QUAVER_PYTHON": sys.executable, "QUAVER_CUDA": "on"}
+    """Builds in place, the C++ bench too. Returns the PYTHONPATH."""
+    env = {**os.environ, "QUAVER_CUDA": "on"}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}:/usr/local/cuda/bin"
-    for command in (["make", "build"], ["cmake", "--build", "build/release", "--target", BENCH]):
+    setup = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    for command in (setup, ["cmake", "--build", "build/release", "--target", BENCH]):
         done = subprocess.run(command, cwd=ROOT, env=env)
         if done.returncode:
             raise BuildError(f"`{' '.join(command)}` failed with status {done.returncode}")
@@ -105,22 +106,22 @@ def carried(work):
     stamp = json.loads(STAMP.read_text())
     if stamp["sources"] != digest():
         raise BuildError(f"the carried build is of other sources, commit {stamp['commit']}")
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    wheels = sorted((ROOT / "dist").glob(f"quaver-*-{tag}-*.whl"))
+    if wheels:
+        site = work / "site"
+        shutil.rmtree(site, ignore_errors=True)
+        with zipfile.ZipFile(wheels[-1]) as wheel:
+            wheel.extractall(site)
+        return site
     package = ROOT / "python/quaver"
     module = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.is_file() and (package / "lib/libquaver.so").is_file():
         return ROOT / "python"
-    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    wheels = sorted((ROOT / "dist").glob(f"quaver-*-{tag}-*.whl"))
-    if not wheels:
-        raise BuildError(
-            f"no carried build for Python {platform.python_version()}: neither {module} "
-            f"nor dist/quaver-*-{tag}-*.whl"
-        )
-    site = work / "site"
-    shutil.rmtree(site, ignore_errors=True)
-    with zipfile.ZipFile(wheels[-1]) as wheel:
-        wheel.extractall(site)
-    return site
+    raise BuildError(
+        f"no carried build for Python {platform.python_version()}: neither "
+        f"dist/quaver-*-{tag}-*.whl nor {module}"
+    )
 
 
 def find_bench():
@@ -131,18 +132,18 @@ def find_bench():
 
 
 def choose(work, mode, missing):
-    """(how, PYTHONPATH). A build that fails gives way to a carried one, and says so."""
-    if mode == "carried" or (mode == "auto" and missing):
-        why = f" because {', '.join(missing)} is missing" if mode == "auto" else ""
-        return f"carried{why}", carried(work)
+    """(how, PYTHONPATH)."""
+    if mode == "carried":
+        return "carried", carried(work)
+    refused = "it was not asked for"
+    if mode == "auto":
+        try:
+            return "carried", carried(work)
+        except BuildError as error:
+            refused = str(error)
     if missing:
-        raise BuildError(f"cannot build: {', '.join(missing)} is missing")
-    try:
-        return "built here", build()
-    except BuildError as error:
-        if mode == "build":
-            raise
-        return f"carried, because here {error}", carried(work)
+        raise BuildError(f"cannot build: {', '.join(missing)} is missing; nor carried: {refused}")
+    return "built here", build()
 
 
 def ask(path):

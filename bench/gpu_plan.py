@@ -45,7 +45,7 @@ def _bench(name, seconds, proves, targets=()):
 def _sanitizer(tool, proves):
     return Step(
         tool,
-        25,
+        20,
         proves,
         ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "{bench_cuda}", "--check"),
         tool="compute-sanitizer",
@@ -63,7 +63,7 @@ TRAIN_DRY = _COMMON + "--data bench --model tiny --steps 2 --batch 1 --seq 32 --
 PLAN = (
     Step(
         "build",
-        140,
+        190,
         "the library is built from this tree, or a carried build is of it, and it loads",
         ("{python}", "bench/gpu_build.py", "--work", "{work}"),
         ("{python}", "bench/gpu_build.py", "--work", "{work}", "--dry-run"),
@@ -71,14 +71,14 @@ PLAN = (
     ),
     Step(
         "cpp-check",
-        15,
+        10,
         "the memory-bound kernels give the CPU's bits, without torch",
         ("{bench_cuda}", "--check"),
         ("{bench_cuda}", "--list"),
     ),
     Step(
         "tests",
-        75,
+        70,
         "every CUDA op against the CPU, bit for bit; GEMM against f64; streams, graphs, errors",
         (
             "{python}",
@@ -95,27 +95,27 @@ PLAN = (
     ),
     _bench(
         "gemm",
-        60,
+        50,
         "matrix products against torch._scaled_mm",
         ("gemm-fast", "gemm-promoted", "gemm-wgrad", "gemm-fp8-out"),
     ),
-    _bench("quantize", 25, "casts against a copy and against torch", ("cast", "cast-transpose")),
+    _bench("quantize", 20, "casts against a copy and against torch", ("cast", "cast-transpose")),
     _bench(
         "optimizer",
-        35,
+        30,
         "AdamW against a copy, torch and other 8-bit optimizers",
         ("adam-copy", "adam-torch"),
     ),
     _bench(
         "kernels",
-        25,
+        20,
         "sums of shards, norms, activations and gradients against a copy",
         ("reduce-encode",),
     ),
-    _bench("layer", 50, "a Llama 7B layer against bf16", ("linears", "layer")),
+    _bench("layer", 45, "a Llama 7B layer against bf16", ("linears", "layer")),
     Step(
         "cpp",
-        20,
+        15,
         "the kernels alone, without torch and Python, against a copy",
         ("{bench_cuda}", "--json", "{work}/cpp.json"),
         ("{bench_cuda}", "--list"),
@@ -123,7 +123,7 @@ PLAN = (
     ),
     Step(
         "train",
-        45,
+        40,
         "`quaver train` of a small Llama at equal batch: tokens/s, peak memory, loss",
         tuple(TRAIN.split()),
         tuple(TRAIN_DRY.split()),

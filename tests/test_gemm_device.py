@@ -51,10 +51,13 @@ def tolerance(a, b, out_dtype, addend, fast, device):
 
 
 def check(got, a, b, addend, fast, device):
+    """All of it on the device, whose f64 is IEEE's too and faster than a CPU's."""
+    a, b = to(a, device), to(b, device)
     wanted = reference.gemm(*parts(a, b))
     if addend is not None:
+        addend = addend.to(device)
         wanted = wanted + addend.double()
-    excess = (got.cpu().double() - wanted).abs() - tolerance(a, b, got.dtype, addend, fast, device)
+    excess = (got.double() - wanted).abs() - tolerance(a, b, got.dtype, addend, fast, device)
     assert not (excess > 0).any(), f"off by {excess.max().item()} more than allowed"
     assert got.isfinite().all()
 
@@ -175,40 +178,43 @@ def test_the_tolerance_holds_for_sums_that_lose_bits_as_tensor_cores_do(promoted
 
 
 @pytest.mark.cuda
-def test_every_kernel_that_can_serve_a_problem_is_right():
-    """The chooser may never pick some; each is run on one problem that it can serve, by way of a
-    shape that makes it the first choice, or it is named here."""
-    chosen = set()
-    shapes = [
-        *SHAPES["cuda"],
-        (64, 4096, 4096),
-        (4096, 4096, 256),
-        (8192, 8192, 512),
-        (1024, 1024, 8192),
-    ]
-    names = {E4M3: "e4m3", E5M2: "e5m2"}
+def test_every_kernel_is_chosen_and_right():
+    names = {E4M3: "e4m3", E5M2: "e5m2", BF16: "bf16", F32: "f32"}
+    outs = [(BF16, False), (BF16, True), (F32, True), (E4M3, False)]
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    outs = (("bf16", False), ("bf16", True), ("f32", True), ("e4m3", False))
-    for (m, n, k), types, fast, (out, add) in itertools.product(shapes, PAIRS, (0, 1), outs):
-        if out == "e4m3" and types[1] == E5M2:
-            continue
-        found, _ = _C.gemm_candidates(
-            m, n, k, *(names[t] for t in types), out, add, bool(fast), sms
-        )
+    shapes = [
+        (16, 16, 16), (64, 64, 16400), (256, 512, 8192), (2064, 2576, 272), (4096, 4096, 256),
+        (2048, 4096, 2048), (4096, 4096, 4096),
+    ]  # fmt: skip
+    chosen, known = set(), set()
+    for shape, types, fast, (out, add) in itertools.product(shapes, PAIRS, (False, True), outs):
+        if (types[1], out) == (E5M2, E4M3):
+            continue  # no kernel
+        formats = (names[t] for t in (*types, out))
+        found, _ = _C.gemm_candidates(*shape, *formats, add, fast, sms)
+        known |= {candidate["name"] for candidate in found}
         if found[0]["name"] in chosen:
             continue
         chosen.add(found[0]["name"])
+        m, n, k = shape
         a, b = operand(m, k, types[0], seed=1), operand(n, k, types[1], seed=2)
         on = to(a, "cuda"), to(b, "cuda")
-        if out == "e4m3":
-            got = qv.gemm(*on, E4M3, out_scale=torch.ones((), device="cuda"), fast_accumulate=fast)
-            assert got.amax.isfinite()
+        if out == E4M3:  # without rounding, but for the format's own
+            scale = torch.tensor(0.5, device="cuda")
+            got = qv.gemm(*on, out, fast_accumulate=fast, out_scale=scale)
+            allowed = tolerance(*on, F32, None, fast, "cuda")
+            wanted = reference.gemm(*parts(*on))
+            low, high = (
+                reference.encode(((wanted + end).float() / scale).cpu(), E4M3).double()
+                for end in (-allowed, allowed)
+            )
+            codes = got.qdata.cpu().double()
+            assert ((low <= codes) & (codes <= high)).all(), found[0]["name"]
             continue
-        dtype = BF16 if out == "bf16" else F32
-        target = torch.zeros(m, n, dtype=dtype, device="cuda")
-        qv.gemm(*on, out=target, accumulate=add, fast_accumulate=bool(fast))
-        check(target, a, b, None, bool(fast), "cuda")
-    assert len(chosen) >= 10, chosen
+        target = torch.zeros(m, n, dtype=out, device="cuda")
+        qv.gemm(*on, out=target, accumulate=add, fast_accumulate=fast)
+        check(target, a, b, None, fast, "cuda")
+    assert chosen == known
 
 
 @pytest.mark.cuda

@@ -114,7 +114,8 @@ void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& 
     p.aligned = x.cols % kVector == 0 && is_aligned(x.data) && is_aligned(up.data);
     p.aligned_scale = is_aligned(channel_scale);
     clear_scale(op, p.y.scale, stream);
-    if (channel_scale != nullptr) clear(op, channel_amax, x.cols * sizeof(float), stream);
+    if (channel_scale != nullptr && x.cols > 0)
+      clear(op, channel_amax, x.cols * sizeof(float), stream);
     if (p.x_saved.threads == 0) save_groups(op, x_saved, x, stream);
     if (p.up != nullptr && p.up_saved.threads == 0) save_groups(op, up_saved, up, stream);
     const int64_t blocks = matrix_blocks(p.m);

@@ -47,7 +47,7 @@ QUAVER_DEVICE void normalize_vector(const Problem<X>& p, int64_t col, int64_t n,
 }
 
 template <class X>
-__global__ void __launch_bounds__(kThreads) normalize_rows_kernel(Problem<X> p) {
+__global__ void __launch_bounds__(kThreads, 3) normalize_rows_kernel(Problem<X> p) {
   const RowPlace at = row_place();
   const bool active = at.row < p.m.rows;
   const int64_t cols = active ? p.m.cols : 0;

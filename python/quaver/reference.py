@@ -321,7 +321,7 @@ def tensor_core_tolerance(
     so each of the 33 loses less than 2^-13 of that one. Promoted sums start anew each 128 of K.
     """
     a, b = a.double() * scale_a.double(), b.double() * scale_b.double()
-    partial = lost = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64)
+    partial = lost = a.new_zeros(a.shape[0], b.shape[0])
     for step, k in enumerate(range(0, a.shape[1], 32)):
         if promoted and step % 4 == 0:
             partial = torch.zeros_like(partial)

@@ -385,16 +385,18 @@ class Job:
         transports = [t for t in (self.transport, self.world.tensor) if t]
         return {kind: sum(t.traffic[kind] for t in transports) for kind in distributed.KINDS}
 
-    @staticmethod
-    def _shard(model, chosen):
+    def _shard(self, model, chosen):
         if chosen.linear is not None:
-            distributed.fully_shard(model)
+            try:
+                distributed.fully_shard(model)
+            except ValueError as error:
+                raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
             return
         # What FSDP2 does without FP8: weights and gradients travel in the autocast dtype.
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import
+
         low = chosen.autocast == torch.bfloat16
-        policy = torch.distributed.fsdp.MixedPrecisionPolicy(
-            param_dtype=chosen.autocast, reduce_dtype=torch.float32
-        )
+        policy = MixedPrecisionPolicy(param_dtype=chosen.autocast, reduce_dtype=torch.float32)
         distributed.fully_shard(model, gradient="bf16" if low else "f32", mp_policy=policy)
 
     def _connect(self, model, optimizer):

@@ -195,9 +195,10 @@ AdamParameter far_parameter(int64_t rows, int64_t cols, bool low) {
   static int64_t step = 0;
   static const double hyper[5] = {};
   AdamParameter p;
-  p.weight = {{nullptr, low ? DType::f16 : DType::f32, rows, cols}, &f, &f};
-  p.exp_avg = {{nullptr, low ? DType::e4m3 : DType::f32, rows, cols}, &f, &f};
-  p.exp_avg_sq = {{nullptr, low ? DType::f16 : DType::f32, rows, cols}, &f, &f};
+  float* scale = low ? &f : nullptr;
+  p.weight = {{nullptr, low ? DType::f16 : DType::f32, rows, cols}, scale, scale};
+  p.exp_avg = {{nullptr, low ? DType::e4m3 : DType::f32, rows, cols}, scale, scale};
+  p.exp_avg_sq = {{nullptr, low ? DType::f16 : DType::f32, rows, cols}, scale, scale};
   p.grad = {nullptr, DType::bf16, rows, cols};
   p.grad_amax = &f;
   if (low) {

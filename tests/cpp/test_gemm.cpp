@@ -127,6 +127,13 @@ TEST(only_work_that_is_cut_needs_a_workspace) {
   });
 }
 
+TEST(every_kernel_is_the_choice_for_some_problem) {
+  std::set<std::string> chosen;
+  for_each_problem([&](const GemmProblem& p) { chosen.insert(choose_gemm(p, 132).tactic->name); });
+  for (const GemmTactic& t : gemm_tactics())
+    if (chosen.count(t.name) == 0) CHECK_EQ(std::string(t.name), "chosen by no problem");
+}
+
 TEST(a_few_choices) {
   const auto name = [](GemmProblem p) { return std::string(choose_gemm(p, 132).tactic->name); };
   GemmProblem p{8192, 8192, 8192};

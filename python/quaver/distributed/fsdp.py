@@ -89,9 +89,9 @@ def fully_shard(
     Raises:
         RuntimeError: no process group.
         ValueError: a model without converted layers (unless gradient is "bf16" or "f32"), one that
-            is sharded already, a mesh of two axes or of another device type, an unknown gradient
-            format, or ranks whose parameters differ in name, order, shape, recipe or value: found
-            before anything is sharded, on every rank.
+            is sharded already or has Smooth-SwiGLU, a mesh of two axes or of another device type,
+            an unknown gradient format, or ranks whose parameters differ in name, order, shape,
+            recipe or value: found before anything is sharded, on every rank.
     """
     if not dist.is_initialized():
         raise RuntimeError(
@@ -106,6 +106,11 @@ def fully_shard(
         raise ValueError(
             "fully_shard: the model has no FP8 layer; call quaver.convert first, or pass "
             'gradient="bf16" or "f32" to shard it as it is'
+        )
+    smooth = [n for n, m in model.named_modules() if getattr(m, "channel_amax", None) is not None]
+    if smooth:
+        raise ValueError(
+            f"fully_shard: {smooth[0]} has Smooth-SwiGLU; wanted a recipe without smooth_swiglu"
         )
     already = [name for name, p in parameters.items() if is_sharded(p)]
     if already:

@@ -204,7 +204,7 @@ class AdamW(torch.optim.Optimizer):
             [s["step"] for s in states],
             self._hyper_on(device, wholes, hyper),
             self._skipped[device],
-            self._remainders(states, none),
+            self._remainders(params, states, none),
             [scaling(t) for t in firsts],
             [scaling(t) for t in seconds],
             self._seeds(params, ordinals),
@@ -219,10 +219,12 @@ class AdamW(torch.optim.Optimizer):
             elif isinstance(p, ScaledTensor):
                 p.refresh_copies()  # a compiled graph would not find out
 
-    @staticmethod
-    def _remainders(states: list[dict], none: Tensor) -> list[Tensor]:
-        found = [s.get("master", none) for s in states]
-        return found if any(t is not none for t in found) else []
+    def _remainders(self, params: list[Tensor], states: list[dict], none: Tensor) -> list[Tensor]:
+        # By the rule and not by the key: other optimizers keep another "master" in these states.
+        kept = [self._has_remainder(p) for p in params]
+        if not any(kept):
+            return []
+        return [s["master"] if k else none for s, k in zip(states, kept, strict=True)]
 
     def _seeds(self, params: list[Tensor], ordinals: list[int]) -> list[int]:
         """The Philox seed of each weight that rounds stochastically, -1 for the others."""
