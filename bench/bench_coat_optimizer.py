@@ -54,12 +54,12 @@ def run(chosen, settings, config, text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--dim", type=int, default=192)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
     print(common.describe(common.machine()))
     rows = []

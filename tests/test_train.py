@@ -380,6 +380,10 @@ def test_a_probe_measures_and_changes_nothing(settings, tmp_path, name):
     if name == "coat":
         assert {"blocks.0.norm1.output", "blocks.0.norm2.saved", "blocks.0.mlp.product",
                 "blocks.0.mlp.saved_gate", "blocks.0.mlp.saved_up"} <= found.keys()  # fmt: skip
+        for key, figures in found.items():
+            assert ("k" in figures) == key.endswith((".exp_avg", ".exp_avg_sq")), key
+            k = figures.get("k", {"min": 1, "mean": 1, "max": 1})
+            assert 1 <= k["min"] <= k["mean"] <= k["max"] < 16, key  # codec.h's limits
 
 
 def test_a_probe_figures_are_those_of_the_codes():
