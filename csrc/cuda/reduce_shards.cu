@@ -50,7 +50,7 @@ QUAVER_DEVICE int32_t count_saturated(const Packed<sizeof(Out)>& codes) {
 }
 
 template <class Q, class Out>
-__global__ void __launch_bounds__(kThreads) reduce_shards_kernel(Problem p) {
+__global__ void __launch_bounds__(kThreads, 2) reduce_shards_kernel(Problem p) {
   const int64_t owner = owner_of(p.table, p.count, blockIdx.x);
   const Entry e = p.table[owner];
   const float scale = p.scales != nullptr ? p.scales[owner] : 1.0f;
