@@ -248,3 +248,11 @@ REFUSED = [
 def test_refused_by_name(call, message):
     with pytest.raises((*REFUSAL, TypeError), match=message):
         call(operand(4, 8), operand(4, 8))
+
+
+def test_autocast_leaves_the_product_alone():
+    a, b = qv.quantize(randn(24, 64)), qv.quantize(randn(40, 64), granularity="row")
+    wanted = qv.gemm(a, b, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(qv.gemm(a, b, torch.float32), wanted)
+        assert_same(qv.gemm(a, b), wanted.bfloat16())

@@ -81,6 +81,17 @@ void addmm(Tensor& out, const Tensor& addend, const Tensor& a, const Tensor& b, 
     fail("gemm: torch's matrix product failed");
 }
 
+// a @ b.T in f32. Into `out`, because autocast would make a bf16 product of any other form.
+Tensor product(const Tensor& a, const Tensor& b) {
+  Tensor out = empty(a, {a.size(0), b.size(0)}, ScalarType::Float);
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
+                                    torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
+                                    torch::stable::detail::from(out)};
+  if (torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION) != 0)
+    fail("gemm: torch's matrix product failed");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 Tensor multiply(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
   if (torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION) != 0)
@@ -96,7 +107,7 @@ Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a,
 void compose(Call& c) {
   const Tensor a = decode_codes(c.a, ScalarType::Float);
   const Tensor b = decode_codes(c.b, ScalarType::Float);
-  Tensor y = torch::stable::matmul(a, torch::stable::transpose(b, 0, 1));
+  Tensor y = product(a, b);
   // The scales first: each may be near a limit of f32 where their product is not.
   y = multiply(y, multiply(torch::stable::reshape(c.scale_a, {-1, 1}),
                            torch::stable::reshape(c.scale_b, {1, -1})));
