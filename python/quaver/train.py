@@ -434,7 +434,7 @@ class Job:
         probed = settings.probe and step % settings.probe == 0
         probe = Probe(model, optimizer) if probed else None
         for micro in range(settings.accumulate):
-            with ExitStack() as stack:
+            with machine.bf16_products(self.device), ExitStack() as stack:
                 if self.parallel and micro + 1 < settings.accumulate:
                     stack.enter_context(self.parallel.no_sync())
                 if probe and micro == 0:
@@ -500,11 +500,14 @@ class Job:
     def _result(self, name, model, optimizer, lines):
         last = [line["loss"] for line in lines[-max(1, round(len(lines) * LAST)) :]]
         sent = [line.get("communication", {}) for line in lines]
+        with machine.bf16_products(self.device):
+            val_loss = self._validate(name, model)
+            memory = self._memory(name, model, optimizer)
         return {
             "final_loss": None if None in last else statistics.fmean(last),
-            "val_loss": self._validate(name, model),
+            "val_loss": val_loss,
             "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
-            "memory": self._memory(name, model, optimizer),
+            "memory": memory,
             "peak_memory": self._peak_memory(),
             "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
             "steps": len(lines),

@@ -1,0 +1,48 @@
+"""What depends on this machine's CPU."""
+
+import pytest
+import torch
+
+from quaver import machine
+
+CPU = torch.device("cpu")
+
+
+def low(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize("product", [torch.mm, torch.bmm, torch.addmm])
+def test_bf16_products_in_f32_round_once(product):
+    lead = (3,) if product is torch.bmm else ()
+    a, b = low(*lead, 33, 500, seed=0), low(*lead, 500, 17, seed=1)
+    addend = (low(17, seed=2),) if product is torch.addmm else ()
+    with machine.F32Products():
+        out = product(*addend, a, b)
+    assert out.dtype == torch.bfloat16
+    exact = product(*(x.double() for x in (*addend, a, b)))
+    # One rounding to 8 bits, and f32 sums of 500 products of about 1.
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=500 * 2**-23)
+
+
+def test_gradients_of_bf16_products_are_taken_in_f32_too():
+    a, b = (low(64, 64, seed=i).requires_grad_() for i in range(2))
+    with machine.F32Products():
+        (a @ b).sum().backward()
+    exact = b.detach().double().sum(1).expand(64, 64)
+    torch.testing.assert_close(a.grad.double(), exact, rtol=2**-8, atol=64 * 2**-23)
+
+
+def test_other_products_are_left_alone():
+    a = torch.ones(2, 2)
+    with machine.F32Products():
+        assert (a @ a).dtype == torch.float32
+        assert (a.half() @ a.half()).dtype == torch.float16
+        assert (a.bfloat16() + a).dtype == torch.float32
+
+
+@pytest.mark.parametrize("isa, wide", [("AVX2", False), ("AVX512", True), ("DEFAULT", False)])
+def test_f32_is_taken_only_where_bf16_is_slow(monkeypatch, isa, wide):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: isa)
+    assert isinstance(machine.bf16_products(CPU), machine.F32Products) is not wide
+    assert not isinstance(machine.bf16_products(torch.device("cuda")), machine.F32Products)
