@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -248,3 +249,25 @@ def test_under_torchrun(flags, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "step   19" in done.stdout
     assert (tmp_path / "example.safetensors").stat().st_size > 0
+
+
+def can_make_hosts():
+    made = subprocess.run(["ip", "netns", "add", "quaver-probe"], capture_output=True).returncode
+    return made == 0 and not subprocess.run(["ip", "netns", "delete", "quaver-probe"]).returncode
+
+
+@pytest.mark.slow
+def test_two_hosts_train_what_one_does(flags, tmp_path):
+    if not (shutil.which("ip") and can_make_hosts()):
+        pytest.skip("network namespaces need root and iproute2")
+    script = Path(__file__).parents[1] / "examples" / "two_hosts.sh"
+    _, *arguments = flags("two", "fp8lm-o3", "--parallel", "dp=4")
+    done = subprocess.run(
+        [str(script), *arguments], capture_output=True, text=True, timeout=100,
+        env=os.environ | {"PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    finish(4, flags("one", "fp8lm-o3", "--parallel", "dp=4"))
+    assert losses(tmp_path / "two", "fp8lm-o3") == losses(tmp_path / "one", "fp8lm-o3")
+    # Nothing of the hosts is left.
+    assert "quaver-" not in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout
