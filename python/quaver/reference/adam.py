@@ -1,0 +1,129 @@
+"""AdamW in f64, and on stored states bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .formats import E4M3, E5M2, FORMATS, MASTER_TO_FP8, encode, magnitudes, philox, scale_from_amax
+from .states import decode_state, keep_nonzero, to_format
+
+
+def adamw(
+    w: Tensor, m: Tensor, v: Tensor, g: Tensor, t: int, lr, beta1, beta2, eps, weight_decay
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step t (from 1) of AdamW in f64: weight, exp_avg, exp_avg_sq.
+
+    Loshchilov & Hutter, arXiv 1711.05101, algorithm 2.
+    """
+    w, m, v, g = w.double(), m.double(), v.double(), g.double()
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    update = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    return w - lr * weight_decay * w - lr * update, m, v
+
+
+def update_bound(t: int, lr, beta1, beta2) -> float:
+    """Upper bound of |w' - decay * w|: Cauchy-Schwarz on the two moving averages (adam.h)."""
+    c1, c2 = 1 - beta1**t, 1 - beta2**t
+    ratio = beta1 * beta1 / beta2 if beta2 > 0 else 1.0
+    terms = 1 / (1 - ratio) if ratio < 1 else t
+    peak = (1 - beta1) * math.sqrt(terms / (1 - beta2)) * math.sqrt(c2) / c1
+    return 2 * abs(lr) * max(peak, 1.0)
+
+
+def toward_zero(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest value of the format that is not above |y|, with y's sign."""
+    table = magnitudes(dtype)
+    code = torch.searchsorted(table, y.double().abs().contiguous(), right=True) - 1
+    return table[code].copysign(y.double()).float()
+
+
+def settle_exp_avg(y: Tensor, m: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """A first moment m, y in the format's domain: toward zero below the normal range, and where
+    the gradient is below an eighth of it; else nearest rounding could hold it up for ever."""
+    return torch.where(
+        (y.abs() < torch.finfo(dtype).tiny) | (8 * g.abs() < m.abs()), toward_zero(y, dtype), y
+    )
+
+
+def adamw_fp8(
+    states: list[tuple[Tensor, Tensor, Tensor]], g: Tensor, g_amax: Tensor, t: int, lr, beta1,
+    beta2, eps, weight_decay, granularities=("tensor",) * 3,
+) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Step t of AdamW on stored (codes, scale, amax) of weight, exp_avg and exp_avg_sq.
+
+    FP8-LM, section 2.2, in one pass: each new scale comes from a bound of the new amax that is
+    known before (adam.h), and the amax of what was stored is what the next starts from. f32, in
+    the order of adam.h, so that every bit can be compared. Unscaled states have scale 1. States of
+    granularity "group" and "expand" have the scales of their groups, from what they now hold.
+    """
+    f32 = functools.partial(torch.tensor, dtype=torch.float32)
+    w, m, v = (
+        codes.float() * scale if kind == "tensor" else decode_state(codes, scale, kind == "expand")
+        for (codes, scale, _), kind in zip(states, granularities, strict=True)
+    )
+    g = g.float()
+    b1, r1, b2, r2 = f32(beta1), f32(1 - beta1), f32(beta2), f32(1 - beta2)
+    m = b1 * m + r1 * g
+    v = b2 * v + r2 * (g * g)
+    root = v.double().sqrt().float()  # correctly rounded, as torch's f32 sqrt is not always
+    denominator = root * f32(1 / math.sqrt(1 - beta2**t)) + f32(eps)
+    w = f32(1 - lr * weight_decay) * w - f32(lr / (1 - beta1**t)) * (m / denominator)
+
+    top = g_amax * 1.125  # rounding to FP8 may have raised it
+    bounds = [
+        states[0][2] + f32(update_bound(t, lr, beta1, beta2)),
+        b1 * states[1][2] + r1 * top,
+        b2 * states[2][2] + r2 * (top * top),
+    ]
+    stored = []
+    for i, (value, (codes, scale, _)) in enumerate(zip((w, m, v), states, strict=True)):
+        dtype, kind = codes.dtype, granularities[i]
+        if dtype not in FORMATS:
+            stored.append((value.to(dtype), scale, f32(0.0)))
+            continue
+        if kind == "tensor":
+            scale = scale_from_amax(bounds[i], dtype, previous=scale)
+            y = value / scale
+        else:
+            y, scale = to_format(value, dtype, kind == "expand")
+        if i == 1:
+            y = settle_exp_avg(y, m, g, dtype)
+        if i == 2 and dtype in (E4M3, E5M2):
+            y = keep_nonzero(y, v, dtype)
+        codes = encode(y, dtype)
+        amax = (
+            (codes.float() * scale).abs().amax() if codes.numel() and kind == "tensor" else f32(0.0)
+        )
+        stored.append((codes, scale, amax))
+    return stored
+
+
+def split_master(x: Tensor) -> tuple[Tensor, Tensor]:
+    """An f32 master as its nearest bf16, ties away from zero, and its low 16 bits as int16."""
+    bits = x.view(torch.int32).to(torch.int64)
+    high = (bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
+    return high, bits.to(torch.int16)
+
+
+def join_master(high: Tensor, low: Tensor) -> Tensor:
+    """The f32 of `split_master`: a low half of 0x8000 or more was rounded up."""
+    bits = (high.view(torch.int16).to(torch.int64) << 16) + low.to(torch.int64)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def stochastic_bf16(x: Tensor, seed: int, offset: int) -> Tensor:
+    """Up with the probability of the dropped 16 bits: Philox of (seed, offset, flat index)."""
+    index = torch.arange(x.numel())
+    words = philox(seed, index // 4, offset).gather(1, (index % 4)[:, None])[:, 0]
+    bits = x.view(torch.int32).to(torch.int64).flatten() + (words & 0xFFFF)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16).reshape(x.shape)
+
+
+def fp8_weight(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The e4m3 GEMM copy of an f16 master, and its scale: a function of the codes (dtype.h)."""
+    return encode(codes.float() / MASTER_TO_FP8, E4M3), scale * MASTER_TO_FP8

@@ -1,0 +1,105 @@
+"""Casts of whole tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .formats import E4M3, F16, encode, scale_from_amax
+
+HISTORY = 16
+
+
+def quantize(
+    x: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    granularity: str = "tensor",
+    block: int = 128,
+    power_of_two: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, scale and amax: q = encode(x / scale), with an f32 division."""
+    x = x.float()
+    if granularity == "tensor":
+        amax = x.abs().amax() if x.numel() else torch.zeros(())
+    else:
+        line = x if x.dim() else x[None]
+        width = block if granularity == "block" else max(line.shape[-1], 1)
+        count = 1 if granularity == "row" else -(-line.shape[-1] // width)
+        padded = F.pad(line, (0, count * width - line.shape[-1]))
+        amax = padded.reshape(*line.shape[:-1], count, width).abs().amax(-1)
+    if scale is None:
+        scale = scale_from_amax(amax, dtype, power_of_two)
+    return encode(x / expand_scale(scale, x, granularity, block), dtype), scale, amax
+
+
+def expand_scale(scale: Tensor, x: Tensor, granularity: str, block: int = 128) -> Tensor:
+    """The scales, shaped to multiply x."""
+    if granularity == "block":
+        scale = scale.repeat_interleave(block, -1)[..., : x.shape[-1] if x.dim() else 1]
+    return scale if x.dim() else scale.reshape(())
+
+
+def dequantize(
+    q: Tensor, scale: Tensor, dtype: torch.dtype, granularity: str = "tensor", block: int = 128
+) -> Tensor:
+    """scale * q in f32, then rounded to `dtype`; f16 saturates, as every encoding does."""
+    value = q.float() * expand_scale(scale, q, granularity, block)
+    return encode(value, F16) if dtype == F16 else value.to(dtype)
+
+
+def cast_transpose(
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, its transpose, scale and amax."""
+    q, scale, amax = quantize(x, dtype, scale, power_of_two=power_of_two)
+    return q, q.t().contiguous(), scale, amax
+
+
+class DelayedScale:
+    """Delayed scaling (FP8-LM's reference, MS-AMP): just in time for the first 16 casts, then from
+    the maximum of the last 16 amaxes. A non-finite amax empties the history."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.history: deque[float] = deque(maxlen=HISTORY)
+
+    def cast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale = None
+        if len(self.history) == HISTORY:
+            scale = scale_from_amax(torch.tensor(max(self.history)), self.dtype)
+        q, scale, amax = quantize(x, self.dtype, scale)
+        if amax.isfinite():
+            self.history.append(amax.item())
+        else:
+            self.history.clear()
+        return q, scale, amax
+
+
+def pad_for_gemm(q: Tensor) -> Tensor:
+    """Zero codes up to multiples of 16 in both axes."""
+    rows, cols = q.shape
+    return F.pad(q.view(torch.uint8), (0, -cols % 16, 0, -rows % 16)).view(q.dtype)
+
+
+def cast_for_gemm(
+    y: Tensor, dtype: torch.dtype, scale: Tensor | None = None, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """cast_transpose, padded."""
+    q, scale, amax = quantize(y, dtype, scale, power_of_two=power_of_two)
+    q = pad_for_gemm(q)
+    return q, q.t().contiguous(), scale, amax
+
+
+def save_groups(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """e4m3 codes and power-of-two scales as one byte each (OCP MX's e8m0)."""
+    q, scale, _ = quantize(x, E4M3, granularity="block", block=block)
+    return q, scale.to(torch.float8_e8m0fnu).view(torch.uint8)
+
+
+def load_groups(codes: Tensor, scale: Tensor, block: int) -> Tensor:
+    scale = scale.view(torch.float8_e8m0fnu).float()
+    return codes.float() * expand_scale(scale, codes, "block", block)
