@@ -15,6 +15,7 @@ import torch
 
 import quaver as qv
 from quaver import models, train
+from quaver.job import Job
 from quaver.memory import ACTIVATION_KINDS, KINDS
 from quaver.models.layers import rotary
 from quaver.models.llama import Block
@@ -101,7 +102,7 @@ def whole(model, recipe, batch, seq):
     """memory_report of a step: its activations, its gradients, and the states that it leaves."""
     settings = train.Settings(model=model, recipe=(recipe,), batch=batch, seq=seq, device="cpu")
     config = models.load(model)
-    job = train.Job(settings, config, None, torch.device("cpu"))
+    job = Job(settings, config, None, torch.device("cpu"))
     net, optimizer = job.build(recipe)
     tokens = torch.randint(0, config.vocab, (batch, seq + 1))
     with qv.saved_activations(net) as saved:

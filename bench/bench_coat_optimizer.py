@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import quaver as qv
 from quaver import data, models, recipe, train
+from quaver.job import BETAS, CLIP, learning_rate, parameter_groups
 
 BAR = 0.5  # percent, at most, of the f32 run's loss
 COAT = recipe.get("coat")
@@ -27,8 +28,8 @@ VARIANTS = {
 def run(chosen, settings, config, text):
     torch.manual_seed(settings.seed)
     model = models.build(config)
-    options = {"lr": settings.lr, "betas": train.BETAS}
-    groups = train._groups
+    options = {"lr": settings.lr, "betas": BETAS}
+    groups = parameter_groups
     if chosen is None:
         optimizer = torch.optim.AdamW(groups(model), fused=True, **options)
     else:
@@ -37,7 +38,7 @@ def run(chosen, settings, config, text):
     losses, began = [], time.perf_counter()
     for step in range(1, settings.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, settings)
+            group["lr"] = learning_rate(step, settings)
         inputs, targets = text.batch(settings.seed, step, settings.batch, settings.seq, 0)
         optimizer.zero_grad()
         # The baseline multiplies in bf16 too: only what is stored differs.
@@ -45,7 +46,7 @@ def run(chosen, settings, config, text):
             logits = model(inputs)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()
-        qv.clip_grad_norm_(model.parameters(), train.CLIP)
+        qv.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         losses.append(loss.item())
     last = fmean(losses[-max(1, settings.steps // 10) :])

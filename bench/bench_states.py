@@ -11,6 +11,7 @@ import common
 import torch
 
 from quaver import data, models, train
+from quaver.job import Job
 from quaver.optim import encode_state
 
 EPS = 1e-8
@@ -27,7 +28,7 @@ def trained_states(steps, batch, seq):
     )
     text = data.load(settings.data, settings.seq)
     config = models.load(settings.model).replace(vocab=text.vocab)
-    job = train.Job(settings, config, text, torch.device("cpu"))
+    job = Job(settings, config, text, torch.device("cpu"))
     model, optimizer = job.build("f32")
     for step in range(1, steps + 1):
         line = job.step("f32", model, optimizer, step)

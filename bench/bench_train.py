@@ -11,7 +11,8 @@ from statistics import fmean
 
 import common
 
-from quaver import data, models, train
+from quaver import data, machine, models, train
+from quaver.job import Job
 
 BARS = {
     "loss_percent": 1.0,  # at most, of the final losses
@@ -43,7 +44,7 @@ def speed(settings, pairs):
     settings = train.Settings(**settings)
     text = data.load(settings.data, settings.seq)
     config = models.load(settings.model).replace(vocab=text.vocab)
-    job = train.Job(settings, config, text, train.machine.choose_device(settings.device))
+    job = Job(settings, config, text, machine.choose_device(settings.device))
     steps = []
     for name in settings.recipe:
         model, optimizer = job.build(name)

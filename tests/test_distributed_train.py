@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from test_train import MODEL, losses, read_metrics
 
 import quaver as qv
-from quaver import cli, train
+from quaver import cli, models
 from quaver.distributed import init
 from quaver.distributed.launch import parse_parallel
 from quaver.errors import UsageError
+from quaver.job import Job
 
 BIG = {**MODEL, "dim": 64, "layers": 4, "ffn": 128}
 
@@ -45,7 +46,7 @@ def flags(tmp_path):
 
 def command(rank, arguments, die=None, how=signal.SIGKILL):
     """The command line in this process; (rank, step) of `die` gets a signal in that step."""
-    step = train.Job.step
+    step = Job.step
 
     def dies(self, name, model, optimizer, number):
         if die == (self.world.rank, number):
@@ -56,7 +57,7 @@ def command(rank, arguments, die=None, how=signal.SIGKILL):
         return step(self, name, model, optimizer, number)
 
     if die is not None:
-        train.Job.step = dies
+        Job.step = dies
     read, write = os.pipe()
     os.dup2(write, 2)
     began = time.monotonic()
@@ -115,7 +116,7 @@ def test_weight_gradients_take_half_of_bf16s_bytes(flags, tmp_path):
     """Of converted weights, scales and padding included, as DDP with bf16 gradients would send."""
     size = 2
     finish(size, flags("run", "fp8lm-o2", "--parallel", "dp=2", steps=2))
-    model = qv.convert(train.models.build(train.models.load(str(tmp_path / "model.json"))))
+    model = qv.convert(models.build(models.load(str(tmp_path / "model.json"))))
     weights = sum(p.numel() for p in model.parameters() if isinstance(p, qv.ScaledTensor))
     others = sum(p.numel() for p in model.parameters() if not isinstance(p, qv.ScaledTensor))
     sent = read_metrics(tmp_path / "run", "fp8lm-o2")[0]["communication"]

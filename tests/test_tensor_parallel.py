@@ -20,6 +20,7 @@ from quaver.distributed import tensor_parallel as tp
 from quaver.distributed.launch import parse_parallel
 from quaver.distributed.tensor_state import gather_state, scatter_state
 from quaver.errors import UsageError
+from quaver.job import Job
 from quaver.rundir import RunDir
 
 E4M3, E5M2 = FP8
@@ -545,7 +546,7 @@ def train_on_a_rank(rank, out, name):
                 recipe=(name,), steps=4, batch=4, seq=32, resume=resume > 0, parallel="dp=2,tp=2"
             )
             folder.metrics_path(name).parent.mkdir(parents=True, exist_ok=True)
-            job = train.Job(settings, CONFIG, text, torch.device("cpu"), folder, None, world)
+            job = Job(settings, CONFIG, text, torch.device("cpu"), folder, None, world)
             try:
                 result, losses = job.train(name, stops.pop() if stops else Stop())
             except train.Interrupted:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import quaver as qv
 from quaver import data, models, recipe, train
 from quaver.errors import UsageError
+from quaver.job import Job, learning_rate
 from quaver.plot import memory_kinds
 from quaver.probe import Probe
 from quaver.progress import table
@@ -85,13 +86,13 @@ def test_a_run_equals_a_loop_in_plain_torch(settings):
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth(settings):
     s = settings(steps=100, warmup=10, lr=2.0)
-    rates = [train.learning_rate(step, s) for step in range(1, 101)]
+    rates = [learning_rate(step, s) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
     assert sorted(rates[9:], reverse=True) == rates[9:]
     assert rates[54] == pytest.approx(1.1)  # half of the way down
     assert rates[-1] == pytest.approx(0.2)
     # Rates do not depend on how a run is cut: step 1 of no warmup is on the cosine already.
-    assert train.learning_rate(1, settings(steps=1, warmup=0, lr=2.0)) == pytest.approx(0.2)
+    assert learning_rate(1, settings(steps=1, warmup=0, lr=2.0)) == pytest.approx(0.2)
 
 
 def test_what_a_run_writes(settings, capsys):
@@ -142,14 +143,14 @@ def test_interrupt_saves_and_resume_has_the_same_bits(settings, tmp_path, monkey
     whole = settings(recipe=(name,), out=str(tmp_path / "whole"), steps=24)
     train.run(whole)
     s = settings(recipe=(name,), steps=24)
-    step = train.Job.step
+    step = Job.step
 
     def stop_at_five(self, name, model, optimizer, number):
         if number == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, name, model, optimizer, number)
 
-    monkeypatch.setattr(train.Job, "step", stop_at_five)
+    monkeypatch.setattr(Job, "step", stop_at_five)
     with pytest.raises(train.Interrupted):
         train.run(s)
     assert len(losses(s.out, name)) == 5
@@ -254,13 +255,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_run_kept(settings):
 
 
 def test_nan_is_counted_and_shown(settings, monkeypatch, capsys):
-    loss = train.Job._loss
+    loss = Job._loss
 
     def bad_at_three(self, name, model, inputs, targets):
         bad = torch.equal(inputs, self._batch(3, 0)[0])
         return loss(self, name, model, inputs, targets) * (float("nan") if bad else 1.0)
 
-    monkeypatch.setattr(train.Job, "_loss", bad_at_three)
+    monkeypatch.setattr(Job, "_loss", bad_at_three)
     s = settings(recipe=("bf16",))
     result = train.run(s)["recipes"]["bf16"]
     lines = read_metrics(s.out, "bf16")
