@@ -7,6 +7,7 @@
 
 #include "lanes.h"
 #include "quaver/adam.h"
+#include "span.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
@@ -64,9 +65,7 @@ QUAVER_INLINE Rounded round_lanes(const Floats& y) {
 // The values of 32 codes over their scale, by a table of all 256.
 QUAVER_INLINE Floats look_up(const uint8_t* codes, const float* values) {
   return each<Floats>([&](int k) {
-    uint64_t c;  // one load: the table's need the ports
-    memcpy(&c, codes + k * kVector, sizeof(c));
-    const auto value = [&](int i) { return values[c >> 8 * i & 0xff]; };
+    const auto value = [&](int i) { return values[codes[k * kVector + i]]; };
     return _mm256_setr_ps(value(0), value(1), value(2), value(3), value(4), value(5), value(6),
                           value(7));
   });
@@ -87,6 +86,10 @@ inline MomentRanges adam_group(const AdamStep& s, float* w, float* m, float* v, 
   __m256i most_v = most_m, least_v = least_m;
   const __m256i minus_one = least_m;
   for (int64_t j = 0; j < kGroup; j += kLanes) {
+    for (int64_t k = 0; k < kLanes; k += 16) {
+      prefetch(grad + j + k);
+      prefetch(w + j + k);
+    }
     const Floats g = load_lanes(grad + j);
     const Floats old_m = look_up(exp_avg + j, exp_avg_values) * lanes(exp_avg_scale);
     const Floats new_m = lanes(s.beta1) * old_m + lanes(s.one_minus_beta1) * g;
@@ -111,6 +114,21 @@ inline MomentRanges adam_group(const AdamStep& s, float* w, float* m, float* v, 
   return {range_m, range_v, range_m.most < infinity && range_v.most < infinity};
 }
 
+// settle_exp_avg and its rounding, by kZero too high.
+template <class T>
+constexpr int kZero = (127 - Format<T>::bias) << Format<T>::mantissa;
+
+template <class T>
+QUAVER_INLINE Ints settle_lanes(const Floats& y, const Floats& weak) {
+  constexpr int mantissa = Format<T>::mantissa, drop = 23 - mantissa;
+  constexpr float min_normal = 1.0f / (1 << (Format<T>::bias - 1));
+  const Ints bits = bits_of(y);
+  const Ints half = (shifted_right<drop>(bits) & lanes(1)) + lanes((1 << (drop - 1)) - 1);
+  const Ints normal = shifted_right<drop>(bits + and_not(bits_of(weak), half));
+  const Ints below = truncated(y * lanes((1 << mantissa) / min_normal)) + lanes(kZero<T>);
+  return blended(normal, below, y < lanes(min_normal));
+}
+
 template <class T>
 inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, float scale) {
   constexpr float min_normal = 1.0f / (1 << (Format<T>::bias - 1));
@@ -118,11 +136,8 @@ inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, floa
   for (int64_t j = 0; j < kGroup; j += kLanes) {
     const Floats x = load_lanes(m + j), a = magnitude(x);
     const Floats y = expand_lanes(e, a);
-    const Rounded r = round_lanes<T>(y);
-    // settle_exp_avg: one code down where it rounded up and must not.
     const Floats weak = lanes(8.0f) * magnitude(load_lanes(grad + j)) < a;
-    const Floats down = (y < r.value) & (weak | (y < lanes(min_normal)));
-    const __m256i b = _mm256_or_si256(bytes(r.code + bits_of(down), kBase<T>), sign_bytes(x));
+    const __m256i b = _mm256_or_si256(bytes(settle_lanes<T>(y, weak), kZero<T>), sign_bytes(x));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), in_order(b));
   }
 }

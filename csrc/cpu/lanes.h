@@ -63,6 +63,7 @@ QUAVER_LANES(and_not, Floats, Floats, Floats, _mm256_andnot_ps)  // ~a & b
 QUAVER_LANES(operator+, Ints, Ints, Ints, _mm256_add_epi32)
 QUAVER_LANES(operator-, Ints, Ints, Ints, _mm256_sub_epi32)
 QUAVER_LANES(operator&, Ints, Ints, Ints, _mm256_and_si256)
+QUAVER_LANES(and_not, Ints, Ints, Ints, _mm256_andnot_si256)
 QUAVER_LANES(larger, Ints, Ints, Ints, _mm256_max_epi32)
 #undef QUAVER_LANES
 
@@ -82,6 +83,14 @@ QUAVER_INLINE Floats root(const Floats& x) {
 QUAVER_INLINE Floats magnitude(const Floats& x) { return x & floats_of(lanes(0x7fffffff)); }
 QUAVER_INLINE Floats to_floats(const Ints& x) {
   return each<Floats>([&](int k) { return _mm256_cvtepi32_ps(x.of[k]); });
+}
+QUAVER_INLINE Ints truncated(const Floats& x) {
+  return each<Ints>([&](int k) { return _mm256_cvttps_epi32(x.of[k]); });
+}
+// b where `mask` is all ones, a where it is zero.
+QUAVER_INLINE Ints blended(const Ints& a, const Ints& b, const Floats& mask) {
+  return each<Ints>(
+      [&](int k) { return _mm256_blendv_epi8(a.of[k], b.of[k], _mm256_castps_si256(mask.of[k])); });
 }
 template <int n>
 QUAVER_INLINE Ints shifted_left(const Ints& x) {
