@@ -131,7 +131,6 @@ QUAVER_INLINE Ints settle_lanes(const Floats& y, const Floats& weak) {
 
 template <class T>
 inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, float scale) {
-  constexpr float min_normal = 1.0f / (1 << (Format<T>::bias - 1));
   const Expander e = expander<T>(scale);
   for (int64_t j = 0; j < kGroup; j += kLanes) {
     const Floats x = load_lanes(m + j), a = magnitude(x);

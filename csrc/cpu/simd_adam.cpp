@@ -8,6 +8,7 @@
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define QUAVER_EXPANDED_LANES
 #include "expanded.h"
+#include "philox_lanes.h"
 #endif
 
 // gcc 12 reports the remainders that whole runs do not have.
@@ -155,9 +156,14 @@ void store_weight(const AdamSpan& p, int64_t i, const float* w, int64_t n) {
     }
     return;
   }
+  const uint64_t first = (p.first + static_cast<uint64_t>(i)) / 4;
+  int64_t done = 0;
+#if defined(QUAVER_EXPANDED_LANES)
+  done = store_bf16_stochastic(high, w, n, p.seed, first, p.offset);
+#endif
+  if (done == n) return;
   // A draw gives four words, for neighbours; a span begins with a group.
   alignas(64) uint32_t drawn[4][kBlock / 4], random[kBlock];
-  const uint64_t first = (p.first + static_cast<uint64_t>(i)) / 4;
   QUAVER_SIMD
   for (int64_t b = 0; b < kBlock / 4; ++b) {
     const Philox4 four = philox4x32(p.seed, first + static_cast<uint64_t>(b), p.offset);
@@ -169,7 +175,7 @@ void store_weight(const AdamSpan& p, int64_t i, const float* w, int64_t n) {
   for (int64_t b = 0; b < kBlock / 4; ++b)
     for (int k = 0; k < 4; ++k) random[4 * b + k] = drawn[k][b];
   QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) high[j] = encode_bf16_stochastic(w[j], random[j]);
+  for (int64_t j = done; j < n; ++j) high[j] = encode_bf16_stochastic(w[j], random[j]);
 }
 
 // Stores the moments of a run.
