@@ -134,10 +134,12 @@ void store_exp_avg_sq(const StateSpan& s, int64_t i, const float* x, int64_t cou
 }
 
 void load_weight(float* w, const AdamSpan& p, int64_t i, int64_t n) {
+  prefetch(at(p.weight.values, p.weight.type, i), n * size_of(p.weight.type));
   if (p.remainder == nullptr)
     return load_any(w, at(p.weight.values, p.weight.type, i), p.weight.type, n, p.weight.scale);
   const auto* high = static_cast<const bf16*>(p.weight.values) + i;
   const uint16_t* low = p.remainder + i;
+  prefetch(low, n * 2);
   QUAVER_SIMD
   for (int64_t j = 0; j < n; ++j) w[j] = join_master(high[j], low[j]);
 }
@@ -310,10 +312,13 @@ void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_b
     const int64_t count = n - i < kBlock ? n - i : kBlock;
     const float* g = gradients;
     float* w = weights;
-    if (plain_grad)
+    if (plain_grad) {
       g = static_cast<const float*>(p.grad) + i;
-    else
-      load_any(gradients, at(p.grad, p.grad_type, i), p.grad_type, count, p.grad_scale);
+    } else {
+      const void* from = at(p.grad, p.grad_type, i);
+      prefetch(from, count * size_of(p.grad_type));
+      load_any(gradients, from, p.grad_type, count, p.grad_scale);
+    }
     if (plain_weight)
       w = static_cast<float*>(p.weight.values) + i;
     else
