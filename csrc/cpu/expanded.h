@@ -7,6 +7,7 @@
 
 #include "lanes.h"
 #include "quaver/adam.h"
+#include "simd.h"
 #include "span.h"
 
 namespace quaver::cpu::QUAVER_ISA {
@@ -71,17 +72,39 @@ QUAVER_INLINE Floats look_up(const uint8_t* codes, const float* values) {
   });
 }
 
-// The ranges of one group's moments, and whether the functions below may encode them.
-struct MomentRanges {
-  GroupRange exp_avg, exp_avg_sq;
-  bool ordinary;
+// What groups' scales are chosen from (GroupRange), and the scales with what expands by them.
+constexpr int64_t kGroups = kBlock / kGroup;
+
+struct GroupRanges {
+  uint32_t most[kGroups] = {}, least[kGroups] = {};
 };
 
-// One step of a group: w is updated, m and v are what is to be encoded.
-inline MomentRanges adam_group(const AdamStep& s, float* w, float* m, float* v, const float* grad,
-                               const uint8_t* exp_avg, float exp_avg_scale,
-                               const float* exp_avg_values, const uint8_t* exp_avg_sq,
-                               float exp_avg_sq_scale, const float* exp_avg_sq_values) {
+struct GroupScales {
+  float scale[kGroups], lift[kGroups], power[kGroups], offset[kGroups];
+};
+
+// Of all groups at once: one alone is a long chain of dependent operations.
+template <class T>
+inline GroupScales choose_scales(const GroupRanges& r) {
+  GroupScales s;
+  QUAVER_SIMD
+  for (int64_t k = 0; k < kGroups; ++k) {
+    s.scale[k] = expanded_scale<T>({r.most[k], r.least[k]});
+    const Expander e = expander<T>(s.scale[k]);
+    s.lift[k] = e.lift;
+    s.power[k] = e.power;
+    s.offset[k] = e.offset;
+  }
+  return s;
+}
+
+// One step of group k: w is updated, m and v are what is to be encoded. Returns whether the
+// functions below may do that.
+inline bool adam_group(const AdamStep& s, float* w, float* m, float* v, const float* grad,
+                       const uint8_t* exp_avg, float exp_avg_scale, const float* exp_avg_values,
+                       const uint8_t* exp_avg_sq, float exp_avg_sq_scale,
+                       const float* exp_avg_sq_values, GroupRanges* range_m, GroupRanges* range_v,
+                       int64_t group) {
   __m256i most_m = _mm256_setzero_si256(), least_m = _mm256_set1_epi32(-1);
   __m256i most_v = most_m, least_v = least_m;
   const __m256i minus_one = least_m;
@@ -108,10 +131,12 @@ inline MomentRanges adam_group(const AdamStep& s, float* w, float* m, float* v, 
       least_v = _mm256_min_epu32(least_v, _mm256_add_epi32(bits_v.of[k], minus_one));
     }
   }
-  const GroupRange range_m = {largest(most_m), ~largest(~least_m)};
-  const GroupRange range_v = {largest(most_v), ~largest(~least_v)};
+  range_m->most[group] = largest(most_m);
+  range_m->least[group] = ~largest(~least_m);
+  range_v->most[group] = largest(most_v);
+  range_v->least[group] = ~largest(~least_v);
   constexpr uint32_t infinity = 0x7f800000u;  // a sign is beyond it, too
-  return {range_m, range_v, range_m.most < infinity && range_v.most < infinity};
+  return range_m->most[group] < infinity && range_v->most[group] < infinity;
 }
 
 // settle_exp_avg and its rounding, by kZero too high.
@@ -130,8 +155,7 @@ QUAVER_INLINE Ints settle_lanes(const Floats& y, const Floats& weak) {
 }
 
 template <class T>
-inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, float scale) {
-  const Expander e = expander<T>(scale);
+inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, const Expander& e) {
   for (int64_t j = 0; j < kGroup; j += kLanes) {
     const Floats x = load_lanes(m + j), a = magnitude(x);
     const Floats y = expand_lanes(e, a);
@@ -143,9 +167,8 @@ inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, floa
 
 // Of values without sign.
 template <class T>
-inline void encode_exp_avg_sq(uint8_t* out, const float* v, float scale) {
+inline void encode_exp_avg_sq(uint8_t* out, const float* v, const Expander& e) {
   constexpr float least = 1.0f / (1 << (Format<T>::bias - 1 + Format<T>::mantissa));
-  const Expander e = expander<T>(scale);
   for (int64_t j = 0; j < kGroup; j += kLanes) {
     const Floats x = load_lanes(v + j);
     // keep_nonzero
