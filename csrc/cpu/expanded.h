@@ -38,9 +38,17 @@ QUAVER_INLINE Floats exp2_lanes(const Floats& x) {
   return floats_of(bits_of(p) + shifted_left<23>(bits_of(shifted)));
 }
 
-// expand() of magnitudes.
-QUAVER_INLINE Floats expand_lanes(const Expander& e, const Floats& x) {
-  const Floats log2_y = fma(lanes(e.power), log2_lanes(x * lanes(e.lift)), lanes(e.offset));
+// log2_expanded of a group. In a loop of its own, so that the processor's window holds the chains
+// of several strides.
+inline void log2_group(float* out, const float* x, const Expander& e) {
+  for (int64_t j = 0; j < kGroup; j += kLanes) {
+    const Floats log2 = log2_lanes(magnitude(load_lanes(x + j)) * lanes(e.lift));
+    store_lanes(out + j, fma(lanes(e.power), log2, lanes(e.offset)));
+  }
+}
+
+// expanded(), without sign.
+QUAVER_INLINE Floats expanded_lanes(const Floats& log2_y) {
   return exp2_lanes(larger(log2_y, lanes(-40.0f)));
 }
 
@@ -156,9 +164,11 @@ QUAVER_INLINE Ints settle_lanes(const Floats& y, const Floats& weak) {
 
 template <class T>
 inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, const Expander& e) {
+  alignas(64) float log2_y[kGroup];
+  log2_group(log2_y, m, e);
   for (int64_t j = 0; j < kGroup; j += kLanes) {
     const Floats x = load_lanes(m + j), a = magnitude(x);
-    const Floats y = expand_lanes(e, a);
+    const Floats y = expanded_lanes(load_lanes(log2_y + j));
     const Floats weak = lanes(8.0f) * magnitude(load_lanes(grad + j)) < a;
     const __m256i b = _mm256_or_si256(bytes(settle_lanes<T>(y, weak), kZero<T>), sign_bytes(x));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), in_order(b));
@@ -169,10 +179,12 @@ inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, cons
 template <class T>
 inline void encode_exp_avg_sq(uint8_t* out, const float* v, const Expander& e) {
   constexpr float least = 1.0f / (1 << (Format<T>::bias - 1 + Format<T>::mantissa));
+  alignas(64) float log2_y[kGroup];
+  log2_group(log2_y, v, e);
   for (int64_t j = 0; j < kGroup; j += kLanes) {
     const Floats x = load_lanes(v + j);
     // keep_nonzero
-    const Floats y = larger(expand_lanes(e, x), lanes(least));
+    const Floats y = larger(expanded_lanes(load_lanes(log2_y + j)), lanes(least));
     const __m256i b = bytes(round_lanes<T>(and_not(x == lanes(0.0f), y)).code, kBase<T>);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), in_order(b));
   }
