@@ -133,6 +133,7 @@ double sum_squares(const void* x, DType type, int64_t n, uint32_t* amax_bits) {
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
     const float* values = buffer;
+    prefetch(at(x, type, i), m * size_of(type));
     if (type == DType::f32)
       values = static_cast<const float*>(x) + i;
     else

@@ -163,13 +163,14 @@ class AdamW(torch.optim.Optimizer):
             hyper = self._hyper_of(group)
             for p in group["params"]:
                 ordinal += 1
-                if p.grad is None:
+                grad = p.grad
+                if grad is None:
                     continue
-                if p.grad.is_sparse:
+                if grad.is_sparse:
                     raise RuntimeError("AdamW: sparse gradients are not supported")
-                if p.grad.device != p.device:
+                if grad.device != p.device:
                     raise RuntimeError(
-                        f"AdamW: a gradient on {p.grad.device} for a parameter on {p.device}"
+                        f"AdamW: a gradient on {grad.device} for a parameter on {p.device}"
                     )
                 by_device.setdefault(p.device, []).append((p, hyper, self._state(p), ordinal))
         for device, items in by_device.items():
@@ -213,8 +214,8 @@ class AdamW(torch.optim.Optimizer):
         if sharded:
             moments = [self.state[p][key] for p in wholes for key in MOMENTS]
             _shards().share_amaxes_([*wholes, *moments])
+        torch.autograd.graph.increment_version(wholes)
         for p, c in zip(wholes, copies, strict=True):
-            torch.autograd.graph.increment_version(p)
             if c is not None:
                 c.version = p._version
             elif isinstance(p, ScaledTensor):
