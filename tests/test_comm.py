@@ -3,19 +3,14 @@
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 import ranks as processes
 import torch
+from stand_in import PATH, built
 from torch.distributed import HashStore, distributed_c10d
 
 from quaver.distributed.nccl import Nccl
-
-STAND_IN = Path(__file__).resolve().parents[1] / "build/release/tests/libnccl_stand_in.so"
-built = pytest.mark.skipif(
-    not STAND_IN.exists(), reason=f"{STAND_IN.name} is not built: `make test` builds it"
-)
 
 
 def ranks(size, body):
@@ -24,7 +19,7 @@ def ranks(size, body):
 
     def run(rank):
         try:
-            communicator = Nccl(store, rank, size, timeout=20.0, library=str(STAND_IN), host=True)
+            communicator = Nccl(store, rank, size, timeout=20.0, library=str(PATH), host=True)
             body(communicator)
             communicator.close()
         except BaseException as error:
@@ -88,7 +83,7 @@ def test_mistakes_are_named():
             c.all_gather(torch.zeros(8, dtype=torch.uint8), x)
         with pytest.raises(ValueError, match="send must be contiguous"):
             c.all_to_all(x, torch.zeros(8, dtype=torch.uint8)[::2])
-        with pytest.raises(ValueError, match="as much from rank 0 as goes to it.*got 3 and 4"):
+        with pytest.raises(ValueError, match=r"as much from rank 0 as goes to it.*got 3 and 4"):
             c.all_to_all(x[:3], x)
         for parts in ([3], [5], [-1], [2, 2]):
             with pytest.raises(ValueError, match=f"1 parts of send.* 4 bytes, got .{parts[0]}"):
@@ -104,7 +99,7 @@ def test_mistakes_are_named():
 
 def _open(rank, size):
     store = distributed_c10d._get_default_store()
-    return Nccl(store, rank, size, timeout=20.0, library=str(STAND_IN), host=True)
+    return Nccl(store, rank, size, timeout=20.0, library=str(PATH), host=True)
 
 
 def _exchange(rank, size):
@@ -125,7 +120,8 @@ def test_processes(size):
         assert total == sum(range(size))
 
 
-def _killed(rank, size):
+def _killed(rank, size, folder):
+    os.environ["TMPDIR"] = str(folder)
     c = _open(rank, size)
     c.max_(torch.zeros(1))
     if rank == 1:
@@ -138,14 +134,14 @@ def _killed(rank, size):
 
 
 @built
-def test_a_killed_process_is_an_error_on_the_others_and_not_a_hang():
-    found = processes.Ranks(3, _killed, 3).outcomes()
+def test_a_killed_process_is_an_error_on_the_others_and_not_a_hang(tmp_path):
+    found = processes.Ranks(3, _killed, 3, tmp_path).outcomes()
     assert found == [("ok", True), ("died", -signal.SIGKILL), ("ok", True)]
 
 
 @built
 def test_host_tensors_are_refused_where_nccl_would_read_device_memory():
-    c = Nccl(HashStore(), 0, 1, library=str(STAND_IN))
+    c = Nccl(HashStore(), 0, 1, library=str(PATH))
     with pytest.raises(ValueError, match="wanted tensors on cuda, got cpu"):
         c.max_(torch.ones(1))
     c.close()

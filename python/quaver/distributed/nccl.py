@@ -12,6 +12,7 @@ from torch import Tensor
 
 _ops = torch.ops.quaver
 ID_BYTES = 128
+FAILED = b"failed: "  # begins no id
 
 
 class Nccl:
@@ -35,7 +36,11 @@ class Nccl:
         key = f"{name}/nccl_id"
         made = torch.zeros(ID_BYTES, dtype=torch.uint8)
         if rank == 0:
-            _ops.comm_id_(made, library)
+            try:
+                _ops.comm_id_(made, library)
+            except ValueError as error:  # the others need not wait for it
+                store.set(key, FAILED + str(error).encode())
+                raise
             store.set(key, bytes(made.tolist()))
         else:
             try:
@@ -45,7 +50,10 @@ class Nccl:
                     f"Nccl: rank {rank} of {size} waited {timeout} s for rank 0's id at {store}: "
                     f"{error}"
                 ) from error
-            made = torch.tensor(list(store.get(key)), dtype=torch.uint8)
+            found = store.get(key)
+            if found.startswith(FAILED):
+                raise ValueError(f"Nccl: rank 0 has no id: {found[len(FAILED) :].decode()}")
+            made = torch.tensor(list(found), dtype=torch.uint8)
         self._number = _ops.comm_create(made, rank, size, timeout, library, host)
 
     def all_to_all(
