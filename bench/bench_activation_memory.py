@@ -14,7 +14,7 @@ import common
 import torch
 
 import quaver as qv
-from quaver import models, train
+from quaver import machine, models, train
 from quaver.job import Job
 from quaver.memory import ACTIVATION_KINDS, KINDS
 from quaver.models.layers import rotary
@@ -105,9 +105,10 @@ def whole(model, recipe, batch, seq):
     job = Job(settings, config, None, torch.device("cpu"))
     net, optimizer = job.build(recipe)
     tokens = torch.randint(0, config.vocab, (batch, seq + 1))
-    with qv.saved_activations(net) as saved:
-        loss = job._loss(recipe, net, tokens[:, :-1], tokens[:, 1:])
-    loss.backward()
+    with machine.bf16_products(job.device):
+        with qv.saved_activations(net) as saved:
+            loss = job._loss(recipe, net, tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
     optimizer.step()
     return qv.memory_report(net, optimizer, activations=saved)
 
