@@ -161,3 +161,30 @@ def _refused(rank):
 
 def test_what_cannot_carry_is_named():
     assert ranks.run(2, _refused) == [True, True]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_one_rank_over_real_nccl_in_its_own_stream():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        carrier = carrier_of(None)
+        assert isinstance(carrier, NcclCarrier)
+        sent = torch.randn(1 << 20, device="cuda").view(torch.uint8)
+        for message in (
+            lambda got: carrier.all_gather(got, sent),
+            lambda got: carrier.all_to_all(got, sent, [len(sent)], [len(sent)]),
+            lambda got: carrier.shift(got, sent, 0, 0),
+        ):
+            got = torch.zeros_like(sent)
+            for work in message(got):
+                work.wait()
+            assert torch.equal(got, sent)  # in the current stream, which now waits
+        values = torch.randn(64, device="cuda")
+        before = values.clone()
+        for work in carrier.max_(values) + carrier.broadcast(sent, 0):
+            work.wait()
+        assert torch.equal(values, before)
+    finally:
+        dist.destroy_process_group()
