@@ -3,7 +3,7 @@
 // encoded, and only the conversions know the storage types.
 #include "simd_adam.h"
 
-#include "quaver/philox.h"
+#include "simd_philox.h"
 #include "span.h"
 
 // gcc 12 reports the remainders that whole runs do not have.
@@ -148,19 +148,8 @@ void store_weight(const AdamSpan& p, int64_t i, const float* w, int64_t n) {
     }
     return;
   }
-  // A draw gives four words, for neighbours; a span begins with a group.
-  alignas(64) uint32_t drawn[4][kRun / 4], random[kRun];
-  const uint64_t first = (p.first + static_cast<uint64_t>(i)) / 4;
-  QUAVER_SIMD
-  for (int64_t b = 0; b < kRun / 4; ++b) {
-    const Philox4 four = philox4x32(p.seed, first + static_cast<uint64_t>(b), p.offset);
-    drawn[0][b] = four.word[0];
-    drawn[1][b] = four.word[1];
-    drawn[2][b] = four.word[2];
-    drawn[3][b] = four.word[3];
-  }
-  for (int64_t b = 0; b < kRun / 4; ++b)
-    for (int k = 0; k < 4; ++k) random[4 * b + k] = drawn[k][b];
+  alignas(64) uint32_t random[kRun];
+  random_words(random, p.seed, p.first + static_cast<uint64_t>(i), p.offset, n);
   QUAVER_SIMD
   for (int64_t j = 0; j < n; ++j) high[j] = encode_bf16_stochastic(w[j], random[j]);
 }
