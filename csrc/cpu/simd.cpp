@@ -131,16 +131,23 @@ double sum_squares(const void* x, DType type, int64_t n, uint32_t* amax_bits) {
   static_assert(kNormLanes == kBlock, "a lane is a place in the buffer");
   alignas(64) double lanes[kNormLanes] = {};
   alignas(64) float buffer[kBlock];
+  uint32_t most = 0;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
-    load_any(buffer, at(x, type, i), type, m, 1.0f);
+    const float* values = buffer;
+    if (type == DType::f32)
+      values = static_cast<const float*>(x) + i;
+    else
+      load_any(buffer, at(x, type, i), type, m, 1.0f);
     QUAVER_SIMD
     for (int64_t j = 0; j < m; ++j) {
-      const double v = buffer[j];
+      const double v = values[j];
       lanes[j] += v * v;
     }
+    const uint32_t seen = amax_code<uint32_t>(values, m);  // while they are in the nearest cache
+    most = most < seen ? seen : most;
   }
-  *amax_bits = amax(x, type, n);
+  *amax_bits = most;
   double sums[groups];
   for (int g = 0; g < groups; ++g) {
     sums[g] = 0.0;

@@ -5,6 +5,10 @@
 
 #include "simd_philox.h"
 #include "span.h"
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define QUAVER_EXPANDED_LANES
+#include "expanded.h"
+#endif
 
 // gcc 12 reports the remainders that whole runs do not have.
 #pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
@@ -129,7 +133,8 @@ void store_exp_avg_sq(const StateSpan& s, int64_t i, const float* x, int64_t cou
 }
 
 void load_weight(float* w, const AdamSpan& p, int64_t i, int64_t n) {
-  if (p.remainder == nullptr) return load_state(w, p.weight, i, n);
+  if (p.remainder == nullptr)
+    return load_any(w, at(p.weight.values, p.weight.type, i), p.weight.type, n, p.weight.scale);
   const auto* high = static_cast<const bf16*>(p.weight.values) + i;
   const uint16_t* low = p.remainder + i;
   QUAVER_SIMD
@@ -137,7 +142,9 @@ void load_weight(float* w, const AdamSpan& p, int64_t i, int64_t n) {
 }
 
 void store_weight(const AdamSpan& p, int64_t i, const float* w, int64_t n) {
-  if (!p.stochastic && p.remainder == nullptr) return store_plain(p.weight, i, w, n);
+  if (!p.stochastic && p.remainder == nullptr)
+    return store_any(at(p.weight.values, p.weight.type, i), p.weight.type, w, n,
+                     1.0f / p.weight.new_scale);
   auto* high = static_cast<bf16*>(p.weight.values) + i;
   if (p.remainder != nullptr) {
     uint16_t* low = p.remainder + i;
@@ -148,15 +155,29 @@ void store_weight(const AdamSpan& p, int64_t i, const float* w, int64_t n) {
     }
     return;
   }
-  alignas(64) uint32_t random[kRun];
+  alignas(64) uint32_t random[kBlock];
   random_words(random, p.seed, p.first + static_cast<uint64_t>(i), p.offset, n);
   QUAVER_SIMD
   for (int64_t j = 0; j < n; ++j) high[j] = encode_bf16_stochastic(w[j], random[j]);
 }
 
-void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, int64_t count) {
-  alignas(64) float w[kRun], m[kRun], v[kRun];
-  load_weight(w, p, i, count);
+// Stores the moments of a run.
+void store_moments(const AdamSpan& p, int64_t i, const float* m, const float* v, const float* g,
+                   int64_t count) {
+  // Both ranges, then both scales: a scale is a long chain of dependent operations.
+  const bool group_m = p.exp_avg.scaling != Scaling::tensor;
+  const bool group_v = p.exp_avg_sq.scaling != Scaling::tensor;
+  const GroupRange range_m = group_m ? range_of(m, count) : GroupRange{};
+  const GroupRange range_v = group_v ? range_of(v, count) : GroupRange{};
+  if (group_m) choose_scale(p.exp_avg, i, range_m);
+  if (group_v) choose_scale(p.exp_avg_sq, i, range_v);
+  store_exp_avg(p.exp_avg, i, m, g, count);
+  store_exp_avg_sq(p.exp_avg_sq, i, v, count);
+}
+
+void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, float* w,
+              int64_t count) {
+  alignas(64) float m[kRun], v[kRun];
   load_state(m, p.exp_avg, i, count);
   load_state(v, p.exp_avg_sq, i, count);
   with_count(count, [&](int64_t n) {
@@ -168,17 +189,52 @@ void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, i
       v[j] = e.exp_avg_sq;
     }
   });
-  // Both ranges, then both scales: a scale is a long chain of dependent operations.
-  const bool group_m = p.exp_avg.scaling != Scaling::tensor;
-  const bool group_v = p.exp_avg_sq.scaling != Scaling::tensor;
-  const GroupRange range_m = group_m ? range_of(m, count) : GroupRange{};
-  const GroupRange range_v = group_v ? range_of(v, count) : GroupRange{};
-  if (group_m) choose_scale(p.exp_avg, i, range_m);
-  if (group_v) choose_scale(p.exp_avg_sq, i, range_v);
-  store_weight(p, i, w, count);
-  store_exp_avg(p.exp_avg, i, m, g, count);
-  store_exp_avg_sq(p.exp_avg_sq, i, v, count);
+  store_moments(p, i, m, v, g, count);
 }
+
+#if defined(QUAVER_EXPANDED_LANES)
+// Whole groups whose moments are both expanded, as expanded.h does them: a stage of all of them
+// after the other, so that the scales' long chains of dependent operations overlap.
+void adam_expanded(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, float* w,
+                   int64_t groups) {
+  constexpr int64_t most_groups = kBlock / kGroup;
+  alignas(64) float m[kBlock], v[kBlock];
+  MomentRanges ranges[most_groups];
+  auto* codes_m = static_cast<uint8_t*>(p.exp_avg.values) + i;
+  auto* codes_v = static_cast<uint8_t*>(p.exp_avg_sq.values) + i;
+  const float* scales_m = p.exp_avg.scales + i / kGroup;
+  const float* scales_v = p.exp_avg_sq.scales + i / kGroup;
+  auto values = [](const StateSpan& state, float scale) {
+    return expanded_values(state.type, bit_cast<uint32_t>(scale) & kPowerMask);
+  };
+  for (int64_t k = 0; k < groups; ++k) {
+    const int64_t j = k * kGroup;
+    ranges[k] = adam_group(s, w + j, m + j, v + j, g + j, codes_m + j, scales_m[k],
+                           values(p.exp_avg, scales_m[k]), codes_v + j, scales_v[k],
+                           values(p.exp_avg_sq, scales_v[k]));
+  }
+  for (int64_t k = 0; k < groups; ++k) {
+    if (!ranges[k].ordinary) continue;
+    choose_scale(p.exp_avg, i + k * kGroup, ranges[k].exp_avg);
+    choose_scale(p.exp_avg_sq, i + k * kGroup, ranges[k].exp_avg_sq);
+  }
+  for (int64_t k = 0; k < groups; ++k) {
+    const int64_t j = k * kGroup;
+    if (!ranges[k].ordinary) {
+      store_moments(p, i + j, m + j, v + j, g + j, kGroup);
+      continue;
+    }
+    with_format(p.exp_avg.type, [&](auto format) {
+      using T = decltype(format);
+      if constexpr (sizeof(T) == 1) encode_exp_avg<T>(codes_m + j, m + j, g + j, scales_m[k]);
+    });
+    with_format(p.exp_avg_sq.type, [&](auto format) {
+      using T = decltype(format);
+      if constexpr (sizeof(T) == 1) encode_exp_avg_sq<T>(codes_v + j, v + j, scales_v[k]);
+    });
+  }
+}
+#endif
 
 // The largest magnitude code of storage with one scale; the rest needs no amax.
 void collect(const StateSpan& s, int64_t i, int64_t n, uint32_t& result) {
@@ -225,21 +281,41 @@ void decode_groups(float* out, const StateSpan& s, int64_t n) {
 }
 
 void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
-  alignas(64) float g[kBlock];
+  alignas(64) float gradients[kBlock], weights[kBlock];
   const AdamSpan p = span;
   const AdamStep s = step;
   const StateSpan* states[3] = {&p.weight, &p.exp_avg, &p.exp_avg_sq};
   uint32_t codes[3] = {0, 0, 0};
+  // f32 of scale 1 is used where it lies.
+  const bool plain_grad = p.grad_type == DType::f32 && p.grad_scale == 1.0f;
+  const bool plain_weight = p.weight.type == DType::f32 && p.weight.scale == 1.0f;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = n - i < kBlock ? n - i : kBlock;
-    load_any(g, at(p.grad, p.grad_type, i), p.grad_type, count, p.grad_scale);
-    for (int64_t j = 0; j < count; j += kRun)
-      adam_run(p, s, i + j, g + j, count - j < kRun ? count - j : kRun);
+    const float* g = gradients;
+    float* w = weights;
+    if (plain_grad)
+      g = static_cast<const float*>(p.grad) + i;
+    else
+      load_any(gradients, at(p.grad, p.grad_type, i), p.grad_type, count, p.grad_scale);
+    if (plain_weight)
+      w = static_cast<float*>(p.weight.values) + i;
+    else
+      load_weight(weights, p, i, count);
+    int64_t done = 0;
+#if defined(QUAVER_EXPANDED_LANES)
+    if (p.exp_avg.scaling == Scaling::expand && p.exp_avg_sq.scaling == Scaling::expand) {
+      done = count / kGroup * kGroup;
+      adam_expanded(p, s, i, g, w, count / kGroup);
+    }
+#endif
+    for (int64_t j = done; j < count; j += kRun)
+      adam_run(p, s, i + j, g + j, w + j, count - j < kRun ? count - j : kRun);
+    if (!plain_weight) store_weight(p, i, weights, count);
     for (int k = 0; k < 3; ++k) collect(*states[k], i, count, codes[k]);
     if (p.fp8 == nullptr) continue;
     // From the stored codes, so that a reloaded weight gives the same copy.
-    load(g, static_cast<const f16*>(p.weight.values) + i, count, 1.0f / kMasterToFp8);
-    store(reinterpret_cast<e4m3*>(p.fp8) + i, g, count, 1.0f);
+    load(gradients, static_cast<const f16*>(p.weight.values) + i, count, 1.0f / kMasterToFp8);
+    store(reinterpret_cast<e4m3*>(p.fp8) + i, gradients, count, 1.0f);
   }
   for (int k = 0; k < 3; ++k) amax_bits[k] = amax_of_code(*states[k], codes[k]);
 }

@@ -1,4 +1,5 @@
 // Every instruction set gives the bits of the portable code, at sizes around the vector widths.
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -215,6 +216,54 @@ TEST(adam_with_states_in_groups) {
           append(bytes, moments[k]);
           append(bytes, scales[k]);
         }
+      });
+}
+
+// From any codes, NaN and negative second moments included, with groups of every magnitude.
+TEST(adam_with_expanded_states_of_any_bits) {
+  constexpr int64_t n = 40 * kGroup + 5;
+  for (const DType type : {DType::e4m3, DType::e5m2})
+    for (const bool clean : {false, true})
+      same_everywhere([&](Bytes* bytes) {
+        std::vector<float> grad = some_values(n, 7), weight = some_values(n, 8);
+        std::vector<uint8_t> moments[2] = {std::vector<uint8_t>(n), std::vector<uint8_t>(n)};
+        std::vector<float> scales[2] = {std::vector<float>(group_count(n)),
+                                        std::vector<float>(group_count(n))};
+        for (int64_t i = 0; i < n; ++i) {
+          const uint32_t random = random_bits(9, i);
+          const int exponent = static_cast<int>(i / kGroup) * 6 - 120;
+          grad[i] = std::ldexp(grad[i], exponent / 2);
+          moments[0][i] = static_cast<uint8_t>(clean ? random & 0xbb : random);
+          moments[1][i] = static_cast<uint8_t>(clean ? random >> 8 & 0x3b : random >> 8);
+          const uint32_t power = random >> 16 & 0xff;
+          for (int k = 0; k < 2; ++k)
+            scales[k][i / kGroup] = bit_cast<float>(
+                (bit_cast<uint32_t>(std::ldexp(1.0f, k == 0 ? exponent / 2 : exponent)) & ~0xffu) |
+                power);
+        }
+        float grad_amax = 1.0f;
+        int64_t step = 0, skipped = 0;
+        const double hyper[5] = {1e-3, 0.9, 0.95, 1e-8, 0.1};
+        AdamParameter p;
+        p.weight = {view(weight.data(), DType::f32, 1, n)};
+        p.exp_avg = {view(moments[0].data(), type, 1, n), scales[0].data(), nullptr,
+                     Scaling::expand};
+        p.exp_avg_sq = {view(moments[1].data(), type, 1, n), scales[1].data(), nullptr,
+                        Scaling::expand};
+        p.grad = view(grad.data(), DType::f32, 1, n);
+        p.grad_amax = &grad_amax;
+        p.step = &step;
+        p.hyper = hyper;
+        for (int i = 0; i < 3; ++i) {
+          cpu::adam(&p, 1, &skipped);
+          append(bytes, moments[0]);
+          append(bytes, moments[1]);
+          append(bytes, scales[0]);
+          append(bytes, scales[1]);
+        }
+        // NaN has more than one pattern, and which one a sum gives is the compiler's choice.
+        for (float& w : weight) w = w == w ? w : 0.0f;
+        append(bytes, weight);
       });
 }
 

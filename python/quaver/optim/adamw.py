@@ -179,9 +179,10 @@ class AdamW(torch.optim.Optimizer):
     def _step_device(self, device: torch.device, items: list) -> None:
         wholes, hyper, states, ordinals = (list(column) for column in zip(*items, strict=True))
         sharded = any(is_sharded(p) for p in wholes)
-        params = [local(p) for p in wholes]
-        grads = [local(p.grad) for p in wholes]
-        states = [{k: local(v) for k, v in s.items()} for s in states]
+        params, grads = wholes, [p.grad for p in wholes]
+        if sharded:
+            params, grads = ([local(t) for t in column] for column in (params, grads))
+            states = [{k: local(v) for k, v in s.items()} for s in states]
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         grad_amax = sharding.agree_to_skip(self._amax(grads), params)

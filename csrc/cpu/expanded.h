@@ -1,0 +1,159 @@
+// Whole groups of ordinary values to expanded codes in one pass, with the bits of codec.h's and
+// adam.h's functions one after the other: what they do for NaN, infinity and saturation cannot
+// happen here, and rounding is as in span.h's encode8.
+//
+// For simd_adam.cpp only, which is compiled once per instruction set.
+#pragma once
+
+#include "lanes.h"
+#include "quaver/adam.h"
+#include "span.h"
+
+namespace quaver::cpu::QUAVER_ISA {
+namespace {
+
+// log2_coarse.
+QUAVER_INLINE Floats log2_lanes(const Floats& x) {
+  const Ints bits = bits_of(x) - lanes(0x3f3504f3);
+  const Floats e = to_floats(shifted_right<23>(bits));
+  const Floats u = floats_of((bits & lanes(0x7fffff)) + lanes(0x3f3504f3)) - lanes(1.0f);
+  Floats p = fma(lanes(-0.206591845f), u, lanes(0.32215485f));
+  p = fma(p, u, lanes(-0.367489964f));
+  p = fma(p, u, lanes(0.479348004f));
+  p = fma(p, u, lanes(-0.721131861f));
+  p = fma(p, u, lanes(1.4427135f));
+  return fma(p, u, e);
+}
+
+// exp2_coarse.
+QUAVER_INLINE Floats exp2_lanes(const Floats& x) {
+  const Floats to_integer = lanes(12582912.0f);
+  const Floats shifted = x + to_integer;
+  const Floats f = x - (shifted - to_integer);
+  Floats p = fma(lanes(9.58285294e-3f), f, lanes(5.59064262e-2f));
+  p = fma(p, f, lanes(2.40240991e-1f));
+  p = fma(p, f, lanes(6.93124175e-1f));
+  p = fma(p, f, lanes(1.0f));
+  return floats_of(bits_of(p) + shifted_left<23>(bits_of(shifted)));
+}
+
+// expand() of magnitudes.
+QUAVER_INLINE Floats expand_lanes(const Expander& e, const Floats& x) {
+  const Floats log2_y = fma(lanes(e.power), log2_lanes(x * lanes(e.lift)), lanes(e.offset));
+  return exp2_lanes(larger(log2_y, lanes(-40.0f)));
+}
+
+// The nearest codes of magnitudes, all by kBase too high, and the values of those.
+template <class T>
+constexpr int kBase = (127 + 1 - Format<T>::bias) << Format<T>::mantissa;
+
+struct Rounded {
+  Ints code;
+  Floats value;
+};
+
+template <class T>
+QUAVER_INLINE Rounded round_lanes(const Floats& y) {
+  constexpr int drop = 23 - Format<T>::mantissa;
+  constexpr int min_normal = (127 + 1 - Format<T>::bias) << 23;
+  const Ints e = larger(bits_of(y) & lanes(0x7f800000), lanes(min_normal));
+  const Ints magic = e + lanes(drop << 23);
+  const Floats sum = y + floats_of(magic);
+  return {bits_of(sum) - magic + shifted_right<drop>(e), sum - floats_of(magic)};
+}
+
+// The values of 32 codes over their scale, by a table of all 256.
+QUAVER_INLINE Floats look_up(const uint8_t* codes, const float* values) {
+  return each<Floats>([&](int k) {
+    const auto value = [&](int i) { return values[codes[k * kVector + i]]; };
+    return _mm256_setr_ps(value(0), value(1), value(2), value(3), value(4), value(5), value(6),
+                          value(7));
+  });
+}
+
+// The ranges of one group's moments, and whether the functions below may encode them.
+struct MomentRanges {
+  GroupRange exp_avg, exp_avg_sq;
+  bool ordinary;
+};
+
+// One step of a group: w is updated, m and v are what is to be encoded.
+inline MomentRanges adam_group(const AdamStep& s, float* w, float* m, float* v, const float* grad,
+                               const uint8_t* exp_avg, float exp_avg_scale,
+                               const float* exp_avg_values, const uint8_t* exp_avg_sq,
+                               float exp_avg_sq_scale, const float* exp_avg_sq_values) {
+  __m256i most_m = _mm256_setzero_si256(), least_m = _mm256_set1_epi32(-1);
+  __m256i most_v = most_m, least_v = least_m;
+  const __m256i minus_one = least_m;
+  for (int64_t j = 0; j < kGroup; j += kLanes) {
+    for (int64_t k = 0; k < kLanes; k += 16) {
+      prefetch(grad + j + k);
+      prefetch(w + j + k);
+    }
+    const Floats g = load_lanes(grad + j);
+    const Floats old_m = look_up(exp_avg + j, exp_avg_values) * lanes(exp_avg_scale);
+    const Floats new_m = lanes(s.beta1) * old_m + lanes(s.one_minus_beta1) * g;
+    store_lanes(m + j, new_m);
+    const Floats old_v = look_up(exp_avg_sq + j, exp_avg_sq_values) * lanes(exp_avg_sq_scale);
+    const Floats new_v = lanes(s.beta2) * old_v + lanes(s.one_minus_beta2) * (g * g);
+    store_lanes(v + j, new_v);
+    const Floats denominator = root(new_v) * lanes(s.inverse_sqrt_c2) + lanes(s.eps);
+    store_lanes(w + j,
+                lanes(s.decay) * load_lanes(w + j) - lanes(s.step_size) * (new_m / denominator));
+    const Ints bits_m = bits_of(magnitude(new_m)), bits_v = bits_of(new_v);
+    for (int k = 0; k < 4; ++k) {
+      most_m = _mm256_max_epu32(most_m, bits_m.of[k]);
+      least_m = _mm256_min_epu32(least_m, _mm256_add_epi32(bits_m.of[k], minus_one));
+      most_v = _mm256_max_epu32(most_v, bits_v.of[k]);
+      least_v = _mm256_min_epu32(least_v, _mm256_add_epi32(bits_v.of[k], minus_one));
+    }
+  }
+  const GroupRange range_m = {largest(most_m), ~largest(~least_m)};
+  const GroupRange range_v = {largest(most_v), ~largest(~least_v)};
+  constexpr uint32_t infinity = 0x7f800000u;  // a sign is beyond it, too
+  return {range_m, range_v, range_m.most < infinity && range_v.most < infinity};
+}
+
+// settle_exp_avg and its rounding, by kZero too high.
+template <class T>
+constexpr int kZero = (127 - Format<T>::bias) << Format<T>::mantissa;
+
+template <class T>
+QUAVER_INLINE Ints settle_lanes(const Floats& y, const Floats& weak) {
+  constexpr int mantissa = Format<T>::mantissa, drop = 23 - mantissa;
+  constexpr float min_normal = 1.0f / (1 << (Format<T>::bias - 1));
+  const Ints bits = bits_of(y);
+  const Ints half = (shifted_right<drop>(bits) & lanes(1)) + lanes((1 << (drop - 1)) - 1);
+  const Ints normal = shifted_right<drop>(bits + and_not(bits_of(weak), half));
+  const Ints below = truncated(y * lanes((1 << mantissa) / min_normal)) + lanes(kZero<T>);
+  return blended(normal, below, y < lanes(min_normal));
+}
+
+template <class T>
+inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, float scale) {
+  const Expander e = expander<T>(scale);
+  for (int64_t j = 0; j < kGroup; j += kLanes) {
+    const Floats x = load_lanes(m + j), a = magnitude(x);
+    const Floats y = expand_lanes(e, a);
+    const Floats weak = lanes(8.0f) * magnitude(load_lanes(grad + j)) < a;
+    const __m256i b = _mm256_or_si256(bytes(settle_lanes<T>(y, weak), kZero<T>), sign_bytes(x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), in_order(b));
+  }
+}
+
+// Of values without sign.
+template <class T>
+inline void encode_exp_avg_sq(uint8_t* out, const float* v, float scale) {
+  constexpr float least = 1.0f / (1 << (Format<T>::bias - 1 + Format<T>::mantissa));
+  const Expander e = expander<T>(scale);
+  for (int64_t j = 0; j < kGroup; j += kLanes) {
+    const Floats x = load_lanes(v + j);
+    // keep_nonzero
+    const Floats y = larger(expand_lanes(e, x), lanes(least));
+    const __m256i b = bytes(round_lanes<T>(and_not(x == lanes(0.0f), y)).code, kBase<T>);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), in_order(b));
+  }
+}
+
+}  // namespace
+}  // namespace quaver::cpu::QUAVER_ISA
