@@ -7,6 +7,7 @@
 
 #include "lanes.h"
 #include "quaver/adam.h"
+#include "simd.h"
 #include "span.h"
 
 namespace quaver::cpu::QUAVER_ISA {
@@ -37,9 +38,17 @@ QUAVER_INLINE Floats exp2_lanes(const Floats& x) {
   return floats_of(bits_of(p) + shifted_left<23>(bits_of(shifted)));
 }
 
-// expand() of magnitudes.
-QUAVER_INLINE Floats expand_lanes(const Expander& e, const Floats& x) {
-  const Floats log2_y = fma(lanes(e.power), log2_lanes(x * lanes(e.lift)), lanes(e.offset));
+// log2_expanded of a group. In a loop of its own, so that the processor's window holds the chains
+// of several strides.
+inline void log2_group(float* out, const float* x, const Expander& e) {
+  for (int64_t j = 0; j < kGroup; j += kLanes) {
+    const Floats log2 = log2_lanes(magnitude(load_lanes(x + j)) * lanes(e.lift));
+    store_lanes(out + j, fma(lanes(e.power), log2, lanes(e.offset)));
+  }
+}
+
+// expanded(), without sign.
+QUAVER_INLINE Floats expanded_lanes(const Floats& log2_y) {
   return exp2_lanes(larger(log2_y, lanes(-40.0f)));
 }
 
@@ -71,17 +80,39 @@ QUAVER_INLINE Floats look_up(const uint8_t* codes, const float* values) {
   });
 }
 
-// The ranges of one group's moments, and whether the functions below may encode them.
-struct MomentRanges {
-  GroupRange exp_avg, exp_avg_sq;
-  bool ordinary;
+// What groups' scales are chosen from (GroupRange), and the scales with what expands by them.
+constexpr int64_t kGroups = kBlock / kGroup;
+
+struct GroupRanges {
+  uint32_t most[kGroups] = {}, least[kGroups] = {};
 };
 
-// One step of a group: w is updated, m and v are what is to be encoded.
-inline MomentRanges adam_group(const AdamStep& s, float* w, float* m, float* v, const float* grad,
-                               const uint8_t* exp_avg, float exp_avg_scale,
-                               const float* exp_avg_values, const uint8_t* exp_avg_sq,
-                               float exp_avg_sq_scale, const float* exp_avg_sq_values) {
+struct GroupScales {
+  float scale[kGroups], lift[kGroups], power[kGroups], offset[kGroups];
+};
+
+// Of all groups at once: one alone is a long chain of dependent operations.
+template <class T>
+inline GroupScales choose_scales(const GroupRanges& r) {
+  GroupScales s;
+  QUAVER_SIMD
+  for (int64_t k = 0; k < kGroups; ++k) {
+    s.scale[k] = expanded_scale<T>({r.most[k], r.least[k]});
+    const Expander e = expander<T>(s.scale[k]);
+    s.lift[k] = e.lift;
+    s.power[k] = e.power;
+    s.offset[k] = e.offset;
+  }
+  return s;
+}
+
+// One step of group k: w is updated, m and v are what is to be encoded. Returns whether the
+// functions below may do that.
+inline bool adam_group(const AdamStep& s, float* w, float* m, float* v, const float* grad,
+                       const uint8_t* exp_avg, float exp_avg_scale, const float* exp_avg_values,
+                       const uint8_t* exp_avg_sq, float exp_avg_sq_scale,
+                       const float* exp_avg_sq_values, GroupRanges* range_m, GroupRanges* range_v,
+                       int64_t group) {
   __m256i most_m = _mm256_setzero_si256(), least_m = _mm256_set1_epi32(-1);
   __m256i most_v = most_m, least_v = least_m;
   const __m256i minus_one = least_m;
@@ -108,10 +139,12 @@ inline MomentRanges adam_group(const AdamStep& s, float* w, float* m, float* v, 
       least_v = _mm256_min_epu32(least_v, _mm256_add_epi32(bits_v.of[k], minus_one));
     }
   }
-  const GroupRange range_m = {largest(most_m), ~largest(~least_m)};
-  const GroupRange range_v = {largest(most_v), ~largest(~least_v)};
+  range_m->most[group] = largest(most_m);
+  range_m->least[group] = ~largest(~least_m);
+  range_v->most[group] = largest(most_v);
+  range_v->least[group] = ~largest(~least_v);
   constexpr uint32_t infinity = 0x7f800000u;  // a sign is beyond it, too
-  return {range_m, range_v, range_m.most < infinity && range_v.most < infinity};
+  return range_m->most[group] < infinity && range_v->most[group] < infinity;
 }
 
 // settle_exp_avg and its rounding, by kZero too high.
@@ -130,11 +163,12 @@ QUAVER_INLINE Ints settle_lanes(const Floats& y, const Floats& weak) {
 }
 
 template <class T>
-inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, float scale) {
-  const Expander e = expander<T>(scale);
+inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, const Expander& e) {
+  alignas(64) float log2_y[kGroup];
+  log2_group(log2_y, m, e);
   for (int64_t j = 0; j < kGroup; j += kLanes) {
     const Floats x = load_lanes(m + j), a = magnitude(x);
-    const Floats y = expand_lanes(e, a);
+    const Floats y = expanded_lanes(load_lanes(log2_y + j));
     const Floats weak = lanes(8.0f) * magnitude(load_lanes(grad + j)) < a;
     const __m256i b = _mm256_or_si256(bytes(settle_lanes<T>(y, weak), kZero<T>), sign_bytes(x));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), in_order(b));
@@ -143,13 +177,14 @@ inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, floa
 
 // Of values without sign.
 template <class T>
-inline void encode_exp_avg_sq(uint8_t* out, const float* v, float scale) {
+inline void encode_exp_avg_sq(uint8_t* out, const float* v, const Expander& e) {
   constexpr float least = 1.0f / (1 << (Format<T>::bias - 1 + Format<T>::mantissa));
-  const Expander e = expander<T>(scale);
+  alignas(64) float log2_y[kGroup];
+  log2_group(log2_y, v, e);
   for (int64_t j = 0; j < kGroup; j += kLanes) {
     const Floats x = load_lanes(v + j);
     // keep_nonzero
-    const Floats y = larger(expand_lanes(e, x), lanes(least));
+    const Floats y = larger(expanded_lanes(load_lanes(log2_y + j)), lanes(least));
     const __m256i b = bytes(round_lanes<T>(and_not(x == lanes(0.0f), y)).code, kBase<T>);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), in_order(b));
   }

@@ -30,6 +30,11 @@ inline __attribute__((always_inline)) void with_format(DType type, Body body) {
   }
 }
 
+template <class Body>
+inline __attribute__((always_inline)) void with_fp8(DType type, Body body) {
+  type == DType::e4m3 ? body(e4m3{}) : body(e5m2{});
+}
+
 // Whole runs get loops of a constant count, which have no remainders; count <= kRun.
 template <class Body>
 inline __attribute__((always_inline)) void with_count(int64_t count, Body body) {
@@ -133,10 +138,12 @@ void store_exp_avg_sq(const StateSpan& s, int64_t i, const float* x, int64_t cou
 }
 
 void load_weight(float* w, const AdamSpan& p, int64_t i, int64_t n) {
+  prefetch(at(p.weight.values, p.weight.type, i), n * size_of(p.weight.type));
   if (p.remainder == nullptr)
     return load_any(w, at(p.weight.values, p.weight.type, i), p.weight.type, n, p.weight.scale);
   const auto* high = static_cast<const bf16*>(p.weight.values) + i;
   const uint16_t* low = p.remainder + i;
+  prefetch(low, n * 2);
   QUAVER_SIMD
   for (int64_t j = 0; j < n; ++j) w[j] = join_master(high[j], low[j]);
 }
@@ -193,45 +200,40 @@ void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, f
 }
 
 #if defined(QUAVER_EXPANDED_LANES)
-// Whole groups whose moments are both expanded, as expanded.h does them: a stage of all of them
-// after the other, so that the scales' long chains of dependent operations overlap.
+// Whole groups whose moments are both expanded, as expanded.h does them.
+template <class First, class Second>
 void adam_expanded(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, float* w,
                    int64_t groups) {
-  constexpr int64_t most_groups = kBlock / kGroup;
   alignas(64) float m[kBlock], v[kBlock];
-  MomentRanges ranges[most_groups];
+  GroupRanges range_m, range_v;
+  bool ordinary[kGroups];
   auto* codes_m = static_cast<uint8_t*>(p.exp_avg.values) + i;
   auto* codes_v = static_cast<uint8_t*>(p.exp_avg_sq.values) + i;
-  const float* scales_m = p.exp_avg.scales + i / kGroup;
-  const float* scales_v = p.exp_avg_sq.scales + i / kGroup;
+  float* scales_m = p.exp_avg.scales + i / kGroup;
+  float* scales_v = p.exp_avg_sq.scales + i / kGroup;
   auto values = [](const StateSpan& state, float scale) {
     return expanded_values(state.type, bit_cast<uint32_t>(scale) & kPowerMask);
   };
   for (int64_t k = 0; k < groups; ++k) {
     const int64_t j = k * kGroup;
-    ranges[k] = adam_group(s, w + j, m + j, v + j, g + j, codes_m + j, scales_m[k],
-                           values(p.exp_avg, scales_m[k]), codes_v + j, scales_v[k],
-                           values(p.exp_avg_sq, scales_v[k]));
+    ordinary[k] = adam_group(s, w + j, m + j, v + j, g + j, codes_m + j, scales_m[k],
+                             values(p.exp_avg, scales_m[k]), codes_v + j, scales_v[k],
+                             values(p.exp_avg_sq, scales_v[k]), &range_m, &range_v, k);
   }
-  for (int64_t k = 0; k < groups; ++k) {
-    if (!ranges[k].ordinary) continue;
-    choose_scale(p.exp_avg, i + k * kGroup, ranges[k].exp_avg);
-    choose_scale(p.exp_avg_sq, i + k * kGroup, ranges[k].exp_avg_sq);
-  }
+  const GroupScales chosen_m = choose_scales<First>(range_m);
+  const GroupScales chosen_v = choose_scales<Second>(range_v);
   for (int64_t k = 0; k < groups; ++k) {
     const int64_t j = k * kGroup;
-    if (!ranges[k].ordinary) {
+    if (!ordinary[k]) {
       store_moments(p, i + j, m + j, v + j, g + j, kGroup);
       continue;
     }
-    with_format(p.exp_avg.type, [&](auto format) {
-      using T = decltype(format);
-      if constexpr (sizeof(T) == 1) encode_exp_avg<T>(codes_m + j, m + j, g + j, scales_m[k]);
-    });
-    with_format(p.exp_avg_sq.type, [&](auto format) {
-      using T = decltype(format);
-      if constexpr (sizeof(T) == 1) encode_exp_avg_sq<T>(codes_v + j, v + j, scales_v[k]);
-    });
+    scales_m[k] = chosen_m.scale[k];
+    scales_v[k] = chosen_v.scale[k];
+    encode_exp_avg<First>(codes_m + j, m + j, g + j,
+                          {chosen_m.lift[k], chosen_m.power[k], chosen_m.offset[k]});
+    encode_exp_avg_sq<Second>(codes_v + j, v + j,
+                              {chosen_v.lift[k], chosen_v.power[k], chosen_v.offset[k]});
   }
 }
 #endif
@@ -272,7 +274,7 @@ void encode_groups(const StateSpan& s, const void* x, DType type, int64_t n) {
       for (int64_t j = 0; j < count; ++j) y[j] = keep_nonzero<T>(y[j], from[j]);
       store(static_cast<T*>(s.values) + i, y, count, 1.0f);
     };
-    s.type == DType::e4m3 ? run(e4m3{}) : run(e5m2{});
+    with_fp8(s.type, run);
   }
 }
 
@@ -293,10 +295,13 @@ void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_b
     const int64_t count = n - i < kBlock ? n - i : kBlock;
     const float* g = gradients;
     float* w = weights;
-    if (plain_grad)
+    if (plain_grad) {
       g = static_cast<const float*>(p.grad) + i;
-    else
-      load_any(gradients, at(p.grad, p.grad_type, i), p.grad_type, count, p.grad_scale);
+    } else {
+      const void* from = at(p.grad, p.grad_type, i);
+      prefetch(from, count * size_of(p.grad_type));
+      load_any(gradients, from, p.grad_type, count, p.grad_scale);
+    }
     if (plain_weight)
       w = static_cast<float*>(p.weight.values) + i;
     else
@@ -305,7 +310,11 @@ void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_b
 #if defined(QUAVER_EXPANDED_LANES)
     if (p.exp_avg.scaling == Scaling::expand && p.exp_avg_sq.scaling == Scaling::expand) {
       done = count / kGroup * kGroup;
-      adam_expanded(p, s, i, g, w, count / kGroup);
+      with_fp8(p.exp_avg.type, [&](auto first) {
+        with_fp8(p.exp_avg_sq.type, [&](auto second) {
+          adam_expanded<decltype(first), decltype(second)>(p, s, i, g, w, count / kGroup);
+        });
+      });
     }
 #endif
     for (int64_t j = done; j < count; j += kRun)

@@ -24,6 +24,11 @@ inline void prefetch(const void* p) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + 4096));
 }
 
+// The same for all of some bytes.
+inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(p) + i);
+}
+
 template <class T>
 inline void load(float* __restrict out, const T* __restrict x, int64_t n, float scale) {
   QUAVER_SIMD

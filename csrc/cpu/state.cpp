@@ -1,5 +1,6 @@
 // Grouped optimizer states to and from values, and the tables that decode expanded ones.
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <mutex>
 
@@ -19,6 +20,9 @@ template <class T>
 class ExpandedValues {
  public:
   const float* of(uint32_t power) {
+    // Asked for every group: without call_once's call where the table is there.
+    const float* values = ready_[power].load(std::memory_order_acquire);
+    if (values != nullptr) return values;
     std::call_once(made_[power], [&] { make(power); });
     return values_[power].get();
   }
@@ -32,10 +36,12 @@ class ExpandedValues {
       values_[power][code] = x;
       values_[power][code + 128] = -x;
     }
+    ready_[power].store(values_[power].get(), std::memory_order_release);
   }
 
   std::once_flag made_[kPowerMask + 1];
   std::unique_ptr<float[]> values_[kPowerMask + 1];
+  std::atomic<const float*> ready_[kPowerMask + 1] = {};
 };
 
 StateSpan span_of(const StateView& s) {

@@ -92,32 +92,43 @@ QUAVER_HD float exp2_coarse(float x) {
 
 // Lifts small groups, so that the magnitudes that matter in them are normal.
 QUAVER_HD float group_lift(float scale) {
-  return bit_cast<float>(scale < 5.421010862e-20f ? 0x5f800000u : 0x3f800000u);  // 2^-64: 2^64, 1
+  return bit_cast<float>(select(scale < 5.421010862e-20f, 0x5f800000u, 0x3f800000u));  // 2^-64
+}
+
+QUAVER_HD uint32_t at_least_one(uint32_t power) { return power > kPowerOne ? power : kPowerOne; }
+
+// k of a group, in sixteenths. Without branches, so that loops over groups vectorise.
+template <class T>
+QUAVER_HD uint32_t group_power(GroupRange r) {
+  const float most = bit_cast<float>(r.most), lift = group_lift(most);
+  const float ratio = log2_coarse(most * lift) - log2_coarse(bit_cast<float>(r.least + 1u) * lift);
+  const float wanted = Expansion<T>::log2_ratio * kPowerOne / ratio;
+  // Not above 0 for a constant group.
+  const bool fits = (ratio > 0.0f) & (wanted < float(kPowerMost));
+  const float power = bit_cast<float>(
+      select(fits, bit_cast<uint32_t>(wanted), bit_cast<uint32_t>(float(kPowerMost))));
+  // A subnormal has no bits to spare for a fine k.
+  return select(r.most < 0x800000u, kPowerOne,
+                at_least_one(static_cast<uint32_t>(static_cast<int32_t>(power))));
 }
 
 // The scale of a group whose codes are of type T.
 template <class T>
+QUAVER_HD float expanded_scale(GroupRange r) {
+  uint32_t bits = (r.most & ~kPowerMask) | group_power<T>(r);
+  bits += select(bits < r.most, kPowerMask + 1, 0u);
+  return bit_cast<float>(bits - select(bits < 0x7f800000u, 0u, kPowerMask + 1));
+}
+
+template <class T>
 QUAVER_HD float group_scale(bool expand, GroupRange r) {
-  const float most = bit_cast<float>(r.most);
-  if (!expand) return scale_from_amax(most, Format<T>::finite_max, false);
-  uint32_t power = kPowerOne;
-  if (r.most >= 0x800000u) {  // a subnormal has no bits to spare for a fine k
-    const float lift = group_lift(most);
-    const float ratio =
-        log2_coarse(most * lift) - log2_coarse(bit_cast<float>(r.least + 1u) * lift);
-    const float wanted = Expansion<T>::log2_ratio * kPowerOne / ratio;
-    // Not above 0 for a constant group.
-    power = ratio > 0.0f && wanted < float(kPowerMost) ? static_cast<uint32_t>(wanted) : kPowerMost;
-    power = power > kPowerOne ? power : kPowerOne;
-  }
-  uint32_t bits = (r.most & ~kPowerMask) | power;
-  if (bits < r.most) bits += kPowerMask + 1;
-  return bit_cast<float>(bits < 0x7f800000u ? bits : bits - kPowerMask - 1);
+  return expand ? expanded_scale<T>(r)
+                : scale_from_amax(bit_cast<float>(r.most), Format<T>::finite_max, false);
 }
 
 QUAVER_HD float power_of(float scale) {
-  const uint32_t power = bit_cast<uint32_t>(scale) & kPowerMask;
-  return static_cast<float>(power > kPowerOne ? power : kPowerOne) / kPowerOne;
+  const uint32_t power = at_least_one(bit_cast<uint32_t>(scale) & kPowerMask);
+  return static_cast<float>(static_cast<int32_t>(power)) / kPowerOne;
 }
 
 // The elements of one group to what is then rounded to codes, and back. Without expansion that is
