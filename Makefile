@@ -41,7 +41,7 @@ SHA256 := import hashlib, torch, quaver._load as q; \
 build: $(BUILT)
 
 demo: $(BUILT)
-	$(QUAVER) train --data stdlib --model tiny --recipe bf16,fp8lm-o2 --steps 300 --out runs/demo --overwrite
+	$(QUAVER) train --data stdlib --model tiny --recipe bf16,fp8lm-o2,coat --steps 300 --out runs/demo --overwrite
 
 test: $(BUILT)
 	cmake --build build/release --target check
@@ -61,8 +61,9 @@ test-abi: wheel $(ABI_VENV)/.installed
 
 bench: $(BUILT)
 	cmake --build build/release --target microbench
-	shopt -s nullglob; for bench in build/release/bench/* bench/bench_*.py; do \
-	  echo "== $$bench"; case $$bench in *.py) $(PY) $$bench;; *) $$bench;; esac; done
+	shopt -s nullglob; failed=; for bench in build/release/bench/* bench/bench_*.py; do \
+	  echo "== $$bench"; case $$bench in *.py) $(PY) $$bench;; *) $$bench;; esac || failed+=" $$bench"; \
+	  done; test -z "$$failed" || { echo "a bar missed, or worse:$$failed"; exit 1; }
 
 # Needs nvcc, but no GPU.
 cuda: $(READY) $(if $(QUAVER_CUTLASS_DIR),,build/cutlass/.$(CUTLASS)) $(if $(shell command -v cuobjdump),,build/cuobjdump/.$(CUOBJDUMP))

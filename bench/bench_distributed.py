@@ -59,33 +59,29 @@ def main():
     parser.add_argument("--seq", type=int, default=128)
     args = parser.parse_args()
     print(common.describe(common.machine()))
-    rows, missed = [], []
+    rows = []
     for recipe, plan in PLANS:
         with tempfile.TemporaryDirectory() as folder:
             _, one, _ = train(args, recipe, None, f"{folder}/one")
             size, many, first = train(args, recipe, plan, f"{folder}/many")
         loss = (many["final_loss"] / one["final_loss"] - 1) * 100
-        ratio = gradient_bytes(args, size, plan, first["communication"])
+        sent = first["communication"]
+        ratio = gradient_bytes(args, size, plan, sent)
         per = many["memory"]["bytes_per_param"]["all"]
         # Stored: 6 bytes of state and two copies for the products, or a replica and its transpose.
         wanted = 8 if plan.startswith("dp") else 1 + 1 + 6 / size
         off = (per / wanted - 1) * 100
-        print(
-            f"{recipe} {plan:<7} loss {one['final_loss']:.4f} -> {many['final_loss']:.4f} "
-            f"({loss:+.2f} %, bar {LOSS_BAR}); gradient bytes {ratio:.3f} x bf16 (bar {BYTES_BAR});"
-            f" {per:.3f} bytes a parameter and rank, formula {wanted:.3f} ({off:+.2f} %)"
-        )
-        print(f"  sent by rank 0 in a step: {first['communication']}")
-        bad = abs(loss) > LOSS_BAR or ratio > BYTES_BAR or abs(off) > MEMORY_BAR
-        missed += [f"{recipe} {plan}"] if bad else []
-        rows.append({
-            "name": f"{recipe} {plan}", "loss": [one["final_loss"], many["final_loss"]],
-            "gradient_bytes": ratio, "bytes_per_param": per, "formula": wanted,
-            "communication": first["communication"],
-        })  # fmt: skip
-    common.save("distributed", rows)
-    if missed:
-        sys.exit(f"distributed: out of bounds: {', '.join(missed)}")
+        name, losses = f"{recipe} {plan}", [one["final_loss"], many["final_loss"]]
+        print(f"{name}: a rank keeps {per:.3f} bytes a parameter, and sent in a step: {sent}")
+        rows += [
+            common.judge(f"{name}: loss over one process's, percent", loss, "within", LOSS_BAR,
+                         loss=losses),
+            common.judge(f"{name}: weight gradients' bytes over a bf16 all-reduce's", ratio,
+                         "at most", BYTES_BAR, communication=sent),
+            common.judge(f"{name}: bytes a parameter and rank over the formula's, percent", off,
+                         "within", MEMORY_BAR, bytes_per_param=per, formula=wanted),
+        ]  # fmt: skip
+    common.finish("distributed", rows)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ PAIRS = [(m, v) for m in FORMATS for v in FORMATS]
 # Of the expanded pair e4m3/e4m3, at most, over the pairs without expansion.
 BARS = {("e4m3", "e4m3"): 0.45, ("e5m2", "e5m2"): 0.15}
 
+BYTES_BAR = ("at most", 2.19)
+
 
 def trained_states(steps, batch, seq):
     """Moments of `tiny` after some f32 steps on the standard library's text, and its loss."""
@@ -82,14 +84,12 @@ def main():
         )
     ours = rows[0]["mse_expanded"]
     for pair, bar in BARS.items():
-        found = ours / plain[pair]
-        met = found <= bar
-        rows.append({"name": f"expanded e4m3/e4m3 over plain {'/'.join(pair)}", "mse_ratio": found,
-                     "bar": bar, "met": met})  # fmt: skip
-        print(f"expanded e4m3/e4m3 is {found:.3f} x plain {'/'.join(pair)}, "
-              f"bar {bar:.2f}: {'met' if met else 'NOT met'}")  # fmt: skip
+        name = f"MSE of m / sqrt(v), expanded e4m3/e4m3 over plain {'/'.join(pair)}"
+        rows.append(common.judge(name, ours / plain[pair], "at most", bar))
+    bytes = rows[0]["bytes_per_param_expanded"]
+    rows.append(common.judge("bytes a parameter of both moments, expanded", bytes, *BYTES_BAR))
     rows.append({"name": "training", "steps": args.steps, "loss": loss})
-    common.save("states", rows)
+    common.finish("states", rows)
 
 
 if __name__ == "__main__":

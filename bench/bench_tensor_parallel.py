@@ -81,18 +81,9 @@ def traffic_rows(layers, seq):
         base = base["activation"]
         for (mode, _), found in zip(MODES, all_found, strict=True):
             ratio = (found["activation"] + found["scale"]) / base
+            name = f"tp={size}, {mode}: activation bytes over bf16's, gathered again"
             bar = BARS[mode.partition(",")[0]]
-            rows.append({
-                "name": f"activation bytes, tp={size}: {mode}",
-                "baseline": "bf16, gathered again",
-                "bytes": found,
-                "baseline_bytes": base,
-                "ratio_of_bytes": ratio,
-                "bar": bar,
-                "met": ratio <= bar,
-            })  # fmt: skip
-            verdict = "met" if ratio <= bar else "NOT met"
-            print(f"{rows[-1]['name']:<66}{ratio:6.3f} x bf16   bar {bar}: {verdict}", flush=True)
+            rows.append(common.judge(name, ratio, "at most", bar, bytes=found, bf16_bytes=base))
     return rows
 
 
@@ -105,14 +96,9 @@ def loss_rows(arguments):
     rows = []
     for name, alone in one.items():
         percent = (four[name] / alone - 1) * 100
-        met = abs(percent) <= LOSS_PERCENT
-        row = {"name": f"final loss, {name}, dp=2,tp=2", "loss": [alone, four[name]]}
-        rows.append(row | {"loss_percent": percent, "bar": LOSS_PERCENT, "met": met})
-        print(
-            f"{row['name']:<66}{four[name]:.4f}, one process {alone:.4f}: {percent:+.3f} %   "
-            f"bar {LOSS_PERCENT} %: {'met' if met else 'NOT met'}",
-            flush=True,
-        )
+        what = f"{name} dp=2,tp=2: loss over one process's, percent"
+        losses = [alone, four[name]]
+        rows.append(common.judge(what, percent, "within", LOSS_PERCENT, loss=losses))
     return rows
 
 
@@ -127,9 +113,8 @@ def main():
     print(common.describe(common.machine()))
     rows = traffic_rows(args.layers, args.seq)
     rows += loss_rows([f"--{key}={vars(args)[key]}" for key in ("model", "steps", "batch", "seq")])
-    common.save("tensor_parallel", rows)
-    return 0 if all(row["met"] for row in rows) else 1
+    common.finish("tensor_parallel", rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

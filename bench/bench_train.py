@@ -5,7 +5,6 @@ of both recipes by turns in one process, since a machine drifts over the minutes
 """
 
 import argparse
-import sys
 import tempfile
 from statistics import fmean
 
@@ -15,10 +14,16 @@ from quaver import data, machine, models, train
 from quaver.job import Job
 
 BARS = {
-    "loss_percent": 1.0,  # at most, of the final losses
-    "bytes_per_param": 6.05,  # at most: master + grad + exp_avg + exp_avg_sq
-    "activation_ratio": 0.55,  # at most, of the bytes that linear layers save
-    "speed_ratio": 0.6,  # at least, tokens/s on a CPU
+    "loss_percent": ("within", 1.0),
+    "bytes_per_param": ("at most", 6.05),
+    "activation_ratio": ("at most", 0.55),
+    "speed_ratio": ("at least", 0.6),
+}
+WHAT = {
+    "loss_percent": "final loss, percent, mean of the seeds",
+    "bytes_per_param": "bytes a parameter: master, gradient, moments",
+    "activation_ratio": "bytes that linear layers save, ratio",
+    "speed_ratio": "tokens/s on the CPU, ratio",
 }
 
 
@@ -84,17 +89,14 @@ def main():
         "activation_ratio": max(one["activation_ratio"] for one in rows),
         "speed_ratio": row["ratio"],
     }
-    failed = []
-    for key, bar in BARS.items():
-        least = key == "speed_ratio"
-        good = found[key] >= bar if least else found[key] <= bar
-        failed += [] if good else [key]
-        words = "at least" if least else "at most"
-        print(f"{key:<18}{found[key]:8.3f}   {words} {bar:<6}{'yes' if good else 'NO'}")
+    base, ours = settings["recipe"]
+    judged = [
+        common.judge(f"{args.model}, {args.steps} steps, {ours} against {base}: {what}",
+                     found[key], *BARS[key])
+        for key, what in WHAT.items()
+    ]  # fmt: skip
     usual = args.recipes == parser.get_default("recipes")
-    common.save("train" if usual else f"train-{settings['recipe'][1]}", [row, *rows])
-    if failed:
-        sys.exit(f"train: {', '.join(failed)} out of bounds")
+    common.finish("train" if usual else f"train-{ours}", [row, *rows, *judged])
 
 
 if __name__ == "__main__":

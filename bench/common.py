@@ -175,6 +175,24 @@ def line(row):
     return text
 
 
+def judge(name, value, wanted, bar, **more):
+    """A row for a figure that does not depend on the machine, beside its bar, printed.
+
+    `wanted` is "at most", "at least", or "within" for a figure that may be negative too.
+    """
+    met = {"at most": value <= bar, "at least": value >= bar, "within": abs(value) <= bar}[wanted]
+    print(f"{name:<72} {value:9.4g}   {wanted} {bar:g}: {'met' if met else 'NOT met'}", flush=True)
+    return {"name": name, "value": value, "wanted": wanted, "bar": bar, "met": met, **more}
+
+
+def finish(stage, rows):
+    """Saves the rows; the process fails where one of them misses its bar."""
+    save(stage, rows)
+    missed = [row["name"] for row in rows if row.get("met") is False]
+    if missed:
+        sys.exit(f"{stage}: missed: {'; '.join(missed)}")
+
+
 def describe(m):
     device = f", {m['gpu']}" if m["gpu"] else ""
     return (

@@ -1,7 +1,7 @@
-"""bench/results/*.json as markdown: the CPU's rows, and the newest GPU report.
+"""bench/results/*.json as markdown: what is judged, the CPU's speed, and the newest GPU report.
 
-python bench/table.py            print both
-python bench/table.py --write    put the GPU report into bench/README.md
+python bench/table.py            print them
+python bench/table.py --write    put them into bench/README.md
 """
 
 import argparse
@@ -10,33 +10,54 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
-BEGIN = "<!-- The GPU report: written by `python bench/table.py --write`. -->"
-END = "<!-- End of the GPU report. -->"
+WRITTEN = "written by `python bench/table.py --write`. -->"
+GPU = (f"<!-- The GPU report: {WRITTEN}", "<!-- End of the GPU report. -->")
+CPU = (f"<!-- The CPU's rows: {WRITTEN}", "<!-- End of the CPU's rows. -->")
 NOTHING = "Nothing has been measured on a GPU yet: every row of the GPU's targets is open."
 
 
-def rows():
+def rows(key):
+    """Every row that has `key`, the bench that made it, and where."""
     for path in sorted(RESULTS.glob("*.json")):
         if path.name.startswith("gpu-"):
             continue
         result = json.loads(path.read_text())
-        commit = result["machine"]["commit"]
+        machine = result["machine"]
+        where = f"{machine['cpu'].partition('(')[0].strip()}, {machine['isa']}"
         for row in result["rows"]:
-            if "ratio" in row:
-                yield row, commit
+            if key in row:
+                yield row, path.stem, f"{where}, `{machine['commit']}`"
 
 
-def cpu_text():
-    lines = ["| what | baseline | ratio | quartiles | bar | commit |", "|---|---|---|---|---|---|"]
-    for row, commit in rows():
-        bar = row.get("bar")
-        verdict = "-" if bar is None else f"{bar:g}: {'met' if row['met'] else '**missed**'}"
+def _met(row):
+    return "met" if row["met"] else "**missed**"
+
+
+def judged_text():
+    """Figures with a bar that do not depend on the machine, and one that hardly does."""
+    lines = ["| what | figure | bar | | bench | where |", "|---|---|---|---|---|---|"]
+    for row, bench, where in rows("wanted"):
+        lines.append(
+            f"| {row['name']} | {row['value']:.3f} | {row['wanted']} {row['bar']:g} | {_met(row)} "
+            f"| {bench} | {where} |"
+        )
+    return "\n".join(lines)
+
+
+def speed_text():
+    lines = ["| what | baseline | ratio | quartiles | bar | where |", "|---|---|---|---|---|---|"]
+    for row, _, where in rows("ratio"):
+        verdict = f"{row['bar']:g}: {_met(row)}" if "bar" in row else "-"
         low, high = row["iqr"]
         lines.append(
             f"| {row['name']} | {row['baseline']} | {row['ratio']:.2f} x | {low:.2f} - {high:.2f} "
-            f"| {verdict} | `{commit}` |"
+            f"| {verdict} | {where} |"
         )
     return "\n".join(lines)
+
+
+def cpu_text():
+    return f"{judged_text()}\n\nSpeed, as a ratio to the baseline:\n\n{speed_text()}"
 
 
 def newest(folder=RESULTS):
@@ -150,13 +171,20 @@ def _training(rows):
 
 
 def readme_section(folder=RESULTS):
-    return f"{BEGIN}\n\n{gpu_text(newest(folder))}\n\n{END}"
+    begin, end = GPU
+    return f"{begin}\n\n{gpu_text(newest(folder))}\n\n{end}"
+
+
+def cpu_section():
+    begin, end = CPU
+    return f"{begin}\n\n{cpu_text()}\n\n{end}"
 
 
 def write_readme(path=README, folder=RESULTS):
     text = path.read_text()
-    begin, end = text.index(BEGIN), text.index(END) + len(END)
-    path.write_text(text[:begin] + readme_section(folder) + text[end:])
+    for (begin, end), section in ((CPU, cpu_section()), (GPU, readme_section(folder))):
+        text = text[: text.index(begin)] + section + text[text.index(end) + len(end) :]
+    path.write_text(text)
 
 
 def main():

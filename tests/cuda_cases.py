@@ -28,6 +28,8 @@ ELSEWHERE = {
     "comm_all_to_all_": "test_comm.py",
     "comm_all_gather_": "test_comm.py",
     "comm_all_reduce_": "test_comm.py",
+    "comm_broadcast_": "test_comm.py",
+    "comm_sums_fp8": "test_comm.py",
     "comm_check": "test_comm.py",
     "comm_abort": "test_comm.py",
     "comm_close": "test_comm.py",

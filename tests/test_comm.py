@@ -1,18 +1,16 @@
-"""The NCCL communicator, as threads over a stand-in that moves host memory."""
+"""The NCCL communicator, as threads and processes over a stand-in that moves host memory."""
 
+import os
+import signal
 import threading
-from pathlib import Path
 
 import pytest
+import ranks as processes
 import torch
-from torch.distributed import HashStore
+from stand_in import PATH, built
+from torch.distributed import HashStore, distributed_c10d
 
 from quaver.distributed.nccl import Nccl
-
-STAND_IN = Path(__file__).resolve().parents[1] / "build/release/tests/libnccl_stand_in.so"
-built = pytest.mark.skipif(
-    not STAND_IN.exists(), reason=f"{STAND_IN.name} is not built: `make test` builds it"
-)
 
 
 def ranks(size, body):
@@ -21,7 +19,7 @@ def ranks(size, body):
 
     def run(rank):
         try:
-            communicator = Nccl(store, rank, size, timeout=20.0, library=str(STAND_IN), host=True)
+            communicator = Nccl(store, rank, size, timeout=20.0, library=str(PATH), host=True)
             body(communicator)
             communicator.close()
         except BaseException as error:
@@ -51,12 +49,27 @@ def test_collectives_move_every_byte(size):
         c.all_gather(gathered, codes)
         assert gathered.float().tolist() == [[0.5, 448.0]] + [[1.5, -2.0]] * (size - 1)
 
+        # From p to q go p + 2q bytes modulo 3, of value p.
+        out = [(c.rank + 2 * p) % 3 for p in range(size)]
+        came = [(p + 2 * c.rank) % 3 for p in range(size)]
+        recv = torch.zeros(sum(came), dtype=torch.uint8)
+        c.all_to_all(recv, torch.full((sum(out),), c.rank, dtype=torch.uint8), came, out)
+        assert recv.tolist() == [p for p in range(size) for _ in range(came[p])]
+
+        values = torch.tensor([1.0, 2.0]) * c.rank
+        c.broadcast(values, size - 1)
+        assert values.tolist() == [size - 1.0, 2.0 * (size - 1)]
+
         values = torch.tensor([float(c.rank), -1.0 - c.rank])
         c.max_(values)
         assert values.tolist() == [size - 1.0, -1.0]
         values = torch.ones(3)
         c.sum_(values)
         assert values.tolist() == [size] * 3
+        assert c.sums_fp8
+        codes = torch.tensor([1.0, 448.0]).to(torch.float8_e4m3fn)
+        c.sum_(codes)
+        assert codes.float().tolist() == [size, 448.0]  # saturated
         c.check()
 
     ranks(size, body)
@@ -70,8 +83,13 @@ def test_mistakes_are_named():
             c.all_gather(torch.zeros(8, dtype=torch.uint8), x)
         with pytest.raises(ValueError, match="send must be contiguous"):
             c.all_to_all(x, torch.zeros(8, dtype=torch.uint8)[::2])
-        with pytest.raises(ValueError, match="equal size, divisible by 1 ranks, got 4 and 3"):
+        with pytest.raises(ValueError, match=r"as much from rank 0 as goes to it.*got 3 and 4"):
             c.all_to_all(x[:3], x)
+        for parts in ([3], [5], [-1], [2, 2]):
+            with pytest.raises(ValueError, match=f"1 parts of send.* 4 bytes, got .{parts[0]}"):
+                c.all_to_all(x, x, [4], parts)
+        with pytest.raises(ValueError, match=r"wanted a root in \[0, 1\), got 1"):
+            c.broadcast(x, 1)
         c.abort()
         with pytest.raises(ValueError, match="communicator of rank 0 is closed"):
             c.check()
@@ -79,9 +97,51 @@ def test_mistakes_are_named():
     ranks(1, body)
 
 
+def _open(rank, size):
+    store = distributed_c10d._get_default_store()
+    return Nccl(store, rank, size, timeout=20.0, library=str(PATH), host=True)
+
+
+def _exchange(rank, size):
+    c = _open(rank, size)
+    recv = torch.zeros(size, dtype=torch.uint8)
+    c.all_to_all(recv, torch.arange(size, dtype=torch.uint8) + 10 * rank)
+    total = torch.tensor([float(rank)])
+    c.sum_(total)
+    c.close()
+    return recv.tolist(), total.item()
+
+
+@built
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes(size):
+    for rank, (got, total) in enumerate(processes.run(size, _exchange, size)):
+        assert got == [10 * p + rank for p in range(size)]
+        assert total == sum(range(size))
+
+
+def _killed(rank, size, folder):
+    os.environ["TMPDIR"] = str(folder)
+    c = _open(rank, size)
+    c.max_(torch.zeros(1))
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(ValueError, match=f"NCCL failed on rank {rank} of {size}: remote process"):
+        c.max_(torch.zeros(1))
+    with pytest.raises(ValueError, match="was aborted"):
+        c.max_(torch.zeros(1))
+    return True
+
+
+@built
+def test_a_killed_process_is_an_error_on_the_others_and_not_a_hang(tmp_path):
+    found = processes.Ranks(3, _killed, 3, tmp_path).outcomes()
+    assert found == [("ok", True), ("died", -signal.SIGKILL), ("ok", True)]
+
+
 @built
 def test_host_tensors_are_refused_where_nccl_would_read_device_memory():
-    c = Nccl(HashStore(), 0, 1, library=str(STAND_IN))
+    c = Nccl(HashStore(), 0, 1, library=str(PATH))
     with pytest.raises(ValueError, match="wanted tensors on cuda, got cpu"):
         c.max_(torch.ones(1))
     c.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+import stand_in
 import torch
 from safetensors.torch import load_file
 from test_train import MODEL, losses, read_metrics
@@ -110,6 +111,24 @@ def test_ranks_train_what_one_process_trains(flags, tmp_path, recipe, parallel):
         wanted = 1 + 1 + 6 / size  # an e4m3 weight, its transpose, and a part of the rest
         print(f"bytes per parameter and rank: {per['all']:.3f}, by the formula {wanted:.3f}")
         assert per["all"] == pytest.approx(wanted, rel=0.01)
+
+
+def _carried(rank, folder, arguments):
+    stand_in.carry(folder)
+    return command(rank, arguments)
+
+
+@stand_in.built
+def test_quavers_own_communicator_trains_the_same(flags, tmp_path):
+    """Groups for data, tensors and all of the ranks, each with its own."""
+    (tmp_path / "model.json").write_text(json.dumps({**BIG, "kv_heads": 2}))
+    options = "fp8lm-o3", "--parallel", "zero=2,tp=2"
+    finish(4, flags("group", *options))
+    own = ranks.Ranks(4, _carried, tmp_path, flags("own", *options), timeout=100, init=False)
+    assert [status for status, _, _ in own.results()] == [0] * 4
+    assert losses(tmp_path / "own", "fp8lm-o3") == losses(tmp_path / "group", "fp8lm-o3")
+    sent = [summary(tmp_path / out, "fp8lm-o3")["communication"] for out in ("own", "group")]
+    assert sent[0] == sent[1]
 
 
 def test_weight_gradients_take_half_of_bf16s_bytes(flags, tmp_path):

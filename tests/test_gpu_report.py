@@ -356,14 +356,16 @@ def test_the_report_and_its_table(tmp_path):
     assert set(columns) == {5, 7, 8}
 
 
-def test_the_readme_shows_the_newest_report(tmp_path):
+def test_the_readme_shows_the_newest_results(tmp_path):
     assert table.newest(tmp_path) is None
     assert table.NOTHING in table.readme_section(tmp_path)
     for name, started in (("a", "2026-01-02"), ("b", "2026-03-01"), ("c", "2026-02-01")):
         report = {"started": started, "name": name}
         (tmp_path / f"gpu-{name}.json").write_text(json.dumps(report))
     assert table.newest(tmp_path)["name"] == "b"
-    assert table.readme_section() in table.README.read_text()
+    shown = table.README.read_text()
+    assert table.readme_section() in shown
+    assert table.cpu_section() in shown
 
 
 @pytest.mark.slow

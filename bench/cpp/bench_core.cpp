@@ -87,12 +87,26 @@ int main(int argc, char** argv) {
   full.exp_avg_sq = {v.view};
   full.grad = g.view;
   full.grad_scale = nullptr;
+  Buffer mc(DType::e4m3, kRows, kCols), vc(DType::e4m3, kRows, kCols);
+  std::vector<float> m_scales(kNumel / kGroup), v_scales(kNumel / kGroup);
+  std::vector<uint16_t> low_bits(kNumel);
+  AdamParameter coat = full, coat_remainder, coat_stochastic;
+  coat.exp_avg = {mc.view, m_scales.data(), nullptr, Scaling::expand};
+  coat.exp_avg_sq = {vc.view, v_scales.data(), nullptr, Scaling::expand};
+  coat.grad = xb.view;
+  coat_remainder = coat_stochastic = coat;
+  Buffer w_high(DType::bf16, kRows, kCols);
+  coat_remainder.weight = coat_stochastic.weight = {w_high.view};
+  coat_remainder.remainder = low_bits.data();
+  coat_stochastic.stochastic = true;
 
   const std::vector<std::pair<const char*, std::function<void()>>> benches = {
       {"quantize f32, given power of two", [&] { cpu::quantize(q.view, s, a, x.view, {}, given); }},
       {"quantize f32, given other scale",
        [&] { cpu::quantize(q.view, odd, a, x.view, {}, given); }},
       {"quantize f32, just in time", [&] { cpu::quantize(q.view, s, a, x.view, {}, chosen); }},
+      {"quantize f32, stochastic",
+       [&] { cpu::quantize(q.view, odd, a, x.view, {Granularity::tensor, 128, true}, given); }},
       {"quantize bf16, just in time", [&] { cpu::quantize(q.view, s, a, xb.view, {}, chosen); }},
       {"cast_transpose f32, given",
        [&] { cpu::cast_transpose(q.view, qt.view, s, a, x.view, true, given); }},
@@ -111,6 +125,9 @@ int main(int argc, char** argv) {
       {"adam f32 states", [&] { cpu::adam(&full, 1, &skipped); }},
       {"adam O2", [&] { cpu::adam(&low, 1, &skipped); }},
       {"adam O2 with FP8 copies", [&] { cpu::adam(&with_copies, 1, &skipped); }},
+      {"adam coat, f32 weights", [&] { cpu::adam(&coat, 1, &skipped); }},
+      {"adam coat, bf16 + remainder", [&] { cpu::adam(&coat_remainder, 1, &skipped); }},
+      {"adam coat, bf16 stochastic", [&] { cpu::adam(&coat_stochastic, 1, &skipped); }},
   };
   int count = 0;
   const char* const* isas = cpu::available_isas(&count);

@@ -125,17 +125,26 @@ void Communicator::run(const char* op, Call call) {
   finish(op);
 }
 
-void Communicator::all_to_all(const void* send, void* recv, int64_t bytes, void* stream) {
-  QUAVER_CHECK(bytes >= 0, "all_to_all: wanted a number of bytes, got ", bytes);
-  if (bytes == 0) return;
+void Communicator::all_to_all(const void* send, const int64_t* send_bytes, void* recv,
+                              const int64_t* recv_bytes, void* stream) {
+  bool any = false;
+  for (int p = 0; p < size_; ++p) {
+    QUAVER_CHECK(send_bytes[p] >= 0 && recv_bytes[p] >= 0,
+                 "all_to_all: wanted numbers of bytes, got ", send_bytes[p], " to and ",
+                 recv_bytes[p], " from rank ", p);
+    any = any || send_bytes[p] > 0 || recv_bytes[p] > 0;
+  }
+  if (!any) return;
   run("all_to_all", [&](const Nccl& api, NcclComm* comm) {
-    const auto n = static_cast<size_t>(bytes);
+    const auto* from = static_cast<const char*>(send);
+    auto* to = static_cast<char*>(recv);
     int result = api.GroupStart();
     for (int p = 0; p < size_ && result == kNcclSuccess; ++p) {
-      const auto at = static_cast<size_t>(p) * n;
-      result = api.Send(static_cast<const char*>(send) + at, n, kNcclUint8, p, comm, stream);
-      if (result == kNcclSuccess)
-        result = api.Recv(static_cast<char*>(recv) + at, n, kNcclUint8, p, comm, stream);
+      const auto out = static_cast<size_t>(send_bytes[p]), in = static_cast<size_t>(recv_bytes[p]);
+      if (out > 0) result = api.Send(from, out, kNcclUint8, p, comm, stream);
+      if (in > 0 && result == kNcclSuccess) result = api.Recv(to, in, kNcclUint8, p, comm, stream);
+      from += out;
+      to += in;
     }
     const int ended = api.GroupEnd();  // always, or the thread stays inside the group
     return result == kNcclSuccess ? ended : result;
@@ -150,10 +159,20 @@ void Communicator::all_gather(const void* send, void* recv, int64_t bytes, void*
   });
 }
 
+void Communicator::broadcast(void* data, int64_t bytes, int root, void* stream) {
+  QUAVER_CHECK(bytes >= 0, "broadcast: wanted a number of bytes, got ", bytes);
+  QUAVER_CHECK(root >= 0 && root < size_, "broadcast: wanted a root in [0, ", size_, "), got ",
+               root);
+  if (bytes == 0) return;
+  run("broadcast", [&](const Nccl& api, NcclComm* comm) {
+    return api.Broadcast(data, data, static_cast<size_t>(bytes), kNcclUint8, root, comm, stream);
+  });
+}
+
 void Communicator::all_reduce(void* values, int64_t count, DType type, Reduction reduction,
                               void* stream) {
   QUAVER_CHECK(count >= 0, "all_reduce: wanted a number of values, got ", count);
-  QUAVER_CHECK(!is_fp8(type) || state_->api.version >= kNcclFp8, "all_reduce: ", name_of(type),
+  QUAVER_CHECK(!is_fp8(type) || sums_fp8(), "all_reduce: ", name_of(type),
                " needs NCCL 2.24, this is ", state_->api.version);
   if (count == 0) return;
   run("all_reduce", [&](const Nccl& api, NcclComm* comm) {
@@ -161,6 +180,8 @@ void Communicator::all_reduce(void* values, int64_t count, DType type, Reduction
                          reduction == Reduction::sum ? kNcclSum : kNcclMax, comm, stream);
   });
 }
+
+bool Communicator::sums_fp8() const { return state_->api.version >= kNcclFp8; }
 
 void Communicator::check() { finish("comm"); }
 

@@ -34,6 +34,7 @@ Nccl open(const std::string& library) {
   find(handle, library, "ncclSend", api.Send);
   find(handle, library, "ncclRecv", api.Recv);
   find(handle, library, "ncclAllGather", api.AllGather);
+  find(handle, library, "ncclBroadcast", api.Broadcast);
   find(handle, library, "ncclAllReduce", api.AllReduce);
   find(handle, library, "ncclGetErrorString", api.GetErrorString);
   find(handle, library, "ncclGetLastError", api.GetLastError);

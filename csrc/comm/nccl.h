@@ -48,6 +48,7 @@ struct Nccl {
   int (*Send)(const void*, size_t, int, int, NcclComm*, void*);
   int (*Recv)(void*, size_t, int, int, NcclComm*, void*);
   int (*AllGather)(const void*, void*, size_t, int, NcclComm*, void*);
+  int (*Broadcast)(const void*, void*, size_t, int, int, NcclComm*, void*);
   int (*AllReduce)(const void*, void*, size_t, int, int, NcclComm*, void*);
   const char* (*GetErrorString)(int);
   const char* (*GetLastError)(NcclComm*);

@@ -4,8 +4,8 @@
 #include "simd.h"
 
 #include "quaver/norm.h"
-#include "quaver/philox.h"
 #include "simd_adam.h"
+#include "simd_philox.h"
 #include "span.h"
 
 namespace quaver::cpu::QUAVER_ISA {
@@ -51,16 +51,18 @@ void cast(void* out, DType out_type, const void* x, DType type, int64_t n, float
 void cast_stochastic(void* out, DType out_type, const void* x, DType type, int64_t n, float scale,
                      uint64_t seed, uint64_t first) {
   alignas(64) float buffer[kBlock];
+  alignas(64) uint32_t random[kBlock + kDrawn];
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
     load_any(buffer, at(x, type, i), type, m, 1.0f);
     const uint64_t index = first + static_cast<uint64_t>(i);
+    const int64_t inside = index % 4;  // its block
+    random_words(random, seed, index - static_cast<uint64_t>(inside), 0, m + inside);
     auto run = [&](auto* p) {
       QUAVER_SIMD
-      for (int64_t j = 0; j < m; ++j) {
-        const uint32_t random = random_bits(seed, index + static_cast<uint64_t>(j));
-        p[j] = encode_stochastic<std::remove_reference_t<decltype(*p)>>(buffer[j] / scale, random);
-      }
+      for (int64_t j = 0; j < m; ++j)
+        p[j] = encode_stochastic<std::remove_reference_t<decltype(*p)>>(buffer[j] / scale,
+                                                                        random[inside + j]);
     };
     if (out_type == DType::e4m3)
       run(reinterpret_cast<e4m3*>(at(out, out_type, i)));

@@ -3,12 +3,11 @@
 // encoded, and only the conversions know the storage types.
 #include "simd_adam.h"
 
-#include "quaver/philox.h"
+#include "simd_philox.h"
 #include "span.h"
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define QUAVER_EXPANDED_LANES
 #include "expanded.h"
-#include "philox_lanes.h"
 #endif
 
 // gcc 12 reports the remainders that whole runs do not have.
@@ -163,26 +162,10 @@ void store_weight(const AdamSpan& p, int64_t i, const float* w, int64_t n) {
     }
     return;
   }
-  const uint64_t first = (p.first + static_cast<uint64_t>(i)) / 4;
-  int64_t done = 0;
-#if defined(QUAVER_EXPANDED_LANES)
-  done = store_bf16_stochastic(high, w, n, p.seed, first, p.offset);
-#endif
-  if (done == n) return;
-  // A draw gives four words, for neighbours; a span begins with a group.
-  alignas(64) uint32_t drawn[4][kBlock / 4], random[kBlock];
+  alignas(64) uint32_t random[kBlock];
+  random_words(random, p.seed, p.first + static_cast<uint64_t>(i), p.offset, n);
   QUAVER_SIMD
-  for (int64_t b = 0; b < kBlock / 4; ++b) {
-    const Philox4 four = philox4x32(p.seed, first + static_cast<uint64_t>(b), p.offset);
-    drawn[0][b] = four.word[0];
-    drawn[1][b] = four.word[1];
-    drawn[2][b] = four.word[2];
-    drawn[3][b] = four.word[3];
-  }
-  for (int64_t b = 0; b < kBlock / 4; ++b)
-    for (int k = 0; k < 4; ++k) random[4 * b + k] = drawn[k][b];
-  QUAVER_SIMD
-  for (int64_t j = done; j < n; ++j) high[j] = encode_bf16_stochastic(w[j], random[j]);
+  for (int64_t j = 0; j < n; ++j) high[j] = encode_bf16_stochastic(w[j], random[j]);
 }
 
 // Stores the moments of a run.

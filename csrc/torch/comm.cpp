@@ -5,6 +5,8 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <string>
+#include <vector>
 
 #include "device.h"
 
@@ -77,16 +79,37 @@ void on_comm_device(const char* op, const Entry& c, const Tensor& t, Run run) {
   on_device(op, t, [&] { run(nullptr); }, run);
 }
 
-void comm_all_to_all_(int64_t number, const Tensor& send, Tensor recv) {
+std::string list_of(const std::vector<int64_t>& values) {
+  std::string text = "[";
+  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + "]";
+}
+
+// One part a rank, which together are the whole tensor.
+void check_parts(const char* op, const char* name, const std::vector<int64_t>& parts, int size,
+                 int64_t bytes) {
+  int64_t total = 0;
+  bool valid = static_cast<int>(parts.size()) == size;
+  for (const int64_t part : parts) {
+    valid = valid && part >= 0 && part <= bytes - total;
+    if (valid) total += part;
+  }
+  QUAVER_CHECK(valid && total == bytes, op, ": wanted ", size, " parts of ", name, ", which has ",
+               bytes, " bytes, got ", list_of(parts));
+}
+
+void comm_all_to_all_(int64_t number, const Tensor& send, std::vector<int64_t> send_bytes,
+                      Tensor recv, std::vector<int64_t> recv_bytes) {
   const char* op = "comm_all_to_all_";
   const Entry c = find(op, number);
-  const int64_t bytes = bytes_of(op, "send", send);
   check_device(op, send, "recv", recv);
-  QUAVER_CHECK(bytes % c->size() == 0 && bytes_of(op, "recv", recv) == bytes, op,
-               ": wanted send and recv of equal size, divisible by ", c->size(), " ranks, got ",
-               bytes, " and ", bytes_of(op, "recv", recv), " bytes");
+  check_parts(op, "send", send_bytes, c->size(), bytes_of(op, "send", send));
+  check_parts(op, "recv", recv_bytes, c->size(), bytes_of(op, "recv", recv));
+  QUAVER_CHECK(send_bytes[c->rank()] == recv_bytes[c->rank()], op, ": wanted as much from rank ",
+               c->rank(), " as goes to it, which is itself, got ", recv_bytes[c->rank()], " and ",
+               send_bytes[c->rank()], " bytes");
   const auto run = [&](void* stream) {
-    c->all_to_all(send.data_ptr(), recv.data_ptr(), bytes / c->size(), stream);
+    c->all_to_all(send.data_ptr(), send_bytes.data(), recv.data_ptr(), recv_bytes.data(), stream);
   };
   on_comm_device(op, c, send, run);
 }
@@ -105,6 +128,18 @@ void comm_all_gather_(int64_t number, const Tensor& send, Tensor recv) {
   on_comm_device(op, c, send, run);
 }
 
+void comm_broadcast_(int64_t number, Tensor values, int64_t root) {
+  const char* op = "comm_broadcast_";
+  const Entry c = find(op, number);
+  const int64_t bytes = bytes_of(op, "values", values);
+  QUAVER_CHECK(root >= 0 && root < c->size(), op, ": wanted a root in [0, ", c->size(), "), got ",
+               root);
+  const auto run = [&](void* stream) {
+    c->broadcast(values.data_ptr(), bytes, static_cast<int>(root), stream);
+  };
+  on_comm_device(op, c, values, run);
+}
+
 void comm_all_reduce_(int64_t number, Tensor values, std::string reduction) {
   const char* op = "comm_all_reduce_";
   const Entry c = find(op, number);
@@ -115,6 +150,8 @@ void comm_all_reduce_(int64_t number, Tensor values, std::string reduction) {
   const auto run = [&](void* stream) { c->all_reduce(v.data, v.numel(), v.dtype, how, stream); };
   on_comm_device(op, c, values, run);
 }
+
+bool comm_sums_fp8(int64_t number) { return find("comm_sums_fp8", number)->sums_fp8(); }
 
 void comm_check(int64_t number) { find("comm_check", number)->check(); }
 
@@ -140,15 +177,18 @@ STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) {
   m.impl("comm_create", TORCH_BOX(&comm_create));
   m.impl("comm_all_to_all_", TORCH_BOX(&comm_all_to_all_));
   m.impl("comm_all_gather_", TORCH_BOX(&comm_all_gather_));
+  m.impl("comm_broadcast_", TORCH_BOX(&comm_broadcast_));
   m.impl("comm_all_reduce_", TORCH_BOX(&comm_all_reduce_));
 }
 STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) {
   m.impl("comm_all_to_all_", TORCH_BOX(&comm_all_to_all_));
   m.impl("comm_all_gather_", TORCH_BOX(&comm_all_gather_));
+  m.impl("comm_broadcast_", TORCH_BOX(&comm_broadcast_));
   m.impl("comm_all_reduce_", TORCH_BOX(&comm_all_reduce_));
 }
 // These take no tensor to choose a device by.
 STABLE_TORCH_LIBRARY_IMPL(quaver, CompositeExplicitAutograd, m) {
+  m.impl("comm_sums_fp8", TORCH_BOX(&comm_sums_fp8));
   m.impl("comm_check", TORCH_BOX(&comm_check));
   m.impl("comm_abort", TORCH_BOX(&comm_abort));
   m.impl("comm_close", TORCH_BOX(&comm_close));

@@ -75,9 +75,13 @@ STABLE_TORCH_LIBRARY(quaver, m) {
   m.def("decode_state(Tensor q, Tensor scale, bool expand) -> Tensor");
   m.def("comm_id_(Tensor(a!) id, str library) -> ()");
   m.def("comm_create(Tensor id, int rank, int size, float timeout, str library, bool host) -> int");
-  m.def("comm_all_to_all_(int comm, Tensor send, Tensor(a!) recv) -> ()");
+  m.def(
+      "comm_all_to_all_(int comm, Tensor send, int[] send_bytes, Tensor(a!) recv, int[] "
+      "recv_bytes) -> ()");
   m.def("comm_all_gather_(int comm, Tensor send, Tensor(a!) recv) -> ()");
+  m.def("comm_broadcast_(int comm, Tensor(a!) values, int root) -> ()");
   m.def("comm_all_reduce_(int comm, Tensor(a!) values, str reduction) -> ()");
+  m.def("comm_sums_fp8(int comm) -> bool");
   m.def("comm_check(int comm) -> ()");
   m.def("comm_abort(int comm) -> ()");
   m.def("comm_close(int comm) -> ()");

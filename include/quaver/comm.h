@@ -20,10 +20,10 @@ int nccl_version(const char* library = nullptr);
 
 enum class Reduction { sum, max };
 
-// Ranks of one device each. Every function is collective, queues its work in `stream` and returns
-// before the work is done. An error aborts the communicator, whose every later use throws; so does
-// a peer that does not answer for `timeout` seconds while connections are made. `abort` may be
-// called from any thread and frees the kernels that wait for a peer that is gone.
+// Ranks of one device each. Every function that moves data is collective, queues its work in
+// `stream` and returns before the work is done. An error aborts the communicator, whose every later
+// use throws; so does a peer that does not answer for `timeout` seconds while connections are made.
+// `abort` may be called from any thread and frees the kernels that wait for a peer that is gone.
 class Communicator {
  public:
   // `library` is a path or name for dlopen; null looks for libnccl.so.2.
@@ -36,12 +36,19 @@ class Communicator {
   int rank() const { return rank_; }
   int size() const { return size_; }
 
-  // The p-th `bytes` of send go to rank p; the p-th `bytes` of recv come from rank p.
-  void all_to_all(const void* send, void* recv, int64_t bytes, void* stream);
+  // The p-th part of send, send_bytes[p] long, goes to rank p; the p-th of recv comes from rank p.
+  // Ranks between which all parts are empty need not call it together: so it also sends to one
+  // rank.
+  void all_to_all(const void* send, const int64_t* send_bytes, void* recv,
+                  const int64_t* recv_bytes, void* stream);
   // recv is the `bytes` of every rank, in their order.
   void all_gather(const void* send, void* recv, int64_t bytes, void* stream);
+  // `data` becomes that of rank `root`.
+  void broadcast(void* data, int64_t bytes, int root, void* stream);
   // In place, in NCCL's own order and rounding; FP8 re-rounds at every hop and needs NCCL 2.24.
   void all_reduce(void* values, int64_t count, DType type, Reduction reduction, void* stream);
+
+  bool sums_fp8() const;
 
   // Throws if an operation has failed since, on whatever rank.
   void check();

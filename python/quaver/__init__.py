@@ -6,7 +6,7 @@ _C = load_library()  # before the rest: it registers torch.ops.quaver
 build_info = _C.build_info
 __version__ = build_info()["version"]
 
-from . import distributed, nn, optim, recipe  # noqa: E402
+from . import distributed, nn, optim, recipe, tensor_ops  # noqa: E402, F401
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .convert import convert, convert_report, restore  # noqa: E402
 from .grad import clip_grad_norm_  # noqa: E402

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "quaver/comm.h"
+#include "quaver/fp8.h"
 #include "test.h"
 
 using namespace quaver;
@@ -49,18 +50,47 @@ uint8_t message(int from, int to, int i) { return static_cast<uint8_t>(from * 50
 }  // namespace
 
 TEST(all_to_all_sends_each_rank_its_part) {
+  const auto part = [](int from, int to) { return int64_t((from + 2 * to) % 4); };  // bytes; some 0
   for (int size : {1, 2, 3, 5})
     all_well(ranks(size, [&](Communicator& c) {
-      constexpr int n = 13;
-      std::vector<uint8_t> send(size * n), recv(size * n);
-      for (int p = 0; p < size; ++p)
-        for (int i = 0; i < n; ++i) send[p * n + i] = message(c.rank(), p, i);
-      c.all_to_all(send.data(), recv.data(), n, nullptr);
-      for (int p = 0; p < size; ++p)
-        for (int i = 0; i < n; ++i) CHECK_EQ(recv[p * n + i], message(p, c.rank(), i));
-      c.all_to_all(nullptr, nullptr, 0, nullptr);
+      std::vector<uint8_t> send, wanted;
+      std::vector<int64_t> out, in;
+      for (int p = 0; p < size; ++p) {
+        out.push_back(part(c.rank(), p));
+        in.push_back(part(p, c.rank()));
+        for (int i = 0; i < out[p]; ++i) send.push_back(message(c.rank(), p, i));
+        for (int i = 0; i < in[p]; ++i) wanted.push_back(message(p, c.rank(), i));
+      }
+      std::vector<uint8_t> recv(wanted.size());
+      c.all_to_all(send.data(), out.data(), recv.data(), in.data(), nullptr);
+      CHECK(recv == wanted);
+      const std::vector<int64_t> none(size);
+      c.all_to_all(nullptr, none.data(), nullptr, none.data(), nullptr);
       c.check();
     }));
+}
+
+TEST(all_to_all_between_two_needs_no_third) {
+  all_well(ranks(3, [](Communicator& c) {
+    uint8_t x = static_cast<uint8_t>(10 + c.rank());
+    const int64_t none[3] = {}, zero[3] = {1, 0, 0}, two[3] = {0, 0, 1};
+    if (c.rank() == 2) c.all_to_all(&x, zero, nullptr, none, nullptr);
+    if (c.rank() == 0) {
+      c.all_to_all(nullptr, none, &x, two, nullptr);
+      CHECK_EQ(x, 12);
+    }
+  }));
+}
+
+TEST(broadcast_overwrites_with_the_roots) {
+  all_well(ranks(3, [](Communicator& c) {
+    uint8_t x[2] = {uint8_t(c.rank()), uint8_t(7 * c.rank())};
+    c.broadcast(x, 2, 1, nullptr);
+    CHECK_EQ(x[0], 1);
+    CHECK_EQ(x[1], 7);
+    c.broadcast(nullptr, 0, 2, nullptr);
+    CHECK_THROWS(c.broadcast(x, 2, 3, nullptr), "wanted a root in [0, 3), got 3");
+  }));
 }
 
 TEST(all_gather_keeps_the_order_of_ranks) {
@@ -84,13 +114,18 @@ TEST(all_reduce_in_place) {
     float y[1] = {float(1 + c.rank())};
     c.all_reduce(y, 1, DType::f32, comm::Reduction::sum, nullptr);
     CHECK_EQ(y[0], 6.0f);
+    // FP8 is rounded, and saturated, at every addition: 16 + 1 is 16 twice, not 18.
+    e4m3 z[2] = {encode_nearest<e4m3>(c.rank() == 0 ? 16.0f : 1.0f), encode_nearest<e4m3>(448.0f)};
+    c.all_reduce(z, 2, DType::e4m3, comm::Reduction::sum, nullptr);
+    CHECK_EQ(decode(z[0]), 16.0f);
+    CHECK_EQ(decode(z[1]), 448.0f);
   }));
 }
 
 TEST(a_failed_operation_aborts_and_every_later_use_says_so) {
   const auto errors = ranks(1, [](Communicator& c) {
     float x = 1.0f;
-    // The stand-in refuses types other than f32.
+    // The stand-in refuses 16-bit types.
     CHECK_THROWS(c.all_reduce(&x, 1, DType::bf16, comm::Reduction::sum, nullptr),
                  "all_reduce: NCCL refused on rank 0 of 1: invalid argument");
     CHECK_THROWS(c.all_gather(&x, &x, 4, nullptr), "was aborted");
@@ -116,7 +151,7 @@ TEST(a_peer_that_never_comes_is_a_timeout) {
 
 TEST(abort_from_another_thread_frees_one_that_waits) {
   const auto errors = ranks(2, [](Communicator& c) {
-    if (c.rank() == 1) return;  // leaves rank 0 waiting for its message
+    if (c.rank() == 1) return;  // leaves rank 0 waiting for its message, alive as it is
     std::thread watchdog([&] {
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
       c.abort();
@@ -124,7 +159,8 @@ TEST(abort_from_another_thread_frees_one_that_waits) {
     uint8_t send[2] = {}, recv[2] = {};
     std::string error;
     try {
-      c.all_to_all(send, recv, 1, nullptr);
+      const int64_t one[2] = {1, 1};
+      c.all_to_all(send, one, recv, one, nullptr);
     } catch (const std::exception& e) {
       error = e.what();
     }
@@ -141,7 +177,8 @@ TEST(bad_arguments_are_named) {
   CHECK_THROWS(Communicator(id, 0, 1, 0.0, kLibrary), "timeout must be positive");
   CHECK_THROWS(Communicator(comm::UniqueId{}, 0, 1, 1.0, kLibrary), "NCCL refused rank 0 of 1");
   all_well(ranks(1, [](Communicator& c) {
-    CHECK_THROWS(c.all_to_all(nullptr, nullptr, -1, nullptr), "got -1");
+    const int64_t bytes = -1;
+    CHECK_THROWS(c.all_to_all(nullptr, &bytes, nullptr, &bytes, nullptr), "got -1");
   }));
 }
 

@@ -9,7 +9,7 @@ the exchange and gather: ColossalAI's FP8 communication, pull request 5928.)
 
 `ring`: the paper's form. Partial sums travel the ring in FP8 and are rounded, and saturated, at
 every hop; mu makes room for them. Where in the ring an element's sum begins depends on its place in
-the bucket.
+the bucket. NCCL's own FP8 sum where the carrier has it, in NCCL's order.
 
 A protocol is a generator: it yields each Pending and is sent what arrived, so that one text serves
 a call that waits and a backward that runs on meanwhile.
@@ -137,18 +137,24 @@ def ring(tensors: list[Tensor], dtype: torch.dtype, transport: Transport, mu: Te
     sizes = [t.numel() for t in tensors]
     amaxes = yield transport.all_gather(amaxes_of(tensors), "scale")
     scales, _ = ops.share_scales(amaxes, dtype, mu)
-    bucket = ops.pack(tensors, dtype, shard * ranks, scales).view(ranks, shard)
+    bucket = ops.pack(tensors, dtype, shard * ranks, scales)
+    if transport.sums_fp8:
+        bucket = yield transport.sum(bucket, "gradient")
+    if ranks == 1 or transport.sums_fp8:
+        # Decoded and encoded with the same scale: the same codes, and what is to be known of them.
+        codes, amax, saturated = ops.reduce_shards(bucket[None], sizes, 0, scales, scales)
+        amax = _mean_amax(amax, amaxes, ranks)
+        means = _scaled(_views(codes, tensors), scales / ranks, amax, tensors)
+        return Reduced(means, saturated)
+    bucket = bucket.view(ranks, shard)
     # The sum of chunk c sets out at rank c + 1 and ends at rank c.
     total = bucket[(rank - 1) % ranks]
-    amax = saturated = None
     for hop in range(1, ranks):
         got = yield transport.shift(total, "gradient")
         chunk = (rank - 1 - hop) % ranks
         total, amax, saturated = ops.reduce_shards(
             torch.stack([got, bucket[chunk]]), sizes, chunk * shard, scales, scales
         )
-    if ranks == 1:
-        total, amax, saturated = ops.reduce_shards(bucket, sizes, 0, scales, scales)
     notes = torch.cat([_bytes(amax), _bytes(saturated)])
     rows = yield transport.all_gather(torch.cat([_bytes(total), notes]), "gradient")
     codes = rows[:, :shard].reshape(-1).view(dtype)

@@ -2,7 +2,8 @@
 
 Every process counts up a key of the store once a second. When a message fails, the ranks whose
 counts stand still are the dead ones; the first to find out leaves the answer in the store, because
-those that hear of it later also miss the ranks that ended in between.
+those that hear of it later also miss the ranks that ended in between. Where messages to a dead rank
+never fail by themselves, as with NCCL, whoever carries them asks to be told of silence.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import atexit
 import threading
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -18,6 +20,7 @@ __all__ = ["Heartbeat", "RankFailure"]
 
 PERIOD = 0.5  # seconds between beats
 PATIENCE = 2.5  # without one, a rank is dead
+SILENCE = 20.0  # seconds; of that which nobody has asked about: a process may be busy
 FOUND = "found"
 
 
@@ -36,6 +39,7 @@ class Heartbeat:
         self._store = dist.PrefixStore("quaver/beat", store.clone())
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._listeners: list[Callable[[], None]] = []
         self._store.set(str(rank), "0")
         self._thread = threading.Thread(target=self._run, daemon=True, name="quaver heartbeat")
         self._thread.start()
@@ -57,15 +61,33 @@ class Heartbeat:
         self._stop.set()
         self._thread.join(PERIOD + 1)
 
+    def on_silence(self, listener: Callable[[], None]) -> None:
+        """Calls it from this thread, once, when another rank has been silent for SILENCE to twice
+        SILENCE seconds, or the store does not answer: because it has died, or has ended."""
+        self._listeners.append(listener)
+
     def _run(self) -> None:
-        count = 0
+        count, looked, seen = 0, time.monotonic(), {}
         while not self._stop.wait(PERIOD):
             count += 1
+            silent = False
             try:
                 with self._lock:
                     self._store.set(str(self.rank), str(count))
-            except RuntimeError:
-                return  # the store ended with its process: `culprit` finds out by itself
+                if self._listeners and time.monotonic() - looked > SILENCE:
+                    counts = self._counts()
+                    silent = any(counts[r] == seen.get(r) for r in counts if r != self.rank)
+                    looked, seen = time.monotonic(), counts
+            except RuntimeError:  # the store ended with its process
+                self._tell()
+                return
+            if silent:
+                self._tell()
+
+    def _tell(self) -> None:
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            listener()
 
     def _counts(self) -> dict[int, bytes]:
         with self._lock:

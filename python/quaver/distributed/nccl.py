@@ -12,6 +12,7 @@ from torch import Tensor
 
 _ops = torch.ops.quaver
 ID_BYTES = 128
+FAILED = b"failed: "  # begins no id
 
 
 class Nccl:
@@ -31,11 +32,15 @@ class Nccl:
     def __init__(self, store, rank: int, size: int, *, name: str = "quaver", timeout: float = 300.0,
                  library: str = "", host: bool = False):  # fmt: skip
         self.rank, self.size = rank, size
-        self._number = None
+        self._number, self._host = None, host
         key = f"{name}/nccl_id"
         made = torch.zeros(ID_BYTES, dtype=torch.uint8)
         if rank == 0:
-            _ops.comm_id_(made, library)
+            try:
+                _ops.comm_id_(made, library)
+            except ValueError as error:  # the others need not wait for it
+                store.set(key, FAILED + str(error).encode())
+                raise
             store.set(key, bytes(made.tolist()))
         else:
             try:
@@ -45,24 +50,47 @@ class Nccl:
                     f"Nccl: rank {rank} of {size} waited {timeout} s for rank 0's id at {store}: "
                     f"{error}"
                 ) from error
-            made = torch.tensor(list(store.get(key)), dtype=torch.uint8)
+            found = store.get(key)
+            if found.startswith(FAILED):
+                raise ValueError(f"Nccl: rank 0 has no id: {found[len(FAILED) :].decode()}")
+            made = torch.tensor(list(found), dtype=torch.uint8)
         self._number = _ops.comm_create(made, rank, size, timeout, library, host)
 
-    def all_to_all(self, recv: Tensor, send: Tensor) -> None:
-        """Part p of `send` goes to rank p; part p of `recv` comes from it. Equal parts."""
-        _ops.comm_all_to_all_(self._open("all_to_all"), send, recv)
+    def all_to_all(
+        self,
+        recv: Tensor,
+        send: Tensor,
+        recv_bytes: list[int] | None = None,
+        send_bytes: list[int] | None = None,
+    ) -> None:
+        """Part p of `send` goes to rank p; part p of `recv` comes from it. Parts are equal, or of
+        that many bytes. Ranks between which all parts are empty need not call it together."""
+        number = self._open("all_to_all")
+        sent, got = send_bytes or self._equal(send), recv_bytes or self._equal(recv)
+        _ops.comm_all_to_all_(number, send, sent, recv, got)
 
     def all_gather(self, recv: Tensor, send: Tensor) -> None:
         """`recv` becomes the `send` of every rank, in their order."""
         _ops.comm_all_gather_(self._open("all_gather"), send, recv)
+
+    def broadcast(self, values: Tensor, root: int) -> None:
+        """`values` becomes that of rank `root`."""
+        _ops.comm_broadcast_(self._open("broadcast"), values, root)
 
     def max_(self, values: Tensor) -> None:
         """The elementwise maximum over the ranks, in place."""
         _ops.comm_all_reduce_(self._open("max_"), values, "max")
 
     def sum_(self, values: Tensor) -> None:
-        """The sum over the ranks in NCCL's order; FP8 rounds at every hop (the paper's ring)."""
+        """The sum over the ranks, in place, in NCCL's order; FP8 rounds and saturates at every
+        addition, and needs `sums_fp8`."""
         _ops.comm_all_reduce_(self._open("sum_"), values, "sum")
+
+    @property
+    def sums_fp8(self) -> bool:
+        """Whether this NCCL, and this rank's device, add FP8: 2.24 or newer on sm_90 or newer."""
+        able = self._host or torch.cuda.get_device_capability() >= (9, 0)
+        return able and _ops.comm_sums_fp8(self._open("sums_fp8"))
 
     def check(self) -> None:
         """Raises ValueError if anything has failed since, on whatever rank."""
@@ -79,6 +107,14 @@ class Nccl:
         if self._number is not None:
             number, self._number = self._number, None
             _ops.comm_close(number)
+
+    def _equal(self, x: Tensor) -> list[int]:
+        part, left = divmod(x.nbytes, self.size)
+        if left:
+            raise ValueError(
+                f"Nccl.all_to_all: wanted bytes that divide by {self.size} ranks, got {x.nbytes}"
+            )
+        return [part] * self.size
 
     def _open(self, op: str) -> int:
         if self._number is None:

@@ -17,28 +17,24 @@ below its smallest normal, which keep more bits.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import nn
 
 from ..memory import plain_tensors
 from ..nn.linear import Linear
 from ..tensor import ScaledTensor
-from . import sequence, sharding
-from .parallel_linear import (
-    ColumnParallelLinear,
-    PlainColumnParallelLinear,
-    PlainRowParallelLinear,
-    RowParallelLinear,
-    Wire,
-    _Column,
-    _out_dtype,
+from .parallel_linear import Wire
+from .parallel_styles import (
+    ColumnParallel,
+    GatherInput,
+    LocalHeads,
+    RowParallel,
+    SequenceParallel,
+    Split,
 )
 from .transport import Transport
 
@@ -52,191 +48,6 @@ __all__ = [
     "default_plan",
     "parallelize",
 ]
-
-
-class _Split(torch.autograd.Function):
-    """A replicated sequence to this rank's shard of it."""
-
-    @staticmethod
-    def forward(ctx, x, transport, wire):
-        ctx.transport, ctx.wire, ctx.dtype = transport, wire, x.dtype
-        return sequence.own(x, transport)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return sequence.gather(dy.to(ctx.wire), ctx.transport).to(ctx.dtype), None, None
-
-
-class _Join(torch.autograd.Function):
-    """Shards to the sequence that every rank goes on with, all computing the same."""
-
-    @staticmethod
-    def forward(ctx, x, transport, wire):
-        ctx.transport, ctx.dtype = transport, x.dtype
-        return sequence.gather(x.to(wire), transport)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return sequence.own(dy, ctx.transport).to(ctx.dtype), None, None
-
-
-def _sum_gradients(parameters, transport: Transport) -> None:
-    """Each rank's gradient comes from its own shard of the sequence: sum them, in rank order."""
-
-    def summed(gradient):
-        every = transport.all_gather(gradient, "gradient").wait()
-        total = every[0].float()
-        for one in every[1:]:
-            total += one.float()
-        return total.to(gradient.dtype)
-
-    for parameter in parameters:
-        parameter.register_hook(summed)
-
-
-@dataclass(frozen=True)
-class ColumnParallel:
-    """A linear layer's output features over the ranks. Its input is a sequence shard, which it
-    gathers itself, unless `gathers` is false: then a GatherInput around it does, once for all
-    layers that share the input. `parts`: lengths of what is fused along the output (q, k and v;
-    gate and up), each of which is spread."""
-
-    parts: tuple[int, ...] | None = None
-    gathers: bool = True
-
-    def check(self, name: str, module: nn.Module, ranks: int) -> None:
-        _check_linear("ColumnParallel", name, module)
-        parts = self.parts or (module.out_features,)
-        if sum(parts) != module.out_features or any(n % ranks for n in parts):
-            raise ValueError(
-                f"ColumnParallel: {name} has output features {list(parts)} (of "
-                f"{module.out_features}), which {ranks} ranks must divide"
-            )
-
-    def apply(self, module: nn.Module, wire: Wire) -> None:
-        parts = self.parts or (module.out_features,)
-        shard = sharding.Shard(0, parts, wire.transport)
-        module.out_features //= wire.transport.size
-        fp8 = isinstance(module, Linear)
-        module.__class__ = ColumnParallelLinear if fp8 else PlainColumnParallelLinear
-        module.wire, module.gathers = wire, self.gathers
-        _spread(module, "weight", shard)
-        if module.bias is not None:
-            _spread(module, "bias", shard)
-
-
-@dataclass(frozen=True)
-class RowParallel:
-    """A linear layer's input features over the ranks; its output is a sequence shard."""
-
-    def check(self, name: str, module: nn.Module, ranks: int) -> None:
-        _check_linear("RowParallel", name, module)
-        if module.in_features % ranks:
-            raise ValueError(
-                f"RowParallel: {name} has {module.in_features} input features, which {ranks} ranks "
-                "must divide"
-            )
-
-    def apply(self, module: nn.Module, wire: Wire) -> None:
-        shard = sharding.Shard(1, (module.in_features,), wire.transport)
-        module.in_features //= wire.transport.size
-        fp8 = isinstance(module, Linear)
-        module.__class__ = RowParallelLinear if fp8 else PlainRowParallelLinear
-        module.wire = wire
-        _spread(module, "weight", shard)
-        if module.bias is not None:
-            _sum_gradients([module.bias], wire.transport)
-
-
-@dataclass(frozen=True)
-class SequenceParallel:
-    """A module that treats every position alone (a norm), run on the sequence shard. With
-    `gather_output` its output is the whole sequence, for a replicated head."""
-
-    gather_output: bool = False
-
-    def check(self, name: str, module: nn.Module, ranks: int) -> None:
-        pass
-
-    def apply(self, module: nn.Module, wire: Wire) -> None:
-        _sum_gradients(module.parameters(), wire.transport)
-        if self.gather_output:
-            module.register_forward_hook(
-                lambda module, args, y: _Join.apply(y, wire.transport, _out_dtype(y))
-            )
-
-
-@dataclass(frozen=True)
-class Split:
-    """The module that the sequence shards begin at: its first argument is the same whole sequence
-    on all ranks, of which each keeps its shard. A shape that comes for the first time is compared
-    between the ranks, values included."""
-
-    argument: str = "hidden_states"
-
-    def check(self, name: str, module: nn.Module, ranks: int) -> None:
-        pass
-
-    def apply(self, module: nn.Module, wire: Wire) -> None:
-        seen = set()
-
-        def split(x):
-            if x.shape not in seen:
-                _check_same_input(x.detach(), wire.transport)
-                seen.add(x.shape)
-            return _Split.apply(x, wire.transport, _out_dtype(x))
-
-        _change_argument(module, self.argument, split)
-
-
-@dataclass(frozen=True)
-class GatherInput:
-    """A module that needs the whole sequence: its first argument, a sequence shard, is gathered
-    once for all ColumnParallel(gathers=False) layers inside, in FP8 where they are."""
-
-    argument: str = "hidden_states"
-
-    def check(self, name: str, module: nn.Module, ranks: int) -> None:
-        if not any(isinstance(inner, nn.Linear) for inner in module.modules()):
-            raise TypeError(f"GatherInput: {name} has no linear layer to gather for")
-
-    def apply(self, module: nn.Module, wire: Wire) -> None:
-        def gather(x):
-            inner = (m for m in module.modules() if isinstance(m, _Column))
-            first = next(inner, None)
-            if first is None:
-                raise ValueError("GatherInput: no ColumnParallel layer inside")
-            return first.gather(x)
-
-        _change_argument(module, self.argument, gather)
-
-
-@dataclass(frozen=True)
-class LocalHeads(GatherInput):
-    """Attention: GatherInput, and each rank has its part of the heads. Attributes that the module
-    counts heads by (`heads`, `kv_heads`) or fused lengths (`split`) become the rank's own."""
-
-    heads: int = 1
-    kv_heads: int = 1
-
-    def check(self, name: str, module: nn.Module, ranks: int) -> None:
-        super().check(name, module, ranks)
-        for what in ("heads", "kv_heads"):
-            if getattr(self, what) % ranks:
-                raise ValueError(
-                    f"LocalHeads: {name} has {getattr(self, what)} {what}, which {ranks} ranks "
-                    "must divide"
-                )
-
-    def apply(self, module: nn.Module, wire: Wire) -> None:
-        super().apply(module, wire)
-        ranks = wire.transport.size
-        if hasattr(module, "split"):
-            module.split = tuple(n // ranks for n in module.split)
-            module.heads //= ranks
-            module.kv_heads //= ranks
 
 
 def parallelize(
@@ -377,31 +188,6 @@ def _check_ties(model: nn.Module, styles) -> None:
                     )
 
 
-def _check_linear(style: str, name: str, module: nn.Module) -> None:
-    if type(module) not in (nn.Linear, Linear):
-        raise TypeError(f"{style}: {name} must be a Linear, got {type(module).__name__}")
-    if getattr(module, "channel_amax", None) is not None:
-        raise ValueError(f"{style}: {name} is smoothed by channels, which cannot be spread yet")
-
-
-def _spread(module: nn.Module, name: str, shard: sharding.Shard) -> None:
-    whole = getattr(module, name)
-    mine = nn.Parameter(sharding.take(whole.detach(), shard), whole.requires_grad)
-    mine.shard = shard
-    setattr(module, name, mine)
-    if name == "weight" and isinstance(module, Linear):
-        module.refresh()
-
-
-def _change_argument(module: nn.Module, name: str, change) -> None:
-    def hook(module, args, kwargs):
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, name: change(kwargs[name])}
-
-    module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
 def _description(model: nn.Module, styles, wire: Wire) -> list[str]:
     lines = [f"fp8_sum={wire.fp8_sum}, regather={wire.regather}"]
     lines += [f"{name}: {style}" for name, _, style in styles]
@@ -433,23 +219,6 @@ def _check_agreement(mine: list[str], error: Exception | None, transport, device
             f"parallelize: rank {other} of the group has {here}; rank 0 has {there} (this is rank "
             f"{transport.rank})"
         )
-
-
-def _check_same_input(x: Tensor, transport: Transport) -> None:
-    """Raises on all ranks where they were given other shapes or values."""
-    digest = hashlib.sha256(x.contiguous().view(torch.uint8).cpu().numpy()).hexdigest()
-    every = transport.share((list(x.shape), digest), x.device)
-    for rank, (shape, other) in enumerate(every):
-        if shape != every[0][0]:
-            raise ValueError(
-                f"tensor parallel: rank {rank} of the group got an input {shape}, rank 0 "
-                f"{every[0][0]}; all must get the same"
-            )
-        if other != every[0][1]:
-            raise ValueError(
-                f"tensor parallel: ranks 0 and {rank} of the group got different values; all must "
-                "get the same input"
-            )
 
 
 @torch.no_grad()

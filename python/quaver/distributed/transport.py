@@ -1,8 +1,8 @@
 """Messages between the ranks of a group, counted by kind.
 
-Everything above needs four of them: gather, exchange, shift along the ring, and a maximum. They
-move bytes, so FP8 travels over any backend. A message returns at once with a Pending; waiting for
-it gives the tensor.
+Everything above needs five of them: gather, exchange, shift along the ring, maximum, and where its
+carrier (carrier.py) can add FP8, a sum. The others move bytes, so FP8 travels over any backend. A
+message returns at once with a Pending; waiting for it gives the tensor.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .carrier import carrier_of
 from .health import Heartbeat, RankFailure
 
 __all__ = ["KINDS", "Pending", "Transport", "compare"]
-
-# Renamed in torch 2.13.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 KINDS = ("gradient", "weight", "activation", "scale")
 
@@ -53,7 +51,8 @@ class Transport:
     """The messages of one process group (default: the default group; without one, a world of one).
 
     `traffic` counts the bytes that this rank sends, by kind: those of a gather and an exchange once
-    for every other rank, those of a maximum as a ring sends them.
+    for every other rank, those of a maximum and a sum as a ring sends
+    them.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
@@ -64,14 +63,20 @@ class Transport:
         self.backend = dist.get_backend(group) if started else None
         self.traffic = dict.fromkeys(KINDS, 0)
         self._health = Heartbeat.of_process() if self.size > 1 else None
+        self._carrier = carrier_of(group) if self.size > 1 else None
+
+    @property
+    def sums_fp8(self) -> bool:
+        """Whether `sum` takes FP8."""
+        return self.size > 1 and self._carrier.sums_fp8
 
     def _pending(self, what: str, works, result) -> Pending:
         return Pending(works, result, f"rank {self.rank}, {what}", self._health)
 
-    def _start(self, what: str, start: Callable):
-        """Some backends refuse at once where a peer is gone."""
+    def _start(self, what: str, *args):
+        """The carrier's message `what`. Some refuse at once where a peer is gone."""
         try:
-            return start()
+            return getattr(self._carrier, what)(*args)
         except RuntimeError as error:
             culprit = None if self._health is None else self._health.culprit()
             raise RankFailure(
@@ -87,9 +92,8 @@ class Transport:
         sent = _bytes(x)
         got = sent.new_empty(self.size * sent.numel()) if out is None else _bytes(out)
         self.traffic[kind] += (self.size - 1) * sent.numel()
-        work = self._start("all_gather", lambda: _all_gather(
-            got, sent, group=self.group, async_op=True))  # fmt: skip
-        return self._pending("all_gather", (work,), lambda: got.view(x.dtype).reshape(shape))
+        works = self._start("all_gather", got, sent)
+        return self._pending("all_gather", works, lambda: got.view(x.dtype).reshape(shape))
 
     def gather_rows(self, rows: list[Tensor], kind: str) -> Pending:
         """Overwrites row r of every rank, bytes of any number, with that of rank r; in place."""
@@ -97,11 +101,11 @@ class Transport:
             return self._pending("gather_rows", (), lambda: rows[0])
         self.traffic[kind] += (self.size - 1) * rows[self.rank].numel()
         works = [
-            self._start("gather_rows", lambda r=r, row=row: dist.broadcast(
-                row, group=self.group, group_src=r, async_op=True))
-            for r, row in enumerate(rows)
+            work
+            for root, row in enumerate(rows)
             if row.numel()
-        ]  # fmt: skip
+            for work in self._start("broadcast", row, root)
+        ]
         return self._pending("gather_rows", works, lambda: rows[self.rank])
 
     def all_to_all(self, x: Tensor, lengths: list[int], kind: str) -> Pending:
@@ -113,10 +117,9 @@ class Transport:
         sent, size = _bytes(x), x.element_size()
         got = sent.new_empty(self.size * mine * size)
         self.traffic[kind] += (x.numel() - mine) * size
-        work = self._start("all_to_all", lambda: dist.all_to_all_single(
-            got, sent, [mine * size] * self.size, [n * size for n in lengths], self.group,
-            async_op=True))  # fmt: skip
-        return self._pending("all_to_all", (work,), lambda: got.view(x.dtype).view(self.size, mine))
+        went = [n * size for n in lengths]
+        works = self._start("all_to_all", got, sent, [mine * size] * self.size, went)
+        return self._pending("all_to_all", works, lambda: got.view(x.dtype).view(self.size, mine))
 
     def shift(self, x: Tensor, kind: str) -> Pending:
         """x to the next rank of the ring; gives the previous one's."""
@@ -125,36 +128,36 @@ class Transport:
         sent = _bytes(x)
         got = torch.empty_like(sent)
         self.traffic[kind] += sent.numel()
-        after, before = ((self.rank + step) % self.size for step in (1, -1))
-        works = self._start("shift", lambda: dist.batch_isend_irecv([
-            dist.P2POp(dist.isend, sent, group=self.group, group_peer=after),
-            dist.P2POp(dist.irecv, got, group=self.group, group_peer=before),
-        ]))  # fmt: skip
+        before, after = ((self.rank + step) % self.size for step in (-1, 1))
+        works = self._start("shift", got, sent, before, after)
         return self._pending("shift", works, lambda: got.view(x.dtype).view(x.shape))
 
     def send(self, x: Tensor, to: int) -> None:
         """x to one rank, which calls `receive`; waits. Not counted: for checkpoints."""
         sent = _bytes(x)
-        work = self._start("send", lambda: dist.isend(sent, group=self.group, group_dst=to))
-        self._pending("send", (work,), lambda: sent).wait()
+        self._pending("send", self._start("send", sent, to), lambda: sent).wait()
 
     def receive(self, x: Tensor, source: int) -> None:
         """Overwrites x, contiguous, with what `source` sends; waits."""
         got = x.view(-1).view(torch.uint8)
-        work = self._start("receive", lambda: dist.irecv(got, group=self.group, group_src=source))
-        self._pending("receive", (work,), lambda: got).wait()
+        self._pending("receive", self._start("receive", got, source), lambda: got).wait()
 
     def max(self, x: Tensor, kind: str) -> Pending:
         """The largest of all ranks, element by element, of finite numbers."""
         result = x.clone()
         if self.size == 1:
             return self._pending("max", (), lambda: result)
-        self.traffic[kind] += math.ceil(
-            2 * (self.size - 1) / self.size * x.numel() * x.element_size()
-        )
-        work = self._start("max", lambda: dist.all_reduce(
-            result, dist.ReduceOp.MAX, self.group, async_op=True))  # fmt: skip
-        return self._pending("max", (work,), lambda: result)
+        self.traffic[kind] += self._ring_bytes(x)
+        return self._pending("max", self._start("max_", result), lambda: result)
+
+    def sum(self, x: Tensor, kind: str) -> Pending:
+        """Overwrites x, FP8, with the sum over the ranks, rounded and saturated at every addition,
+        in the order of the carrier. Where `sums_fp8`."""
+        self.traffic[kind] += self._ring_bytes(x)
+        return self._pending("sum", self._start("sum_", x), lambda: x)
+
+    def _ring_bytes(self, x: Tensor) -> int:
+        return math.ceil(2 * (self.size - 1) / self.size * x.numel() * x.element_size())
 
     def share(self, value, device: torch.device | str = "cpu") -> list:
         """The JSON values of all ranks, in rank order. Not counted: for agreements at the start."""
@@ -176,9 +179,7 @@ class Transport:
             return
         for t in tensors:
             sent = _bytes(t)
-            work = self._start("broadcast", lambda sent=sent: dist.broadcast(
-                sent, group=self.group, group_src=0, async_op=True))  # fmt: skip
-            self._pending("broadcast", (work,), lambda: None).wait()
+            self._pending("broadcast", self._start("broadcast", sent, 0), lambda: None).wait()
             t.copy_(sent.view(t.dtype).view(t.shape))
 
 

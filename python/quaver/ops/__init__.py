@@ -1,0 +1,46 @@
+"""Typed wrappers over torch.ops.quaver, each beside its fake kernel for torch.compile.
+
+Scales are decode multipliers, float32, on the tensor's device: x ~= scale * q.
+"""
+
+import torch
+
+from .activation import (
+    Activated,
+    Grouped,
+    Normalized,
+    activate,
+    activate_backward,
+    normalize,
+    normalize_backward,
+)
+from .all_reduce import bucket_length, pack, reduce_shards, share_scales
+from .gemm import gemm
+from .gradient import grad_norm, none_like, parts
+from .optimizer import encode_state
+from .quantize import cast_transpose, dequantize, quantize
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+__all__ = [
+    "FLOATS",
+    "Activated",
+    "Grouped",
+    "Normalized",
+    "activate",
+    "activate_backward",
+    "bucket_length",
+    "cast_transpose",
+    "dequantize",
+    "encode_state",
+    "gemm",
+    "grad_norm",
+    "none_like",
+    "normalize",
+    "normalize_backward",
+    "pack",
+    "parts",
+    "quantize",
+    "reduce_shards",
+    "share_scales",
+]

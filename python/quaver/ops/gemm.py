@@ -1,0 +1,81 @@
+"""FP8 matrix products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tensor import ScaledTensor
+
+_ops = torch.ops.quaver
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def gemm(
+    a: ScaledTensor,
+    b: ScaledTensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    fast_accumulate: bool = True,
+    out_scale: Tensor | None = None,
+) -> Tensor | ScaledTensor:
+    """scale_a * scale_b * a @ b.T + bias, in TN layout with f32 accumulation.
+
+    Args:
+        a, b: FP8 [M, K] and [N, K], per-tensor or per-row scales; any mix of e4m3 and e5m2 (CUDA:
+            not both e5m2, and N and K are multiples of 16).
+        out_dtype: bfloat16, float16, float32, or with `out_scale` an FP8 type (ignored where `out`
+            is given).
+        bias: [N], added before the one rounding to the output type.
+        out: [M, N] to write; with `accumulate` the product is added to it.
+        fast_accumulate: on Hopper, keep partial sums in the tensor core's 14-bit accumulator;
+            otherwise they are promoted to f32. The CPU always accumulates in f32.
+        out_scale: decode scale, float32 [], to encode an FP8 result with. The result is then a
+            ScaledTensor whose amax is that of the product, from which the next scale can be chosen.
+
+    Raises:
+        TypeError: an operand that is no ScaledTensor.
+        ValueError: `accumulate` without `out`; an FP8 `out_dtype` without `out_scale`, or
+            `out_scale` with anything else.
+        RuntimeError: shapes and types that do not fit.
+    """
+    for name, t in (("a", a), ("b", b)):
+        if not isinstance(t, ScaledTensor):
+            raise TypeError(f"gemm: {name} must be a ScaledTensor, got {type(t).__name__}")
+        if t.granularity == "block":
+            raise ValueError(f"gemm: {name} has block scales; wanted tensor or row scales")
+    operands = a.qdata, a.scale, b.qdata, b.scale
+    if out is not None:
+        if out_scale is not None:
+            raise ValueError("gemm: out_scale goes with an FP8 out_dtype, not with out=")
+        _ops.gemm_(out, *operands, bias, accumulate, fast_accumulate)
+        return out
+    if accumulate:
+        raise ValueError("gemm: accumulate needs out=")
+    if (out_scale is not None) != (out_dtype in FP8):
+        raise ValueError(
+            f"gemm: out_scale and an FP8 out_dtype go together, got out_dtype {out_dtype} "
+            f"{'without' if out_scale is None else 'with'} out_scale"
+        )
+    if out_scale is None:
+        return _ops.gemm(*operands, bias, out_dtype, fast_accumulate)
+    q, amax = _ops.gemm_quantize(*operands, bias, out_dtype, out_scale, fast_accumulate)
+    return ScaledTensor(q, out_scale, amax)
+
+
+@torch.library.register_fake("quaver::gemm")
+def _(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulate):
+    return a.new_empty([a.shape[0], b.shape[0]], dtype=out_dtype)
+
+
+@torch.library.register_fake("quaver::gemm_")
+def _(out, a, scale_a, b, scale_b, bias, accumulate, fast_accumulate):
+    return None
+
+
+@torch.library.register_fake("quaver::gemm_quantize")
+def _(a, scale_a, b, scale_b, bias, out_dtype, out_scale, fast_accumulate):
+    q = a.new_empty([a.shape[0], b.shape[0]], dtype=out_dtype)
+    return q, a.new_empty([], dtype=torch.float32)

@@ -1,0 +1,55 @@
+"""Gradients: norm, amax and sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tensor import ScaledTensor
+
+_ops = torch.ops.quaver
+
+
+def none_like(t: Tensor) -> Tensor:
+    """The empty tensor that stands for "none" in list arguments."""
+    return t.new_empty(0, dtype=torch.float32)
+
+
+def parts(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Values, scales and amaxes of plain and scaled tensors, as the list ops take them."""
+    if not tensors:
+        return [], [], []
+    first = tensors[0]
+    none = none_like(first.qdata if isinstance(first, ScaledTensor) else first)
+    low = [isinstance(t, ScaledTensor) for t in tensors]
+    if not any(low):
+        return list(tensors), [none] * len(low), [none] * len(low)
+    pairs = list(zip(tensors, low, strict=True))
+    amaxes = [t.amax if scaled else None for t, scaled in pairs]
+    return (
+        [t.qdata if scaled else t for t, scaled in pairs],
+        [t.scale if scaled else none for t, scaled in pairs],
+        [none if amax is None else amax for amax in amaxes],
+    )
+
+
+def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Two-norm over all gradients (0-D float32) and each one's amax (float32 [n]), in one call.
+
+    Non-finite values show in both, those that FP8 saturated away included. Raises ValueError where
+    there is no gradient.
+    """
+    if not grads:
+        raise ValueError("grad_norm: no gradients")
+    return _ops.grad_norm(*parts(grads))
+
+
+@torch.library.register_fake("quaver::grad_norm")
+def _(grads, scales, amaxes):
+    norm = grads[0].new_empty([], dtype=torch.float32)
+    return norm, grads[0].new_empty([len(grads)], dtype=torch.float32)
+
+
+@torch.library.register_fake("quaver::accumulate_")
+def _(q, scale, amax, other, other_scale, other_amax):
+    return None

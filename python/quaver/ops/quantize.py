@@ -1,0 +1,109 @@
+"""Quantisation: values to codes and scales, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tensor import ScaledTensor
+
+_ops = torch.ops.quaver
+
+
+def quantize(
+    x: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    *,
+    scale: Tensor | None = None,
+    granularity: str = "tensor",
+    block: int = 128,
+    power_of_two: bool = True,
+    rounding: str = "nearest",
+    seed: int = 0,
+    history: Tensor | None = None,
+) -> ScaledTensor:
+    """Encode x, saturating, with the amax of what was encoded beside it.
+
+    Args:
+        x: float32, float16 or bfloat16, any shape and strides.
+        dtype: float8_e4m3fn, float8_e5m2, or float16 (see scale_max in dtype.h).
+        scale: decode scale(s) to use, float32; None chooses amax / finite_max just in time.
+        granularity: "tensor", "row" or "block" (1 x `block` along the last axis).
+        power_of_two: round chosen scales up to a power of two (FP8-LM, section 2.2).
+        rounding: "nearest" (ties to even) or "stochastic" (Philox: seed and element index).
+        history: float32 [17] state of delayed scaling, read and updated; excludes `scale`.
+
+    Raises:
+        ValueError: an unknown rounding.
+        RuntimeError: types, shapes or granularities that do not fit, named with what came.
+    """
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f'quantize: rounding must be "nearest" or "stochastic", got {rounding!r}')
+    q, scale, amax = _ops.quantize(
+        x,
+        dtype,
+        scale,
+        history,
+        granularity,
+        block,
+        power_of_two,
+        rounding == "stochastic",
+        seed,
+    )
+    return ScaledTensor(q, scale, amax, x.dtype, granularity, block)
+
+
+@torch.library.register_fake("quaver::quantize")
+def _(x, dtype, scale, history, granularity, block, power_of_two, stochastic, seed):
+    shape = list(x.shape) or [1]
+    if granularity == "tensor":
+        shape = []
+    else:
+        shape[-1] = 1 if granularity == "row" else (shape[-1] + block - 1) // block
+    q = x.new_empty(x.shape, dtype=dtype)
+    return q, x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+
+
+def dequantize(t: ScaledTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """scale * q as a plain tensor of `dtype` (default: t's logical dtype)."""
+    return t.dequantize(dtype)
+
+
+@torch.library.register_fake("quaver::dequantize")
+def _(q, scale, dtype, granularity, block):
+    return q.new_empty(q.shape, dtype=dtype)
+
+
+def cast_transpose(
+    x: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale: Tensor | None = None,
+    *,
+    power_of_two: bool = True,
+    history: Tensor | None = None,
+) -> tuple[ScaledTensor, ScaledTensor]:
+    """Both GEMM layouts of a matrix from one read: q [R, C] and qt [C, R], one scale and amax.
+
+    Arguments as `quantize`. Raises RuntimeError if x is not a matrix.
+    """
+    q, qt, scale, amax = _ops.cast_transpose(x, dtype, scale, history, power_of_two)
+    return ScaledTensor(q, scale, amax, x.dtype), ScaledTensor(qt, scale, amax, x.dtype)
+
+
+@torch.library.register_fake("quaver::cast_transpose")
+def _(x, dtype, scale, history, power_of_two):
+    rows, cols = x.shape
+    scalar = x.new_empty([], dtype=torch.float32)
+    return (
+        x.new_empty([rows, cols], dtype=dtype),
+        x.new_empty([cols, rows], dtype=dtype),
+        scalar,
+        torch.empty_like(scalar),
+    )
+
+
+def _both_layouts(like, rows, cols, dtype):
+    """q and qt padded for `gemm`, scale and amax."""
+    rows, cols = ((n + 15) // 16 * 16 for n in (rows, cols))
+    q, qt = (like.new_empty(shape, dtype=dtype) for shape in ([rows, cols], [cols, rows]))
+    return q, qt, *(like.new_empty([], dtype=torch.float32) for _ in range(2))
