@@ -52,23 +52,18 @@ QUAVER_INLINE Floats expanded_lanes(const Floats& log2_y) {
   return exp2_lanes(larger(log2_y, lanes(-40.0f)));
 }
 
-// The nearest codes of magnitudes, all by kBase too high, and the values of those.
+// The nearest codes of magnitudes, all by kBase too high.
 template <class T>
 constexpr int kBase = (127 + 1 - Format<T>::bias) << Format<T>::mantissa;
 
-struct Rounded {
-  Ints code;
-  Floats value;
-};
-
 template <class T>
-QUAVER_INLINE Rounded round_lanes(const Floats& y) {
+QUAVER_INLINE Ints round_lanes(const Floats& y) {
   constexpr int drop = 23 - Format<T>::mantissa;
   constexpr int min_normal = (127 + 1 - Format<T>::bias) << 23;
   const Ints e = larger(bits_of(y) & lanes(0x7f800000), lanes(min_normal));
   const Ints magic = e + lanes(drop << 23);
   const Floats sum = y + floats_of(magic);
-  return {bits_of(sum) - magic + shifted_right<drop>(e), sum - floats_of(magic)};
+  return bits_of(sum) - magic + shifted_right<drop>(e);
 }
 
 // The values of 32 codes over their scale, by a table of all 256.
@@ -185,7 +180,7 @@ inline void encode_exp_avg_sq(uint8_t* out, const float* v, const Expander& e) {
     const Floats x = load_lanes(v + j);
     // keep_nonzero
     const Floats y = larger(expanded_lanes(load_lanes(log2_y + j)), lanes(least));
-    const __m256i b = bytes(round_lanes<T>(and_not(x == lanes(0.0f), y)).code, kBase<T>);
+    const __m256i b = bytes(round_lanes<T>(and_not(x == lanes(0.0f), y)), kBase<T>);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), in_order(b));
   }
 }

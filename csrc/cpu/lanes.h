@@ -57,7 +57,6 @@ QUAVER_LANES(operator-, Floats, Floats, Floats, _mm256_sub_ps)
 QUAVER_LANES(operator*, Floats, Floats, Floats, _mm256_mul_ps)
 QUAVER_LANES(operator/, Floats, Floats, Floats, _mm256_div_ps)
 QUAVER_LANES(operator&, Floats, Floats, Floats, _mm256_and_ps)
-QUAVER_LANES(operator|, Floats, Floats, Floats, _mm256_or_ps)
 QUAVER_LANES(larger, Floats, Floats, Floats, _mm256_max_ps)
 QUAVER_LANES(and_not, Floats, Floats, Floats, _mm256_andnot_ps)  // ~a & b
 QUAVER_LANES(operator+, Ints, Ints, Ints, _mm256_add_epi32)

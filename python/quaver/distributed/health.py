@@ -1,9 +1,10 @@
 """Which rank is gone? A backend only says that a connection closed.
 
-Every process counts up a key of the store once a second. When a message fails, the ranks whose
+Every process counts up a key of the store twice a second. When a message fails, the ranks whose
 counts stand still are the dead ones; the first to find out leaves the answer in the store, because
-those that hear of it later also miss the ranks that ended in between. Where messages to a dead rank
-never fail by themselves, as with NCCL, whoever carries them asks to be told of silence.
+those that hear of it later also miss the ranks that ended in between. Every beat looks for it,
+since the store may end with its process. Where messages to a dead rank never fail by themselves, as
+with NCCL, whoever carries them asks to be told of silence.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._listeners: list[Callable[[], None]] = []
+        self._found: str | None = None
         self._store.set(str(rank), "0")
         self._thread = threading.Thread(target=self._run, daemon=True, name="quaver heartbeat")
         self._thread.start()
@@ -74,6 +76,8 @@ class Heartbeat:
             try:
                 with self._lock:
                     self._store.set(str(self.rank), str(count))
+                    if self._found is None and self._store.check([FOUND]):
+                        self._found = self._store.get(FOUND).decode()
                 if self._listeners and time.monotonic() - looked > SILENCE:
                     counts = self._counts()
                     silent = any(counts[r] == seen.get(r) for r in counts if r != self.rank)
@@ -97,8 +101,11 @@ class Heartbeat:
     def culprit(self) -> str | None:
         """ "rank 2 has died", from whoever found out first; None where every rank is alive."""
         try:
-            before = self._counts()
-            time.sleep(PATIENCE)
+            before, began = self._counts(), time.monotonic()
+            while time.monotonic() - began < PATIENCE:
+                if self._found is not None:
+                    return self._found
+                time.sleep(PERIOD / 5)
             after = self._counts()
             dead = [r for r in range(self.size) if before.get(r) == after.get(r)]
             dead = [r for r in dead if r != self.rank and r in before]
@@ -106,9 +113,12 @@ class Heartbeat:
                 return None
             names = ("rank " if len(dead) == 1 else "ranks ") + ", ".join(map(str, dead))
             with self._lock:  # sets it only if nobody has
-                return self._store.compare_set(FOUND, "", f"{names} has died").decode()
+                found = self._store.compare_set(FOUND, "", f"{names} has died").decode()
+            if self.rank == 0:  # with which the store may end, before the others' next beat
+                time.sleep(3 * PERIOD)
+            return found
         except RuntimeError:
-            return f"rank 0 has died, and with it the store at {self.address}"
+            return self._found or f"rank 0 has died, and with it the store at {self.address}"
 
 
 def _address(store: dist.Store) -> str:
