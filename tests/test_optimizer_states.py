@@ -411,7 +411,7 @@ def test_foreign_state_dicts_are_refused_and_nothing_is_lost():
 
 def test_unknown_codecs_and_masters_are_refused():
     p = nn.Parameter(randn(2))
-    with pytest.raises(ValueError, match="unknown state codec 'int8' for exp_avg; there are f32, "):
+    with pytest.raises(ValueError, match=r"exp_avg must be one of f32, .*, got 'int8'"):
         qv.AdamW([p], recipe=with_states("int8"))
     with pytest.raises(ValueError, match="bf16_master must be one of nearest, stochastic, rem"):
         qv.AdamW([p], recipe=with_states("e4m3", bf16_master="up"))

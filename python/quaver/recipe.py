@@ -8,14 +8,45 @@ import torch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
+# How optimizer states may be stored; optim/states.py implements each.
+STATES = ("f32", "e4m3", "e5m2", "e4m3-expand", "e5m2-expand", "e4m3-tensor", "f16-tensor")
+
+
+def _check(recipe, **choices) -> None:
+    """ValueError naming the first field of `recipe` whose value is none of its choices."""
+    for field, allowed in choices.items():
+        value = getattr(recipe, field)
+        # By type too: True == 1, and a tensor compares elementwise.
+        if not any(type(value) is type(a) and value == a for a in allowed):
+            raise ValueError(
+                f"{type(recipe).__name__}: {field} must be one of "
+                f"{', '.join(map(str, allowed))}, got {value!r}"
+            )
+
 
 @dataclass(frozen=True)
 class LinearRecipe:
     """How a linear layer multiplies.
 
-    `scaling` of inputs and output gradients is "current" (just in time) or "delayed" (just in
-    time for 16 casts, then from the maximum of the last 16 amaxes). `weight_grad` is what the
-    backward leaves in `.grad`, and so how micro-batches accumulate: "e4m3", "bf16" or "f32".
+    Args:
+        input, weight, grad_output: float8_e4m3fn or float8_e5m2 of the products' operands. CUDA
+            multiplies no e5m2 by e5m2.
+        scaling: of inputs and output gradients, "current" (just in time) or "delayed" (just in
+            time for 16 casts, then from the maximum of the last 16 amaxes).
+        master: storage of the weight itself. "as-is" leaves the parameter alone, "bf16" makes it a
+            plain bf16 parameter, "f16-tensor" a ScaledTensor: f16 codes with one scale.
+        weight_grad: what backward leaves in `.grad`. "f32" and "bf16" are the product's format; a
+            plain parameter's gradient is then a plain tensor of the parameter's dtype. "e4m3" is a
+            ScaledTensor of 1 byte a value, also for a plain parameter, so that only code that
+            takes ScaledTensors may read it.
+        grad_accumulate: "bf16" or "f32", what a second micro-batch turns an e4m3 gradient into.
+        cache: "none" casts a weight where it is used; "master" keeps the two FP8 copies of an
+            "f16-tensor" weight (2 bytes a value), which every write of the weight writes too. A
+            plain weight has no such copies, because any code may write it unnoticed.
+
+    Raises:
+        ValueError: a field with a value that is none of its choices, or choices that exclude each
+            other; it names the field and the choices.
     """
 
     input: torch.dtype = E4M3
@@ -23,7 +54,28 @@ class LinearRecipe:
     grad_output: torch.dtype = E5M2
     scaling: str = "current"
     weight_grad: str = "f32"
-    master: str = "f32"  # storage of the weight itself: "f32" leaves it alone, or "f16-tensor"
+    master: str = "as-is"
+    grad_accumulate: str = "bf16"
+    cache: str = "none"
+
+    def __post_init__(self):
+        formats = (E4M3, E5M2)
+        _check(
+            self,
+            input=formats,
+            weight=formats,
+            grad_output=formats,
+            scaling=("current", "delayed"),
+            weight_grad=("e4m3", "bf16", "f32"),
+            master=("as-is", "bf16", "f16-tensor"),
+            grad_accumulate=("bf16", "f32"),
+            cache=("none", "master"),
+        )
+        if self.cache == "master" and self.master != "f16-tensor":
+            raise ValueError(
+                f'LinearRecipe: cache="master" needs master="f16-tensor", got {self.master!r}: '
+                "copies of a plain weight could be stale"
+            )
 
 
 @dataclass(frozen=True)
@@ -35,6 +87,9 @@ class ActivationRecipe:
     `smooth_swiglu`: the product of a gated MLP is divided by a power of two per channel before its
     cast, from the amaxes of the forward before, and the next layer's FP8 weights are multiplied by
     it (arXiv 2409.12517); the weights themselves do not change.
+
+    Raises:
+        ValueError: a field with a value that is none of its choices.
     """
 
     block: int = 128
@@ -42,17 +97,36 @@ class ActivationRecipe:
     mlp: bool = True
     smooth_swiglu: bool = False
 
+    def __post_init__(self):
+        flags = (True, False)
+        _check(self, norm=flags, mlp=flags, smooth_swiglu=flags)
+        if type(self.block) is not int or not 1 <= self.block < 2**31:
+            raise ValueError(
+                f"ActivationRecipe: block must be an int from 1 to 2^31 - 1, got {self.block!r}"
+            )
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """`autocast` is the dtype of everything that is not FP8; None runs in the model's dtype.
-    `exp_avg` and `exp_avg_sq` name state codecs of optim/states.py for converted weights, and with
-    `plain_moments` for all other parameters too. `bf16_master` is how a bf16 parameter takes its
-    update: "nearest", "stochastic" (unbiased, no further bytes) or "remainder" (16 more bits in the
-    optimizer's state, which make it an exact f32 master). `replica` is what distributed.ZeroAdamW
-    leaves of a converted weight on every rank, beside the master of its owner; None leaves copies
-    of the master. `fp8_sum`: under tensor parallelism partial sums travel in FP8, as gathered
-    activations do."""
+    """What a model trains with: its linear layers, activations and optimizer states.
+
+    Args:
+        autocast: the dtype of everything that is not FP8; None runs in the model's dtype.
+        linear, activation: None leaves linear layers, or what lies between them, as they are.
+        exp_avg, exp_avg_sq: names of STATES for converted weights, and with `plain_moments` for
+            all other parameters too.
+        bf16_master: how a bf16 parameter takes its update: "nearest", "stochastic" (unbiased, no
+            further bytes) or "remainder" (16 more bits in the optimizer's state, which make it an
+            exact f32 master).
+        master_rounding: how an f16 master takes its update, "stochastic" or "nearest".
+        replica: what distributed.ZeroAdamW leaves of a converted weight on every rank, beside the
+            master of its owner; None leaves copies of the master.
+        fp8_sum: under tensor parallelism partial sums travel in FP8, as gathered activations do.
+
+    Raises:
+        ValueError: a field with a value that is none of its choices, or FP8 activations without
+            FP8 linear layers.
+    """
 
     name: str
     autocast: torch.dtype | None = torch.bfloat16
@@ -62,13 +136,38 @@ class Recipe:
     exp_avg_sq: str = "f32"
     plain_moments: bool = False
     bf16_master: str = "nearest"
+    master_rounding: str = "stochastic"
     replica: torch.dtype | None = None
     fp8_sum: bool = False
 
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"Recipe: name must be a non-empty string, got {self.name!r}")
+        for field, kind in (("linear", LinearRecipe), ("activation", ActivationRecipe)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(
+                    f"Recipe: {field} must be a {kind.__name__} or None, got {value!r}"
+                )
+        flags = (True, False)
+        _check(
+            self,
+            autocast=(None, torch.bfloat16, torch.float16),
+            exp_avg=STATES,
+            exp_avg_sq=STATES,
+            plain_moments=flags,
+            bf16_master=("nearest", "stochastic", "remainder"),
+            master_rounding=("stochastic", "nearest"),
+            replica=(None, E4M3, E5M2),
+            fp8_sum=flags,
+        )
+        if self.activation is not None and self.linear is None:
+            raise ValueError("Recipe: activation needs linear: FP8 linear layers read its codes")
 
-_FP8LM = LinearRecipe(scaling="delayed", weight_grad="e4m3", master="f16-tensor")
+
+_FP8LM = LinearRecipe(scaling="delayed", weight_grad="e4m3", master="f16-tensor", cache="master")
 # Just in time: the norm's and the activation's kernel reduces its own amax (Group Scaling).
-_COAT = LinearRecipe(scaling="current", weight_grad="e4m3", master="f16-tensor")
+_COAT = LinearRecipe(weight_grad="e4m3", master="f16-tensor", cache="master")
 
 _RECIPES = {
     r.name: r

@@ -351,7 +351,7 @@ class Linear(nn.Linear):
 
 def convert_weight(weight: nn.Parameter, rule: recipes.LinearRecipe) -> nn.Parameter:
     """The weight as the recipe stores it."""
-    if rule.master == "f32" or isinstance(weight, ScaledTensor):
+    if rule.master == "as-is" or isinstance(weight, ScaledTensor):
         return weight
     q, scale, amax = _ops.quantize(
         weight.detach(), torch.float16, None, None, "tensor", 128, True, False, 0
