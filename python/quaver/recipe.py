@@ -112,7 +112,8 @@ class Recipe:
 
     Args:
         autocast: the dtype of everything that is not FP8; None runs in the model's dtype.
-        linear, activation: None leaves linear layers, or what lies between them, as they are.
+        linear, activation: None leaves linear layers, or what lies between them, as they are;
+            without FP8 linear layers nothing is FP8 between them.
         exp_avg, exp_avg_sq: names of STATES for converted weights, and with `plain_moments` for
             all other parameters too.
         bf16_master: how a bf16 parameter takes its update: "nearest", "stochastic" (unbiased, no
@@ -124,8 +125,7 @@ class Recipe:
         fp8_sum: under tensor parallelism partial sums travel in FP8, as gathered activations do.
 
     Raises:
-        ValueError: a field with a value that is none of its choices, or FP8 activations without
-            FP8 linear layers.
+        ValueError: a field with a value that is none of its choices.
     """
 
     name: str
@@ -161,8 +161,6 @@ class Recipe:
             replica=(None, E4M3, E5M2),
             fp8_sum=flags,
         )
-        if self.activation is not None and self.linear is None:
-            raise ValueError("Recipe: activation needs linear: FP8 linear layers read its codes")
 
 
 _FP8LM = LinearRecipe(scaling="delayed", weight_grad="e4m3", master="f16-tensor", cache="master")
