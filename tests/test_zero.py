@@ -11,7 +11,7 @@ from torch import nn
 import quaver as qv
 from quaver import models
 from quaver.distributed import ZeroAdamW, all_reduce_mean, ddp, load, save, zero_partition
-from quaver.files import read_tensors
+from quaver.tensor_file import read_tensors
 
 
 def llama_7b():

@@ -11,17 +11,14 @@ import json
 import torch
 
 from quaver import rng
-from quaver.files import FileError, read_tensors, write_tensors
+from quaver.errors import CheckpointError, FileError
 from quaver.tensor import ScaledTensor, is_sharded, local
+from quaver.tensor_file import read_tensors, write_tensors
 
 __all__ = ["CheckpointError", "load", "save"]
 
 FORMAT = "quaver checkpoint"
 VERSION = 1
-
-
-class CheckpointError(FileError):
-    """A checkpoint that cannot be stored or does not fit; the text names the file and the key."""
 
 
 def save(path, model, optimizer=None, *, step=0, extra=None):

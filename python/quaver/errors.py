@@ -1,7 +1,15 @@
-"""The one error that `quaver` reports as a single line instead of a traceback."""
+"""The errors that `quaver` reports as a single line instead of a traceback."""
 
-__all__ = ["UsageError"]
+__all__ = ["CheckpointError", "FileError", "UsageError"]
 
 
 class UsageError(ValueError):
     """A mistake in what the caller gave: a flag, a file, a configuration. The text says it all."""
+
+
+class FileError(UsageError):
+    """A file that is missing, damaged or foreign; the text names it."""
+
+
+class CheckpointError(FileError):
+    """A checkpoint that cannot be stored or does not fit; the text names the file and the key."""

@@ -1,26 +1,38 @@
-"""Files that appear whole or not at all, and tensor files in which a flipped byte is noticed."""
+"""Files that appear whole or not at all, whoever else writes or plants something at the path.
 
-import json
+A writer works in a temporary file of its own, .NAME.<32 hex digits>.quaver, which it holds locked.
+One that nobody holds belongs to a writer that was killed; the next writer of NAME removes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
 import os
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from .errors import FileError
 
-from quaver.errors import UsageError
+__all__ = ["expanded", "opened", "read_text", "replacing", "sync", "write_text"]
 
-__all__ = ["FileError", "read_tensors", "replacing", "write_tensors", "write_text"]
-
-
-class FileError(UsageError):
-    """A tensor file that is missing, damaged or foreign; the text names the file."""
+READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking: a pipe must not wait for a writer
+SUFFIX = ".quaver"
+CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def _sync(path):
+def expanded(path: str | os.PathLike) -> Path:
+    """`path`, a str or PathLike, with a leading ~ replaced by the home folder."""
+    return Path(os.path.expanduser(os.fsdecode(path)))
+
+
+def sync(path: Path) -> None:
+    """Makes a file or the entries of a folder durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -29,88 +41,100 @@ def _sync(path):
 
 
 @contextmanager
-def replacing(path):
-    """Yields a temporary path beside `path`. What is written there replaces `path` when the block
-    ends and is then durable; if the block raises, `path` stays as it was and the temporary file
-    goes."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One name per target: what a killed process left behind is overwritten, not collected.
-    temporary = path.with_name(f".{path.name}.tmp")
+def opened(path: Path, follow: bool = True) -> Iterator[BinaryIO]:
+    """A regular file, unbuffered, for reading. FileError for anything else; without `follow` for a
+    symbolic link too."""
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    """`text` to `path` in UTF-8, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _checksum(tensor):
-    kind = f"{tensor.dtype} {list(tensor.shape)}".encode()
-    data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-    return zlib.crc32(data, zlib.crc32(kind))
-
-
-def _checksums(tensors):
-    # crc32 runs without the interpreter's lock, so threads help.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(tensors, pool.map(_checksum, tensors.values()), strict=True))
-
-
-def write_tensors(path, tensors, document):
-    """Writes a dict of contiguous CPU tensors and a JSON-able dict to one safetensors file,
-    atomically.
-
-    Raises OSError if it cannot be written, TypeError if `document` is not JSON."""
-    text = json.dumps(document | {"crc32": _checksums(tensors)})
-    metadata = {"quaver": text, "crc32": str(zlib.crc32(text.encode()))}
-    with replacing(path) as temporary:
-        # Created here because safetensors reports a failure to do so as an error without errno.
-        temporary.touch()
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from None
-
-
-def read_tensors(path, kind, version):
-    """The tensors and the document of a file whose document has `format` = `kind` and `version`.
-
-    Raises FileError for a file that is missing, damaged, foreign, or of another kind or version."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise FileError(f"{path}: truncated, damaged or no safetensors file ({error})") from None
+        handle = os.open(path, READ | (0 if follow else os.O_NOFOLLOW))
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file") from None
     except OSError as error:
-        raise FileError(f"{path}: {error.strerror or error}") from None
-    if "quaver" not in metadata or "crc32" not in metadata:
-        raise FileError(f"{path}: a safetensors file, but not a {kind}")
-    text = metadata["quaver"]
-    if str(zlib.crc32(text.encode())) != metadata["crc32"]:
-        raise FileError(f"{path}: damaged: the checksum of its description does not match")
-    document = json.loads(text)
-    if document["format"] != kind:
-        raise FileError(f"{path}: a {document['format']}, not a {kind}")
-    if document["version"] != version:
-        raise FileError(
-            f"{path}: {kind} of version {document['version']}, this quaver reads version {version}"
-        )
-    found = _checksums(tensors)
-    if found != document["crc32"]:
-        wrong = sorted(
-            n for n in found | document["crc32"] if found.get(n) != document["crc32"].get(n)
-        )
-        raise FileError(f"{path}: damaged: the checksum of {wrong[0]} does not match")
-    return tensors, document
+        reason = "a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise FileError(f"{path}: {reason}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise FileError(f"{path}: not a regular file")
+    with open(handle, "rb", buffering=0) as file:
+        yield file
+
+
+def read_text(path: Path, limit: int = 1 << 30, follow: bool = False) -> str:
+    """A UTF-8 file of at most `limit` bytes. FileError, naming it, for anything else."""
+    with opened(path, follow) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise FileError(f"{path}: {size} bytes, wanted at most {limit}")
+        try:
+            return file.readall().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A new file, open for writing. It replaces `path`, durably, when the block ends; if the block
+    raises, `path` stays as it was. Of several writers at once, the last to end wins. The mode is
+    the umask's. A link at `path` is replaced, not followed. Raises OSError naming `path`."""
+    path = expanded(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        remove_leftovers(path)
+        file, temporary = _create(path)
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        if error.filename is None or str(error.filename).endswith(SUFFIX):
+            error.filename, error.filename2 = str(path), None  # the temporary name helps nobody
+        raise
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """`text` to `path` in UTF-8, whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def _create(path: Path) -> tuple[BinaryIO, Path]:
+    """A new temporary file of this writer, locked."""
+    while True:
+        # A long name is cut: with the digits it must stay below the file system's 255 bytes.
+        temporary = path.with_name(f".{path.name[:48]}.{secrets.token_hex(16)}{SUFFIX}")
+        file = open(os.open(temporary, CREATE, 0o666), "wb")  # noqa: SIM115 (the caller closes it)
+        with suppress(OSError):  # a file system without locks: leftovers stay there
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file, temporary
+        file.close()  # another writer took it for a leftover before it was locked
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes the temporary files of writers of `path` that were killed: regular files of this user
+    with such a name, that no living process holds locked."""
+    name = re.compile(rf"\.{re.escape(path.name[:48])}\.[0-9a-f]{{32}}{re.escape(SUFFIX)}")
+    with os.scandir(path.parent) as entries:
+        found = [entry.path for entry in entries if name.fullmatch(entry.name)]
+    for left in found:
+        # Gone or renamed meanwhile, a link, locked by its writer: it stays as it is.
+        with suppress(OSError):
+            _remove_leftover(left)
+
+
+def _remove_leftover(path: str) -> None:
+    handle = os.open(path, READ | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(handle)
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+    finally:
+        os.close(handle)

@@ -63,8 +63,8 @@ def plot_memory(path, memories, title, base):
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def plot_losses(path, losses, title, base):
@@ -99,5 +99,5 @@ def plot_losses(path, losses, title, base):
     for row in axes:
         row[0].grid(alpha=0.25)
         row[0].spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, format="png")

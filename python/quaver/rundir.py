@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quaver.errors import UsageError
-from quaver.files import replacing, write_text
+from quaver.files import write_text
 
 __all__ = ["Metrics", "RunDir"]
 
@@ -136,8 +136,7 @@ class Metrics:
         self.file = None
         if not writes:
             return
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint, rng
-from ..files import FileError
+from ..errors import FileError
 from ..tensor import ScaledTensor, is_sharded
 from .ddp import DataParallel
 from .transport import Transport

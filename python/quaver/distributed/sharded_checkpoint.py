@@ -26,7 +26,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from .. import rng
 from ..checkpoint import CheckpointError, collect, plan
-from ..files import FileError, write_text
+from ..errors import FileError
+from ..files import write_text
 from ..tensor import is_sharded, local
 from .fsdp import histories, share_histories
 from .shards import like
