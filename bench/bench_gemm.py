@@ -66,7 +66,7 @@ def against_scaled_mm(n):
 
 def scaled_mm(a, b, out_dtype=BF16, fast=True):
     """torch's product of the same codes, cuBLASLt's: tensor scales, or one for each row."""
-    scale_b = b.scale.t() if b.granularity == "row" else b.scale
+    scale_b = b.scale.t() if b.qlayout.grain == "row" else b.scale
     return torch._scaled_mm(
         a.qdata, b.qdata.t(), a.scale, scale_b, out_dtype=out_dtype, use_fast_accum=fast
     )

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from quaver import _C
+from quaver import _C, ScaledTensor
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # What an op's refusal arrives as; the stable ABI of some torch versions keeps the C++ type.
@@ -46,6 +46,14 @@ def random_bits(n, seed=0):
 
 def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def parts_of(t):
+    """Clones of the codes, scale and amax of a tensor; 1 and 0 for what it has not."""
+    if not isinstance(t, ScaledTensor):
+        return t.detach().clone(), torch.ones(()), torch.zeros(())
+    parts = {"amax": torch.zeros(()), **t.parts()}
+    return tuple(parts[name].detach().clone() for name in ("qdata", "scale", "amax"))
 
 
 @contextlib.contextmanager

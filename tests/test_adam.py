@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import FP8, REFUSAL, assert_same, everywhere, randn
+from helpers import FP8, REFUSAL, assert_same, everywhere, parts_of, randn
 
 import quaver as qv
 from quaver import ScaledTensor, reference
@@ -45,15 +45,9 @@ def adam(params, ms, vs, grads, hyper=HYPER, copies=None, steps=None, skipped=No
     return steps, skipped
 
 
-def triple(t):
-    if isinstance(t, ScaledTensor):
-        return t.qdata.clone(), t.scale.clone(), t.amax.clone()
-    return t.clone(), torch.ones(()), torch.zeros(())
-
-
 def assert_states(tensors, wanted, what):
     for name, t, w in zip(("weight", "exp_avg", "exp_avg_sq"), tensors, wanted, strict=True):
-        got = triple(t)
+        got = parts_of(t)
         for part, a, b in zip(("values", "scale", "amax"), got, w, strict=True):
             if isinstance(t, ScaledTensor) or part == "values":
                 assert_same(a, b, f"{what}: {name} {part}")
@@ -84,7 +78,9 @@ def test_the_op_is_its_oracle_bit_for_bit(codecs, grad, shape):
             g = scaled(g, E4M3) if grad == E4M3 else g.to(grad)
             value = g.dequantize() if isinstance(g, ScaledTensor) else g
             top = qv.ops.grad_norm([g])[1][0]
-            wanted = reference.adamw_fp8([triple(w), triple(m), triple(v)], value, top, t, *hyper)
+            wanted = reference.adamw_fp8(
+                [parts_of(w), parts_of(m), parts_of(v)], value, top, t, *hyper
+            )
             adam([w], [m], [v], [g], hyper, steps=steps)
             assert_states((w, m, v), wanted, f"step {t}")
             assert steps[0].item() == t
@@ -126,7 +122,7 @@ def test_many_parameters_are_each_their_own():
     for i in range(len(shapes)):
         adam(*([one[i]] for one in alone))
     for i in range(len(shapes)):
-        assert_states([x[i] for x in alone[:3]], [triple(x[i]) for x in together[:3]], shapes[i])
+        assert_states([x[i] for x in alone[:3]], [parts_of(x[i]) for x in together[:3]], shapes[i])
 
 
 def test_nothing_changes_when_any_gradient_is_not_finite():
@@ -138,12 +134,12 @@ def test_nothing_changes_when_any_gradient_is_not_finite():
         g = [randn(*shape), randn(*shape)]
         g[1][39, 39] = bad
         for grads in (g, [g[0], scaled(g[1], E4M3)]):
-            before = [triple(t) for t in w]
+            before = [parts_of(t) for t in w]
             steps, skipped = adam(w, m, v, grads, copies=copies)
             assert skipped.item() == 1
             assert [s.item() for s in steps] == [0, 0]
             for t, b in zip(w, before, strict=True):
-                for x, y in zip(triple(t), b, strict=True):
+                for x, y in zip(parts_of(t), b, strict=True):
                     assert_same(x, y)
             assert not copies[0][0].float().any()
 

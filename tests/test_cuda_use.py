@@ -10,6 +10,7 @@ from helpers import REFUSAL, assert_same
 
 import quaver as qv
 from quaver import recipe
+from quaver.tensor import plain_tensors
 
 pytestmark = pytest.mark.cuda
 
@@ -212,8 +213,7 @@ def test_out_of_memory_in_a_step_changes_nothing():
             t for p in model.parameters() for t in optimizer.state[p].values())]]  # fmt: skip
 
     def bytes_of(t):
-        parts = [t.qdata, t.scale, t.amax] if isinstance(t, qv.ScaledTensor) else [t]
-        return [part.detach().cpu() for part in parts]
+        return [part.cpu() for part in plain_tensors(t.detach())]
 
     model, optimizer = make("cuda")
     cpu_model, cpu_optimizer = make("cpu")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_train import MODEL, losses, read_metrics
 
 import quaver as qv
-from quaver import cli, models
+from quaver import checkpoint, cli, models
 from quaver.distributed import init
 from quaver.distributed.launch import parse_parallel
 from quaver.errors import UsageError
@@ -168,7 +168,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes_with_the_same_bits(flags, tm
 def checksums(out):
     path = out / "fp8lm-o3" / "checkpoint" / "state.safetensors"
     if not path.is_dir():
-        return qv.tensor_file.read_tensors(path, "quaver checkpoint", 1)[1]["crc32"]
+        return qv.tensor_file.read_tensors(path, checkpoint.FORMAT, checkpoint.VERSION)[1]["crc32"]
     found = {}  # of FSDP2's shards; the random generators of Python were never seeded
     for file in (path / json.loads((path / "checkpoint.json").read_text())["folder"]).iterdir():
         tensors = load_file(file)

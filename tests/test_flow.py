@@ -131,9 +131,9 @@ def test_a_norm_gives_the_codes_of_its_value(norm, rows):
     # Half an ulp of e4m3, of a normal or of a subnormal, and f32's own roundings before.
     bound = wanted.abs() * (2**-4 + 2**-18) + y.scale.double() * 2**-10 + 1e-6
     assert ((y.dequantize().double() - wanted).abs() <= bound).all()
-    transposed = y.col[:48, : 2 * rows].t().reshape(2, rows, 48)
+    transposed = y.qt[:48, : 2 * rows].t().reshape(2, rows, 48)
     assert_same(transposed.float(), y.qdata.float())
-    assert y.col.shape == (48, -(-2 * rows // 16) * 16)
+    assert y.qt.shape == (48, -(-2 * rows // 16) * 16)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -240,7 +240,7 @@ def test_an_activation_and_its_gradients_against_f64(form, name):
     if plan.up == plan.gate:
         got["gate"], got["up"] = got["gate"].chunk(2, -1)
     elif up is None or plan.up != plan.gate:
-        assert got["gate"].col is not None and got["gate"].qdata.dtype == E5M2
+        assert got["gate"].qt is not None and got["gate"].qdata.dtype == E5M2
     for what, exact in (("gate", dgate), ("up", dup)):
         if got[what] is None:
             continue
@@ -492,8 +492,8 @@ def test_an_operation_that_knows_no_codes_gets_values():
     y = net[0](x)
     value = y.dequantize()
     assert_same((y @ net[1].a).detach(), (value @ net[1].a).detach())
-    assert_same(y.view(4, 4, 48).col, y.col)
-    assert y.t().col is None and y[:, :16].shape == (16, 16)
+    assert_same(y.view(4, 4, 48).qt, y.qt)
+    assert y.t().qt is None and y[:, :16].shape == (16, 16)
     assert_same((y * 2).detach(), value * 2)
     (y @ net[1].a).sum().backward()
     assert x.grad.isfinite().all() and net[1].a.grad.isfinite().all()

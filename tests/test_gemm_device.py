@@ -30,7 +30,7 @@ device = pytest.fixture(
 
 
 def to(t, device):
-    return qv.ScaledTensor(t.qdata.to(device), t.scale.to(device), None, t.dtype, t.granularity)
+    return qv.ScaledTensor(t.qdata.to(device), t.scale.to(device), None, t.dtype, t.qlayout)
 
 
 def operand(rows, k, dtype, granularity="tensor", seed=0):

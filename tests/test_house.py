@@ -1,5 +1,6 @@
 """Rules of the source tree that a compiler does not check."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -30,6 +31,64 @@ def offences(paths, pattern):
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if re.search(pattern, line)
     ]
+
+
+PACKAGE = ROOT / "python" / "quaver"
+
+
+def modules():
+    """{dotted name: path} of the package."""
+    found = {}
+    for path in files("python/quaver", suffixes={".py"}):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name, path, known):
+    """The modules that `name` imports, at the top or inside functions."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(part for part in (base, node.module) if part)
+            inside = [f"{base}.{alias.name}" for alias in node.names]
+            yield from (module for module in inside if module in known)
+            # `from package import name` of what its __init__ gathers is an import of __init__.
+            if base in known and any(module not in known for module in inside):
+                yield base
+
+
+def circle(graph):
+    """The modules of one import circle, in order; [] where there is none."""
+    done, path = set(), []
+
+    def visit(module):
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        path.append(module)
+        for other in graph[module]:
+            found = visit(other)
+            if found:
+                return found
+        done.add(path.pop())
+        return []
+
+    return next((found for module in sorted(graph) if (found := visit(module))), [])
+
+
+def test_the_modules_import_each_other_in_no_circle():
+    known = modules()
+    graph = {name: sorted(set(imports(name, path, known))) for name, path in known.items()}
+    assert len(graph["quaver.tensor"]) and len(graph) > 50
+    assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+    # The native module, quaver._C, is no part of the graph.
+    graph["quaver._load"] = [m for m in graph["quaver._load"] if m != "quaver"]
+    assert circle(graph) == []
 
 
 def test_torch_and_python_headers_stay_in_their_rooms():

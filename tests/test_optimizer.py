@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from helpers import FP8, assert_same, randn
-from test_adam import HYPER, triple
+from helpers import FP8, assert_same, parts_of, randn
+from test_adam import HYPER
 from torch import nn
 
 import quaver as qv
@@ -46,9 +46,9 @@ def everything(net, optimizer):
     """Every tensor of the model and of the optimizer's states, as plain storages."""
     found = []
     for p in net.parameters():
-        found += [*triple(p)]
+        found += [*parts_of(p)]
         for state in optimizer.state[p].values():
-            found += [*triple(state)]
+            found += [*parts_of(state)]
     return found
 
 
@@ -79,7 +79,7 @@ def test_bf16_parameters_follow_the_oracle():
     p = nn.Parameter(randn(33, 20, dtype=torch.bfloat16))
     optimizer = qv.AdamW([p], lr=1e-2, recipe="bf16")
     zero = torch.zeros(33, 20)
-    states = [triple(p.detach()), triple(zero), triple(zero)]
+    states = [parts_of(p.detach()), parts_of(zero), parts_of(zero)]
     for t in range(1, 6):
         p.grad = randn(33, 20, seed=t, dtype=torch.bfloat16)
         optimizer.step()
@@ -152,7 +152,7 @@ def test_groups_have_their_own_hyperparameters():
         {"params": [net[3].bias], "betas": (0.5, 0.6), "eps": 1e-3},
     ]
     optimizer = qv.AdamW(groups, lr=1e-3)
-    before = {p: triple(p) for g in groups for p in g["params"]}
+    before = {p: parts_of(p) for g in groups for p in g["params"]}
     loss_of(net, 0).backward()
     optimizer.step()
     zero = torch.zeros(())
@@ -208,10 +208,10 @@ def test_parameters_without_gradient_are_left_alone():
     optimizer = qv.AdamW(net.parameters())
     loss_of(net, 0).backward()
     net[3].weight.grad = None
-    before = triple(net[3].weight)
+    before = parts_of(net[3].weight)
     optimizer.step()
     assert net[3].weight not in optimizer.state
-    for a, b in zip(triple(net[3].weight), before, strict=True):
+    for a, b in zip(parts_of(net[3].weight), before, strict=True):
         assert_same(a, b)
     qv.AdamW(model().parameters()).step()  # none at all
 
@@ -343,9 +343,9 @@ def test_add_param_group_joins_the_training():
     optimizer = qv.AdamW([net[0].weight], lr=1e-2)
     train(net, optimizer, 1)
     optimizer.add_param_group({"params": [net[3].weight, net[3].bias], "lr": 1e-3})
-    before = triple(net[3].weight)
+    before = parts_of(net[3].weight)
     train(net, optimizer, 1, 1)
-    assert (triple(net[3].weight)[0] != before[0]).any()
+    assert (parts_of(net[3].weight)[0] != before[0]).any()
     assert optimizer.state[net[3].weight]["step"].item() == 1
     assert optimizer.state[net[0].weight]["step"].item() == 2
 

@@ -4,20 +4,16 @@ import math
 
 import pytest
 import torch
-from helpers import FP8, REFUSAL, assert_same, everywhere, randn, random_bits
+from helpers import FP8, REFUSAL, assert_same, everywhere, parts_of, randn, random_bits
 
 import quaver as qv
 from quaver import reference
 from quaver.optim import STATES, encode_state
 
 E4M3, E5M2 = FP8
-GROUPED = [name for name, codec in STATES.items() if codec.granularity in ("group", "expand")]
+GROUPED = [name for name, codec in STATES.items() if codec.layout.grain == "flat"]
 EXPANDED = [name for name in GROUPED if name.endswith("expand")]
 INF, NAN = float("inf"), float("nan")
-
-
-def codes(state):
-    return state.tensor.qdata, state.tensor.scale
 
 
 def groups_of_every_size():
@@ -44,17 +40,17 @@ def awkward():
 @pytest.mark.parametrize("name", GROUPED)
 def test_every_code_is_its_oracles(name):
     codec = STATES[name]
-    expand = codec.granularity == "expand"
+    expand = codec.layout.expand
     cases = [*groups_of_every_size(), *awkward(), random_bits(128 * 200, seed=7)]
     cases += [randn(n, seed=n) for n in (1, 7, 127, 128, 129, 255, 257, 70001)]
     cases += [randn(33, 70).t(), randn(40, 9, dtype=torch.bfloat16), randn(300).half()]
 
     def encode():
-        return [part for x in cases for part in codes(encode_state(x, name))]
+        return [part for x in cases for part in parts_of(encode_state(x, name).tensor)[:2]]
 
     got = everywhere(encode)
     for i, x in enumerate(cases):
-        wanted = reference.encode_state(x, codec.dtype, expand)
+        wanted = reference.encode_state(x, codec.layout.dtype, expand)
         assert_same(got[2 * i], wanted[0], f"case {i}: codes")
         assert_same(got[2 * i + 1], wanted[1], f"case {i}: scales")
 
@@ -71,7 +67,7 @@ def test_every_code_is_its_oracles(name):
 @pytest.mark.parametrize("name", EXPANDED)
 def test_all_codes_at_all_powers_decode_as_their_oracle_and_encode_back(name):
     """Each power of k; a code is the nearest to its own value, whatever the approximations."""
-    dtype = STATES[name].dtype
+    dtype = STATES[name].layout.dtype
     finite = reference.magnitudes(dtype).float()
     all_codes = torch.arange(256).to(torch.uint8).view(dtype).repeat(240).reshape(-1, 128)
     scale = (0x3F800000 + torch.arange(16, 256).repeat_interleave(2)).int().view(torch.float32)
@@ -88,7 +84,7 @@ def test_all_codes_at_all_powers_decode_as_their_oracle_and_encode_back(name):
 @pytest.mark.parametrize("name", EXPANDED)
 def test_expansion_is_coats_formula_in_f64(name):
     """k, mid and s as the paper has them; a code may differ where the value is halfway."""
-    dtype = STATES[name].dtype
+    dtype = STATES[name].layout.dtype
     top = torch.finfo(dtype).max
     x = randn(200, 128) * torch.logspace(-15, 15, 200)[:, None]
     x[::3] = x[::3].square()
@@ -153,7 +149,7 @@ def test_every_finite_input_decodes_to_finite_values_no_larger(name):
         assert value.shape == x.shape
         assert ((value == 0) == (x == 0)).all() or x.abs().max() < 2**-120
         assert (value * x >= 0).all()
-        half_ulp = 2.0**-3 if STATES[name].dtype == E5M2 else 2.0**-4
+        half_ulp = 2.0**-3 if STATES[name].layout.dtype == E5M2 else 2.0**-4
         top = x.abs().max() * (1 + half_ulp) + 2.0**-134 if x.numel() else 0
         assert (value.abs() <= top).all()
 
@@ -183,7 +179,7 @@ def test_every_codec_reports_its_bytes_and_decodes(name):
     # Half an ulp of the format where a value is normal; expansion only makes it less.
     half_ulp = {torch.float32: 0.0, torch.float16: 2**-11, E4M3: 2**-4, E5M2: 2**-3}
     error = relative_rms(name, x)
-    assert error <= half_ulp[STATES[name].dtype]
+    assert error <= half_ulp[STATES[name].layout.dtype]
     assert (error > 0) == (name != "f32")
     zero = STATES[name].zeros(x)
     zero = zero.dequantize() if hasattr(zero, "dequantize") and name != "f32" else zero

@@ -10,6 +10,7 @@ from torch import nn
 
 import quaver as qv
 from quaver import ScaledTensor
+from quaver.layout import Layout
 
 E4M3, E5M2 = FP8
 KINDS = [E4M3, E5M2, torch.float16]
@@ -21,7 +22,7 @@ def make(kind=E4M3, shape=(6, 10), seed=0, granularity="tensor", source=torch.fl
 
 def assert_equal_tensors(a, b):
     assert isinstance(a, ScaledTensor)
-    assert (a.dtype, a.granularity, a.block) == (b.dtype, b.granularity, b.block)
+    assert (a.dtype, a.qlayout) == (b.dtype, b.qlayout)
     for name in ("qdata", "scale", "amax"):
         assert_same(getattr(a, name), getattr(b, name), name)
 
@@ -282,21 +283,28 @@ def test_hooks_see_scaled_gradients():
 
 
 H = torch.ones(3, 4).half()
+ROW, BLOCK = Layout("f16", "row"), Layout("f16", "block", 2)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: ScaledTensor(torch.ones(3), torch.ones(())), TypeError, "qdata must be one of"),
+        (lambda: ScaledTensor(torch.ones(3).int(), torch.ones(())), TypeError,
+         "codes must be one of"),
         (lambda: ScaledTensor(torch.ones(3).half(), torch.ones((), dtype=torch.float64)), TypeError,
          "scale must be float32, got torch.float64"),
         (lambda: ScaledTensor(H, torch.ones(2)), ValueError, r"wanted scales \(\) .*\(2,\)"),
-        (lambda: ScaledTensor(H, torch.ones(2, 1), None, torch.float32, "row"), ValueError,
+        (lambda: ScaledTensor(H, torch.ones(2, 1), None, torch.float32, ROW), ValueError,
          r"wanted scales \(3, 1\)"),
-        (lambda: ScaledTensor(H, torch.ones(3, 3), None, torch.float32, "block", 2), ValueError,
+        (lambda: ScaledTensor(H, torch.ones(3, 3), None, torch.float32, BLOCK), ValueError,
          r"wanted scales \(3, 2\)"),
-        (lambda: ScaledTensor(H, torch.ones(()), None, torch.float32, "column"), ValueError,
-         "granularity must be"),
+        (lambda: ScaledTensor(H, torch.ones(()), None, torch.float32, Layout("e4m3")), TypeError,
+         "wanted torch.float8_e4m3fn for e4m3 with tensor scale, got torch.float16"),
+        (lambda: Layout("f8"), ValueError, "format must be one of f32, .*, got 'f8'"),
+        (lambda: Layout("e4m3", "column"), ValueError, "grain must be one of .*, got 'column'"),
+        (lambda: Layout("e4m3", "block", 0), ValueError, "block must be a positive int, got 0"),
+        (lambda: Layout("e4m3", expand=True), ValueError, 'expand goes with grain "flat"'),
+        (lambda: ScaledTensor.rebuild({}, {"dtype": "int8"}), ValueError, "got 'int8'"),
     ],
 )  # fmt: skip
 def test_refused_by_name(make, error, message):

@@ -9,7 +9,7 @@ from test_ddp import Net, batch, loss_of, same
 from torch import nn
 
 import quaver as qv
-from quaver import models
+from quaver import checkpoint, models
 from quaver.distributed import ZeroAdamW, all_reduce_mean, ddp, load, save, zero_partition
 from quaver.tensor_file import read_tensors
 
@@ -179,7 +179,7 @@ def resume(rank, size, path, out, steps, recipe):
 
 
 def contents(path):
-    tensors, document = read_tensors(path, "quaver checkpoint", 1)
+    tensors, document = read_tensors(path, checkpoint.FORMAT, checkpoint.VERSION)
     return {n: t for n, t in tensors.items() if not n.startswith("rng.")}, document["optimizer"]
 
 

@@ -18,7 +18,8 @@ from quaver.tensor_file import read_tensors, write_tensors
 __all__ = ["CheckpointError", "load", "save"]
 
 FORMAT = "quaver checkpoint"
-VERSION = 1
+VERSION = 2
+SUFFIXES = (".qdata", ".scale", ".amax")
 
 
 def save(path, model, optimizer=None, *, step=0, extra=None):
@@ -84,9 +85,7 @@ def _parts(name, tensor):
     here = local(tensor)
     if not isinstance(here, ScaledTensor):
         return {name: tensor}
-    parts = {f"{name}.qdata": here.qdata, f"{name}.scale": here.scale}
-    if here.amax is not None:
-        parts[f"{name}.amax"] = here.amax
+    parts = {f"{name}.{part}": value for part, value in here.parts().items()}
     if is_sharded(tensor):
         from quaver.distributed.shards import like
 
@@ -119,7 +118,7 @@ def collect(model, optimizer, step, extra):
     def add(name, tensor):
         here = local(tensor)
         if isinstance(here, ScaledTensor):
-            scaled[name] = [_dtype(here), here.granularity, here.block]
+            scaled[name] = here.description()
         for part, value in _parts(name, tensor).items():
             first = seen.setdefault(_memory(value), part) if local(value).numel() else part
             if first == part:
@@ -214,12 +213,12 @@ def _describe(tensors):
 
 def _take(name, values, scaled):
     """Removes the parts of `name` from `values`; {suffix: tensor}."""
-    suffixes = (".qdata", ".scale", ".amax") if name in scaled else ("",)
+    suffixes = SUFFIXES if name in scaled else ("",)
     return {s: values.pop(name + s) for s in suffixes if name + s in values}
 
 
 def _like(parts):
-    # The amax is left out: it is a note about the data that a tensor may or may not carry.
+    # The amax is left out: it is optional metadata.
     return {key: (t.dtype, t.shape) for key, t in parts.items() if key != ".amax"}
 
 
@@ -252,9 +251,7 @@ def _build(parts, scaled, device):
     if "" in new:
         built = new[""]
     else:
-        dtype, *kind = scaled
-        dtype = getattr(torch, dtype)
-        built = ScaledTensor(new[".qdata"], new[".scale"], new.get(".amax"), dtype, *kind)
+        built = ScaledTensor.rebuild({key[1:]: part for key, part in new.items()}, scaled)
     codes = next(iter(parts.values()))
     if is_sharded(codes):
         from quaver.distributed.shards import like
@@ -266,9 +263,10 @@ def _build(parts, scaled, device):
 def _plan_model(model, values, scaled):
     state = _model_state(model)
     found = {name for name in scaled if name.startswith("model.")}
-    parts_of_scaled = {name + suffix for name in found for suffix in (".qdata", ".scale", ".amax")}
+    parts_of_scaled = {name + suffix for name in found for suffix in SUFFIXES}
     found |= {n for n in values if n.startswith("model.") and n not in parts_of_scaled}
-    # Kinds before keys: a model of another recipe has other buffers too, but that tells less.
+    # Types before names: a model of another recipe has other buffers too, but a type mismatch
+    # explains more.
     taken = {name: _take(name, values, scaled) for name in state if name in found}
     for name, parts in taken.items():
         _check(name, state[name], parts)

@@ -7,24 +7,13 @@ from torch import nn
 
 from quaver import structure
 from quaver.nn import MLP, Linear, Norm
-from quaver.tensor import is_sharded, local
+from quaver.tensor import is_sharded, plain_tensors
 
 __all__ = ["SavedActivations", "memory_report", "saved_activations"]
 
 KINDS = ("weight", "weight_fp8", "master", "grad", "exp_avg", "exp_avg_sq")
 ACTIVATION_KINDS = ("linear", "norm", "mlp", "attention", "other")
 OUTSIDE = "outside"  # the layer of what is saved outside of the model's forward, say by the loss
-
-
-def plain_tensors(value):
-    """The plain tensors that a tensor consists of here: one, or those inside a wrapper subclass."""
-    if value is None:
-        return []
-    value = local(value)
-    if hasattr(value, "__tensor_flatten__"):
-        names, _ = value.__tensor_flatten__()
-        return [inner for name in names for inner in plain_tensors(getattr(value, name))]
-    return [value]
 
 
 def _storages(value):

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .layout import Layout
 from .nn import MLP, Linear, Norm
 from .structure import ACTIVATIONS
 from .tensor import ScaledTensor
@@ -162,7 +163,9 @@ class Probe:
         q, scale, _ = _ops.quantize(
             x, torch.float8_e4m3fn, None, None, "block", block, True, False, 0
         )
-        self._measure(name, ScaledTensor(q, scale, None, x.dtype, "block", block), _values(x))
+        self._measure(
+            name, ScaledTensor(q, scale, None, x.dtype, Layout("e4m3", "block", block)), _values(x)
+        )
 
     def _cast(self, name, x, dtype, history, module):
         """The cast that a linear layer makes of x, again. Of layers that share an input under
@@ -182,7 +185,7 @@ class Probe:
             "zeros": (codes == 0).sum().item() / count,
             "saturated": (codes == top).sum().item() / count,
         }
-        if stored.granularity == "expand":
+        if stored.qlayout.expand:
             power = (stored.scale.view(torch.int32) & EXPANSION_MASK).clamp(min=EXPANSION_ONE)
             k = power.float() / EXPANSION_ONE
             found["k"] = {"min": k.min().item(), "mean": k.mean().item(), "max": k.max().item()}
@@ -190,7 +193,7 @@ class Probe:
 
 
 def _is_ready(x) -> bool:
-    return isinstance(x, ScaledTensor) and x.col is not None
+    return isinstance(x, ScaledTensor) and x.qt is not None
 
 
 def _values(x: Tensor) -> Tensor:

@@ -8,23 +8,26 @@ gets its decoded value.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-GROUP = 128  # flat elements that share a scale in the granularities "group" and "expand"
+from .layout import Layout
 
-FLAT = ("group", "expand")
-
-QDTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16)
-
-# What tensor_ops.py knows, by aten op; NotImplemented of a function stands for "not this time".
+# Handlers of tensor_ops.py by aten op; a handler returns NotImplemented to fall back to decoded
+# values.
 KNOWN = {}
+
+LOGICAL = {str(t).removeprefix("torch."): t for t in
+           (torch.float32, torch.float64, torch.bfloat16, torch.float16)}  # fmt: skip
 
 
 def is_sharded(t) -> bool:
-    """Whether `t` is a DTensor. Whoever has one has imported them; that takes half a second."""
+    """Whether `t` is a DTensor. Looked up in sys.modules: importing DTensor takes half a second,
+    and a caller that has a DTensor has imported it."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(t, distributed.DTensor)
 
@@ -34,127 +37,138 @@ def local(t: Tensor) -> Tensor:
     return t._local_tensor if is_sharded(t) else t
 
 
-def _scale_shape(qdata: Tensor, granularity: str, block: int) -> tuple[int, ...]:
-    *rows, columns = qdata.shape or (1,)
-    if granularity == "tensor":
-        return ()
-    if granularity == "row":
-        return (*rows, 1)
-    if granularity == "block" and block > 0:
-        return (*rows, -(-columns // block))
-    if granularity in FLAT and block == GROUP:
-        return (-(-qdata.numel() // GROUP),)
-    raise ValueError(
-        f'ScaledTensor: granularity must be "tensor", "row", "block", "group" or "expand", got '
-        f"{granularity!r} with block {block}"
-    )
+def plain_tensors(value) -> list[Tensor]:
+    """The plain tensors that a tensor consists of here: itself, or those inside a wrapper subclass;
+    none for None."""
+    if value is None:
+        return []
+    value = local(value)
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        return [inner for name in names for inner in plain_tensors(getattr(value, name))]
+    return [value]
 
 
 class ScaledTensor(torch.Tensor):
     """A tensor stored as low-precision `qdata` and f32 decode `scale`s.
 
     Args:
-        qdata: float8_e4m3fn, float8_e5m2, float16 or bfloat16 codes, of any shape.
-        scale: float32 decode multiplier: 0-D for granularity "tensor", [..., 1] for "row",
-            [..., ceil(cols / block)] for "block". Optimizer states also come as "group" and
-            "expand", [ceil(numel / 128)], where "expand" is not linear (ops.encode_state).
+        qdata: codes of a layout's dtype, of any shape.
+        scale: float32 decode multipliers, shaped as `layout.scale_shape` says.
         amax: float32 largest magnitude of the values that were encoded, shaped like scale, or None.
             Encoding saturates, so a non-finite amax is the only trace of an infinity.
         dtype: the logical dtype that other code sees.
-        col: the codes of the matrix [rows, last axis], transposed and padded with zeros to
-            multiples of 16: the layout in which a weight gradient reads them. Whoever cast an
-            activation, or the gradient of one, wrote both; a linear layer then casts nothing.
+        layout: default: one scale for the tensor, in the format of qdata's dtype. The attribute is
+            `qlayout`, since `layout` is torch's (strided or sparse).
+        qt: the codes of the matrix [rows, last axis], transposed and padded with zeros to
+            multiples of 16: the layout in which a weight gradient reads them. An op that casts an
+            activation, or the gradient of one, writes both; a linear layer then casts nothing.
 
     Raises:
         TypeError: a dtype that is none of the above.
-        ValueError: an unknown granularity, or a scale that does not fit it.
+        ValueError: a scale that does not fit the layout.
     """
 
     qdata: Tensor
     scale: Tensor
     amax: Tensor | None
-    col: Tensor | None
+    qlayout: Layout
+    qt: Tensor | None
+    is_transient = False  # FSDP2 frees and refills the codes of an all-gathered weight
+    sequence_input = None  # tensor_parallel/linear.py's Input, on a gathered activation
 
     @staticmethod
-    def __new__(
-        cls,
-        qdata,
-        scale,
-        amax=None,
-        dtype=torch.float32,
-        granularity="tensor",
-        block=128,
-        col=None,
-    ):
+    def __new__(cls, qdata, scale, amax=None, dtype=torch.float32, layout=None, qt=None):
         return torch.Tensor._make_wrapper_subclass(
             cls, qdata.size(), strides=qdata.stride(), dtype=dtype, device=qdata.device
         )
 
-    def __init__(
-        self,
-        qdata,
-        scale,
-        amax=None,
-        dtype=torch.float32,
-        granularity="tensor",
-        block=128,
-        col=None,
-    ):
-        if qdata.dtype not in QDTYPES:
-            raise TypeError(f"ScaledTensor: qdata must be one of {QDTYPES}, got {qdata.dtype}")
+    def __init__(self, qdata, scale, amax=None, dtype=torch.float32, layout=None, qt=None):
+        layout = Layout.of(qdata.dtype) if layout is None else layout
+        if qdata.dtype != layout.dtype:
+            raise TypeError(f"ScaledTensor: wanted {layout.dtype} for {layout}, got {qdata.dtype}")
         if scale.dtype != torch.float32:
             raise TypeError(f"ScaledTensor: scale must be float32, got {scale.dtype}")
-        wanted = _scale_shape(qdata, granularity, block)
-        if scale.shape != wanted and (granularity != "tensor" or scale.numel() != 1):
+        wanted = layout.scale_shape(qdata.shape)
+        if scale.shape != wanted and (layout.grain != "tensor" or scale.numel() != 1):
             raise ValueError(
-                f"ScaledTensor: wanted scales {tuple(wanted)} for granularity {granularity!r}, got "
-                f"{tuple(scale.shape)}"
+                f"ScaledTensor: wanted scales {wanted} for {layout}, got {tuple(scale.shape)}"
             )
         self.qdata = qdata
         self.scale = scale
         self.amax = amax
-        self.granularity = granularity
-        self.block = block
-        self.col = col
+        self.qlayout = layout
+        self.qt = qt
         self.part = False  # a slice of another ScaledTensor, whose scale it shares
-        self.gathered = False  # by FSDP2, which frees the codes and fills them again
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that it is stored as: "qdata", "scale" and, where there is one, "amax".
+        (`qt` follows from them.)"""
+        parts = {"qdata": self.qdata, "scale": self.scale}
+        return parts if self.amax is None else {**parts, "amax": self.amax}
+
+    def store_(self, qdata: Tensor, scale: Tensor, amax: Tensor | None) -> ScaledTensor:
+        """Replace the tensors that it is stored as: the same shape and grain in another format or
+        other memory. Its FP8 copies are the caller's to rewrite."""
+        self.qlayout = replace(self.qlayout, format=Layout.of(qdata.dtype).format)
+        self.qdata, self.scale, self.amax, self.qt = qdata, scale, amax, None
+        return self
+
+    def description(self) -> dict:
+        """What `rebuild` needs beside the parts, as JSON values."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), **asdict(self.qlayout)}
+
+    @classmethod
+    def rebuild(cls, parts: dict[str, Tensor], description: dict) -> ScaledTensor:
+        """The tensor of which `parts()` and `description()` came.
+
+        Raises TypeError or ValueError where they do not describe a ScaledTensor.
+        """
+        fields = dict(description)
+        dtype = fields.pop("dtype", None)
+        if dtype not in LOGICAL:
+            raise ValueError(
+                f"ScaledTensor: dtype must be one of {', '.join(LOGICAL)}, got {dtype!r}"
+            )
+        return cls(
+            parts["qdata"], parts["scale"], parts.get("amax"), LOGICAL[dtype], Layout(**fields)
+        )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded values as a plain tensor of `dtype` (default: the logical dtype)."""
         dtype = dtype or self.dtype
-        if self.granularity in FLAT:
-            expand = self.granularity == "expand"
-            return torch.ops.quaver.decode_state(self.qdata, self.scale, expand).to(dtype)
+        if self.qlayout.grain == "flat":
+            values = torch.ops.quaver.decode_state(self.qdata, self.scale, self.qlayout.expand)
+            return values.to(dtype)
         direct = dtype in (torch.float32, torch.float16, torch.bfloat16)
         out = torch.ops.quaver.dequantize(
             self.qdata,
             self.scale,
             dtype if direct else torch.float32,
-            self.granularity,
-            self.block,
+            self.qlayout.grain,
+            self.qlayout.block,
         )
         return out if direct else out.to(dtype)
 
-    def _like(self, qdata, scale=None, amax=None, dtype=None, col=None) -> ScaledTensor:
+    def _like(self, qdata, scale=None, amax=None, dtype=None, qt=None) -> ScaledTensor:
         """This tensor's kind around other data."""
         return ScaledTensor(
             qdata,
             self.scale if scale is None else scale,
             self.amax if amax is None else amax,
             dtype or self.dtype,
-            self.granularity,
-            self.block,
-            col,
+            self.qlayout,
+            qt,
         )
 
     def _map(self, function, dtype=None) -> ScaledTensor:
         """`function` on every tensor inside."""
-        amax, col = (None if t is None else function(t) for t in (self.amax, self.col))
-        return self._like(function(self.qdata), function(self.scale), amax, dtype, col)
+        amax, qt = (None if t is None else function(t) for t in (self.amax, self.qt))
+        return self._like(function(self.qdata), function(self.scale), amax, dtype, qt)
 
     def refresh_copies(self) -> ScaledTensor:
         """To be called after the contents changed: a weight's FP8 copies follow it."""
-        self.col = None
+        self.qt = None
         copies = self.__dict__.get("fp8_weight")
         if copies is not None:
             copies.rewrite(self)
@@ -182,8 +196,8 @@ class ScaledTensor(torch.Tensor):
                 self.amax.copy_(self.qdata.abs().amax() if self.numel() else 0.0)
             return self.refresh_copies()
         value = value.to(torch.float32) if value.dtype == torch.float64 else value
-        if self.granularity in FLAT:
-            value, expand = value.expand(self.shape), self.granularity == "expand"
+        if self.qlayout.grain == "flat":
+            value, expand = value.expand(self.shape), self.qlayout.expand
             q, scale = torch.ops.quaver.encode_state(value, self.qdata.dtype, expand)
             self.qdata.copy_(q)
             self.scale.copy_(scale)
@@ -193,8 +207,8 @@ class ScaledTensor(torch.Tensor):
             self.qdata.dtype,
             self.scale if tied else None,
             None,
-            self.granularity,
-            self.block,
+            self.qlayout.grain,
+            self.qlayout.block,
             True,
             False,
             0,
@@ -210,17 +224,28 @@ class ScaledTensor(torch.Tensor):
             self.amax.copy_(torch.maximum(amax, self.amax) if tied else amax)
         return self.refresh_copies()
 
-    # FSDP2's extension of its all-gather: it finds these on the shard. Imported late, because what
-    # FSDP2 needs of this class is here and what it does is there.
-    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
-        from .distributed.fsdp import pre_all_gather
+    # FSDP2's extension of its all-gather: it looks for these on the shard.
 
-        return pre_all_gather(self, mesh, outer_size, module)
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        """The codes to gather: those that `module` multiplies by, or for other modules those
+        stored, so that it gets decoded values."""
+        encode = getattr(module, "all_gather_codes", None)
+        codes, scale = (self.qdata, self.scale) if encode is None else encode(self)
+        missing = -(-outer_size[0] // mesh.size()) - codes.shape[0]
+        if missing:  # the last ranks hold fewer rows, or none
+            padding = (0, 0) * (codes.dim() - 1) + (0, missing)
+            codes = F.pad(codes.view(torch.uint8), padding).view(codes.dtype)
+        return (codes,), scale
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
-        from .distributed.fsdp import post_all_gather
-
-        return post_all_gather(outputs, metadata, param_dtype, out)
+        """The weight of the gathered codes; later gathers fill the same memory."""
+        (codes,), scale = outputs, metadata
+        if out is not None:
+            out.scale.copy_(scale)
+            return None
+        weight = ScaledTensor(codes, scale.clone(), None, param_dtype)
+        weight.is_transient = codes.dtype != torch.float16
+        return weight, ()
 
     def __setitem__(self, index, value) -> None:
         """Decodes, writes and encodes anew. torch's own would write into a decoded copy."""
@@ -233,26 +258,18 @@ class ScaledTensor(torch.Tensor):
         return {k: v for k, v in self.__dict__.items() if k != "fp8_weight"}
 
     def __tensor_flatten__(self):
-        optional = [name for name in ("amax", "col") if getattr(self, name) is not None]
-        return ["qdata", "scale", *optional], (self.dtype, self.granularity, self.block)
+        names = [*self.parts()] if self.qt is None else [*self.parts(), "qt"]
+        return names, (self.dtype, self.qlayout)
 
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride):
-        dtype, granularity, block = context
-        return ScaledTensor(
-            inner["qdata"],
-            inner["scale"],
-            inner.get("amax"),
-            dtype,
-            granularity,
-            block,
-            inner.get("col"),
-        )
+        amax, qt = inner.get("amax"), inner.get("qt")
+        return ScaledTensor(inner["qdata"], inner["scale"], amax, *context, qt)
 
     def __repr__(self, *, tensor_contents=None):
         return (
-            f"ScaledTensor({tuple(self.shape)}, {self.dtype} as {self.qdata.dtype}, "
-            f"{self.granularity} scale, device={self.device})"
+            f"ScaledTensor({tuple(self.shape)}, {self.dtype} as {self.qlayout}, "
+            f"device={self.device})"
         )
 
     @classmethod
@@ -295,4 +312,4 @@ def _decoded(func, args, kwargs):
     return tree_map_only(Tensor, lambda t: targets.get(id(t), t), out) if targets else out
 
 
-torch.serialization.add_safe_globals([ScaledTensor])
+torch.serialization.add_safe_globals([ScaledTensor, Layout])

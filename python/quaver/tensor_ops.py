@@ -25,7 +25,7 @@ def _implements(*ops):
 @_implements(aten.detach.default, aten.alias.default)
 def _alias(func, x):
     out = x._map(func)
-    out.part, out.gathered = x.part, x.gathered
+    out.part, out.is_transient = x.part, x.is_transient
     if "fp8_weight" in x.__dict__:  # a write through `.data` reaches the copies too
         out.fp8_weight = x.fp8_weight
     return out
@@ -38,10 +38,11 @@ def _clone(func, x, *, memory_format=None):
 
 @_implements(aten.new_empty_strided.default)
 def _new_empty_strided(func, x, size, stride, *, dtype=None, device=None, **kwargs):
-    """What autograd copies a gradient into that it may not keep: of the gradient's own kind."""
+    """Autograd allocates with this before it copies a gradient that it cannot steal; keep the
+    layout."""
     same = (
         list(size) == list(x.shape)
-        and x.granularity == "tensor"
+        and x.qlayout.grain == "tensor"
         and dtype in (None, x.dtype)
         and device in (None, x.device)
     )
@@ -52,19 +53,19 @@ def _new_empty_strided(func, x, size, stride, *, dtype=None, device=None, **kwar
 
 @_implements(aten._to_copy.default)
 def _to_copy(func, x, *, dtype=None, device=None, non_blocking=False, **kwargs):
-    """Another device moves the codes; another dtype changes what the tensor counts as."""
+    """A new device moves the codes; a new dtype changes the logical dtype only."""
     move = {"device": device, "non_blocking": non_blocking} if device is not None else {}
     return x._map(lambda t: aten._to_copy.default(t, **move), dtype)
 
 
 @_implements(aten.view.default, aten._unsafe_view.default, aten.t.default, aten.transpose.int)
 def _view(func, x, *args):
-    if x.granularity != "tensor":
+    if x.qlayout.grain != "tensor":
         return NotImplemented
     qdata = func(x.qdata, *args)
     # Leading axes split or joined are the same matrix.
     views = func in (aten.view.default, aten._unsafe_view.default)
-    out = x._like(qdata, col=x.col if views and qdata.shape[-1:] == x.shape[-1:] else None)
+    out = x._like(qdata, qt=x.qt if views and qdata.shape[-1:] == x.shape[-1:] else None)
     out.part = x.part
     return out
 
@@ -75,10 +76,10 @@ def _rows(func, x, *args, **kwargs):
 
     def part(qdata):
         out = x._like(qdata)
-        out.part, out.gathered = x.part or qdata.numel() != x.numel(), x.gathered
+        out.part, out.is_transient = x.part or qdata.numel() != x.numel(), x.is_transient
         return out
 
-    if x.granularity != "tensor" or not x.qdata.is_contiguous():
+    if x.qlayout.grain != "tensor" or not x.qdata.is_contiguous():
         return NotImplemented
     qdata = func(x.qdata, *args, **kwargs)
     one = isinstance(qdata, Tensor)
@@ -89,10 +90,10 @@ def _rows(func, x, *args, **kwargs):
 
 @_implements(aten.new_zeros.default)
 def _new_zeros(func, x, size, *, dtype=None, device=None, **kwargs):
-    """Where FSDP2 asks, for memory to copy a shard into: of the tensor's kind and scale."""
+    """FSDP2 allocates the padded shard with this; keep layout and scale."""
     rows = list(size[1:]) == list(x.shape[1:]) and dtype is None and device is None
     fsdp = rows and (x.part or not torch.is_grad_enabled())
-    if x.granularity != "tensor" or not fsdp:
+    if x.qlayout.grain != "tensor" or not fsdp:
         return NotImplemented
     return x._map(torch.clone)._like(func(x.qdata, size))
 
@@ -133,7 +134,7 @@ def _scale_(func, x, factor):
     one = not isinstance(factor, Tensor) or (
         factor.dim() == 0 and not isinstance(factor, ScaledTensor)
     )
-    if not (isinstance(x, ScaledTensor) and one) or x.granularity == "expand" or x.part:
+    if not (isinstance(x, ScaledTensor) and one) or x.qlayout.expand or x.part:
         return NotImplemented
     func(x.scale, factor)
     if x.amax is not None:
@@ -147,12 +148,12 @@ def _accumulate_(func, target, other, *, alpha=1):
     fits = (
         isinstance(target, ScaledTensor)
         and target.qdata.dtype != torch.float16
-        and target.granularity == "tensor"
+        and target.qlayout.grain == "tensor"
         and target.amax is not None
         and isinstance(other, Tensor)
         and other.shape == target.shape
         and other.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and getattr(other, "granularity", "tensor") == "tensor"
+        and (not isinstance(other, ScaledTensor) or other.qlayout.grain == "tensor")
         and alpha == 1
     )
     if not fits:
@@ -166,7 +167,7 @@ def _accumulate_(func, target, other, *, alpha=1):
         other.scale if scaled else None,
         other.amax if scaled else None,
     )
-    target.col = None
+    target.qt = None
     return target
 
 

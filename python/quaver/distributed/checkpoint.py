@@ -125,23 +125,21 @@ def _set_random(state: dict) -> None:
 
 
 def _tensors(state: dict) -> dict[str, Tensor]:
-    """The plain tensors of a parameter's state, by the names that `_rebuild` knows."""
+    """The plain tensors of a parameter's state, by the names that `_rebuild` reads."""
     found = {}
     for key, value in state.items():
         if isinstance(value, ScaledTensor):
-            found |= {f"{key}.qdata": value.qdata, f"{key}.scale": value.scale}
-            if value.amax is not None:
-                found[f"{key}.amax"] = value.amax
+            found |= {f"{key}.{part}": tensor for part, tensor in value.parts().items()}
         elif isinstance(value, Tensor):
             found[key] = value
     return found
 
 
-def _rebuild(found: dict[str, Tensor], logical: dict[str, str]) -> dict:
+def _rebuild(found: dict[str, Tensor], described: dict[str, dict]) -> dict:
     state = {key: value for key, value in found.items() if "." not in key}
-    for key, dtype in logical.items():
-        parts = (found[f"{key}.qdata"], found[f"{key}.scale"], found.get(f"{key}.amax"))
-        state[key] = ScaledTensor(*parts, getattr(torch, dtype))
+    for key, description in described.items():
+        parts = {n.removeprefix(f"{key}."): t for n, t in found.items() if n.startswith(f"{key}.")}
+        state[key] = ScaledTensor.rebuild(parts, description)
     return state
 
 
@@ -161,8 +159,8 @@ def _gathered(optimizer: ZeroAdamW, transport: Transport):
             state = optimizer.state[p]
             mine[str(i)] = {
                 "tensors": {n: [_name(t.dtype), list(t.shape)] for n, t in _tensors(state).items()},
-                "logical": {
-                    k: _name(v.dtype) for k, v in state.items() if isinstance(v, ScaledTensor)
+                "scaled": {
+                    k: v.description() for k, v in state.items() if isinstance(v, ScaledTensor)
                 },
             }
     device = parameters[0].device
@@ -182,7 +180,7 @@ def _gathered(optimizer: ZeroAdamW, transport: Transport):
                 t = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
                 transport.receive(t, optimizer.owners[p])
                 found[name] = t.cpu()
-            states[p] = _rebuild(found, kinds[i]["logical"])
+            states[p] = _rebuild(found, kinds[i]["scaled"])
     whole = object.__new__(type(optimizer))
     whole.__dict__ = {**optimizer.__dict__, "state": states}
     return whole

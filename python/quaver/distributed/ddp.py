@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..memory import plain_tensors
 from ..nn.common import HISTORY_STATE
-from ..tensor import ScaledTensor
+from ..tensor import ScaledTensor, plain_tensors
 from .all_reduce import ALGORITHMS, FP8, Protocol, Reduced, reduce_to_owners, ring, two_shot
 from .auto_scale import AutoScale, AutoScaleRule
 from .transport import Transport, compare

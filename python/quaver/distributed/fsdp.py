@@ -11,42 +11,16 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import fsdp as torch_fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..memory import plain_tensors
 from ..nn.common import HISTORY_STATE
-from ..nn.linear import GemmWeight, Linear
-from ..tensor import ScaledTensor, is_sharded, local
+from ..nn.linear import Linear
+from ..tensor import ScaledTensor, is_sharded, local, plain_tensors
 from .reduce_scatter import FORMATS, ReduceScatter
 from .shards import share_amaxes_, share_max_, transport, transports
 from .transport import Transport
-
-
-def pre_all_gather(shard: ScaledTensor, mesh: DeviceMesh, outer_size: torch.Size, module):
-    """FSDP2 asks a shard: what is to be gathered, and what the other side needs to know."""
-    if isinstance(module, Linear):
-        codes, scale = GemmWeight.rows(shard, module.rule.weight)
-    else:  # whoever else uses a converted weight gets its decoded values
-        codes, scale = shard.qdata, shard.scale
-    missing = -(-outer_size[0] // mesh.size()) - codes.shape[0]
-    if missing:  # the last ranks have less, or nothing
-        codes = F.pad(codes.view(torch.uint8), (0, 0) * (codes.dim() - 1) + (0, missing))
-        codes = codes.view(shard.qdata.dtype if scale is shard.scale else module.rule.weight)
-    return (codes,), scale
-
-
-def post_all_gather(outputs: tuple[Tensor, ...], scale: Tensor, dtype: torch.dtype, out):
-    """FSDP2 makes a weight of what was gathered; later gathers fill the same memory."""
-    (codes,) = outputs
-    if out is not None:
-        out.scale.copy_(scale)
-        return None
-    weight = ScaledTensor(codes, scale.clone(), None, dtype)
-    weight.gathered = codes.dtype != torch.float16
-    return weight, ()
 
 
 class _AllGather:

@@ -262,11 +262,11 @@ class _Column:
         else:
             kept, again = _values(full), _Again(None, self._prepare)
         full = _Gathered.apply(x, full, wire.transport, fp8 if wire.fp8_sum else None)
-        full.gathered = Input(kept, scale, again)
+        full.sequence_input = Input(kept, scale, again)
         return full
 
     def _take(self, x: Tensor) -> tuple[Tensor, Input]:
-        if "gathered" not in x.__dict__:
+        if getattr(x, "sequence_input", None) is None:
             if self.gathers:
                 x = self.gather(x)
             else:
@@ -275,8 +275,8 @@ class _Column:
                     f"it on the way (it came as {list(x.shape)})"
                 )
         if torch.is_grad_enabled() and self.weight.requires_grad:
-            x.gathered.again.users += 1
-        return x, x.gathered
+            x.sequence_input.again.users += 1
+        return x, x.sequence_input
 
 
 def _values(full: Tensor) -> Tensor:

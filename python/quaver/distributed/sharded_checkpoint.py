@@ -34,7 +34,7 @@ from .shards import like
 from .transport import Transport
 
 FORMAT = "quaver distributed checkpoint"
-VERSION = 1
+VERSION = 2
 DOCUMENT = "checkpoint.json"
 CHUNK = 1 << 24  # bytes read at a time
 

@@ -48,7 +48,7 @@ def take(whole: Tensor, shard: Shard) -> Tensor:
     """This rank's part of a plain or scaled tensor. Codes stay as they are, under the old scale."""
     if not isinstance(whole, ScaledTensor):
         return shard.take(whole.detach())
-    if whole.granularity != "tensor":
+    if whole.qlayout.grain != "tensor":
         raise ValueError(f"tensor parallel: wanted one scale a tensor, got {whole!r}")
     codes = shard.take(whole.qdata)
     amax = sequence.largest(codes) * whole.scale

@@ -24,9 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..memory import plain_tensors
 from ..nn.linear import Linear
-from ..tensor import ScaledTensor
+from ..tensor import ScaledTensor, plain_tensors
 from .parallel_linear import Wire
 from .parallel_styles import (
     ColumnParallel,

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from .. import recipe as recipes
 from ..grad import clip_by_norm_
-from ..memory import plain_tensors
 from ..nn.linear import GemmWeight
 from ..optim import AdamW
-from ..tensor import ScaledTensor
+from ..tensor import ScaledTensor, plain_tensors
 from . import sharding
 from .transport import Transport, compare
 
@@ -197,8 +196,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         if codes.dtype == p.qdata.dtype:
             for mine, old in ((codes, p.qdata), (scale, p.scale), (amax, p.amax)):
                 mine.copy_(old)
-            p.qdata, p.scale, p.amax = codes, scale, amax
-            return p
+            return p.store_(codes, scale, amax)
         if copies is None or copies.row.dtype != codes.dtype:
             raise ValueError(
                 f"ZeroAdamW: recipe {self.recipe.name!r} needs weights of converted Linear layers "
@@ -208,7 +206,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         rows, cols = p.shape
         codes.copy_(copies.row[:rows, :cols])
         scale.copy_(copies.scale)
-        p.qdata, p.scale, p.amax = codes, scale, None
+        p.store_(codes, scale, None)
         copies.scale = scale
         if copies.row.shape == p.shape:
             copies.row = codes  # the weight is its own copy

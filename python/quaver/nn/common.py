@@ -31,15 +31,15 @@ def activation(q, qt, scale, amax, shape, dtype: torch.dtype) -> ScaledTensor:
     rows, cols = math.prod(shape[:-1]), shape[-1]
     if q.shape != (rows, cols):
         q = q[:rows, :cols].contiguous()
-    return ScaledTensor(q.view(shape), poison(scale, amax), None, dtype, col=qt)
+    return ScaledTensor(q.view(shape), poison(scale, amax), None, dtype, qt=qt)
 
 
 def ready_cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
     """Both GEMM layouts and the scale of an x that its producer cast to `dtype`, else None."""
-    if not isinstance(x, ScaledTensor) or x.col is None or x.qdata.dtype != dtype:
+    if not isinstance(x, ScaledTensor) or x.qt is None or x.qdata.dtype != dtype:
         return None
     rows = math.prod(x.shape[:-1])
-    return pad(x.qdata.reshape(rows, x.shape[-1])), x.col, x.scale
+    return pad(x.qdata.reshape(rows, x.shape[-1])), x.qt, x.scale
 
 
 def cast_history(module: nn.Module, history: Tensor | None, anonymous: bool) -> Tensor | None:

@@ -236,7 +236,7 @@ class Linear(nn.Linear):
         """The weight's FP8 copies, encoded anew if it changed since, by whatever hand. None where
         FSDP2 holds the weight: it is a shard, or codes gathered for one forward or backward."""
         weight = self.weight
-        if is_sharded(weight) or getattr(weight, "gathered", False):
+        if is_sharded(weight) or getattr(weight, "is_transient", False):
             self.fp8_weight = None
             return None
         copies = weight.__dict__.get("fp8_weight")
@@ -261,7 +261,7 @@ class Linear(nn.Linear):
 
     def gemm_weight(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """row, col, scale and channels of the weight's FP8 copies."""
-        if getattr(self.weight, "gathered", False):
+        if getattr(self.weight, "is_transient", False):
             if self.channel_amax is not None:
                 raise RuntimeError("Linear: Smooth-SwiGLU does not go with FSDP2's sharded weights")
             self.fp8_weight = None
@@ -284,6 +284,10 @@ class Linear(nn.Linear):
         self.channel_amax.copy_(new)
         if not torch.compiler.is_compiling():
             self.fp8_weight.amax_version = self.channel_amax._version
+
+    def all_gather_codes(self, shard: ScaledTensor) -> tuple[Tensor, Tensor]:
+        """The codes and scale that FSDP2 gathers of a shard of the weight."""
+        return GemmWeight.rows(shard, self.rule.weight)
 
     def _cast(self, x: Tensor, both: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """The input's codes, their transpose where `both`, and the scale."""

@@ -44,7 +44,7 @@ def gemm(
     for name, t in (("a", a), ("b", b)):
         if not isinstance(t, ScaledTensor):
             raise TypeError(f"gemm: {name} must be a ScaledTensor, got {type(t).__name__}")
-        if t.granularity == "block":
+        if t.qlayout.grain == "block":
             raise ValueError(f"gemm: {name} has block scales; wanted tensor or row scales")
     operands = a.qdata, a.scale, b.qdata, b.scale
     if out is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..tensor import GROUP, ScaledTensor
+from ..layout import FLAT_BLOCK, Layout
+from ..tensor import ScaledTensor
 
 _ops = torch.ops.quaver
 
@@ -26,12 +27,12 @@ def encode_state(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, expand:
         RuntimeError: other types.
     """
     q, scale = _ops.encode_state(x, dtype, expand)
-    return ScaledTensor(q, scale, None, torch.float32, "expand" if expand else "group", GROUP)
+    return ScaledTensor(q, scale, None, torch.float32, Layout.of(dtype, "flat", expand=expand))
 
 
 @torch.library.register_fake("quaver::encode_state")
 def _(x, dtype, expand):
-    groups = (x.numel() + GROUP - 1) // GROUP
+    groups = (x.numel() + FLAT_BLOCK - 1) // FLAT_BLOCK
     return x.new_empty(x.shape, dtype=dtype), x.new_empty([groups], dtype=torch.float32)
 
 

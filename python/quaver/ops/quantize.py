@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import Layout
 from ..tensor import ScaledTensor
 
 _ops = torch.ops.quaver
@@ -50,7 +51,7 @@ def quantize(
         rounding == "stochastic",
         seed,
     )
-    return ScaledTensor(q, scale, amax, x.dtype, granularity, block)
+    return ScaledTensor(q, scale, amax, x.dtype, Layout.of(dtype, granularity, block))
 
 
 @torch.library.register_fake("quaver::quantize")

@@ -317,7 +317,7 @@ class AdamW(torch.optim.Optimizer):
             refuse(f"counts its steps in {type(step).__name__}, wanted one int64 tensor")
         for key, codec in self._codecs(p).items():
             if not codec.fits(state[key], p):
-                name = getattr(self.recipe, key) if codec.granularity else "f32"
+                name = getattr(self.recipe, key) if not codec.plain else "f32"
                 refuse(
                     f"has {key} {_describe(state[key])}; recipe {self.recipe.name} keeps it as "
                     f"{name} of shape {list(p.shape)}"
@@ -330,6 +330,5 @@ class AdamW(torch.optim.Optimizer):
 def _describe(state: object) -> str:
     if not isinstance(state, Tensor):
         return f"a {type(state).__name__}"
-    low = isinstance(state, ScaledTensor)
-    kind = f"{state.qdata.dtype} with {state.granularity} scale" if low else str(state.dtype)
+    kind = state.qlayout if isinstance(state, ScaledTensor) else state.dtype
     return f"{kind} of shape {list(state.shape)}"

@@ -12,65 +12,67 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..tensor import GROUP, ScaledTensor
+from ..layout import Layout
+from ..tensor import ScaledTensor
 
-# The values of Scaling in codec.h.
-SCALINGS = {"tensor": 0, "group": 1, "expand": 2}
+# The values of Scaling in codec.h, by (grain, expand).
+SCALINGS = {("tensor", False): 0, ("flat", False): 1, ("flat", True): 2}
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A storage dtype, and what shares a scale: None for no scale at all, "tensor", "group" (128
-    flat elements) or "expand" (such groups after dynamic range expansion)."""
+    """The layout of a state. States in f32 are plain tensors, without a scale."""
 
-    dtype: torch.dtype
-    granularity: str | None
+    layout: Layout
+
+    @property
+    def plain(self) -> bool:
+        """Whether the state is a plain tensor."""
+        return self.layout.format == "f32"
 
     def zeros(self, p: Tensor) -> Tensor:
         """The state of a parameter before its first step."""
-        codes = torch.zeros(p.shape, dtype=self.dtype, device=p.device)
-        if self.granularity is None:
+        codes = torch.zeros(p.shape, dtype=self.layout.dtype, device=p.device)
+        if self.plain:
             return codes
-        if self.granularity == "tensor":
-            scale = torch.ones((), device=p.device)
-            return ScaledTensor(codes, scale, torch.zeros_like(scale), torch.float32)
-        scale = torch.ones(-(-p.numel() // GROUP), device=p.device)
-        return ScaledTensor(codes, scale, None, torch.float32, self.granularity, GROUP)
+        scale = torch.ones(self.layout.scale_shape(p.shape), device=p.device)
+        amax = torch.zeros_like(scale) if self.layout.grain == "tensor" else None
+        return ScaledTensor(codes, scale, amax, torch.float32, self.layout)
 
     def fits(self, state: object, p: Tensor) -> bool:
         """Whether `state` is a state of this codec for p."""
         low = isinstance(state, ScaledTensor)
         if not isinstance(state, Tensor) or state.shape != p.shape:
             return False
-        kind = (state.qdata.dtype, state.granularity) if low else (state.dtype, None)
-        return kind == (self.dtype, self.granularity)
+        if self.plain or not low:
+            return self.plain and not low and state.dtype == self.layout.dtype
+        return state.qlayout == self.layout
 
     def encode(self, x: Tensor) -> Tensor:
         """x as the codec stores it, each value to the nearest that it has."""
-        if self.granularity is None:
-            return x.to(self.dtype)
-        if self.granularity == "tensor":
-            return ops.quantize(x.float(), self.dtype)
-        return ops.encode_state(x, self.dtype, expand=self.granularity == "expand")
+        if self.plain:
+            return x.to(self.layout.dtype)
+        if self.layout.grain == "tensor":
+            return ops.quantize(x.float(), self.layout.dtype)
+        return ops.encode_state(x, self.layout.dtype, expand=self.layout.expand)
 
-
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 STATES: dict[str, Codec] = {
-    "f32": Codec(torch.float32, None),
-    "e4m3": Codec(E4M3, "group"),
-    "e5m2": Codec(E5M2, "group"),
-    "e4m3-expand": Codec(E4M3, "expand"),
-    "e5m2-expand": Codec(E5M2, "expand"),
-    "e4m3-tensor": Codec(E4M3, "tensor"),
-    "f16-tensor": Codec(torch.float16, "tensor"),
+    "f32": Codec(Layout("f32")),
+    "e4m3": Codec(Layout("e4m3", "flat")),
+    "e5m2": Codec(Layout("e5m2", "flat")),
+    "e4m3-expand": Codec(Layout("e4m3", "flat", expand=True)),
+    "e5m2-expand": Codec(Layout("e5m2", "flat", expand=True)),
+    "e4m3-tensor": Codec(Layout("e4m3")),
+    "f16-tensor": Codec(Layout("f16")),
 }
 
 
 def scaling(state: Tensor) -> int:
     """How `state` is scaled, as adam_ takes it."""
-    granularity = state.granularity if isinstance(state, ScaledTensor) else "tensor"
-    return SCALINGS[granularity]
+    if not isinstance(state, ScaledTensor):
+        return SCALINGS["tensor", False]
+    return SCALINGS[state.qlayout.grain, state.qlayout.expand]
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,7 @@ class EncodedState:
         """Bytes of codes and scales, and of the amax where there is one."""
         if not isinstance(self.tensor, ScaledTensor):
             return self.tensor.nbytes
-        names, _ = self.tensor.__tensor_flatten__()
-        return sum(getattr(self.tensor, name).nbytes for name in names)
+        return sum(part.nbytes for part in self.tensor.parts().values())
 
 
 def encode_state(x: Tensor, codec: str) -> EncodedState:

@@ -52,19 +52,20 @@ def settle_exp_avg(y: Tensor, m: Tensor, g: Tensor, dtype: torch.dtype) -> Tenso
 
 def adamw_fp8(
     states: list[tuple[Tensor, Tensor, Tensor]], g: Tensor, g_amax: Tensor, t: int, lr, beta1,
-    beta2, eps, weight_decay, granularities=("tensor",) * 3,
+    beta2, eps, weight_decay, grains=("tensor",) * 3,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Step t of AdamW on stored (codes, scale, amax) of weight, exp_avg and exp_avg_sq.
 
     FP8-LM, section 2.2, in one pass: each new scale comes from a bound of the new amax that is
     known before (adam.h), and the amax of what was stored is what the next starts from. f32, in
     the order of adam.h, so that every bit can be compared. Unscaled states have scale 1. States of
-    granularity "group" and "expand" have the scales of their groups, from what they now hold.
+    grain "flat" and "expand" (flat, expanded) have the scales of their blocks, from what they now
+    hold.
     """
     f32 = functools.partial(torch.tensor, dtype=torch.float32)
     w, m, v = (
         codes.float() * scale if kind == "tensor" else decode_state(codes, scale, kind == "expand")
-        for (codes, scale, _), kind in zip(states, granularities, strict=True)
+        for (codes, scale, _), kind in zip(states, grains, strict=True)
     )
     g = g.float()
     b1, r1, b2, r2 = f32(beta1), f32(1 - beta1), f32(beta2), f32(1 - beta2)
@@ -82,7 +83,7 @@ def adamw_fp8(
     ]
     stored = []
     for i, (value, (codes, scale, _)) in enumerate(zip((w, m, v), states, strict=True)):
-        dtype, kind = codes.dtype, granularities[i]
+        dtype, kind = codes.dtype, grains[i]
         if dtype not in FORMATS:
             stored.append((value.to(dtype), scale, f32(0.0)))
             continue
