@@ -11,7 +11,7 @@ import common
 import torch
 
 from quaver import ops, reference
-from quaver.distributed.all_reduce import amaxes_of
+from quaver.distributed.data_parallel.all_reduce import amaxes_of
 
 E4M3 = torch.float8_e4m3fn
 RANKS = (2, 3, 4, 8)

@@ -13,9 +13,9 @@ from stand_in import built
 
 import quaver as qv
 from quaver import reference
-from quaver.distributed import health
-from quaver.distributed.carrier import NcclCarrier, ProcessGroupCarrier, carrier_of
-from quaver.distributed.transport import Transport
+from quaver.comm import heartbeat
+from quaver.comm.backend import NcclCarrier, ProcessGroupCarrier, carrier_of
+from quaver.comm.transport import Transport
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -131,11 +131,11 @@ def _killed(rank, folder):
     """Nothing but the silent heartbeat tells."""
     stand_in.carry(folder)
     os.environ["QUAVER_STAND_IN_DEAF"] = "1"
-    health.SILENCE = 1.0
+    heartbeat.SILENCE = 1.0
     transport = Transport()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(health.RankFailure, match=rf"rank {rank}, all_gather: rank 1 has died"):
+    with pytest.raises(heartbeat.RankFailure, match=rf"rank {rank}, all_gather: rank 1 has died"):
         transport.all_gather(torch.zeros(1), "scale").wait()
     return True
 

@@ -10,7 +10,7 @@ import torch
 from stand_in import PATH, built
 from torch.distributed import HashStore, distributed_c10d
 
-from quaver.distributed.nccl import Nccl
+from quaver.comm.nccl import Nccl
 
 
 def ranks(size, body):

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 import quaver as qv
 from quaver import models, recipe
 from quaver.checkpoint import _parts
-from quaver.distributed.reduce_scatter import decode_e4m3, encode_e4m3
+from quaver.distributed.fsdp.reduce_scatter import decode_e4m3, encode_e4m3
 from quaver.distributed.shards import like
 from quaver.models.config import Config
 from quaver.tensor import local

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import quaver as qv
 from quaver import ScaledTensor, models, recipe
-from quaver.distributed import Transport, sequence, sharding
+from quaver.distributed import Transport, sharding
 from quaver.distributed import tensor_parallel as tp
+from quaver.distributed.tensor_parallel import sequence
 
 E4M3, E5M2 = FP8
 CONFIG = models.Config(dim=64, layers=2, heads=8, kv_heads=4, ffn=96, context=64)

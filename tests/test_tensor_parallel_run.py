@@ -15,7 +15,7 @@ import quaver as qv
 from quaver import ScaledTensor, data, models, train
 from quaver.distributed import tensor_parallel as tp
 from quaver.distributed.launch import parse_parallel
-from quaver.distributed.tensor_state import gather_state, scatter_state
+from quaver.distributed.tensor_parallel import gather_state, scatter_state
 from quaver.errors import UsageError
 from quaver.job import Job
 from quaver.rundir import RunDir

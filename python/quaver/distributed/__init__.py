@@ -2,17 +2,16 @@
 
 import importlib
 
+from ..comm.heartbeat import RankFailure
+from ..comm.transport import KINDS, Transport, compare
 from . import tensor_parallel
-from .all_reduce import all_reduce_mean, reduce_scatter_mean
-from .auto_scale import AutoScale, AutoScaleRule
 from .checkpoint import load, save
-from .ddp import DataParallel, ddp
-from .health import RankFailure
+from .data_parallel.all_reduce import all_reduce_mean, reduce_scatter_mean
+from .data_parallel.auto_scale import AutoScale, AutoScaleRule
+from .data_parallel.ddp import DataParallel, ddp
+from .data_parallel.zero import ZeroAdamW, zero_partition
 from .launch import World, init
-from .tensor_parallel import parallelize
-from .tensor_state import gather_state, scatter_state
-from .transport import KINDS, Transport, compare
-from .zero import ZeroAdamW, zero_partition
+from .tensor_parallel import gather_state, parallelize, scatter_state
 
 __all__ = [
     "KINDS",
@@ -47,4 +46,4 @@ def __getattr__(name):
     # FSDP2 and DTensors take a second to import: only for those who use them.
     if name not in _FSDP:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.fsdp"), name)
+    return getattr(importlib.import_module(f"{__name__}.fsdp.fsdp"), name)

@@ -2,7 +2,7 @@
 
 Rank 0 writes what qv.save writes, with the states of every owner. What differs from rank to rank
 (random generators) is kept for each, and comes back where as many ranks continue. A model that is
-sharded by FSDP2 has a folder instead, to which every rank writes: sharded_checkpoint.py. A folder
+sharded by FSDP2 has a folder instead, to which every rank writes: fsdp/checkpoint.py. A folder
 that is there already stays one.
 """
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint, rng
+from ..comm.transport import Transport
 from ..errors import FileError
 from ..tensor import ScaledTensor, is_sharded
-from .ddp import DataParallel
-from .transport import Transport
-from .zero import ZeroAdamW
+from .data_parallel.ddp import DataParallel
+from .data_parallel.zero import ZeroAdamW
 
 __all__ = ["load", "save"]
 
@@ -38,9 +38,9 @@ def save(
     """qv.save of all ranks together: collective, written by rank 0. With `parallel` its
     auto-scaling is stored too. Raises CheckpointError or OSError as qv.save does, on every rank."""
     if _is_sharded(model) or Path(path).is_dir():
-        from . import sharded_checkpoint  # a second to import
+        from .fsdp import checkpoint as sharded  # a second to import
 
-        return sharded_checkpoint.save(path, model, optimizer, step=step, extra=extra)
+        return sharded.save(path, model, optimizer, step=step, extra=extra)
     transport = _transport(optimizer, parallel)
     notes = {
         "random": transport.share(_random(), _device(model)),
@@ -68,9 +68,9 @@ def load(path, model: nn.Module, optimizer=None, *, parallel: DataParallel | Non
     they are. Raises CheckpointError on every rank if one of them cannot load.
     """
     if _is_sharded(model) or Path(path).is_dir():
-        from . import sharded_checkpoint
+        from .fsdp import checkpoint as sharded
 
-        return sharded_checkpoint.load(path, model, optimizer)
+        return sharded.load(path, model, optimizer)
     transport = _transport(optimizer, parallel)
     before = rng.get_state()
     error = state = None

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from ..comm.transport import Transport
 from ..errors import UsageError
-from .transport import Transport
 
 __all__ = ["World", "init", "parse_parallel"]
 

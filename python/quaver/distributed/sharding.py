@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..comm.transport import Transport
 from ..tensor import ScaledTensor
-from . import sequence
-from .transport import Transport
+from .tensor_parallel import sequence
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .. import ops
+from ..comm.transport import Transport
 from ..tensor import ScaledTensor, is_sharded, local
-from .transport import Transport
 
 # One Transport for each group: it counts what is sent over it.
 transport = functools.cache(Transport)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..nn.linear import Linear
-from . import sequence, sharding
-from .parallel_linear import (
+from ...comm.transport import Transport
+from ...nn.linear import Linear
+from .. import sharding
+from . import sequence
+from .linear import (
     ColumnParallelLinear,
     PlainColumnParallelLinear,
     PlainRowParallelLinear,
@@ -20,7 +22,6 @@ from .parallel_linear import (
     _Column,
     _out_dtype,
 )
-from .transport import Transport
 
 __all__ = [
     "ColumnParallel",

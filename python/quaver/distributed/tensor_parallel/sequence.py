@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
-from .transport import Transport
+from ... import ops
+from ...comm.transport import Transport
 
 _ops = torch.ops.quaver
 

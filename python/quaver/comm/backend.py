@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .health import Heartbeat
+from .heartbeat import Heartbeat
 from .nccl import Nccl
 
 __all__ = ["NcclCarrier", "ProcessGroupCarrier", "carrier_of"]

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import recipe as recipes
-from ..grad import clip_by_norm_
-from ..nn.linear import GemmWeight
-from ..optim import AdamW
-from ..tensor import ScaledTensor, plain_tensors
-from . import sharding
-from .transport import Transport, compare
+from ... import recipe as recipes
+from ...comm.transport import Transport, compare
+from ...grad import clip_by_norm_
+from ...nn.linear import GemmWeight
+from ...optim import AdamW
+from ...tensor import ScaledTensor, plain_tensors
+from .. import sharding
 
 __all__ = ["ZeroAdamW", "zero_partition"]
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..tensor import ScaledTensor
-from . import sharding
+from ...tensor import ScaledTensor
+from .. import sharding
 
 __all__ = ["gather_state", "scatter_state"]
 

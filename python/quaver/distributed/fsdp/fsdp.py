@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.distributed import fsdp as torch_fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..nn.common import HISTORY_STATE
-from ..nn.linear import Linear
-from ..tensor import ScaledTensor, is_sharded, local, plain_tensors
+from ...comm.transport import Transport
+from ...nn.common import HISTORY_STATE
+from ...nn.linear import Linear
+from ...tensor import ScaledTensor, is_sharded, local, plain_tensors
+from ..shards import share_amaxes_, share_max_, transport, transports
 from .reduce_scatter import FORMATS, ReduceScatter
-from .shards import share_amaxes_, share_max_, transport, transports
-from .transport import Transport
 
 
 class _AllGather:

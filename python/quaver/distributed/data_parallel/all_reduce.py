@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
-from ..tensor import ScaledTensor
-from .transport import Pending, Transport
+from ... import ops
+from ...comm.transport import Pending, Transport
+from ...tensor import ScaledTensor
 
 __all__ = [
     "ALGORITHMS",

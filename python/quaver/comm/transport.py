@@ -1,7 +1,7 @@
 """Messages between the ranks of a group, counted by kind.
 
 Everything above needs five of them: gather, exchange, shift along the ring, maximum, and where its
-carrier (carrier.py) can add FP8, a sum. The others move bytes, so FP8 travels over any backend. A
+carrier (backend.py) can add FP8, a sum. The others move bytes, so FP8 travels over any backend. A
 message returns at once with a Pending; waiting for it gives the tensor.
 """
 
@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .carrier import carrier_of
-from .health import Heartbeat, RankFailure
+from .backend import carrier_of
+from .heartbeat import Heartbeat, RankFailure
 
 __all__ = ["KINDS", "Pending", "Transport", "compare"]
 

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..nn.common import HISTORY_STATE
-from ..tensor import ScaledTensor, plain_tensors
+from ...comm.transport import Transport, compare
+from ...nn.common import HISTORY_STATE
+from ...tensor import ScaledTensor, plain_tensors
 from .all_reduce import ALGORITHMS, FP8, Protocol, Reduced, reduce_to_owners, ring, two_shot
 from .auto_scale import AutoScale, AutoScaleRule
-from .transport import Transport, compare
 
 __all__ = ["DataParallel", "ddp"]
 

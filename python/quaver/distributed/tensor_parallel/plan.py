@@ -24,10 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..nn.linear import Linear
-from ..tensor import ScaledTensor, plain_tensors
-from .parallel_linear import Wire
-from .parallel_styles import (
+from ...comm.transport import Transport
+from ...nn.linear import Linear
+from ...tensor import ScaledTensor, plain_tensors
+from .linear import Wire
+from .styles import (
     ColumnParallel,
     GatherInput,
     LocalHeads,
@@ -35,7 +36,6 @@ from .parallel_styles import (
     SequenceParallel,
     Split,
 )
-from .transport import Transport
 
 __all__ = [
     "ColumnParallel",

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import recipe as recipes
-from ..nn.common import cast_history, pad, poison, ready_cast
-from ..nn.linear import Linear
-from ..tensor import ScaledTensor
+from ... import recipe as recipes
+from ...comm.transport import Transport
+from ...nn.common import cast_history, pad, poison, ready_cast
+from ...nn.linear import Linear
+from ...tensor import ScaledTensor
 from . import sequence
-from .transport import Transport
 
 _ops = torch.ops.quaver
 

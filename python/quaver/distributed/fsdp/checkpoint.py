@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
-from .. import rng
-from ..checkpoint import CheckpointError, collect, plan
-from ..errors import FileError
-from ..files import write_text
-from ..tensor import is_sharded, local
+from ... import rng
+from ...checkpoint import CheckpointError, collect, plan
+from ...comm.transport import Transport
+from ...errors import FileError
+from ...files import write_text
+from ...tensor import is_sharded, local
+from ..shards import like
 from .fsdp import histories, share_histories
-from .shards import like
-from .transport import Transport
 
 FORMAT = "quaver distributed checkpoint"
 VERSION = 2

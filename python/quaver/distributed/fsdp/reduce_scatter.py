@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..nn.linear import Linear
-from .shards import transport
-from .transport import Transport
+from ...comm.transport import Transport
+from ...nn.linear import Linear
+from ..shards import transport
 
 FORMATS = ("e4m3", "bf16", "f32")
 BLOCK = 128

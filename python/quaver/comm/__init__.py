@@ -1,0 +1,1 @@
+"""Messages between ranks: the transport, what carries it, and the heartbeat."""

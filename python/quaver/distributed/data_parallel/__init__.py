@@ -1,0 +1,1 @@
+"""Data parallelism: averaged gradients (ddp.py), and states spread over ranks (zero.py)."""
