@@ -17,8 +17,8 @@ import quaver as qv
 from quaver import models, recipe
 from quaver.checkpoint import _parts
 from quaver.distributed.fsdp.reduce_scatter import decode_e4m3, encode_e4m3
-from quaver.distributed.shards import like
 from quaver.models.config import Config
+from quaver.placement import like
 from quaver.tensor import local
 
 # No size here is a multiple of 16, of 3 or of 4, and the head has fewer rows than some have ranks.

@@ -107,6 +107,19 @@ def test_the_binding_is_torch_only_and_the_module_python_only():
     assert offences(files("csrc/python"), r'#\s*include\s*[<"](torch|ATen|c10)') == []
 
 
+def test_ranks_are_known_below_the_optimizers_and_not_above_them():
+    package = ROOT / "python" / "quaver"
+    below = [
+        package / name for name in ("tensor_ops.py", "grad.py", "checkpoint.py", "placement.py")
+    ]
+    below += [
+        *files("python/quaver/optim"),
+        *files("python/quaver/nn"),
+        *files("python/quaver/comm"),
+    ]
+    assert offences(below, r"^\s*(from|import) .*(?<!torch\.)\bdistributed\b(?! as dist)") == []
+
+
 def test_finite_maxima_are_named_in_one_place():
     paths = [path for path in files(*FOLDERS) if path != ROOT / "include/quaver/dtype.h"]
     paths += [ROOT / "setup.py"]

@@ -14,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import quaver as qv
 from quaver import ScaledTensor, models, recipe
-from quaver.distributed import Transport, sharding
+from quaver.distributed import Transport
 from quaver.distributed import tensor_parallel as tp
 from quaver.distributed.tensor_parallel import sequence
+from quaver.distributed.tensor_parallel.state import join
+from quaver.placement import shard_of
 
 E4M3, E5M2 = FP8
 CONFIG = models.Config(dim=64, layers=2, heads=8, kv_heads=4, ffn=96, context=64)
@@ -56,8 +58,8 @@ def whole_gradients(model):
     """Decoded and whole, of every parameter."""
     found = {}
     for name, p in model.named_parameters():
-        shard = sharding.shard_of(p)
-        found[name] = plain(p.grad).clone() if shard is None else sharding.join(p.grad, shard)
+        shard = shard_of(p)
+        found[name] = plain(p.grad).clone() if shard is None else join(p.grad, shard)
     return found
 
 
@@ -195,7 +197,7 @@ def trained(model, name):
     gradients = whole_gradients(model)
     norm = qv.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    replicated = {n: p.detach() for n, p in model.named_parameters() if not sharding.shard_of(p)}
+    replicated = {n: p.detach() for n, p in model.named_parameters() if not shard_of(p)}
     return loss.item(), norm.item(), logits.detach(), gradients, replicated
 
 

@@ -87,7 +87,7 @@ def _parts(name, tensor):
         return {name: tensor}
     parts = {f"{name}.{part}": value for part, value in here.parts().items()}
     if is_sharded(tensor):
-        from quaver.distributed.shards import like
+        from quaver.placement import like
 
         # Scales are the whole tensor's, but for those of rows and blocks.
         parts = {key: like(tensor, part) if part.dim() else part for key, part in parts.items()}
@@ -254,7 +254,7 @@ def _build(parts, scaled, device):
         built = ScaledTensor.rebuild({key[1:]: part for key, part in new.items()}, scaled)
     codes = next(iter(parts.values()))
     if is_sharded(codes):
-        from quaver.distributed.shards import like
+        from quaver.placement import like
 
         built = like(codes, built)
     return built

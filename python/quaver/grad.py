@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .distributed import sharding
-from .tensor import ScaledTensor, is_sharded, local
+from . import placement
+from .tensor import ScaledTensor, local
 
 
 def clip_grad_norm_(
@@ -19,10 +19,10 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale all gradients so that their norm is at most `max_norm`; returns the norm before.
 
-    The norm is of whole gradients: all ranks that share FSDP2's get the same, and must call this.
-    An FP8 gradient is scaled through its scale: its codes are not touched and lose nothing. Where
-    the norm is not finite the gradients stay as they are, and the optimizer skips the step. Where
-    parameters are spread over ranks (tensor parallel) the norm is the whole model's; all must call.
+    The norm is of whole gradients: ranks that hold parts of the parameters (FSDP2, tensor parallel,
+    ZeRO) get the same, and must all call this with all parameters of the model. An FP8 gradient is
+    scaled through its scale: its codes are not touched and lose nothing. Where the norm is not
+    finite the gradients stay as they are, and the optimizer skips the step.
 
     Raises:
         ValueError: norm_type other than 2 or inf, or a negative max_norm.
@@ -33,21 +33,12 @@ def clip_grad_norm_(
     if not max_norm >= 0:
         raise ValueError(f"clip_grad_norm_: max_norm must be >= 0, got {max_norm}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    if any(is_sharded(g) for g in grads):
-        from .distributed import shards  # not before torch.distributed is in use
-
-        norm, amax = shards.grad_norm(grads)
-        if norm_type == float("inf"):
-            norm = shards.share_max_(amax.amax().reshape(1), grads)[0]
-        grads = [local(g) for g in grads]
-    else:
-        norm = sharding.grad_norm(parameters, norm_type)
+    norm = placement.grad_norm(parameters, norm_type)
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"clip_grad_norm_: the gradient norm is {norm.item()}")
-    clip_by_norm_(grads, norm, max_norm)
+    if grads:
+        clip_by_norm_(grads, norm, max_norm)
     return norm
 
 

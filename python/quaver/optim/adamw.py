@@ -7,21 +7,14 @@ import copy
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, placement
 from .. import recipe as recipes
-from ..distributed import sharding
 from ..tensor import ScaledTensor, is_sharded, local
 from .states import STATES, scaling
 
 MASTERS = ("nearest", "stochastic", "remainder")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def _shards():
-    from ..distributed import shards  # not before torch.distributed is in use
-
-    return shards
 
 
 class AdamW(torch.optim.Optimizer):
@@ -133,7 +126,7 @@ class AdamW(torch.optim.Optimizer):
                         f"AdamW: recipe {self.recipe.name} keeps {key} in groups of flat elements, "
                         "which FSDP2's shards would cut; wanted f32 or one scale a tensor"
                     )
-                state[key] = _shards().like(p, zeros) if is_sharded(p) else zeros
+                state[key] = placement.like(p, zeros)
             if self._has_remainder(p):
                 state["master"] = torch.zeros(p.shape, dtype=torch.int16, device=p.device)
         if self._dtypes.setdefault(p, p.dtype) != p.dtype:
@@ -186,9 +179,7 @@ class AdamW(torch.optim.Optimizer):
             states = [{k: local(v) for k, v in s.items()} for s in states]
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-        grad_amax = sharding.agree_to_skip(self._amax(grads), params)
-        if sharded:
-            _shards().share_max_(grad_amax, wholes)
+        grad_amax = placement.agree(self._amax(grads), wholes)
         grad_values, grad_scales, _ = ops.parts(grads)
         copies = [self._fused_copies(p) for p in params]
         none = grad_amax.new_empty(0)
@@ -213,7 +204,7 @@ class AdamW(torch.optim.Optimizer):
         )
         if sharded:
             moments = [self.state[p][key] for p in wholes for key in MOMENTS]
-            _shards().share_amaxes_([*wholes, *moments])
+            placement.whole_amaxes_([*wholes, *moments])
         torch.autograd.graph.increment_version(wholes)
         for p, c in zip(wholes, copies, strict=True):
             if c is not None:

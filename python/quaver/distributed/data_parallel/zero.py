@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ... import placement
 from ... import recipe as recipes
 from ...comm.transport import Transport, compare
-from ...grad import clip_by_norm_
+from ...grad import clip_grad_norm_
 from ...nn.linear import GemmWeight
 from ...optim import AdamW
 from ...tensor import ScaledTensor, plain_tensors
-from .. import sharding
 
 __all__ = ["ZeroAdamW", "zero_partition"]
 
@@ -106,6 +106,8 @@ class ZeroAdamW(torch.optim.Optimizer):
         self.transport.broadcast([t.detach() for p in parameters for t in plain_tensors(p)])
         sizes = [p.numel() * self._replica(p).itemsize for p in parameters]
         self.owners = dict(zip(parameters, zero_partition(sizes, self.transport.size), strict=True))
+        for p, rank in self.owners.items():
+            p.owner = placement.Owner(rank, self.transport)
         with torch.no_grad():
             masters = self._place(parameters)
         groups = [
@@ -223,18 +225,7 @@ class ZeroAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """qv.clip_grad_norm_ over the gradients of all ranks, each counted by its owner."""
-        if not max_norm >= 0:
-            raise ValueError(f"clip_grad_norm_: max_norm must be >= 0, got {max_norm}")
-        norm = sharding.grad_norm(self._masters, of=self.owners).to(self._device)
-        norms = self.transport.all_gather(norm, "scale").wait().double()
-        total = norms[0] * norms[0]
-        for other in norms[1:]:
-            total = total + other * other
-        norm = total.sqrt().float()
-        grads = [p.grad for p in self.owners if p.grad is not None]
-        if grads:
-            clip_by_norm_(grads, norm, max_norm)
-        return norm
+        return clip_grad_norm_(self.owners, max_norm)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -251,7 +242,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         if used:
             amaxes = AdamW._amax([p.grad for p in used])
             bad = (~amaxes.isfinite().all()).float()
-        bad = sharding.anywhere(self.transport.max(bad, "scale").wait(), self.owners)
+        placement.max_(bad, self.owners)
         self._skipped += (bad > 0).long()
         if used:
             self._inner.amaxes = torch.where(bad > 0, torch.nan, amaxes)

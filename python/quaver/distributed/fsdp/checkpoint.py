@@ -29,8 +29,8 @@ from ...checkpoint import CheckpointError, collect, plan
 from ...comm.transport import Transport
 from ...errors import FileError
 from ...files import write_text
+from ...placement import like
 from ...tensor import is_sharded, local
-from ..shards import like
 from .fsdp import histories, share_histories
 
 FORMAT = "quaver distributed checkpoint"

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ...comm.transport import Transport
 from ...nn.common import HISTORY_STATE
 from ...nn.linear import Linear
+from ...placement import max_, mesh_transports, transport, whole_amaxes_
 from ...tensor import ScaledTensor, is_sharded, local, plain_tensors
-from ..shards import share_amaxes_, share_max_, transport, transports
 from .reduce_scatter import FORMATS, ReduceScatter
 
 
@@ -152,7 +152,7 @@ def share_histories(model: nn.Module) -> None:
         values = torch.stack(shared)
         # A rank that saw a non-finite amax starts anew, and so all do: the least count.
         values[:, 0].neg_()
-        values = share_max_(values, model.parameters())
+        values = max_(values, model.parameters())
         values[:, 0].neg_()
         torch._foreach_copy_(shared, list(values.unbind()))
 
@@ -160,7 +160,7 @@ def share_histories(model: nn.Module) -> None:
 def transport_of(model: nn.Module) -> Transport:
     """Over which a sharded model is spread; its `traffic` counts the bytes that this rank has sent
     over that group. Raises ValueError for a model that is not sharded."""
-    links = [link for p in model.parameters() for link in transports(p)]
+    links = [link for p in model.parameters() for link in mesh_transports(p)]
     if not links:
         raise ValueError("transport_of: the model is not sharded")
     return links[0]
@@ -181,8 +181,8 @@ def sync_scales(model: nn.Module) -> None:
     weights = [p for p in weights if is_sharded(p)]
     if not weights:
         return
-    share_amaxes_(weights)
-    scales = share_max_(torch.stack([local(p).scale for p in weights]), weights)
+    whole_amaxes_(weights)
+    scales = max_(torch.stack([local(p).scale for p in weights]), weights)
     for p, scale in zip(weights, scales.unbind(), strict=True):
         shard = local(p)
         codes, _, _ = torch.ops.quaver.quantize(

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ...comm.transport import Transport
 from ...nn.linear import Linear
-from ..shards import transport
+from ...placement import transport
 
 FORMATS = ("e4m3", "bf16", "f32")
 BLOCK = 128

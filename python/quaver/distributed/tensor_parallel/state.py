@@ -13,8 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...placement import Shard, shard_of
 from ...tensor import ScaledTensor
-from .. import sharding
+from . import sequence
 
 __all__ = ["gather_state", "scatter_state"]
 
@@ -33,11 +34,11 @@ def gather_state(model: nn.Module, optimizer=None) -> dict[str, Tensor]:
     for name, value in model.state_dict(keep_vars=True).items():
         if name in wires and value is not None:
             value = wires[name].transport.max(value, "scale").wait()
-        state[f"model.{name}"] = _whole(value, sharding.shard_of(value))
+        state[f"model.{name}"] = _whole(value, shard_of(value))
     for name, parameter in model.named_parameters():
         entries = {} if optimizer is None else optimizer.state.get(parameter, {})
         for key, value in entries.items():
-            shard = sharding.shard_of(parameter) if value.shape == parameter.shape else None
+            shard = shard_of(parameter) if value.shape == parameter.shape else None
             state[f"optimizer.{name}.{key}"] = _whole(value, shard)
     return state
 
@@ -52,11 +53,11 @@ def scatter_state(model: nn.Module, state: Mapping[str, Tensor], optimizer=None)
     """
     copies = []
     for name, target in model.state_dict(keep_vars=True).items():
-        copies.append((f"model.{name}", target, sharding.shard_of(target)))
+        copies.append((f"model.{name}", target, shard_of(target)))
     if optimizer is not None:
         for name, parameter in model.named_parameters():
             for key, target in optimizer._state(parameter).items():
-                shard = sharding.shard_of(parameter) if target.shape == parameter.shape else None
+                shard = shard_of(parameter) if target.shape == parameter.shape else None
                 copies.append((f"optimizer.{name}.{key}", target, shard))
     for name, target, shard in copies:
         if name not in state:
@@ -69,13 +70,29 @@ def scatter_state(model: nn.Module, state: Mapping[str, Tensor], optimizer=None)
                 f"scatter_state: {name} is {wanted} here, {list(state[name].shape)} in the state"
             )
     for name, target, shard in copies:
-        value = state[name] if shard is None else sharding.take(state[name], shard)
+        value = state[name] if shard is None else take(state[name], shard)
         target.copy_(value.to(target.device))
 
 
-def _whole(value: Tensor, shard: sharding.Shard | None) -> Tensor:
+def take(whole: Tensor, shard: Shard) -> Tensor:
+    """This rank's part of a plain or scaled tensor. Codes stay as they are, under the old scale."""
+    if not isinstance(whole, ScaledTensor):
+        return shard.take(whole.detach())
+    if whole.qlayout.grain != "tensor":
+        raise ValueError(f"tensor parallel: wanted one scale a tensor, got {whole!r}")
+    codes = shard.take(whole.qdata)
+    amax = sequence.largest(codes) * whole.scale
+    return ScaledTensor(codes, whole.scale.clone(), amax, whole.dtype)
+
+
+def join(mine: Tensor, shard: Shard) -> Tensor:
+    """The whole, as decoded values: the scales of the parts differ."""
+    return shard.join(mine.dequantize() if isinstance(mine, ScaledTensor) else mine)
+
+
+def _whole(value: Tensor, shard: Shard | None) -> Tensor:
     if shard is not None:
-        return sharding.join(value, shard)
+        return join(value, shard)
     return value.dequantize() if isinstance(value, ScaledTensor) else value.detach().clone()
 
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ...comm.transport import Transport
 from ...nn.linear import Linear
-from .. import sharding
+from ...placement import Shard
 from . import sequence
 from .linear import (
     ColumnParallelLinear,
@@ -22,6 +22,7 @@ from .linear import (
     _Column,
     _out_dtype,
 )
+from .state import take
 
 __all__ = [
     "ColumnParallel",
@@ -96,7 +97,7 @@ class ColumnParallel:
 
     def apply(self, module: nn.Module, wire: Wire) -> None:
         parts = self.parts or (module.out_features,)
-        shard = sharding.Shard(0, parts, wire.transport)
+        shard = Shard(0, parts, wire.transport)
         module.out_features //= wire.transport.size
         fp8 = isinstance(module, Linear)
         module.__class__ = ColumnParallelLinear if fp8 else PlainColumnParallelLinear
@@ -119,7 +120,7 @@ class RowParallel:
             )
 
     def apply(self, module: nn.Module, wire: Wire) -> None:
-        shard = sharding.Shard(1, (module.in_features,), wire.transport)
+        shard = Shard(1, (module.in_features,), wire.transport)
         module.in_features //= wire.transport.size
         fp8 = isinstance(module, Linear)
         module.__class__ = RowParallelLinear if fp8 else PlainRowParallelLinear
@@ -225,9 +226,9 @@ def _check_linear(style: str, name: str, module: nn.Module) -> None:
         raise ValueError(f"{style}: {name} is smoothed by channels, which cannot be spread yet")
 
 
-def _spread(module: nn.Module, name: str, shard: sharding.Shard) -> None:
+def _spread(module: nn.Module, name: str, shard: Shard) -> None:
     whole = getattr(module, name)
-    mine = nn.Parameter(sharding.take(whole.detach(), shard), whole.requires_grad)
+    mine = nn.Parameter(take(whole.detach(), shard), whole.requires_grad)
     mine.shard = shard
     setattr(module, name, mine)
     if name == "weight" and isinstance(module, Linear):
