@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import quaver as qv
 from quaver import models, recipe
-from quaver.checkpoint import _parts
+from quaver.checkpoint.saving import entries
 from quaver.distributed.fsdp.reduce_scatter import decode_e4m3, encode_e4m3
 from quaver.models.config import Config
 from quaver.placement import like
@@ -90,7 +90,7 @@ def here(model, optimizer):
         values = {"": p} | optimizer.state[p]
         for key, value in values.items():
             found |= {
-                n: local(t).detach().clone() for n, t in _parts(f"{name}.{key}", value).items()
+                n: local(t).detach().clone() for n, t in entries(f"{name}.{key}", value).items()
             }
     return found
 
