@@ -14,7 +14,7 @@ import torch
 
 import quaver as qv
 from quaver import machine, models, train
-from quaver.job import Job
+from quaver.job import Job, Run
 from quaver.memory import ACTIVATION_KINDS, KINDS
 from quaver.models.layers import rotary
 from quaver.models.llama import Block
@@ -100,12 +100,12 @@ def whole(model, recipe, batch, seq):
     """memory_report of a step: its activations, its gradients, and the states that it leaves."""
     settings = train.Settings(model=model, recipe=(recipe,), batch=batch, seq=seq, device="cpu")
     config = models.load(model)
-    job = Job(settings, config, None, torch.device("cpu"))
-    net, optimizer = job.build(recipe)
+    job = Job(Run(settings, config, None, qv.distributed.World("cpu")), recipe)
+    net, optimizer = job.model, job.optimizer
     tokens = torch.randint(0, config.vocab, (batch, seq + 1))
     with machine.bf16_products(job.device):
         with qv.saved_activations(net) as saved:
-            loss = job._loss(recipe, net, tokens[:, :-1], tokens[:, 1:])
+            loss = job._loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
     optimizer.step()
     return qv.memory_report(net, optimizer, activations=saved)

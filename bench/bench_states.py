@@ -8,10 +8,10 @@ The paper does not say in what unit its errors are, so the bars are ratios betwe
 import argparse
 
 import common
-import torch
 
 from quaver import data, models, train
-from quaver.job import Job
+from quaver.distributed import World
+from quaver.job import Job, Run
 from quaver.optim import encode_state
 
 EPS = 1e-8
@@ -30,11 +30,10 @@ def trained_states(steps, batch, seq):
     )
     text = data.load(settings.data, settings.seq)
     config = models.load(settings.model).replace(vocab=text.vocab)
-    job = Job(settings, config, text, torch.device("cpu"))
-    model, optimizer = job.build("f32")
+    job = Job(Run(settings, config, text, World("cpu")), "f32")
     for step in range(1, steps + 1):
-        line = job.step("f32", model, optimizer, step)
-    states = [optimizer.state[p] for p in model.parameters()]
+        line = job.step(step)
+    states = [job.optimizer.state[p] for p in job.model.parameters()]
     return [(s["exp_avg"], s["exp_avg_sq"]) for s in states], line["loss"]
 
 

@@ -11,7 +11,8 @@ from statistics import fmean
 import common
 
 from quaver import data, machine, models, train
-from quaver.job import Job
+from quaver.distributed import World
+from quaver.job import Job, Run
 
 BARS = {
     "loss_percent": ("within", 1.0),
@@ -49,11 +50,9 @@ def speed(settings, pairs):
     settings = train.Settings(**settings)
     text = data.load(settings.data, settings.seq)
     config = models.load(settings.model).replace(vocab=text.vocab)
-    job = Job(settings, config, text, machine.choose_device(settings.device))
-    steps = []
-    for name in settings.recipe:
-        model, optimizer = job.build(name)
-        steps.append(lambda n=name, m=model, o=optimizer: job.step(n, m, o, 1))
+    run = Run(settings, config, text, World(machine.choose_device(settings.device)))
+    jobs = [Job(run, name) for name in settings.recipe]
+    steps = [lambda job=job: job.step(1) for job in jobs]
     for step in steps * 3:
         step()
     base, ours = settings.recipe

@@ -22,9 +22,9 @@ from test_train import MODEL, losses, read_metrics
 import quaver as qv
 from quaver import checkpoint, cli, models
 from quaver.distributed import init
-from quaver.distributed.launch import parse_parallel
 from quaver.errors import UsageError
 from quaver.job import Job
+from quaver.parallel import Parallel
 
 BIG = {**MODEL, "dim": 64, "layers": 4, "ffn": 128}
 
@@ -49,13 +49,13 @@ def command(rank, arguments, die=None, how=signal.SIGKILL):
     """The command line in this process; (rank, step) of `die` gets a signal in that step."""
     step = Job.step
 
-    def dies(self, name, model, optimizer, number):
+    def dies(self, number):
         if die == (self.world.rank, number):
             if how == signal.SIGKILL:  # in the middle: the others are in their messages
-                model.register_forward_hook(lambda *a: os.kill(os.getpid(), how))
+                self.model.register_forward_hook(lambda *a: os.kill(os.getpid(), how))
             else:
                 os.kill(os.getpid(), how)
-        return step(self, name, model, optimizer, number)
+        return step(self, number)
 
     if die is not None:
         Job.step = dies
@@ -224,7 +224,7 @@ def test_an_error_of_the_first_rank_ends_all(flags, tmp_path):
 def test_bad_parallel_is_named(flags, capsys, parallel, message):
     assert cli.main(flags("run", "f32", "--parallel", parallel)) == 2
     assert message in capsys.readouterr().err
-    assert parse_parallel(None) == {"dp": 1} and parse_parallel("zero=3") == {"zero": 3}
+    assert Parallel.parse(None) == Parallel() and Parallel.parse("zero=3") == Parallel("zero", 3)
 
 
 def test_a_store_that_does_not_answer_is_named(monkeypatch):

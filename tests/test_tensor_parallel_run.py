@@ -14,10 +14,10 @@ from torch import nn
 import quaver as qv
 from quaver import ScaledTensor, data, models, train
 from quaver.distributed import tensor_parallel as tp
-from quaver.distributed.launch import parse_parallel
 from quaver.distributed.tensor_parallel import gather_state, scatter_state
 from quaver.errors import UsageError
-from quaver.job import Job
+from quaver.job import Job, Run
+from quaver.parallel import Parallel
 from quaver.rundir import RunDir
 
 
@@ -173,9 +173,9 @@ def train_on_a_rank(rank, out, name):
                 recipe=(name,), steps=4, batch=4, seq=32, resume=resume > 0, parallel="dp=2,tp=2"
             )
             folder.metrics_path(name).parent.mkdir(parents=True, exist_ok=True)
-            job = Job(settings, CONFIG, text, torch.device("cpu"), folder, None, world)
+            job = Job(Run(settings, CONFIG, text, world, folder), name)
             try:
-                result, losses = job.train(name, stops.pop() if stops else Stop())
+                result, losses = job.train(stops.pop() if stops else Stop())
             except train.Interrupted:
                 dist.barrier()
         found.append((result["communication"], losses, result["val_loss"]))
@@ -199,12 +199,14 @@ def test_training_on_two_by_two_ranks_resumes_to_the_same_bits(tmp_path, name):
 
 
 def test_the_flag_names_kinds_and_ranks():
-    assert parse_parallel("dp=2,tp=2") == {"dp": 2, "tp": 2}
-    assert parse_parallel("tp=4") == {"tp": 4}
-    assert parse_parallel("zero=2,tp=2") == {"zero": 2, "tp": 2}
+    assert Parallel.parse("dp=2,tp=2") == Parallel("dp", 2, 2)
+    assert Parallel.parse("tp=4") == Parallel("dp", 1, 4)
+    assert Parallel.parse("zero=2,tp=2") == Parallel("zero", 2, 2)
+    for text in ("dp=2,tp=2", "tp=4", "zero=2,tp=2", "zero=1", "fsdp=3", "dp=1"):
+        assert str(Parallel.parse(text)) == text
     for text in ("tp", "tp=0", "tp=2,tp=2", "dp=2,zero=2", "pp=2", "tp=2;dp=2"):
         with pytest.raises(UsageError, match="--parallel"):
-            parse_parallel(text)
+            Parallel.parse(text)
     with pytest.raises(UsageError, match="--seq 30 does not divide among tp=4"):
         train.Settings(parallel="tp=4", seq=30)
     with pytest.raises(UsageError, match="--batch 3 does not divide among 2 ranks"):

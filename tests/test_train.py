@@ -18,10 +18,11 @@ import quaver as qv
 from quaver import data, models, recipe, train
 from quaver.errors import UsageError
 from quaver.job import Job, learning_rate
+from quaver.metrics import Metrics
 from quaver.plot import memory_kinds
 from quaver.probe import Probe
 from quaver.progress import table
-from quaver.rundir import Metrics, RunDir
+from quaver.rundir import RunDir
 
 MODEL = {"vocab": 256, "dim": 32, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 48, "context": 64}
 
@@ -145,10 +146,10 @@ def test_interrupt_saves_and_resume_has_the_same_bits(settings, tmp_path, monkey
     s = settings(recipe=(name,), steps=24)
     step = Job.step
 
-    def stop_at_five(self, name, model, optimizer, number):
+    def stop_at_five(self, number):
         if number == 5:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, name, model, optimizer, number)
+        return step(self, number)
 
     monkeypatch.setattr(Job, "step", stop_at_five)
     with pytest.raises(train.Interrupted):
@@ -178,10 +179,27 @@ def test_a_finished_run_resumes_to_itself(settings):
     assert os.stat(RunDir(s.out).checkpoint_path("f32")).st_mtime_ns == stamp
 
 
-def test_resume_of_nothing_starts(settings):
+def test_resume_of_a_run_that_was_killed_at_once_starts_it(settings):
+    """Before its first checkpoint, and before its configuration."""
     s = settings(resume=True, steps=2)
-    os.mkdir(s.out)  # what a run that was killed early leaves
-    assert train.run(s)["recipes"]["f32"]["steps"] == 2
+    Path(s.out).mkdir()
+    Path(s.out, ".lock").touch()
+    train.run(s)
+    expected = losses(s.out)
+    (RunDir(s.out).checkpoint_path("f32")).unlink()
+    RunDir(s.out).summary_path.unlink()
+    train.run(s)
+    assert losses(s.out) == expected
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_resume_of_no_run_is_an_error(settings, exists):
+    s = settings(resume=True)
+    if exists:
+        os.mkdir(s.out)
+    with pytest.raises(UsageError, match=f"--resume: {s.out} holds no run"):
+        train.run(s)
+    assert os.path.exists(s.out) == exists and not (exists and os.listdir(s.out))
 
 
 def test_a_run_is_not_overwritten_by_accident(settings):
@@ -219,7 +237,8 @@ def test_a_foreign_folder_is_refused(settings, tmp_path):
 def test_two_processes_do_not_share_a_folder(settings):
     s = settings()
     folder = RunDir(s.out)
-    with folder.started({"recipes": []}), pytest.raises(UsageError, match="is in use by another"):
+    config = {"recipes": [], "data_sha256": "", "model": {}, "seed": 0}
+    with folder.started(config), pytest.raises(UsageError, match="is in use by another"):
         train.run(settings(overwrite=True))
     train.run(settings(overwrite=True))
 
@@ -257,9 +276,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_run_kept(settings):
 def test_nan_is_counted_and_shown(settings, monkeypatch, capsys):
     loss = Job._loss
 
-    def bad_at_three(self, name, model, inputs, targets):
+    def bad_at_three(self, inputs, targets):
         bad = torch.equal(inputs, self._batch(3, 0)[0])
-        return loss(self, name, model, inputs, targets) * (float("nan") if bad else 1.0)
+        return loss(self, inputs, targets) * (float("nan") if bad else 1.0)
 
     monkeypatch.setattr(Job, "_loss", bad_at_three)
     s = settings(recipe=("bf16",))
@@ -273,15 +292,25 @@ def test_nan_is_counted_and_shown(settings, monkeypatch, capsys):
 
 def test_metrics_keep_the_lines_before_the_checkpoint(tmp_path):
     path = tmp_path / "m" / "metrics.jsonl"
+    lines = [{"step": i, "loss": 0.1, "tokens_per_s": 2.0, "skipped": 0} for i in range(1, 4)]
+    crcs = []
     with Metrics(path) as metrics:
-        for step in (1, 2, 3):
-            metrics.write({"step": step})
+        for line in lines:
+            metrics.write(line)
+            crcs.append(metrics.crc32)
     path.write_text(path.read_text() + '{"step": 4, "lo')  # a killed process
     with pytest.raises(UsageError, match="lacks steps before the checkpoint's step 4"):
-        Metrics(path, 4)
-    with Metrics(path, 2) as metrics:
-        metrics.write({"step": 3})
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+        Metrics(path, 4, crcs[2])
+    with pytest.raises(UsageError, match="damaged: the checksum of its 2 lines"):
+        Metrics(path, 2, crcs[2])
+    whole = path.read_text()
+    path.write_text(whole.replace("0.1", "0.2", 1))
+    with pytest.raises(UsageError, match="damaged"):
+        Metrics(path, 2, crcs[1])
+    path.write_text(whole)
+    with Metrics(path, 2, crcs[1]) as metrics:
+        metrics.write(lines[2])
+    assert [json.loads(text) for text in path.read_text().splitlines()] == lines
 
 
 @pytest.mark.parametrize(
@@ -291,7 +320,7 @@ def test_metrics_keep_the_lines_before_the_checkpoint(tmp_path):
         ({"save_every": 0}, "--save-every must be at least 1"),
         ({"lr": float("nan")}, "--lr must be a positive number, got nan"),
         ({"warmup": 8}, "--warmup must be 0 to 7, got 8"),
-        ({"probe": -1}, "--probe must be 0 (off) or a number of steps, got -1"),
+        ({"probe": -1}, "--probe must be at least 0, got -1"),
         ({"recipe": ("f32", "f32")}, "--recipe names one twice: f32,f32"),
         ({"recipe": ()}, "--recipe names none"),
         ({"recipe": ("fp9",)}, "fp9"),
@@ -323,12 +352,13 @@ def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path, name):
     command = [
         *(sys.executable, "-m", "quaver", "train", "--data", *s.data, "--model", s.model),
         *("--recipe", name, "--steps", "60", "--batch", "2", "--seq", "16", "--device", "cpu"),
-        *("--out", s.out, "--save-every", "3", "--resume"),
+        *("--out", s.out, "--save-every", "3"),
     ]
     draw = random.Random(0)
     kills = 0
     while kills < 3:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        command = [*command, "--resume"] if kills == 0 else command
         process.stdout.readline()  # the run has begun
         time.sleep(draw.uniform(0, 0.4))
         process.kill()
@@ -346,7 +376,7 @@ def test_the_table_and_the_picture_add_up(settings):
         assert {"saved: norm", "saved: mlp", "saved: attention", "master"} <= kinds.keys()
     rows = {line.split()[0]: line for line in table(results).splitlines() if line}
     less = results["bf16"]["memory"]["total"] / results["coat"]["memory"]["total"]
-    assert rows["coat"].endswith(f"{less:.2f} x") and less > 1
+    assert rows["coat"].endswith(f" {less:.2f}") and less > 1
     saved = [results[name]["memory"]["activation"] for name in ("coat", "fp8lm-o2", "bf16")]
     assert saved == sorted(saved)
 

@@ -23,6 +23,8 @@ __all__ = ["expanded", "opened", "read_text", "replacing", "sync", "write_text"]
 
 READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking: a pipe must not wait for a writer
 SUFFIX = ".quaver"
+CUT = 48  # characters of a name: with the digits it must stay below a file system's 255 bytes
+LEFTOVER = re.compile(rf"\.(.+)\.[0-9a-f]{{32}}{re.escape(SUFFIX)}", re.DOTALL)
 CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -107,8 +109,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def _create(path: Path) -> tuple[BinaryIO, Path]:
     """A new temporary file of this writer, locked."""
     while True:
-        # A long name is cut: with the digits it must stay below the file system's 255 bytes.
-        temporary = path.with_name(f".{path.name[:48]}.{secrets.token_hex(16)}{SUFFIX}")
+        temporary = path.with_name(f".{path.name[:CUT]}.{secrets.token_hex(16)}{SUFFIX}")
         file = open(os.open(temporary, CREATE, 0o666), "wb")  # noqa: SIM115 (the caller closes it)
         with suppress(OSError):  # a file system without locks: leftovers stay there
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -120,21 +121,21 @@ def _create(path: Path) -> tuple[BinaryIO, Path]:
 def remove_leftovers(path: Path) -> None:
     """Removes the temporary files of writers of `path` that were killed: regular files of this user
     with such a name, that no living process holds locked."""
-    name = re.compile(rf"\.{re.escape(path.name[:48])}\.[0-9a-f]{{32}}{re.escape(SUFFIX)}")
     with os.scandir(path.parent) as entries:
-        found = [entry.path for entry in entries if name.fullmatch(entry.name)]
-    for left in found:
-        # Gone or renamed meanwhile, a link, locked by its writer: it stays as it is.
-        with suppress(OSError):
-            _remove_leftover(left)
+        found = [(LEFTOVER.fullmatch(entry.name), entry.path) for entry in entries]
+    for match, left in found:
+        if match and match[1] == path.name[:CUT]:
+            remove_leftover(left)
 
 
-def _remove_leftover(path: str) -> None:
-    handle = os.open(path, READ | os.O_NOFOLLOW)
-    try:
-        found = os.fstat(handle)
-        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
-    finally:
-        os.close(handle)
+def remove_leftover(path: str | os.PathLike) -> None:
+    """Removes one such file, if it is one."""
+    with suppress(OSError):  # gone or renamed meanwhile, a link, or locked by its writer
+        handle = os.open(path, READ | os.O_NOFOLLOW)
+        try:
+            found = os.fstat(handle)
+            if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+        finally:
+            os.close(handle)

@@ -4,35 +4,48 @@ Everything that a step needs is a function of the configuration, the step and th
 run that was killed continues with the same bits.
 """
 
+from __future__ import annotations
+
 import math
 import statistics
+import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-import quaver as qv
-from quaver import distributed, machine, models, recipe
-from quaver.distributed.launch import parse_parallel
-from quaver.errors import UsageError
-from quaver.probe import Probe
-from quaver.progress import Progress
-from quaver.rundir import Metrics
+from . import distributed, machine, models, recipe
+from .convert import convert, convert_report
+from .data import Data
+from .errors import CheckpointError, UsageError
+from .grad import clip_grad_norm_
+from .memory import memory_report, saved_activations
+from .metrics import Metrics
+from .optim import AdamW
+from .probe import Probe
+from .progress import Progress
+from .rundir import RunDir, differences
+from .schema import SchemaError, check
+from .settings import Settings
 
-__all__ = ["Interrupted", "Job", "learning_rate", "parameter_groups"]
+__all__ = ["Interrupted", "Job", "Run", "finished", "learning_rate", "parameter_groups"]
 
 CLIP = 1.0
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.95)
-LAST = 0.05  # part of the steps over which the final loss is taken
+LAST = 0.05  # part of the steps over which the training loss is averaged
+NOTES = {"skipped": int, "metrics_crc32": int, "recipe": str, "configuration": dict}
 
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state."""
 
 
-def learning_rate(step, settings):
+def learning_rate(step: int, settings: Settings) -> float:
     """The rate of step 1..steps: a linear warmup, then a cosine down to a tenth."""
     if step <= settings.warmup:
         return settings.lr * step / settings.warmup
@@ -40,7 +53,7 @@ def learning_rate(step, settings):
     return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def parameter_groups(model):
+def parameter_groups(model: nn.Module) -> list[dict]:
     """Weight decay for matrices alone: it pulls norms and biases to values that mean nothing."""
     parameters = list(model.parameters())
     return [
@@ -49,7 +62,7 @@ def parameter_groups(model):
     ]
 
 
-def _probe_scalars(probe):
+def _probe_scalars(probe: dict) -> Iterator[tuple[str, float]]:
     """("probe/TENSOR/FIGURE", number) for every figure that a probe has."""
     for tensor, figures in probe.items():
         k = figures.get("k", {})
@@ -58,190 +71,253 @@ def _probe_scalars(probe):
                 yield f"probe/{tensor}/{key}", value
 
 
-def _finite(value):
+def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+@dataclass(frozen=True)
+class Run:
+    """What all recipes of a run share. `configuration` is kept in every checkpoint; `writer` makes
+    TensorBoard logs of a folder, if any are wanted."""
+
+    settings: Settings
+    model: models.Config
+    text: Data | None
+    world: distributed.World
+    folder: RunDir | None = None
+    configuration: dict = field(default_factory=dict)
+    writer: Callable | None = None
+
+    @property
+    def writes(self) -> bool:
+        return self.world.rank == 0
+
+
+def finished(run: Run, name: str, result: dict) -> list:
+    """The losses of all steps of a recipe that has its `result`."""
+    steps, crc32 = run.settings.steps, result["metrics_crc32"]
+    with Metrics(run.folder.metrics_path(name), steps, crc32, run.writes) as metrics:
+        return [line["loss"] for line in metrics.lines]
+
+
 class Job:
-    """What all recipes of a run share. `writer` makes TensorBoard logs of a folder, if any."""
+    """Recipe `name` of a run: the model and optimizer of the configuration, on this rank."""
 
-    def __init__(self, settings, model_config, text, device, folder=None, writer=None, world=None):
-        self.settings, self.model_config, self.text = settings, model_config, text
-        self.device, self.folder, self.writer = device, folder, writer
-        self.world = world or distributed.World(device)
-        self.parallel = self.transport = None
-
-    def train(self, name, stop, done=None):
-        """Trains recipe `name` from its checkpoint, or from the start. Returns its result and the
-        losses of all steps. With `done`, an earlier result, only reads the losses."""
-        settings, world = self.settings, self.world
-        writes = world.rank == 0
-        path = self.folder.metrics_path(name)
-        if done is not None:
-            with Metrics(path, settings.steps, writes) as metrics:
-                return done, [line["loss"] for line in metrics.lines]
+    def __init__(self, run: Run, name: str):
+        self.run, self.settings, self.world = run, run.settings, run.world
+        self.recipe, self.device = recipe.get(name), run.world.device
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        model, optimizer = self.build(name)
-        report = qv.convert_report(model)
-        if report.converted and writes:
+        self.model = self._build_model()
+        self.optimizer = self._build_optimizer()
+        self.parallel = self.transport = None
+        if self.world.size > 1:
+            self._connect()
+
+    # Building
+
+    def _build_model(self) -> nn.Module:
+        torch.manual_seed(self.settings.seed)
+        try:
+            # Initialised on the CPU: the same values whatever the device.
+            model = models.build(self.run.model).to(self.device)
+        except (RuntimeError, MemoryError, OverflowError) as error:  # sizes beyond any memory
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--model {self.settings.model} cannot be built: {reason}") from None
+        model = convert(model, recipe=self.recipe)
+        try:
+            if self.world.tensor is not None:
+                distributed.parallelize(model, self.world.tensor, fp8_sum=self.recipe.fp8_sum)
+            if self._is_fsdp:
+                self._shard(model)
+        except ValueError as error:
+            raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
+        return model
+
+    @property
+    def _is_fsdp(self) -> bool:
+        return self.settings.parallel.kind == "fsdp" and self.world.size > 1
+
+    def _shard(self, model: nn.Module) -> None:
+        if self.recipe.linear is not None:
+            distributed.fully_shard(model)
+            return
+        # What FSDP2 does without FP8: weights and gradients travel in the autocast dtype.
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import
+
+        low = self.recipe.autocast == torch.bfloat16
+        policy = MixedPrecisionPolicy(param_dtype=self.recipe.autocast, reduce_dtype=torch.float32)
+        distributed.fully_shard(model, gradient="bf16" if low else "f32", mp_policy=policy)
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.model)
+        options = {"lr": self.settings.lr, "betas": BETAS, "recipe": self.recipe}
+        replicas = self.recipe.replica and not self._is_fsdp
+        if self.settings.parallel.kind == "zero" or replicas:
+            return distributed.ZeroAdamW(groups, group=self.world.data_group, **options)
+        return AdamW(groups, **options)
+
+    def _connect(self) -> None:
+        """What averages gradients, unless FSDP2 does, and what counts the bytes."""
+        if self._is_fsdp:
+            self.transport = distributed.transport_of(self.model)
+            return
+        group = self.world.data_group
+        self.parallel = distributed.ddp(self.model, optimizer=self.optimizer, group=group)
+        self.transport = self.parallel.transport
+
+    # Training
+
+    def train(self, stop: threading.Event) -> tuple[dict, list]:
+        """Trains from the checkpoint, or from the start. Returns the result and the losses of all
+        steps. Raises Interrupted, after saving, on the step after `stop` was set."""
+        run, name, settings = self.run, self.recipe.name, self.settings
+        report = convert_report(self.model)
+        if report.converted and run.writes:
             print(f"{name} {report}")
-        if world.size > 1:
-            self._connect(model, optimizer)
-        parts = () if world.tensor is None else (world.tensor.rank, world.tensor.size)
-        checkpoint = self.folder.checkpoint_path(name, *parts)
-        start, skipped = 0, 0
-        if settings.resume and any(world.share(checkpoint.exists())):
-            state = self._load(name, checkpoint, model, optimizer)
-            start, skipped = state["step"], state["extra"]["skipped"]
+        notes = self._load() if settings.resume else None
+        start, skipped, crc32 = notes or (0, 0, 0)
         with ExitStack() as stack:
-            metrics = stack.enter_context(Metrics(path, start, writes))
-            progress = stack.enter_context(Progress(name, start, settings.steps, writes))
+            path = run.folder.metrics_path(name)
+            metrics = stack.enter_context(Metrics(path, start, crc32, run.writes))
+            progress = stack.enter_context(Progress(name, start, settings.steps, run.writes))
             if start:
                 progress.say(f"{name} continues after step {start}")
-            board = None
-            if self.writer is not None and writes:
-                board = self.writer(self.folder.tensorboard_path(name), purge_step=start + 1)
-                stack.callback(board.close)
+            board = self._board(stack, start)
             for step in range(start + 1, settings.steps + 1):
-                line = self.step(name, model, optimizer, step)
+                line = self.step(step)
                 asked = self._agree(line, stop)
-                line["skipped"] = skipped + optimizer.skipped
+                line["skipped"] = skipped + self.optimizer.skipped
                 metrics.write(line)
                 progress.step(step, line)
-                if board:
-                    for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
-                        if line[key] is not None:
-                            board.add_scalar(key, line[key], step)
-                    for key, value in _probe_scalars(line.get("probe", {})):
-                        board.add_scalar(key, value, step)
+                board(step, line)
                 if asked or step % settings.save_every == 0 or step == settings.steps:
-                    metrics.sync()
-                    extra = {"skipped": line["skipped"]}
-                    distributed.save(
-                        checkpoint, model, optimizer, parallel=self.parallel, step=step, extra=extra
-                    )
+                    self._save(step, metrics)
                 if asked and step < settings.steps:
                     progress.say(f"{name} stopped after step {step}; --resume continues")
                     raise Interrupted
-        result = self._result(name, model, optimizer, metrics.lines)
-        self.parallel = self.transport = None
-        if any(world.share(stop.is_set())):
+        result = self._result(metrics)
+        if any(self.world.share(stop.is_set())):
             raise Interrupted
         return result, [line["loss"] for line in metrics.lines]
 
-    def _load(self, name, checkpoint, model, optimizer):
-        """The checkpoint's step and notes. An error on one rank is one on all."""
-        state = error = None
+    def _board(self, stack: ExitStack, start: int) -> Callable[[int, dict], None]:
+        """Writes a step's line to TensorBoard, where that is wanted."""
+        if self.run.writer is None or not self.run.writes:
+            return lambda step, line: None
+        folder = self.run.folder.tensorboard_path(self.recipe.name)
+        board = self.run.writer(folder, purge_step=start + 1)
+        stack.callback(board.close)
+
+        def write(step: int, line: dict) -> None:
+            for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
+                if line[key] is not None:
+                    board.add_scalar(key, line[key], step)
+            for key, value in _probe_scalars(line.get("probe", {})):
+                board.add_scalar(key, value, step)
+
+        return write
+
+    @property
+    def _checkpoint(self):
+        tensor = self.world.tensor
+        parts = () if tensor is None else (tensor.rank, tensor.size)
+        return self.run.folder.checkpoint_path(self.recipe.name, *parts)
+
+    def _save(self, step: int, metrics: Metrics) -> None:
+        metrics.sync()
+        extra = {
+            "skipped": metrics.lines[-1]["skipped"],
+            "metrics_crc32": self.world.share(metrics.crc32)[0],  # of the file, which rank 0 writes
+            "recipe": self.recipe.name,
+            "configuration": self.run.configuration,
+        }
+        distributed.save(
+            self._checkpoint, self.model, self.optimizer,
+            parallel=self.parallel, step=step, extra=extra,
+        )  # fmt: skip
+
+    def _load(self) -> tuple[int, int, int] | None:
+        """Restores the checkpoint, if there is one: its step, the steps skipped until then, and the
+        checksum of their metrics. An error on one rank is one on all."""
+        if not any(self.world.share(self._checkpoint.exists())):
+            return None
+        error = None
+        found = (0, 0, 0)
         try:
-            state = distributed.load(checkpoint, model, optimizer, parallel=self.parallel)
-        except qv.CheckpointError as found:
-            error = f"{found}; without the file {name} starts anew"
-        texts, steps = zip(*self.world.share([error, state and state["step"]]), strict=True)
+            state = distributed.load(
+                self._checkpoint, self.model, self.optimizer, parallel=self.parallel
+            )
+            self._check_notes(state["extra"])
+            found = (state["step"], state["extra"]["skipped"], state["extra"]["metrics_crc32"])
+        except CheckpointError as refused:
+            error = f"{refused}; without the file {self.recipe.name} starts anew"
+        except UsageError as refused:
+            error = str(refused)
+        texts, steps = zip(*self.world.share([error, found[0]]), strict=True)
         if any(texts):
             raise UsageError(error or next(text for text in texts if text)) from None
         if len(set(steps)) > 1:
             parts = ", ".join(map(str, sorted(set(steps))))
-            raise UsageError(f"the parts of the checkpoint of {name} are of several steps: {parts}")
-        return state
+            raise UsageError(
+                f"the parts of the checkpoint of {self.recipe.name} are of several steps: {parts}"
+            )
+        return found
 
-    def _agree(self, line, stop):
+    def _check_notes(self, extra: object) -> None:
+        """The checkpoint must be of this run: same seed, data, rates and recipe."""
+        try:
+            check(extra, NOTES, "extra")
+        except SchemaError as error:
+            raise CheckpointError(f"{self._checkpoint}: not of a run: {error}") from None
+        free = {"data": None, "recipes": None}  # where the data lies, and the other recipes
+        old = extra["configuration"] | free | {"recipe": extra["recipe"]}
+        new = self.run.configuration | free | {"recipe": self.recipe.name}
+        found = list(differences(old, new))
+        if found:
+            raise UsageError(f"--resume: {self._checkpoint} is of a run with {', '.join(found)}")
+
+    def _agree(self, line: dict, stop: threading.Event) -> bool:
         """Makes the loss that of all ranks; whether one of them was asked to stop."""
         found = self.world.share([line["loss"], stop.is_set()])
         losses = [loss for loss, _ in found]
         line["loss"] = None if None in losses else statistics.fmean(losses)
         return any(asked for _, asked in found)
 
-    def build(self, name):
-        torch.manual_seed(self.settings.seed)
-        # Initialised on the CPU: the same values whatever the device.
-        model = models.build(self.model_config).to(self.device)
-        model = qv.convert(model, recipe=name)
-        chosen, world = recipe.get(name), self.world
-        parallel = parse_parallel(self.settings.parallel)
-        if world.tensor is not None:
-            try:
-                distributed.parallelize(model, world.tensor, fp8_sum=chosen.fp8_sum)
-            except ValueError as error:
-                raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
-        fsdp = "fsdp" in parallel and world.size > 1
-        if fsdp:
-            self._shard(model, chosen)
-        options = {"lr": self.settings.lr, "betas": BETAS, "recipe": name}
-        if "zero" in parallel or (chosen.replica and not fsdp):
-            options["group"] = world.data_group
-            return model, distributed.ZeroAdamW(parameter_groups(model), **options)
-        return model, qv.AdamW(parameter_groups(model), **options)
+    # One step
 
-    def _traffic(self):
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        dtype = self.recipe.autocast
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            logits = self.model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def _batch(self, step: int, micro: int) -> list[Tensor]:
+        """This rank's part of a micro-batch."""
+        settings, world = self.settings, self.world
+        whole = self.run.text.batch(settings.seed, step, settings.batch, settings.seq, micro)
+        rows = settings.batch // world.data_size
+        return [part[world.data_rank * rows : (world.data_rank + 1) * rows] for part in whole]
+
+    def _traffic(self) -> dict[str, int]:
         """Bytes that this rank sent so far, by kind."""
         transports = [t for t in (self.transport, self.world.tensor) if t]
         return {kind: sum(t.traffic[kind] for t in transports) for kind in distributed.KINDS}
 
-    def _shard(self, model, chosen):
-        if chosen.linear is not None:
-            try:
-                distributed.fully_shard(model)
-            except ValueError as error:
-                raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
-            return
-        # What FSDP2 does without FP8: weights and gradients travel in the autocast dtype.
-        from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import
-
-        low = chosen.autocast == torch.bfloat16
-        policy = MixedPrecisionPolicy(param_dtype=chosen.autocast, reduce_dtype=torch.float32)
-        distributed.fully_shard(model, gradient="bf16" if low else "f32", mp_policy=policy)
-
-    def _connect(self, model, optimizer):
-        """After `build`: what averages gradients, unless FSDP2 does, and what counts the bytes."""
-        if "fsdp" in parse_parallel(self.settings.parallel):
-            self.transport = distributed.transport_of(model)
-        else:
-            self.parallel = distributed.ddp(model, optimizer=optimizer, group=self.world.data_group)
-            self.transport = self.parallel.transport
-
-    def _loss(self, name, model, inputs, targets):
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
-        dtype = recipe.get(name).autocast
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            logits = model(inputs)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-    def _batch(self, step, micro):
-        """This rank's part of a micro-batch."""
-        settings, world = self.settings, self.world
-        whole = self.text.batch(settings.seed, step, settings.batch, settings.seq, micro)
-        rows = settings.batch // world.data_size
-        return [part[world.data_rank * rows : (world.data_rank + 1) * rows] for part in whole]
-
-    def step(self, name, model, optimizer, step):
+    def step(self, step: int) -> dict:
         """One optimizer step; returns its line of metrics."""
-        settings = self.settings
-        began = time.perf_counter()
+        settings, began, before = self.settings, time.perf_counter(), self._traffic()
         lr = learning_rate(step, settings)
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        before = self._traffic()
         probed = settings.probe and step % settings.probe == 0
-        probe = Probe(model, optimizer) if probed else None
-        for micro in range(settings.accumulate):
-            with machine.bf16_products(self.device), ExitStack() as stack:
-                if self.parallel and micro + 1 < settings.accumulate:
-                    stack.enter_context(self.parallel.no_sync())
-                if probe and micro == 0:
-                    stack.enter_context(probe.watching())
-                loss = self._loss(name, model, *self._batch(step, micro)) / settings.accumulate
-                loss.backward()
-            total += loss.detach()
-        if isinstance(optimizer, distributed.ZeroAdamW):
-            norm = optimizer.clip_grad_norm_(CLIP)
-        else:
-            norm = qv.clip_grad_norm_(model.parameters(), CLIP)
+        probe = Probe(self.model, self.optimizer) if probed else None
+        total = self._backward(step, probe)
+        norm = self._clip()
         if probe:
             probe.before_update()
-        optimizer.step()
+        self.optimizer.step()
         measured = {"probe": probe.after_update()} if probe else {}
         value = total.item()  # waits for the device, so the time is that of the whole step
         tokens = settings.batch * settings.seq * settings.accumulate
@@ -257,45 +333,66 @@ class Job:
             line["communication"] = {kind: after[kind] - before[kind] for kind in after}
         return line
 
+    def _backward(self, step: int, probe: Probe | None) -> Tensor:
+        """The loss of all micro-batches, whose gradients are then in `.grad`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total, count = torch.zeros((), device=self.device), self.settings.accumulate
+        for micro in range(count):
+            with machine.bf16_products(self.device), ExitStack() as stack:
+                if self.parallel and micro + 1 < count:
+                    stack.enter_context(self.parallel.no_sync())
+                if probe and micro == 0:
+                    stack.enter_context(probe.watching())
+                loss = self._loss(*self._batch(step, micro)) / count
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _clip(self) -> Tensor:
+        if isinstance(self.optimizer, distributed.ZeroAdamW):
+            return self.optimizer.clip_grad_norm_(CLIP)
+        return clip_grad_norm_(self.model.parameters(), CLIP)
+
+    # The result
+
     @torch.no_grad()
-    def _validate(self, name, model):
-        """Ranks take turns with the batches, which are those of one process."""
-        model.eval()
+    def _validate(self) -> float | None:
+        """The mean loss of the held-out batches, which ranks share out."""
+        self.model.eval()
         found = {}
-        batches = list(self.text.validation(self.settings.batch, self.settings.seq))
-        # The same number on every rank, because forwards of a sharded model are collective: whose
-        # turn does not come again does an earlier batch again.
+        batches = list(self.run.text.validation(self.settings.batch, self.settings.seq))
+        # The same number on every rank, because forwards of a sharded model are collective: a rank
+        # without a batch left repeats an earlier one.
         for turn in range(0, len(batches), self.world.data_size):
             i = min(turn + self.world.data_rank, len(batches) - 1)
             inputs, targets = batches[i]
-            loss = self._loss(name, model, inputs, targets).item()
-            found[str(i)] = (loss * len(inputs), len(inputs))
-        model.train()
+            found[str(i)] = (self._loss(inputs, targets).item() * len(inputs), len(inputs))
+        self.model.train()
         everywhere = {int(i): pair for part in self.world.share(found) for i, pair in part.items()}
         pairs = [everywhere[i] for i in range(len(everywhere))]
         return _finite(sum(total for total, _ in pairs) / sum(count for _, count in pairs))
 
-    def _memory(self, name, model, optimizer):
+    def _memory(self) -> dict:
         """The mean over ranks, measured on a micro-batch of its own after training, so that
         resumption does not matter."""
-        optimizer.zero_grad(set_to_none=True)
-        with qv.saved_activations(model) as saved:
-            loss = self._loss(name, model, *self._batch(self.settings.steps, 0))
+        self.optimizer.zero_grad(set_to_none=True)
+        with saved_activations(self.model) as saved:
+            loss = self._loss(*self._batch(self.settings.steps, 0))
         loss.backward()
-        return self.world.mean(qv.memory_report(model, optimizer, activations=saved))
+        return self.world.mean(memory_report(self.model, self.optimizer, activations=saved))
 
-    def _peak_memory(self):
+    def _peak_memory(self) -> int | None:
         """The most bytes that this recipe had on the GPU at once; None on the CPU."""
         if self.device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self.device)
 
-    def _result(self, name, model, optimizer, lines):
+    def _result(self, metrics: Metrics) -> dict:
+        lines = metrics.lines
         last = [line["loss"] for line in lines[-max(1, round(len(lines) * LAST)) :]]
         sent = [line.get("communication", {}) for line in lines]
         with machine.bf16_products(self.device):
-            val_loss = self._validate(name, model)
-            memory = self._memory(name, model, optimizer)
+            val_loss, memory = self._validate(), self._memory()
         return {
             "final_loss": None if None in last else statistics.fmean(last),
             "val_loss": val_loss,
@@ -306,4 +403,5 @@ class Job:
             "steps": len(lines),
             "skipped": lines[-1]["skipped"],
             "nonfinite_losses": sum(line["loss"] is None for line in lines),
+            "metrics_crc32": self.world.share(metrics.crc32)[0],
         }

@@ -37,7 +37,7 @@ def memory_kinds(memory):
 
 def plot_memory(path, memories, title, base):
     """Draws {recipe: memory report} to a PNG file: a bar for each, its bytes stacked by kind, and
-    of which factor they are less than the recipe `base` needs."""
+    the bytes of the recipe `base` divided by these."""
     figure = _figure(1.5 + 0.6 * len(memories))
     axes = figure.subplots()
     stacks = {name: memory_kinds(memory) for name, memory in memories.items()}

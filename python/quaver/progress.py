@@ -81,21 +81,23 @@ class Progress:
 
 MIB = 2**20
 LEGEND = """\
-loss: mean over the last 5 % of the steps. B/param: master, gradient and moments
-of a linear weight; +copies: with its cached FP8 copies. saved MiB: activations
-kept for backward by all layers, and by the linear ones. total MiB: parameters,
-gradients, states and saved activations; less: of which factor that is."""
+held-out: loss of text that was not trained on; train: mean loss of the last 5 %
+of the steps. B/param: master, gradient and moments of a linear weight; +copies:
+with its cached FP8 copies. saved MiB: activations kept for backward by all
+layers, and by the linear ones. total MiB: parameters, gradients, states and
+saved activations; x less: the baseline's bytes divided by these."""
 
 
 def _row(name, result, base):
     memory = result["memory"]
     per = memory["bytes_per_param"]
-    loss, base_loss = result["final_loss"], base["final_loss"]
+    loss, base_loss = result["val_loss"], base["val_loss"]
     known = result is not base and None not in (loss, base_loss)
     return {
         "recipe": name,
-        "loss": _number(loss),
+        "held-out": _number(loss),
         "change": f"{(loss / base_loss - 1) * 100:+.2f} %" if known else "-",
+        "train": _number(result["final_loss"]),
         "tokens/s": f"{result['tokens_per_s']:,.0f}",
         "x": f"{result['tokens_per_s'] / base['tokens_per_s']:.2f}",
         "B/param": f"{per['state']:.2f}" if per else "-",
@@ -103,7 +105,7 @@ def _row(name, result, base):
         "saved MiB": f"{memory['activation'] / MIB:.1f}",
         "linear": f"{memory['activation_linear'] / MIB:.1f}",
         "total MiB": f"{memory['total'] / MIB:.1f}",
-        "less": f"{base['memory']['total'] / memory['total']:.2f} x",
+        "x less": f"{base['memory']['total'] / memory['total']:.2f}",
         "skipped": str(result["skipped"]),
     }
 

@@ -5,62 +5,105 @@
 
 Under tensor parallelism each part of a model has its state: state-tp0of2.safetensors, and so on.
 
-Only files of these names are ever removed. OUT/.lock keeps two processes from writing one run.
+Only files of these names are ever removed, and no link in the folder is followed. OUT/.lock keeps
+two processes from writing one run.
 """
 
+from __future__ import annotations
+
+import errno
 import fcntl
 import json
 import os
-import shutil
-from contextlib import contextmanager
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from quaver.errors import UsageError
-from quaver.files import write_text
+from . import recipe
+from .errors import FileError, UsageError
+from .files import LEFTOVER, expanded, read_text, remove_leftover, write_text
+from .schema import Each, Maybe, SchemaError, check, parse
 
-__all__ = ["Metrics", "RunDir"]
+__all__ = ["RunDir", "differences"]
+
+CONFIG = {"recipes": [str], "data_sha256": str, "model": dict, "seed": int}
+MEMORY = {"bytes_per_param": Each(float), "activation": int, "activation_linear": int,
+          "activation_by_layer": Each(Each(int)), "total": int}  # fmt: skip
+RESULT = {
+    "final_loss": Maybe(float),
+    "val_loss": Maybe(float),
+    "tokens_per_s": float,
+    "memory": MEMORY,
+    "steps": int,
+    "skipped": int,
+    "metrics_crc32": int,
+}
+SUMMARY = {"recipes": Each(RESULT), "machine": dict, "config": dict, "crc32": int}
+
+# What a recipe's folder holds, by regular expressions: folders as dicts, files as None.
+SHARDS = {
+    r"[\w-]+\.safetensors": None,
+    r"model\.safetensors\.index\.json": None,
+    r"\.metadata": None,
+}
+OURS = {
+    r"metrics\.jsonl": None,
+    "checkpoint": {
+        r"state(-tp\d+of\d+)?\.safetensors": {r"checkpoint\.json": None, "[ab]": SHARDS},
+    },
+    "tensorboard": {r"events\.out\.tfevents\..*": None},
+}
 
 
-def _read_json(path):
+def _read_json(path: Path, schema) -> dict:
+    """A JSON file of ours; FileError, naming it, for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged: {error}") from None
+        value = parse(read_text(path))
+        check(value, schema, path.name)
+    except SchemaError as error:
+        raise FileError(f"{path} is damaged: {error}") from None
+    return value
 
 
-def _differences(old, new, prefix=""):
+def differences(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
     """ "key old (now new)" for every leaf in which two nested dicts differ."""
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{key}.")
+            yield from differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key} {json.dumps(a)} (now {json.dumps(b)})"
+
+
+def _crc32(summary: dict) -> int:
+    rest = {key: value for key, value in summary.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 class RunDir:
     """The folder `out`. Raises UsageError for a folder that must not be written to."""
 
-    def __init__(self, out):
-        self.path = Path(out)
+    def __init__(self, out: str | os.PathLike):
+        self.path = expanded(out)
         self.config_path = self.path / "config.json"
         self.summary_path = self.path / "summary.json"
         self.plot_path = self.path / "loss.png"
         self.memory_plot_path = self.path / "memory.png"
+        self.lock_path = self.path / ".lock"
 
-    def metrics_path(self, recipe):
-        return self.path / recipe / "metrics.jsonl"
+    def metrics_path(self, name: str) -> Path:
+        return self.path / name / "metrics.jsonl"
 
-    def checkpoint_path(self, recipe, part=None, parts=None):
-        name = "state" if part is None else f"state-tp{part}of{parts}"
-        return self.path / recipe / "checkpoint" / f"{name}.safetensors"
+    def checkpoint_path(self, name: str, part: int | None = None, parts: int | None = None) -> Path:
+        file = "state" if part is None else f"state-tp{part}of{parts}"
+        return self.path / name / "checkpoint" / f"{file}.safetensors"
 
-    def tensorboard_path(self, recipe):
-        return self.path / recipe / "tensorboard"
+    def tensorboard_path(self, name: str) -> Path:
+        return self.path / name / "tensorboard"
 
-    def check(self, config, resume=False, overwrite=False):
+    def check(self, config: dict, resume: bool = False, overwrite: bool = False) -> None:
         """Refuses to start a run of `config` here where that would lose or mix up results.
 
         `data` may differ on resumption: it names where the text lies, its fingerprint what it is.
@@ -68,107 +111,113 @@ class RunDir:
         out = self.path
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out {out} is not a folder")
+        self._refuse_links()
         if self.config_path.exists():
-            if resume:
-                old = _read_json(self.config_path)
-                found = list(_differences({**old, "data": None}, {**config, "data": None}))
-                if found:
-                    raise UsageError(f"--resume: {out} was started with {', '.join(found)}")
-            elif not overwrite:
+            if not (resume or overwrite):
                 raise UsageError(
                     f"{out} holds a run already: --resume continues it, --overwrite replaces it"
                 )
+            old = self._config()
+            found = list(differences({**old, "data": None}, {**config, "data": None}))
+            if resume and found:
+                raise UsageError(f"--resume: {out} was started with {', '.join(found)}")
         elif out.is_dir() and any(not name.startswith(".") for name in os.listdir(out)):
             raise UsageError(f"{out} holds other files and no run: choose another --out")
+        elif resume and not self.lock_path.exists():  # a run that was killed early has its lock
+            raise UsageError(f"--resume: {out} holds no run")
+
+    def _config(self) -> dict:
+        config = _read_json(self.config_path, dict)
+        try:
+            check(config, CONFIG, "config.json")
+        except SchemaError as error:
+            raise UsageError(
+                f"{self.path} holds other files and no run: {error}; choose another --out"
+            ) from None
+        return config
+
+    def _refuse_links(self) -> None:
+        files = (self.config_path, self.summary_path, self.lock_path)
+        for path in (*files, *(path for name in recipe.names() for path in self._paths(name))):
+            if path.is_symlink():
+                raise UsageError(f"{path} is a symbolic link: a run's folder holds none")
+
+    def _paths(self, name: str) -> tuple[Path, ...]:
+        checkpoint = self.checkpoint_path(name)
+        paths = (self.metrics_path(name), self.tensorboard_path(name), checkpoint)
+        return (self.path / name, checkpoint.parent, *paths)
 
     @contextmanager
-    def started(self, config, resume=False):
+    def started(self, config: dict, resume: bool = False) -> Iterator[None]:
         """Makes the folder ready and keeps other processes out of it until the block ends. Without
         `resume` an earlier run's files go."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {self.path}: {error.strerror}") from None
-        with open(self.path / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process loses it
-            except BlockingIOError:
-                raise UsageError(f"{self.path} is in use by another process") from None
+        with self._locked():
             if self.config_path.exists() and not resume:
-                self._remove(_read_json(self.config_path)["recipes"])
+                self._remove()
             if not self.config_path.exists():
                 write_text(self.config_path, json.dumps(config, indent=2) + "\n")
             yield
 
-    def _remove(self, recipes):
-        for name in recipes:
-            self.metrics_path(name).unlink(missing_ok=True)
-            for path in self.checkpoint_path(name).parent.glob("state*.safetensors"):
-                path.unlink()
-            if self.tensorboard_path(name).is_dir():
-                shutil.rmtree(self.tensorboard_path(name))
-        self.summary_path.unlink(missing_ok=True)
-        self.plot_path.unlink(missing_ok=True)
-        self.memory_plot_path.unlink(missing_ok=True)
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.lock_path, flags, 0o666)
+        except OSError as error:
+            link = error.errno == errno.ELOOP
+            reason = f"{self.lock_path.name} is a symbolic link" if link else error.strerror
+            raise UsageError(f"--out {self.path}: {reason}") from None
+        with open(lock, "rb", buffering=0):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process loses it
+            except BlockingIOError:
+                raise UsageError(f"{self.path} is in use by another process") from None
+            yield
+
+    def _remove(self) -> None:
+        """The files of any run; whatever else lies there stays."""
+        for name in recipe.names():
+            _remove_ours(self.path / name, OURS)
+        for path in (self.summary_path, self.plot_path, self.memory_plot_path):
+            path.unlink(missing_ok=True)
         # Last, so that a removal that was cut short can be repeated.
         self.config_path.unlink()
 
-    def results(self):
-        """{recipe: result} of the recipes that are done."""
-        return _read_json(self.summary_path)["recipes"] if self.summary_path.exists() else {}
+    def results(self, config: dict) -> dict:
+        """{recipe: result} of the recipes of `config` that are done. UsageError for a summary that
+        is damaged or of another run."""
+        if not self.summary_path.exists():
+            return {}
+        summary = _read_json(self.summary_path, SUMMARY)
+        if summary["crc32"] != _crc32(summary):
+            raise FileError(f"{self.summary_path} is damaged: its checksum does not match")
+        before = {key: value for key, value in summary["config"].items() if key != "parallel"}
+        found = list(differences({**before, "data": None}, {**config, "data": None}))
+        if found:
+            raise UsageError(f"{self.summary_path} is of a run with {', '.join(found)}")
+        return summary["recipes"]
 
-    def write_summary(self, summary):
+    def write_summary(self, summary: dict) -> None:
+        """Writes `summary`, with a checksum as its `crc32`."""
+        summary["crc32"] = _crc32(summary)
         write_text(self.summary_path, json.dumps(summary, indent=2) + "\n")
 
 
-class Metrics:
-    """One JSON line a step, flushed as it is written; NaN and Inf are written as null.
-
-    Opened at `step` it keeps exactly the lines 1..step that an earlier process wrote: what came
-    after the checkpoint is trained, and written, again. Raises UsageError if some of them are
-    missing. One that does not write leaves the file alone: of several ranks, the first writes.
-    """
-
-    def __init__(self, path, step=0, writes=True):
-        self.lines = _complete_lines(path)[:step]
-        if [line.get("step") for line in self.lines] != list(range(1, step + 1)):
-            raise UsageError(f"{path} lacks steps before the checkpoint's step {step}")
-        self.file = None
-        if not writes:
-            return
-        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.file is not None:
-            self.file.close()
-
-    def write(self, line):
-        self.lines.append(line)
-        if self.file is None:
-            return
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.file.flush()
-
-    def sync(self):
-        """Makes the lines durable: before a checkpoint that counts on them."""
-        if self.file is not None:
-            os.fsync(self.file.fileno())
-
-
-def _complete_lines(path):
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break  # a killed process may have written half a line; what follows is trained again
-        if not isinstance(line, dict):
-            break
-        lines.append(line)
-    return lines
+def _remove_ours(folder: Path, patterns: dict) -> None:
+    """Removes what `patterns` name below `folder`, and folders that are then empty."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for entry in list(os.scandir(folder)):
+        path = Path(entry.path)
+        pattern = next((p for p in patterns if re.fullmatch(p, entry.name)), None)
+        if LEFTOVER.fullmatch(entry.name):
+            remove_leftover(path)
+        elif pattern is None or entry.is_symlink():
+            continue
+        elif not entry.is_dir():
+            path.unlink()
+        elif patterns[pattern] is not None:
+            _remove_ours(path, patterns[pattern])
+    with suppress(OSError):  # it holds something else
+        folder.rmdir()

@@ -3,117 +3,28 @@
 Ranks share each micro-batch; the first of them writes.
 """
 
-import math
+from __future__ import annotations
+
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 
 import torch
 
-from quaver import data, distributed, machine, models, recipe
-from quaver.distributed.launch import parse_parallel
-from quaver.errors import UsageError
-from quaver.job import Interrupted, Job
-from quaver.plot import plot_losses, plot_memory
-from quaver.progress import baseline, table
-from quaver.rundir import RunDir
+from . import data, distributed, machine, models
+from .errors import UsageError
+from .job import Interrupted, Job, Run, finished
+from .plot import plot_losses, plot_memory
+from .progress import baseline, table
+from .rundir import RunDir
+from .settings import Settings, configuration, model_config
 
 __all__ = ["Interrupted", "Settings", "run"]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `quaver train` is asked to do; the fields are its flags. `batch` is the size of a
-    micro-batch, of which `accumulate` make a step; ranks share it. Raises UsageError naming a flag
-    out of range."""
-
-    data: tuple = ("stdlib",)
-    tokenizer: str | None = None
-    model: str = "tiny"
-    recipe: tuple = ("bf16", "fp8lm-o2")
-    steps: int = 300
-    batch: int = 8
-    seq: int = 256
-    accumulate: int = 1
-    lr: float = 1e-3
-    warmup: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    out: str = "runs/demo"
-    save_every: int = 100
-    resume: bool = False
-    overwrite: bool = False
-    tensorboard: bool = False
-    probe: int = 0
-    parallel: str | None = None
-
-    def __post_init__(self):
-        for name in ("steps", "batch", "seq", "accumulate", "save_every"):
-            value = getattr(self, name)
-            if value < 1:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} must be at least 1, got {value}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"--lr must be a positive number, got {self.lr}")
-        if self.probe < 0:
-            raise UsageError(f"--probe must be 0 (off) or a number of steps, got {self.probe}")
-        if self.warmup is None:
-            object.__setattr__(self, "warmup", self.steps // 20)
-        if not 0 <= self.warmup < self.steps:
-            raise UsageError(f"--warmup must be 0 to {self.steps - 1}, got {self.warmup}")
-        ranks = parse_parallel(self.parallel)
-        tensor = ranks.pop("tp", 1)
-        if self.batch % math.prod(ranks.values()):
-            raise UsageError(
-                f"--batch {self.batch} does not divide among {math.prod(ranks.values())} ranks"
-            )
-        if self.seq % tensor:
-            raise UsageError(f"--seq {self.seq} does not divide among tp={tensor}")
-        if not self.recipe:
-            raise UsageError("--recipe names none")
-        if len(set(self.recipe)) != len(self.recipe):
-            raise UsageError(f"--recipe names one twice: {','.join(self.recipe)}")
-        for name in self.recipe:
-            try:
-                recipe.get(name)
-            except ValueError as error:
-                raise UsageError(f"--recipe: {error}") from None
-
-
-def _model_config(settings, vocab):
-    config = models.load(settings.model)
-    if settings.model in models.PRESETS:
-        config = config.replace(vocab=vocab)
-    if config.vocab < vocab:
-        raise UsageError(f"--model {settings.model}: vocab {config.vocab}, the data needs {vocab}")
-    if config.context < settings.seq:
-        raise UsageError(f"--seq {settings.seq} exceeds the model's context {config.context}")
-    return config
-
-
-def _describe(settings, model, device, text):
-    """What decides the numbers of a run: written to config.json and compared on resumption."""
-    left_out = (
-        "out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "parallel",
-    )  # fmt: skip
-    tensor = parse_parallel(settings.parallel).get("tp", 1)  # each part has its checkpoint
-    config = {key: value for key, value in asdict(settings).items() if key not in left_out}
-    return (
-        config
-        | {
-            "data": list(settings.data),
-            "data_sha256": text.fingerprint,
-            "recipes": list(settings.recipe),
-            "model": model.as_dict(),
-            "device": device.type,
-        }
-        | ({"tensor_parallel": tensor} if tensor > 1 else {})
-    )
-
-
-def run(settings):
+def run(settings: Settings) -> dict:
     """Trains every recipe of `settings` and returns the summary, which is also in OUT/summary.json.
 
     Raises UsageError, before anything is written, for settings that cannot work, and Interrupted
@@ -127,72 +38,86 @@ def run(settings):
 
 
 @contextmanager
-def _world(settings, device):
+def _world(settings: Settings, device: torch.device) -> Iterator[distributed.World]:
     """The ranks that --parallel asks for: torchrun has started this process as one of them."""
-    parts = parse_parallel(settings.parallel)
-    ranks = math.prod(parts.values())
+    parallel = settings.parallel
     started = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-    if started != ranks:
+    if started != parallel.ranks:
         raise UsageError(
-            f"--parallel {settings.parallel or 'dp=1'} is for {ranks} processes, {started} started:"
-            f" torchrun --nproc-per-node {ranks} -m quaver train ..."
+            f"--parallel {parallel} is for {parallel.ranks} processes, {started} started:"
+            f" torchrun --nproc-per-node {parallel.ranks} -m quaver train ..."
         )
-    if ranks == 1:
+    if parallel.ranks == 1:
         yield distributed.World(device)
         return
     distributed.init(device.type)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    yield distributed.World(device, parts.get("tp", 1))
+    yield distributed.World(device, parallel.tensor)
     # Not where something failed: a group with a dead rank is left to the end of the process.
     torch.distributed.destroy_process_group()
 
 
-def _run(settings, world, writer):
+def _run(settings: Settings, world: distributed.World, writer: Callable | None) -> dict:
     text = data.load(settings.data, settings.seq, settings.tokenizer)
-    model_config = _model_config(settings, text.vocab)
-    config = _describe(settings, model_config, world.device, text)
+    model = model_config(settings, text.vocab)
+    config = configuration(settings, model, world.device, text)
     distributed.compare("train", world.share({"configuration": config}))
-    folder = RunDir(settings.out)
-    show = print if world.rank == 0 else lambda *args: None
+    run = Run(settings, model, text, world, RunDir(settings.out), config, writer)
+    show = print if run.writes else lambda *args: None
     with ExitStack() as stack, _stop_signals() as stop:
-        results = world.first(lambda: _open(folder, config, settings, stack))
-        results = world.share(results)[0]
-        if text.skipped:
-            show(f"left out {len(text.skipped)} binary files, such as {text.skipped[0]}")
-        tokens, held_out = len(text.train), len(text.held_out)
-        ranks = f", {settings.parallel}" if world.size > 1 else ""
-        show(f"{tokens:,} tokens to train on, {held_out:,} held out; {world.device.type}{ranks}")
-        job = Job(settings, model_config, text, world.device, folder, writer, world)
-        described = config | {"parallel": settings.parallel}
-        summary = {"recipes": results, "machine": machine.describe(), "config": described}
+        results = world.share(world.first(lambda: _open(run, stack)))[0]
+        _show_data(run, show)
+        parallel = None if world.size == 1 else str(settings.parallel)
+        summary = {
+            "recipes": results,
+            "machine": machine.describe(),
+            "config": config | {"parallel": parallel},
+        }
         losses = {}
         for name in settings.recipe:
-            results[name], losses[name] = job.train(name, stop, done=results.get(name))
-            world.first(lambda: folder.write_summary(summary))
-        rows = settings.batch * settings.accumulate
-        title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
-        world.first(lambda: _plot(folder, losses, results, title, settings))
+            if name in results:
+                losses[name] = finished(run, name, results[name])
+            else:
+                results[name], losses[name] = Job(run, name).train(stop)
+            world.first(lambda: run.folder.write_summary(summary))
+            if 1 < len(losses) < len(settings.recipe):
+                show(f"\n{table(results)}\n")
+        world.first(lambda: _plot(run, losses, results))
+    folder = run.folder
     paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
     show(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
     return summary
 
 
-def _plot(folder, losses, results, title, settings):
+def _show_data(run: Run, show: Callable) -> None:
+    text, world = run.text, run.world
+    if text.skipped:
+        show(f"left out {len(text.skipped)} binary files, such as {text.skipped[0]}")
+    tokens, held_out = len(text.train), len(text.held_out)
+    ranks = f", {run.settings.parallel}" if world.size > 1 else ""
+    show(f"{tokens:,} tokens to train on, {held_out:,} held out; {world.device.type}{ranks}")
+
+
+def _plot(run: Run, losses: dict, results: dict) -> None:
+    settings, folder = run.settings, run.folder
+    rows = settings.batch * settings.accumulate
+    title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
     plot_losses(folder.plot_path, losses, title, baseline(losses))
     memories = {name: result["memory"] for name, result in results.items()}
     title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
     plot_memory(folder.memory_plot_path, memories, title, baseline(memories))
 
 
-def _open(folder, config, settings, stack):
+def _open(run: Run, stack: ExitStack) -> dict:
     """Makes the folder ready; returns the results of the recipes that are done."""
-    folder.check(config, settings.resume, settings.overwrite)
-    stack.enter_context(folder.started(config, settings.resume))
-    return folder.results() if settings.resume else {}
+    settings, folder = run.settings, run.folder
+    folder.check(run.configuration, settings.resume, settings.overwrite)
+    stack.enter_context(folder.started(run.configuration, settings.resume))
+    return folder.results(run.configuration) if settings.resume else {}
 
 
-def _tensorboard():
+def _tensorboard() -> Callable:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -201,7 +126,7 @@ def _tensorboard():
 
 
 @contextmanager
-def _stop_signals():
+def _stop_signals() -> Iterator[threading.Event]:
     """Yields an Event that SIGINT and SIGTERM set. A second signal acts as it would without us."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

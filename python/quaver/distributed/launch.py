@@ -13,33 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ..comm.transport import Transport
 from ..errors import UsageError
 
-__all__ = ["World", "init", "parse_parallel"]
-
-KINDS = ("dp", "zero", "fsdp", "tp")
-
-
-def parse_parallel(text: str | None) -> dict[str, int]:
-    """`--parallel` as a dict: "dp=4" (data parallelism), "zero=4" (with states spread, stage 2),
-    "fsdp=4" (with everything sharded, FSDP2), "tp=2" (tensor parallelism), or one of the first two
-    with the last, "dp=2,tp=2" for four ranks. None is one process, {"dp": 1}. Raises UsageError
-    naming the part that is wrong."""
-    if text is None:
-        return {"dp": 1}
-    found = {}
-    for part in text.split(","):
-        kind, equals, count = part.partition("=")
-        if kind not in KINDS or not equals or not count.isdecimal() or int(count) < 1:
-            raise UsageError(
-                f"--parallel wants dp=N, zero=N, fsdp=N or tp=N, N at least 1, got {part!r}"
-            )
-        found[kind] = int(count)
-    apart = found.keys() - {"tp"}  # of these there can be one, and FSDP2 goes with no other
-    alone = "fsdp" in found and "tp" in found
-    if len(apart) > 1 or alone or len(text.split(",")) != len(found):
-        raise UsageError(
-            f"--parallel takes fsdp=N, or one of dp=N and zero=N, and tp=N, got {text!r}"
-        )
-    return found
+__all__ = ["World", "init"]
 
 
 def init(device: str = "cpu", timeout: float = 60.0, message_timeout: float = 1800.0) -> None:

@@ -1,0 +1,110 @@
+"""What `quaver train` is asked to do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+
+from . import models, recipe
+from .data import Data
+from .errors import UsageError
+from .parallel import Parallel
+
+__all__ = ["Settings", "configuration", "model_config"]
+
+# Settings that do not decide the numbers of a run: it may be resumed with others.
+FREE = ("out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "parallel")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields are the flags of `quaver train`. `batch` is the size of a micro-batch, of which
+    `accumulate` make a step; ranks share it. Raises UsageError naming a flag out of range."""
+
+    data: tuple[str, ...] = ("stdlib",)
+    tokenizer: str | None = None
+    model: str = "tiny"
+    recipe: tuple[str, ...] = ("bf16", "fp8lm-o2")
+    steps: int = 300
+    batch: int = 8
+    seq: int = 256
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    out: str = "runs/demo"
+    save_every: int = 100
+    resume: bool = False
+    overwrite: bool = False
+    tensorboard: bool = False
+    probe: int = 0
+    parallel: Parallel | str | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "seq", "accumulate", "save_every"):
+            self._check_range(name, 1)
+        self._check_range("probe", 0)
+        if not -(2**63) <= self.seed < 2**63:
+            raise UsageError(f"--seed must have at most 63 bits, got {self.seed}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"--lr must be a positive number, got {self.lr}")
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", self.steps // 20)
+        if not 0 <= self.warmup < self.steps:
+            raise UsageError(f"--warmup must be 0 to {self.steps - 1}, got {self.warmup}")
+        object.__setattr__(self, "parallel", Parallel.parse(self.parallel))
+        if self.batch % self.parallel.data:
+            raise UsageError(
+                f"--batch {self.batch} does not divide among {self.parallel.data} ranks"
+            )
+        if self.seq % self.parallel.tensor:
+            raise UsageError(f"--seq {self.seq} does not divide among tp={self.parallel.tensor}")
+        self._check_recipes()
+
+    def _check_range(self, name: str, least: int) -> None:
+        value, flag = getattr(self, name), name.replace("_", "-")
+        if not least <= value < 2**31:
+            bound = f"at least {least}" if value < least else "below 2^31"
+            raise UsageError(f"--{flag} must be {bound}, got {value}")
+
+    def _check_recipes(self) -> None:
+        if not self.recipe:
+            raise UsageError("--recipe names none")
+        if len(set(self.recipe)) != len(self.recipe):
+            raise UsageError(f"--recipe names one twice: {','.join(self.recipe)}")
+        for name in self.recipe:
+            try:
+                recipe.get(name)
+            except ValueError as error:
+                raise UsageError(f"--recipe: {error}") from None
+
+
+def model_config(settings: Settings, vocab: int) -> models.Config:
+    """The model of --model for data of `vocab` tokens; UsageError if they do not fit."""
+    config = models.load(settings.model)
+    if settings.model in models.PRESETS:
+        config = config.replace(vocab=vocab)
+    if config.vocab < vocab:
+        raise UsageError(f"--model {settings.model}: vocab {config.vocab}, the data needs {vocab}")
+    if config.context < settings.seq:
+        raise UsageError(f"--seq {settings.seq} exceeds the model's context {config.context}")
+    return config
+
+
+def configuration(
+    settings: Settings, model: models.Config, device: torch.device, text: Data
+) -> dict:
+    """All that decides the numbers of a run, as JSON values: kept in config.json and in every
+    checkpoint, and compared when a run is resumed."""
+    config = {key: value for key, value in asdict(settings).items() if key not in FREE} | {
+        "data": list(settings.data),
+        "data_sha256": text.fingerprint,
+        "recipes": list(settings.recipe),
+        "model": model.as_dict(),
+        "device": device.type,
+    }
+    tensor = settings.parallel.tensor  # each part of the model has a checkpoint of its own
+    return config | ({"tensor_parallel": tensor} if tensor > 1 else {})
