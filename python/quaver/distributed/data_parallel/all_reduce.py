@@ -40,6 +40,7 @@ __all__ = [
     "ring",
     "run",
     "two_shot",
+    "upload",
 ]
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -73,6 +74,13 @@ def amaxes_of(tensors: list[Tensor]) -> Tensor:
     plain = [t for t, amax in zip(tensors, carried, strict=True) if amax is None]
     read = iter(ops.grad_norm(plain)[1].unbind() if plain else ())
     return torch.stack([next(read) if amax is None else amax.reshape(()) for amax in carried])
+
+
+def upload(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host values as a 1-D tensor. From pinned memory, because a copy from pageable memory blocks
+    the host until the stream has come to it."""
+    found = torch.tensor(values, dtype=dtype)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -181,13 +189,13 @@ def reduce_to_owners(
     for i, t in enumerate(tensors):
         lengths[owners[i]] += ops.bucket_length(t.numel())
     mine = [i for i in order if owners[i] == transport.rank]
-    index = torch.tensor(mine, dtype=torch.int64, device=tensors[0].device)
+    index = upload(mine, torch.int64, tensors[0].device)
     scales = own_scales = None
     if low:
         amaxes = yield transport.all_gather(amaxes_of(tensors), "scale")
         scales, sum_scales = ops.share_scales(amaxes, dtype)
         own_scales = scales[index]
-        scales = scales[torch.tensor(order, device=scales.device)]
+        scales = scales[upload(order, torch.int64, scales.device)]
     bucket = ops.pack([tensors[i] for i in order], dtype, sum(lengths), scales)
     shards = yield transport.all_to_all(bucket, lengths, "gradient")
     means: list[Tensor | None] = [None] * len(tensors)

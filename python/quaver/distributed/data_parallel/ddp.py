@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...comm.transport import Transport, compare
 from ...nn.common import HISTORY_STATE
 from ...tensor import ScaledTensor, plain_tensors
-from .all_reduce import ALGORITHMS, FP8, Protocol, Reduced, reduce_to_owners, ring, two_shot
+from .all_reduce import ALGORITHMS, FP8, Protocol, Reduced, reduce_to_owners, ring, two_shot, upload
 from .auto_scale import AutoScale, AutoScaleRule
 
 __all__ = ["DataParallel", "ddp"]
@@ -254,6 +254,11 @@ class DataParallel:
 
     def _protocol(self, b: _Bucket) -> Protocol:
         grads = [self._gradient(n, p) for n, p in zip(b.names, b.parameters, strict=True)]
+        if self._stream is not None:
+            # Backward's stream allocated them, and the mean replaces them before this stream has
+            # read them: without a record the allocator would hand their memory to backward again.
+            for part in (part for grad in grads for part in plain_tensors(grad)):
+                part.record_stream(self._stream)
         if b.owners is not None:
             return reduce_to_owners(grads, b.dtype, self.transport, b.owners)
         if b.auto_scale is not None:
@@ -297,7 +302,7 @@ class DataParallel:
         """One small maximum a step: which parameters some rank used, and the amax histories of
         delayed scaling. With them ranks scale alike, as one process with the whole batch would,
         and a checkpoint needs one copy."""
-        notes = [torch.tensor(used, device=self._device)]
+        notes = [upload(used, torch.float32, self._device)]
         for h in self._histories:
             # A rank that saw a non-finite amax starts anew, and so all do: the least count.
             notes += [-h[:1], h[1:]]
