@@ -97,9 +97,10 @@ def parts_of_products(name, ranks):
         runs = zip(a.chunk(ranks, 1), w.chunk(ranks, 1), strict=True)
         return torch.stack([p @ q.t() for p, q in runs]), a.abs() @ w.abs().t(), w
 
-    down, up = model.down.fp8_weight, model.up.fp8_weight
-    forward = product(act.detach(), down.row, down.scale, E4M3)
-    backward = product(hidden.grad, up.col, up.scale, E5M2)
+    down, down_scale, _ = model.down.operands()
+    up, up_scale, _ = model.up.operands()
+    forward = product(act.detach(), down, down_scale, E4M3)
+    backward = product(hidden.grad, up.t(), up_scale, E5M2)
     return (*forward, act.detach()), (*backward, hidden.grad)
 
 

@@ -1,6 +1,8 @@
-"""The FP8 copies of a weight follow whatever changes it."""
+"""A forward and its backward read the weight as it is, whatever wrote it."""
 
 import copy
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from test_linear import RECIPES, assert_copies_fresh, layer, plain
 from torch import nn
 
 import quaver as qv
-from quaver import ScaledTensor
+from quaver import ScaledTensor, recipe
 from quaver.nn import linear as implementation
+from quaver.nn import product
+from quaver.nn import weight as weights
 
 
 def in_place(net):
@@ -61,33 +65,149 @@ def test_the_copies_follow_a_write_through_data(write):
     assert_copies_fresh(net)
 
 
-def count_encodes(monkeypatch):
+def count_casts(monkeypatch):
     calls = []
-    real = implementation.GemmWeight.encode
+    real = weights.cast_weight
 
-    def encode(weight, *rest):
+    def counting(weight, *args, **kwargs):
         calls.append(weight.shape)
-        return real(weight, *rest)
+        return real(weight, *args, **kwargs)
 
-    monkeypatch.setattr(implementation.GemmWeight, "encode", staticmethod(encode))
+    for module in (weights, implementation, product):
+        monkeypatch.setattr(module, "cast_weight", counting)
     return calls
 
 
-@pytest.mark.parametrize(("name", "k", "encodes"), [("fp8lm-o2", 48, 0), ("fp8lm-o2", 50, 3),
-                                                   ("tensorwise", 48, 3)])  # fmt: skip
-def test_a_weight_is_encoded_once_a_step_and_not_for_each_micro_batch(
-    name, k, encodes, monkeypatch
-):
-    net = layer(name, k)
-    optimizer = qv.AdamW(net.parameters(), recipe=name)
-    calls = count_encodes(monkeypatch)
+@pytest.mark.parametrize(("k", "casts"), [(48, 0), (50, 3)])
+def test_a_master_is_cast_once_a_step_and_not_for_each_micro_batch(k, casts, monkeypatch):
+    net = layer("fp8lm-o2", k)
+    optimizer = qv.AdamW(net.parameters(), recipe="fp8lm-o2")
+    calls = count_casts(monkeypatch)
     for step in range(3):
         for i in range(4):
             net(randn(16, k, seed=4 * step + i)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     net(randn(16, k))
-    assert len(calls) == encodes  # none where the optimizer's pass writes the copies itself
+    assert len(calls) == casts  # none where the optimizer's pass writes the copies itself
+
+
+# Plain weights: whatever writes one, the next forward and its backward read what is there.
+
+
+def fused_step(net):
+    net.weight.grad = torch.ones_like(net.weight)
+    torch.optim.AdamW([net.weight], lr=0.1, fused=True).step()
+    net.weight.grad = None
+
+
+def write_numpy(net):
+    values = net.weight.detach().view(torch.int16)  # NumPy has no bf16
+    values.numpy()[:] = values.flip(0).numpy()
+
+
+def merge(net):
+    """As PEFT's merge_and_unload, with and without safe_merge."""
+    net.weight.data += randn(32, 2, seed=1).to(net.weight) @ randn(2, 48, seed=2).to(net.weight)
+    net.weight.data = net.weight.data.clone() * 2
+
+
+WRITES = {
+    "fused AdamW": fused_step,
+    "data.add_": lambda net: net.weight.data.add_(0.1),
+    "data =": lambda net: setattr(net.weight, "data", randn(32, 48, seed=3).to(net.weight)),
+    "numpy": write_numpy,
+    "merge": merge,
+    "storage": lambda net: net.weight.untyped_storage().copy_(
+        randn(32, 48, seed=4).to(net.weight).untyped_storage()
+    ),
+    "foreach": lambda net: torch._foreach_mul_([net.weight.data], 3.0),
+    "swap_tensors": lambda net: torch.utils.swap_tensors(
+        net.weight, nn.Parameter(randn(32, 48, seed=5).to(net.weight))
+    ),
+}
+PLAIN = [name for name in RECIPES if not isinstance(layer(name).weight, ScaledTensor)]
+
+
+def results(net):
+    x = randn(16, 48).requires_grad_()
+    y = net(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_weight_is_read_anew_by_every_forward(name, write):
+    net = layer(name)
+    before = results(net)
+    WRITES[write](net)
+    after = results(net)
+    assert (after[0] != before[0]).any()
+    fresh = layer(name)
+    fresh.weight.data = net.weight.data.clone()
+    for got, wanted in zip(after, results(fresh), strict=True):
+        assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_nothing_made_of_a_plain_weight_outlives_a_pass(name, monkeypatch):
+    net, calls = layer(name), count_casts(monkeypatch)
+    results(net), results(net)
+    assert calls == [(32, 48)] * 4  # a forward and a backward each
+    assert net.fp8_weight is None and "fp8_weight" not in net.weight.__dict__
+
+
+# cached_weights
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_cached_weights_are_cast_once_in_the_block_and_give_the_same_bits(name, monkeypatch):
+    net = nn.Sequential(layer(name), nn.ReLU(), layer(name, 32, 16))
+    wanted = results(net)
+    calls = count_casts(monkeypatch)
+    with qv.cached_weights(net) as model:
+        assert model is net
+        for _ in range(3):
+            for a, b in zip(results(net), wanted, strict=True):
+                assert_same(a, b)
+        assert len(calls) == 2
+        with torch.no_grad():
+            net[0].weight.mul_(2)  # a write that moves the version is seen
+        assert (results(net)[0] != wanted[0]).any()
+    net[0].weight.data.div_(2)
+    assert_same(results(net)[0], wanted[0])
+
+
+def test_cached_weights_end_with_the_block_and_belong_to_a_thread():
+    net, x = layer("tensorwise"), randn(16, 48)
+    before = net(x).detach()
+    with pytest.raises(KeyboardInterrupt), qv.cached_weights(net):
+        net(x)
+        raise KeyboardInterrupt
+    with qv.cached_weights(net):
+        assert_same(net(x).detach(), before)
+        net.weight.data.mul_(3)
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(lambda: net(x).detach()).result()
+        assert_same(net(x).detach(), before)  # documented: no such write inside
+    assert_same(other, net(x).detach())
+    assert (other != before).any()
+
+
+def test_a_master_without_kept_copies_gives_the_same_bits(monkeypatch):
+    linear = dataclasses.replace(recipe.get("fp8lm-o2").linear, cache="none")
+    lean = dataclasses.replace(recipe.get("fp8lm-o2"), linear=linear)
+    nets = [layer("fp8lm-o2"), layer(lean)]
+    optimizers = [qv.AdamW(n.parameters(), lr=0.1, recipe=lean) for n in nets]
+    for _ in range(3):
+        found = [results(net) for net in nets]
+        for got, wanted in zip(*found, strict=True):
+            assert_same(got, wanted)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert qv.memory_report(nets[1])["weight_fp8"] == 0
+    assert qv.memory_report(nets[0])["weight_fp8"] == 2 * 32 * 48
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -108,6 +228,3 @@ def test_deepcopies_go_their_own_way(name):
     assert_copies_fresh(net)
     assert_same(plain(net.weight.detach()), before)
     assert net.weight.grad is None
-
-
-# --- weight gradients -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .convert import convert, convert_report, restore  # noqa: E402
 from .grad import clip_grad_norm_  # noqa: E402
 from .memory import memory_report, saved_activations  # noqa: E402
+from .nn import cached_weights  # noqa: E402
 from .ops import cast_transpose, dequantize, gemm, quantize  # noqa: E402
 from .optim import AdamW  # noqa: E402
 from .tensor import ScaledTensor  # noqa: E402
@@ -21,6 +22,7 @@ __all__ = [
     "ScaledTensor",
     "__version__",
     "build_info",
+    "cached_weights",
     "cast_transpose",
     "clip_grad_norm_",
     "convert",

@@ -12,9 +12,12 @@ from torch import nn
 
 from . import recipe as recipes
 from . import structure
-from .nn.linear import Linear, convert_weight
+from .nn.cast import Holder
+from .nn.linear import Linear
 from .nn.mlp import MLP
 from .nn.norm import Norm
+from .nn.swap import swap, swap_back
+from .nn.weight import convert_weight, set_dtype
 from .ops import FLOATS
 from .tensor import ScaledTensor, is_sharded
 
@@ -90,6 +93,7 @@ def convert(
             _convert_norms(model, chosen, skip, report)
         if chosen.activation.mlp:
             _convert_mlps(model, chosen, skip, report)
+    _share_casts(model)
     _reports[model] = report
     return model
 
@@ -133,16 +137,17 @@ def _convert_linear(model, chosen, skip, report) -> None:
         if id(module) not in targets
         for parameter in module.parameters(recurse=False)
     }
-    weights: dict[int, nn.Parameter] = {}
+    weights: dict[int, tuple[nn.Parameter, torch.dtype]] = {}
     for name, module in targets.values():
         old = module.weight
         if id(old) in tied_elsewhere:
             report.left[name] = "its weight is shared with a module that is not converted"
             continue
         if id(old) not in weights:
-            weights[id(old)] = convert_weight(old, chosen.linear)
+            dtype = old.dtype
+            weights[id(old)] = convert_weight(old, chosen.linear), dtype
         module.__class__ = Linear
-        module.adopt(chosen, weights[id(old)])
+        module.adopt(chosen, *weights[id(old)])
         report.converted[name] = "linear"
 
 
@@ -188,27 +193,53 @@ def _convert_mlps(model, chosen, skip, report) -> None:
         report.converted[name] = "mlp"
 
 
+def _share_casts(model) -> None:
+    """Lets linear layers of one module share the cast of what they read alike."""
+    for module in model.modules():
+        if isinstance(module, (nn.Sequential, Holder, MLP)):  # in a Sequential each reads another
+            continue
+        widths = [child.in_features for child in _held(module) if isinstance(child, Linear)]
+        callable_ = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if callable_ and len(set(widths)) < len(widths):
+            swap(module, Holder)
+
+
+def _held(module: nn.Module):
+    """The children of a module, and the elements of lists and dicts of modules in it."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _held(child)
+        else:
+            yield child
+
+
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `convert` in place: modules as they were, with decoded weights; returns the model."""
+    """Undo `convert` in place: modules as they were, with plain weights of the dtype that they had;
+    returns the model."""
     weights: dict[int, nn.Parameter] = {}
     for module in model.modules():
+        if isinstance(module, Holder):
+            swap_back(module)
         if isinstance(module, (Norm, MLP)):
             module.restore()
         if type(module) is not Linear:
             continue
         old = module.weight
         if id(old) not in weights:
-            plain = old
-            if isinstance(old, ScaledTensor):
-                plain = nn.Parameter(old.detach().dequantize(), old.requires_grad)
-            weights[id(old)] = plain
-            plain.__dict__.pop("fp8_weight", None)
+            weights[id(old)] = _plain_weight(old, module.plain_dtype)
         module.weight = weights[id(old)]
-        del module.input_history, module.grad_history, module.history_before, module.channel_amax
-        del module.rule, module.fp8_weight
+        module.restore()
         module.__class__ = nn.Linear
     _reports.pop(model, None)
     return model
+
+
+def _plain_weight(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    if isinstance(weight, ScaledTensor):
+        return nn.Parameter(weight.detach().dequantize(), weight.requires_grad)
+    if weight.dtype != dtype:
+        set_dtype(weight, dtype)
+    return weight
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -147,7 +147,7 @@ class Probe:
             y = ACTIVATIONS[plan.kind](gate.float())
             y = y if up is None else y * up.float()
             if getattr(layer, "channel_amax", None) is not None:
-                y = y / layer.gemm_weight()[3]
+                y = y / layer.channels()
             self._measure(f"{name}.product", arguments[0].detach(), y)
             block = module.activation.block
             self._groups(f"{name}.saved_gate", gate, block)

@@ -165,7 +165,7 @@ class Recipe:
 
 _FP8LM = LinearRecipe(scaling="delayed", weight_grad="e4m3", master="f16-tensor", cache="master")
 # Just in time: the norm's and the activation's kernel reduces its own amax (Group Scaling).
-_COAT = LinearRecipe(weight_grad="e4m3", master="f16-tensor", cache="master")
+_COAT = LinearRecipe(weight_grad="bf16", master="bf16")
 
 _RECIPES = {
     r.name: r

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..nn.common import HISTORY_STATE
+from ..nn.cast import HISTORY_STATE
 from ..placement import like
 from ..tensor import ScaledTensor, is_sharded, local
 from .document import SUFFIXES

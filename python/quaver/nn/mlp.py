@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import recipe as recipes
-from .common import Swapped, activation, cast_history, swap, swap_back
-from .linear import Linear
+from .cast import activation, cast_history, in_backward, shared_casts
+from .first_order import FirstOrder
+from .linear import LinearBase
+from .swap import Swapped, swap, swap_back
 
 _ops = torch.ops.quaver
 
 
-class _ActivateFunction(torch.autograd.Function):
+class _ActivateFunction(FirstOrder):
     @staticmethod
     def forward(
         ctx, x, up, kind, channel_scale, dtype, history, block, grad_dtype, x_history, up_history
@@ -38,7 +39,6 @@ class _ActivateFunction(torch.autograd.Function):
         return activation(q, qt, scale, amax, x.shape, x.dtype), channel_amax
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, _):
         xq, xscale, uq, uscale, channel_scale = ctx.saved_tensors
         both = _ops.activate_backward(
@@ -70,7 +70,9 @@ class MLP(Swapped):
         swap(self, MLP)
         down = getattr(self, plan.down)
         if recipe.activation.smooth_swiglu and plan.up is not None:
-            down.channel_amax = torch.zeros(down.in_features, device=down.weight.device)
+            down.channel_amax = torch.zeros(
+                down.in_features, dtype=torch.float32, device=down.weight.device
+            )
             down.refresh()
         self.rule, self.activation, self.plan = recipe.linear, recipe.activation, plan
 
@@ -82,29 +84,28 @@ class MLP(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         plan = self.plan
         gate_layer, down = getattr(self, plan.gate), getattr(self, plan.down)
-        gate, up, up_layer = gate_layer(x), None, None
+        up_layer = None if plan.up in (None, plan.gate) else getattr(self, plan.up)
+        with shared_casts():
+            gate, up = gate_layer(x), None if up_layer is None else up_layer(x)
         if plan.up == plan.gate:
             gate, up = gate.chunk(2, dim=-1)
-        elif plan.up is not None:
-            up_layer = getattr(self, plan.up)
-            up = up_layer(x)
-        anonymous = torch.compiler.is_compiling() or gate.is_inference()
         # A joint gradient is cast by the layer that gave both halves.
-        fused = up is not None and up_layer is None
-        channels = down.gemm_weight()[3] if isinstance(down, Linear) else None
+        joint = plan.up == plan.gate
+        channels = down.channels() if isinstance(down, LinearBase) else None
         y, channel_amax = _ActivateFunction.apply(
             gate, up, plan.kind, None if channels is None else channels.reciprocal(),
-            self.rule.input,
-            cast_history(down, getattr(down, "input_history", None), anonymous),
+            self.rule.input, cast_history(down, getattr(down, "input_history", None)),
             self.activation.block, self.rule.grad_output,
-            None if fused else _grad_history(gate_layer), _grad_history(up_layer),
+            None if joint else _grad_history(gate_layer), _grad_history(up_layer),
         )  # fmt: skip
-        result = down(y)
+        if channels is None:
+            return down(y)
+        result = down(y, channels=channels)
         # A forward that is run again inside a backward leaves no second trace.
-        if channels is not None and self.training and torch._C._current_graph_task_id() == -1:
+        if self.training and not in_backward():
             down.record_channels(channel_amax)
         return result
 
 
 def _grad_history(layer) -> Tensor | None:
-    return layer.grad_history if isinstance(layer, Linear) and layer.training else None
+    return layer.grad_history if isinstance(layer, LinearBase) and layer.training else None

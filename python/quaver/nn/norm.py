@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import recipe as recipes
 from ..ops import FLOATS
-from .common import HISTORY_STATE, Swapped, activation, cast_history, keep_f32, swap, swap_back
+from .cast import activation, cast_history, keep_f32, new_history, output_dtype
+from .first_order import FirstOrder
+from .swap import Swapped, swap, swap_back
 
 _ops = torch.ops.quaver
 
 
-class _NormalizeFunction(torch.autograd.Function):
+class _NormalizeFunction(FirstOrder):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, centered, dtype, history, block, out_dtype):
         flat = x.reshape(-1, x.shape[-1])
@@ -30,7 +31,6 @@ class _NormalizeFunction(torch.autograd.Function):
         return activation(q, qt, scale, amax, x.shape, out_dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         xq, xscale, mean, rstd, weight = ctx.saved_tensors
         dx, dweight, dbias = _ops.normalize_backward(
@@ -53,6 +53,7 @@ class Norm(Swapped):
     Raises:
         ValueError: an input with another last axis than C.
         TypeError: an input of another dtype.
+        RuntimeError: parameters or an amax history on another device than the input.
     """
 
     def adopt(self, recipe: recipes.Recipe, width: int, eps: float | None, centered: bool,
@@ -62,10 +63,8 @@ class Norm(Swapped):
         swap(self, Norm)
         self.rule, self.activation = recipe.linear, recipe.activation
         self.width, self.epsilon, self.centered, self.offset = width, eps, centered, offset
-        state = None
-        if self.rule.scaling == "delayed":
-            state = torch.zeros(HISTORY_STATE, device=device)
-        self.register_buffer("output_history", state)
+        delayed = self.rule.scaling == "delayed"
+        self.register_buffer("output_history", new_history(device) if delayed else None)
         self.history_before = None
 
     def restore(self) -> None:
@@ -87,9 +86,12 @@ class Norm(Swapped):
             )
         if x.dtype not in FLOATS:
             raise TypeError(f"Norm: input must be float32, float16 or bfloat16, got {x.dtype}")
-        kind = x.device.type
-        out = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        compiling = torch.compiler.is_compiling()
+        for what, mine in (("weight", weight), ("bias", bias), ("history", self.output_history)):
+            if mine is not None and mine.device != x.device:
+                raise RuntimeError(
+                    f"Norm: the input is on {x.device} and {what} on {mine.device}; move the model "
+                    "with .to()"
+                )
         return _NormalizeFunction.apply(
             x,
             weight if weight is None or not self.offset else weight + self.offset,
@@ -97,7 +99,7 @@ class Norm(Swapped):
             torch.finfo(x.dtype).eps if self.epsilon is None else self.epsilon,
             self.centered,
             self.rule.input,
-            cast_history(self, self.output_history, compiling or x.is_inference()),
+            cast_history(self, self.output_history),
             self.activation.block,
-            out,
+            output_dtype(x),
         )

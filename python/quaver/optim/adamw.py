@@ -269,7 +269,7 @@ class AdamW(torch.optim.Optimizer):
         copies = p.__dict__.get("fp8_weight")
         if copies is None or not isinstance(p, ScaledTensor) or copies.row.shape != p.shape:
             return None
-        if copies.row.dtype != torch.float8_e4m3fn or copies.channels is not None:
+        if copies.row.dtype != torch.float8_e4m3fn:
             return None
         return copies if copies.version == p._version else None
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...comm.transport import Transport, compare
-from ...nn.common import HISTORY_STATE
+from ...nn.cast import HISTORY_STATE
 from ...tensor import ScaledTensor, plain_tensors
 from .all_reduce import ALGORITHMS, FP8, Protocol, Reduced, reduce_to_owners, ring, two_shot, upload
 from .auto_scale import AutoScale, AutoScaleRule

@@ -18,7 +18,7 @@ from ... import placement
 from ... import recipe as recipes
 from ...comm.transport import Transport, compare
 from ...grad import clip_grad_norm_
-from ...nn.linear import GemmWeight
+from ...nn.weight import GemmWeight
 from ...optim import AdamW
 from ...tensor import ScaledTensor, plain_tensors
 

@@ -16,7 +16,7 @@ from torch.distributed import fsdp as torch_fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...comm.transport import Transport
-from ...nn.common import HISTORY_STATE
+from ...nn.cast import HISTORY_STATE
 from ...nn.linear import Linear
 from ...placement import max_, mesh_transports, transport, whole_amaxes_
 from ...tensor import ScaledTensor, is_sharded, local, plain_tensors

@@ -10,7 +10,6 @@ them again, or keeps the gathered codes (Wire.regather).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from ... import recipe as recipes
 from ...comm.transport import Transport
-from ...nn.common import cast_history, pad, poison, ready_cast
-from ...nn.linear import Linear
+from ...nn.cast import Cast, cast_history, matrix, output_dtype, pad, transpose_codes
+from ...nn.linear import Linear, product_dtype
+from ...nn.product import Exchange, Product
 from ...tensor import ScaledTensor
 from . import sequence
-
-_ops = torch.ops.quaver
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +49,16 @@ class Wire:
         return self
 
 
-class _Again:
-    """The sequence of an input's shards for the backwards of all layers that took the input: the
-    first gathers it, the last lets it go. Each calls `start`, and then `finish` for the result."""
+class _Again(Exchange):
+    """Gathers a layer input again for backward, once for all layers that share it; freed after the
+    last use. Each calls `start_gather`, and then `transposed_input` for the result."""
 
     def __init__(self, transport: Transport | None, prepare):
-        self.transport, self.prepare = transport, prepare  # None: what was kept is the sequence
+        self.transport, self.prepare = transport, prepare  # None: the whole sequence was saved
         self.users = self.served = 0
         self.waiting = self.result = None
 
-    def start(self, kept: Tensor) -> None:
+    def start_gather(self, kept: Tensor) -> None:
         if self.waiting is not None or self.result is not None:
             return
         if self.transport is None:
@@ -68,7 +66,7 @@ class _Again:
         else:
             self.waiting = sequence.start_gather(kept, self.transport)
 
-    def finish(self) -> Tensor:
+    def transposed_input(self, kept: Tensor) -> Tensor:
         if self.result is None:
             self.result, self.waiting = self.prepare(self.waiting()), None
         result = self.result
@@ -76,6 +74,22 @@ class _Again:
         if self.served >= self.users:
             self.result, self.served = None, 0
         return result
+
+
+class _RowExchange(Exchange):
+    """Of a row-parallel layer: partial outputs are summed, output gradients gathered."""
+
+    def __init__(self, wire: Wire):
+        self.wire = wire
+
+    def reduce_output(self, y: Tensor) -> Tensor:
+        fp8 = recipes.E4M3 if self.wire.fp8_sum else None
+        return sequence.sum_scatter(y, self.wire.transport, fp8, y.dtype)
+
+    def cast_gradient(self, dy, dtype, history, both) -> Cast:
+        own, scale = sequence.shared_cast(dy, dtype, history, self.wire.transport)
+        g = pad(matrix(sequence.gather(own, self.wire.transport)))
+        return Cast(g, scale, transpose_codes(g) if both else None, scale)
 
 
 class _Gathered(torch.autograd.Function):
@@ -106,104 +120,6 @@ class _SumScatter(torch.autograd.Function):
         return sequence.gather(dy, ctx.transport), None
 
 
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _pad(codes: Tensor) -> Tensor:
-    return pad(codes.view(torch.uint8)).view(codes.dtype)
-
-
-def _transposed(codes: Tensor) -> Tensor:
-    return codes.view(torch.uint8).t().contiguous().view(codes.dtype)
-
-
-def _out_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-class _Product(torch.autograd.Function):
-    """The local FP8 products of a layer. `codes`: the input in the GEMM's layout; `kept`: what to
-    save of it, of which `again` makes the transposed codes, where they are not what was saved;
-    `wire`: of a row-parallel layer, whose output is summed and whose output gradient is gathered.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, x, weight, bias, codes, kept, scale, w_row, w_col, w_scale, again, wire, history,
-        product, rule,
-    ):  # fmt: skip
-        n = weight.shape[0]
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        if bias is not None:
-            bias = F.pad(bias.detach(), (0, w_row.shape[0] - n))
-        y = _ops.gemm(codes, scale, w_row, w_scale, bias, product, True)
-        y = y[: math.prod(x.shape[:-1]), :n].reshape(*x.shape[:-1], n)
-        if wire is not None:
-            wide = recipes.E4M3 if wire.fp8_sum else None
-            y = sequence.sum_scatter(y, wire.transport, wide, product)
-        ctx.save_for_backward(kept, scale)
-        ctx.w_col, ctx.w_scale, ctx.again, ctx.wire = w_col, w_scale, again, wire
-        ctx.history, ctx.product, ctx.rule = history, product, rule
-        ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
-        ctx.weight, ctx.version = weight, weight._version
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        kept, scale = ctx.saved_tensors
-        rule, (n, k) = ctx.rule, ctx.weight.shape
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dx = dw = db = None
-        if needs_weight and ctx.again is not None:
-            ctx.again.start(kept)  # it travels during dgrad
-        if needs_bias:
-            db = _matrix(dy).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        if ctx.wire is not None:
-            own, g_scale = sequence.shared_cast(
-                dy, rule.grad_output, ctx.history, ctx.wire.transport
-            )
-            g = _pad(_matrix(sequence.gather(own, ctx.wire.transport)))
-            gt = _transposed(g) if needs_weight else None
-        else:
-            dy = _matrix(dy)
-            ready = ready_cast(dy, rule.grad_output)
-            if ready is not None:
-                g, gt, g_scale = ready
-            else:
-                g, gt, g_scale, amax = _ops.cast_transpose(
-                    pad(dy), rule.grad_output, None, ctx.history, True
-                )
-                g_scale = poison(g_scale, amax)
-        if needs_x:
-            if ctx.weight._version != ctx.version:
-                raise RuntimeError(
-                    "Linear: the weight was changed in place between this forward and its backward"
-                )
-            dx = _ops.gemm(g, g_scale, ctx.w_col, ctx.w_scale, None, ctx.product, False)
-            dx = dx[: math.prod(ctx.x_shape[:-1]), :k].reshape(ctx.x_shape).to(ctx.x_dtype)
-        if needs_weight:
-            wide = torch.float32 if rule.weight_grad == "f32" else ctx.product
-            xt = kept if ctx.again is None else ctx.again.finish()
-            dw = _ops.gemm(gt, g_scale, xt, scale, None, wide, False)[:n, :k]
-            dw = _weight_grad(dw, rule.weight_grad, ctx.weight_dtype)
-        return dx, dw, db, *(None,) * 11
-
-
-def _weight_grad(dw: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """What the recipe leaves in `.grad`."""
-    if kind == "f32":
-        return dw.to(dtype)
-    if kind == "bf16":
-        dw = dw.to(torch.bfloat16).contiguous()
-        amax = dw.abs().amax().float()
-        return ScaledTensor(dw, torch.ones_like(amax), amax, dtype)
-    q, scale, amax = _ops.quantize(dw, recipes.E4M3, None, None, "tensor", 128, True, False, 0)
-    return ScaledTensor(q, scale, amax, dtype)
-
-
 class _PlainProduct(torch.autograd.Function):
     """x @ w.T + b on a gathered input, of which only the shard is kept."""
 
@@ -221,13 +137,13 @@ class _PlainProduct(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
         if needs_weight:
-            ctx.again.start(kept)
+            ctx.again.start_gather(kept)
         if needs_x:
             dx = dy @ low
         if needs_weight:
-            dw = (_matrix(dy).t() @ ctx.again.finish()).to(ctx.dtypes[0])
+            dw = (matrix(dy).t() @ ctx.again.transposed_input(kept)).to(ctx.dtypes[0])
         if needs_bias:
-            db = _matrix(dy).sum(0, dtype=torch.float32).to(ctx.dtypes[1])
+            db = matrix(dy).sum(0, dtype=torch.float32).to(ctx.dtypes[1])
         return dx, dw, db, None, None
 
 
@@ -255,7 +171,7 @@ class _Column:
             raise TypeError(
                 f"ColumnParallel: input must be float32, float16 or bfloat16, got {x.dtype}"
             )
-        wire, dtype = self.wire, _out_dtype(x)
+        wire, dtype = self.wire, output_dtype(x)
         shard, scale, full, fp8 = self._gather(x.detach(), dtype)
         if wire.regathers(codes=scale is not None):
             kept, again = shard, _Again(wire.transport, self._prepare)
@@ -289,22 +205,22 @@ class ColumnParallelLinear(_Column, Linear):
 
     def _gather(self, x, dtype):
         # A shared scale, so a shared history: the input's amax is that of the whole sequence.
-        history = cast_history(self, self.input_history, False)
+        history = cast_history(self, self.input_history)
         codes, scale = sequence.shared_cast(x, self.rule.input, history, self.wire.transport)
         full = ScaledTensor(sequence.gather(codes, self.wire.transport), scale, None, dtype)
         return codes, scale, full, self.rule.grad_output
 
     @staticmethod
     def _prepare(codes):
-        return _transposed(_pad(_matrix(codes)))
+        return transpose_codes(pad(matrix(codes)))
 
     def forward(self, x: Tensor) -> Tensor:
         x, taken = self._take(x)
-        row, col, w_scale, _ = self.gemm_weight()
-        return _Product.apply(
-            x, self.weight, self.bias, _pad(_matrix(x.qdata)), taken.kept, taken.scale, row, col,
-            w_scale, taken.again, None, self.grad_history if self.training else None,
-            torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32, self.rule,
+        return Product.apply(
+            x, self.weight, self.bias, pad(matrix(x.qdata)), taken.scale, taken.kept, taken.scale,
+            *self.operands(), None, self.grad_history if self.training else None,
+            product_dtype(x.dtype), self.rule.grad_output, self.rule.weight_grad, False,
+            taken.again,
         ).to(x.dtype)  # fmt: skip
 
 
@@ -318,14 +234,12 @@ class RowParallelLinear(Linear):
                 f"RowParallel: wanted an input [..., sequence, {self.in_features}], got "
                 f"{list(x.shape)}"
             )
-        out = _out_dtype(x)
-        row, col, w_scale, _ = self.gemm_weight()
-        both = torch.is_grad_enabled() and self.weight.requires_grad
-        q, qt, scale = self._cast(x, both)
-        y = _Product.apply(
-            x, self.weight, None, q, qt, scale, row, col, w_scale, None, self.wire,
-            self.grad_history if self.training else None,
-            torch.bfloat16 if out == torch.bfloat16 else torch.float32, self.rule,
+        out = output_dtype(x)
+        cast = self.cast_input(x, torch.is_grad_enabled() and self.weight.requires_grad)
+        y = Product.apply(
+            x, self.weight, None, *cast, *self.operands(), None,
+            self.grad_history if self.training else None, product_dtype(out),
+            self.rule.grad_output, self.rule.weight_grad, False, _RowExchange(self.wire),
         ).to(out)  # fmt: skip
         return y if self.bias is None else y + self.bias.to(out)
 
@@ -339,7 +253,7 @@ class PlainColumnParallelLinear(_Column, nn.Linear):
 
     @staticmethod
     def _prepare(full):
-        return _matrix(full)
+        return matrix(full)
 
     def forward(self, x: Tensor) -> Tensor:
         x, taken = self._take(x)

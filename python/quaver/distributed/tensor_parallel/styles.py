@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...comm.transport import Transport
+from ...nn.cast import output_dtype
 from ...nn.linear import Linear
 from ...placement import Shard
 from . import sequence
@@ -20,7 +21,6 @@ from .linear import (
     RowParallelLinear,
     Wire,
     _Column,
-    _out_dtype,
 )
 from .state import take
 
@@ -144,7 +144,7 @@ class SequenceParallel:
         _sum_gradients(module.parameters(), wire.transport)
         if self.gather_output:
             module.register_forward_hook(
-                lambda module, args, y: _Join.apply(y, wire.transport, _out_dtype(y))
+                lambda module, args, y: _Join.apply(y, wire.transport, output_dtype(y))
             )
 
 
@@ -166,7 +166,7 @@ class Split:
             if x.shape not in seen:
                 _check_same_input(x.detach(), wire.transport)
                 seen.add(x.shape)
-            return _Split.apply(x, wire.transport, _out_dtype(x))
+            return _Split.apply(x, wire.transport, output_dtype(x))
 
         _change_argument(module, self.argument, split)
 

@@ -1,0 +1,181 @@
+"""FP8 casts of inputs and output gradients, and the casts that layers share."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tensor import ScaledTensor
+from .swap import Swapped
+
+_ops = torch.ops.quaver
+
+ALIGNMENT = 16  # of every GEMM dimension, for the tensor cores
+HISTORY_STATE = 17  # count and 16 amaxes; scale.h
+
+
+class Cast(NamedTuple):
+    """A matrix [R, C] in FP8, padded with zeros to multiples of 16, in the layouts that products
+    read: q [R, C] under `scale` and, or None, its transpose qt [C, R] under `qt_scale`."""
+
+    q: Tensor
+    scale: Tensor
+    qt: Tensor | None
+    qt_scale: Tensor
+
+
+def cast(
+    x: Tensor,
+    dtype: torch.dtype,
+    *,
+    both: bool,
+    scale: Tensor | None = None,
+    history: Tensor | None = None,
+) -> Cast:
+    """x [R, C] in FP8, with its transpose where `both`. The scale is `scale`, or that of delayed
+    scaling by `history`, or just in time; NaN where a value of x is not finite."""
+    x = pad(x)
+    if both:
+        q, qt, scale, amax = _ops.cast_transpose(x, dtype, scale, history, True)
+    else:
+        qt = None
+        q, scale, amax = _ops.quantize(x, dtype, scale, history, "tensor", 128, True, False, 0)
+    scale = nan_unless_finite(scale, amax)
+    return Cast(q, scale, qt, scale)
+
+
+def pad(x: Tensor) -> Tensor:
+    """A matrix with zeros up to multiples of 16 in both axes."""
+    rows, cols = (-n % ALIGNMENT for n in x.shape)
+    if not rows and not cols:
+        return x
+    plain = x.view(torch.uint8) if x.element_size() == 1 else x  # not every torch pads FP8
+    return F.pad(plain, (0, cols, 0, rows)).view(x.dtype)
+
+
+def transpose_codes(codes: Tensor) -> Tensor:
+    """The contiguous transpose of FP8, which torch copies as bytes fastest."""
+    return codes.view(torch.uint8).t().contiguous().view(codes.dtype)
+
+
+def matrix(x: Tensor) -> Tensor:
+    """[..., C] as [R, C]. Not reshape(-1, C), which fails where C is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def nan_unless_finite(scale: Tensor, amax: Tensor) -> Tensor:
+    """The scale, or NaN where the amax is not finite: FP8 saturates an infinity to a number, which
+    would pass for a sound one all the way into the weights."""
+    return scale + (amax - amax)
+
+
+def activation(q, qt, scale, amax, shape, dtype: torch.dtype) -> ScaledTensor:
+    """The tensor of `shape` that a fused op cast into both padded GEMM layouts."""
+    rows, cols = math.prod(shape[:-1]), shape[-1]
+    if q.shape != (rows, cols):
+        q = q[:rows, :cols].contiguous()
+    return ScaledTensor(q.view(shape), nan_unless_finite(scale, amax), None, dtype, qt=qt)
+
+
+def quantized(x: Tensor, dtype: torch.dtype) -> Cast | None:
+    """The cast of an x that its producer has already quantized to `dtype`, else None."""
+    if not isinstance(x, ScaledTensor) or x.qt is None or x.qdata.dtype != dtype:
+        return None
+    return Cast(pad(matrix(x.qdata)), x.scale, x.qt, x.scale)
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a layer's output: autocast's where it is on, else the input's."""
+    kind = x.device.type  # autocast does not exist on meta
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+
+
+def in_backward() -> bool:
+    """Whether a backward runs in this thread: a forward in it is activation checkpointing's."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def new_history(device: torch.device) -> Tensor:
+    """The state of delayed scaling before the first cast."""
+    return torch.zeros(HISTORY_STATE, dtype=torch.float32, device=device)
+
+
+def cast_history(module: nn.Module, history: Tensor | None) -> Tensor | None:
+    """The history that a forward cast of `module` reads and updates.
+
+    Evaluation leaves no trace in it and casts just in time. Activation checkpointing runs a forward
+    again inside the backward: it reads the history as the forward found it, so that its codes are
+    the forward's, and leaves no second trace.
+    """
+    history = history if module.training else None
+    if history is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return history
+    if in_backward():
+        return None if module.history_before is None else module.history_before.clone()
+    module.history_before = history.clone()
+    return history
+
+
+def keep_f32(module: nn.Module, *histories: str) -> None:
+    """After a change of the module's dtype: amaxes are not rounded."""
+    for name in histories:
+        state = getattr(module, name)
+        if state is not None and state.dtype != torch.float32:
+            setattr(module, name, state.float())
+
+
+class _Thread(threading.local):
+    """The last input cast of each `shared_casts` that this thread runs, innermost last."""
+
+    def __init__(self):
+        self.scopes: list[list] = []
+
+
+_thread = _Thread()
+
+
+class shared_casts:
+    """Inside the block linear layers that read one tensor share its FP8 cast, and so its saved
+    copy: q, k and v, or gate and up. Only the last input's cast is kept, until the block ends."""
+
+    def __enter__(self) -> None:
+        _thread.scopes.append([None, None, None])
+
+    def __exit__(self, *error) -> None:
+        _thread.scopes.pop()
+
+
+def reuse_cast(x: Tensor, key: tuple, make) -> Cast:
+    """`make()`, or what it gave for the same x and key before in this scope."""
+    if torch.compiler.is_compiling() or not _thread.scopes or x.is_inference():
+        return make()  # inference tensors have no version by which a write would show
+    scope = _thread.scopes[-1]
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+    key = (*key, x._version, stream)
+    if scope[0] is not None and scope[0]() is x and scope[1] == key:
+        return scope[2]
+    made = make()
+    scope[:] = weakref.ref(x), key, made
+    return made
+
+
+class Holder(Swapped):
+    """A module that holds linear layers which may read one input: its forward is a
+    `shared_casts`."""
+
+    @staticmethod
+    def members(base: type) -> dict:
+        @functools.wraps(base.forward)
+        def forward(self, *args, **kwargs):
+            with shared_casts():
+                return base.forward(self, *args, **kwargs)
+
+        return {"forward": forward}

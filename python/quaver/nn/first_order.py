@@ -1,0 +1,40 @@
+"""Autograd Functions whose gradients are constants to autograd: they go through FP8 codes."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+REFUSAL = (
+    "quaver: FP8 layers have first derivatives by backward() only, so create_graph=True (a "
+    "gradient penalty, a Hessian), forward mode and torch.func cannot go through them; call "
+    "quaver.restore(model), or leave these layers to torch with convert(..., skip=...)"
+)
+
+
+class FirstOrder(torch.autograd.Function):
+    """A Function that raises RuntimeError where another derivative is asked of it than that of one
+    backward, instead of a gradient that lacks terms."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        backward = cls.backward
+
+        @functools.wraps(backward)
+        def checked(ctx, *grads):
+            if torch.is_grad_enabled():  # create_graph=True
+                raise RuntimeError(REFUSAL)
+            return backward(ctx, *grads)
+
+        cls.backward = staticmethod(checked)
+
+    @classmethod
+    def apply(cls, *args):
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(REFUSAL)
+        return super().apply(*args)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(REFUSAL)

@@ -1,0 +1,151 @@
+"""A linear layer's weight in FP8: cast where it is used, or kept where every write is ours.
+
+Any code may write a plain parameter without a trace (`.data`, fused optimizers, collectives,
+NumPy), so nothing made of one outlives a forward and its backward. A ScaledTensor sees each write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import recipe as recipes
+from ..tensor import ScaledTensor
+from .cast import Cast, cast, pad, transpose_codes
+
+_ops = torch.ops.quaver
+
+MASTER_TO_FP8 = 128.0  # kMasterToFp8 of dtype.h
+
+
+def cast_weight(
+    weight: Tensor,
+    dtype: torch.dtype,
+    *,
+    both: bool,
+    scale: Tensor | None = None,
+    channels: Tensor | None = None,
+) -> Cast:
+    """The FP8 codes of a weight as it lies, and of its transpose where `both`.
+
+    Args:
+        scale: that of an earlier cast of this weight, which then gives the same codes; None
+            chooses it. The scale of a ScaledTensor decides alone.
+        channels: float32 [K], multiplies the columns of a weight [N, K] first.
+    """
+    weight = weight.detach()
+    if isinstance(weight, ScaledTensor):
+        if weight.qdata.dtype == dtype:  # another rank's: only its FP8 codes exist here
+            q = pad(weight.qdata)
+            return Cast(q, weight.scale, transpose_codes(q) if both else None, weight.scale)
+        if channels is None:  # e4m3 of the f16 codes: the scales differ by exactly 2^7
+            step = weight.scale.new_full((), MASTER_TO_FP8)
+            codes = cast(weight.qdata, dtype, both=both, scale=step)
+            scale = weight.scale * MASTER_TO_FP8
+            return Cast(codes.q, scale, codes.qt, scale)
+        weight = weight.dequantize(torch.float32)
+    if channels is not None:
+        weight = weight.float() * channels
+    return cast(weight, dtype, both=both, scale=scale)
+
+
+def shard_codes(shard: ScaledTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The codes of a master or a shard of one as it lies, unpadded, and their scale. Element by
+    element, so the shards' codes are the whole weight's."""
+    step = shard.scale.new_full((), MASTER_TO_FP8)
+    q, _, _ = _ops.quantize(shard.qdata, dtype, step, None, "tensor", 128, True, False, 0)
+    return q, shard.scale * MASTER_TO_FP8
+
+
+@dataclass(eq=False)
+class GemmWeight:
+    """The FP8 copies of a ScaledTensor master, a pure function of it and so never saved: `row` as
+    the weight lies, `col` its transpose. The optimizer writes them in place with the master; any
+    other write of the master is found by its version."""
+
+    row: Tensor
+    col: Tensor
+    scale: Tensor
+    version: int
+
+    @staticmethod
+    def of(weight: ScaledTensor, dtype: torch.dtype) -> GemmWeight:
+        # Never inference tensors: the optimizer could not write them later.
+        with torch.inference_mode(False), torch.no_grad():
+            q, scale, qt, _ = cast_weight(weight, dtype, both=True)
+        return GemmWeight(q, qt, scale, weight._version)
+
+    @torch.no_grad()
+    def rewrite(self, weight: ScaledTensor) -> None:
+        """Encode the changed weight into the same tensors: compiled graphs hold on to them."""
+        q, scale, qt, _ = cast_weight(weight, self.row.dtype, both=True)
+        for mine, value in zip((self.row, self.col, self.scale), (q, qt, scale), strict=True):
+            mine.copy_(value)
+        self.version = weight._version
+
+
+def convert_weight(weight: nn.Parameter, rule: recipes.LinearRecipe) -> nn.Parameter:
+    """The weight as the recipe stores it: the same Parameter, unless that is a ScaledTensor."""
+    if rule.master == "as-is" or isinstance(weight, ScaledTensor):
+        return weight
+    if rule.master == "bf16":
+        set_dtype(weight, torch.bfloat16)
+        return weight
+    q, scale, amax = _ops.quantize(
+        weight.detach(), torch.float16, None, None, "tensor", 128, True, False, 0
+    )
+    stored = ScaledTensor(q, scale, amax, weight.dtype)
+    return nn.Parameter(stored, requires_grad=weight.requires_grad)
+
+
+def set_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Changes the dtype of a plain parameter and of its gradient in place, as Module.to does."""
+    grad, parameter.grad = parameter.grad, None
+    parameter.data = parameter.data.to(dtype)
+    parameter.grad = None if grad is None else grad.to(dtype)
+
+
+class _Thread(threading.local):
+    """{layer: (weight, its version, Cast) or None} of this thread's `cached_weights`."""
+
+    layers: dict | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def cached_weights(model: nn.Module) -> Iterator[nn.Module]:
+    """Casts each weight of `model`'s FP8 layers once inside the block, for several micro-batches;
+    it takes 2 bytes a weight there. Yields the model.
+
+        with qv.cached_weights(model):
+            for x, y in micro_batches:
+                loss_function(model(x), y).backward()
+        optimizer.step()
+
+    Change no weight inside: a write that moves no version (`.data`, a fused optimizer) would not be
+    seen. Forwards of other threads and compiled ones cast as always.
+    """
+    before = _thread.layers
+    layers = {module: None for module in model.modules() if hasattr(module, "operands")}
+    _thread.layers = layers | (before or {})
+    try:
+        yield model
+    finally:
+        _thread.layers = before
+
+
+def cached_cast(layer: nn.Module, weight: Tensor, make) -> Cast | None:
+    """What `make()` gave for this weight in the `cached_weights` block, None outside of one."""
+    if torch.compiler.is_compiling() or _thread.layers is None or layer not in _thread.layers:
+        return None
+    kept = _thread.layers[layer]
+    if kept is None or kept[0] is not weight or kept[1] != weight._version:
+        kept = _thread.layers[layer] = weight, weight._version, make()
+    return kept[2]
