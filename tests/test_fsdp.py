@@ -444,7 +444,7 @@ def test_refusals_name_what_is_wrong_on_every_rank(world):
     for key in ("shape", "recipe", "seed"):
         assert world[0]["refusals"][key] == world[-1]["refusals"][key]
         assert "rank 1" in world[0]["refusals"][key]
-    assert f"(rank {size - 1})" in world[0]["refusals"]["damage"]
+    assert f"rank {size - 1}: " in world[0]["refusals"]["damage"]
 
 
 # Resharding

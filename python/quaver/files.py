@@ -17,9 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import FileError
+from .errors import FileError, UsageError
 
-__all__ = ["expanded", "opened", "read_text", "replacing", "sync", "write_text"]
+__all__ = ["expanded", "locked", "opened", "read_text", "remove_known", "replacing", "sync",
+           "write_text"]  # fmt: skip
 
 READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking: a pipe must not wait for a writer
 SUFFIX = ".quaver"
@@ -139,3 +140,45 @@ def remove_leftover(path: str | os.PathLike) -> None:
                 os.unlink(path)
         finally:
             os.close(handle)
+
+
+def remove_known(folder: Path, patterns: dict) -> None:
+    """Removes files below `folder` whose names match `patterns`, of regular expressions: of a file
+    with None, of a folder with patterns of its own. Folders that are then empty go too; links and
+    all else stay."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for entry in list(os.scandir(folder)):
+        path = Path(entry.path)
+        pattern = next((p for p in patterns if re.fullmatch(p, entry.name)), None)
+        if LEFTOVER.fullmatch(entry.name):
+            remove_leftover(path)
+        elif pattern is None or entry.is_symlink():
+            continue
+        elif not entry.is_dir():
+            path.unlink()
+        elif patterns[pattern] is not None:
+            remove_known(path, patterns[pattern])
+    with suppress(OSError):  # it holds something else
+        folder.rmdir()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock file `path`, which a killed process loses; its folder is made. UsageError if
+    another process holds it, or it cannot be made."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, flags, 0o666)
+    except OSError as error:
+        link = error.errno == errno.ELOOP
+        raise UsageError(
+            f"{path if link else path.parent}: {'a symbolic link' if link else error.strerror}"
+        ) from None
+    with open(lock, "rb", buffering=0):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{path.parent} is in use by another process") from None
+        yield

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed, machine, models, recipe
+from .comm.together import together
 from .convert import convert, convert_report
 from .data import Data
 from .errors import CheckpointError, UsageError
@@ -242,27 +243,23 @@ class Job:
         checksum of their metrics. An error on one rank is one on all."""
         if not any(self.world.share(self._checkpoint.exists())):
             return None
-        error = None
-        found = (0, 0, 0)
-        try:
-            state = distributed.load(
-                self._checkpoint, self.model, self.optimizer, parallel=self.parallel
-            )
-            self._check_notes(state["extra"])
-            found = (state["step"], state["extra"]["skipped"], state["extra"]["metrics_crc32"])
-        except CheckpointError as refused:
-            error = f"{refused}; without the file {self.recipe.name} starts anew"
-        except UsageError as refused:
-            error = str(refused)
-        texts, steps = zip(*self.world.share([error, found[0]]), strict=True)
-        if any(texts):
-            raise UsageError(error or next(text for text in texts if text)) from None
+        with together(self.world.transport, self.device):
+            try:
+                state = distributed.load(
+                    self._checkpoint, self.model, self.optimizer, parallel=self.parallel
+                )
+                self._check_notes(state["extra"])
+            except CheckpointError as error:
+                hint = f"without the file {self.recipe.name} starts anew"
+                raise UsageError(f"{error}; {hint}") from None
+            step, extra = state["step"], state["extra"]
+        steps = self.world.share(step)
         if len(set(steps)) > 1:
             parts = ", ".join(map(str, sorted(set(steps))))
             raise UsageError(
                 f"the parts of the checkpoint of {self.recipe.name} are of several steps: {parts}"
             )
-        return found
+        return step, extra["skipped"], extra["metrics_crc32"]
 
     def _check_notes(self, extra: object) -> None:
         """The checkpoint must be of this run: same seed, data, rates and recipe."""

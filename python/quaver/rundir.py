@@ -11,20 +11,16 @@ two processes from writing one run.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
-import re
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import recipe
 from .errors import FileError, UsageError
-from .files import LEFTOVER, expanded, read_text, remove_leftover, write_text
-from .schema import Each, Maybe, SchemaError, check, parse
+from .files import expanded, locked, read_text, remove_known, write_text
+from .schema import Each, Maybe, SchemaError, check, parse, with_crc32, without_crc32
 
 __all__ = ["RunDir", "differences"]
 
@@ -40,27 +36,28 @@ RESULT = {
     "skipped": int,
     "metrics_crc32": int,
 }
-SUMMARY = {"recipes": Each(RESULT), "machine": dict, "config": dict, "crc32": int}
+SUMMARY = {"recipes": Each(RESULT), "machine": dict, "config": dict}
 
 # What a recipe's folder holds, by regular expressions: folders as dicts, files as None.
-SHARDS = {
-    r"[\w-]+\.safetensors": None,
-    r"model\.safetensors\.index\.json": None,
-    r"\.metadata": None,
-}
 OURS = {
     r"metrics\.jsonl": None,
     "checkpoint": {
-        r"state(-tp\d+of\d+)?\.safetensors": {r"checkpoint\.json": None, "[ab]": SHARDS},
+        r"state(-tp\d+of\d+)?\.safetensors": {
+            r"checkpoint\.json": None,
+            r"\.lock": None,
+            "[ab]": {r"shard-\d+-model-\d+-of-\d+\.safetensors": None},
+        },
     },
     "tensorboard": {r"events\.out\.tfevents\..*": None},
 }
 
 
-def _read_json(path: Path, schema) -> dict:
+def _read_json(path: Path, schema, checksum: Callable[[dict], None] | None = None) -> dict:
     """A JSON file of ours; FileError, naming it, for anything else."""
     try:
         value = parse(read_text(path))
+        if checksum is not None:
+            checksum(value)
         check(value, schema, path.name)
     except SchemaError as error:
         raise FileError(f"{path} is damaged: {error}") from None
@@ -75,11 +72,6 @@ def differences(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
             yield from differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key} {json.dumps(a)} (now {json.dumps(b)})"
-
-
-def _crc32(summary: dict) -> int:
-    rest = {key: value for key, value in summary.items() if key != "crc32"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 class RunDir:
@@ -151,34 +143,17 @@ class RunDir:
     def started(self, config: dict, resume: bool = False) -> Iterator[None]:
         """Makes the folder ready and keeps other processes out of it until the block ends. Without
         `resume` an earlier run's files go."""
-        with self._locked():
+        with locked(self.lock_path):
             if self.config_path.exists() and not resume:
                 self._remove()
             if not self.config_path.exists():
                 write_text(self.config_path, json.dumps(config, indent=2) + "\n")
             yield
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.lock_path, flags, 0o666)
-        except OSError as error:
-            link = error.errno == errno.ELOOP
-            reason = f"{self.lock_path.name} is a symbolic link" if link else error.strerror
-            raise UsageError(f"--out {self.path}: {reason}") from None
-        with open(lock, "rb", buffering=0):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process loses it
-            except BlockingIOError:
-                raise UsageError(f"{self.path} is in use by another process") from None
-            yield
-
     def _remove(self) -> None:
         """The files of any run; whatever else lies there stays."""
         for name in recipe.names():
-            _remove_ours(self.path / name, OURS)
+            remove_known(self.path / name, OURS)
         for path in (self.summary_path, self.plot_path, self.memory_plot_path):
             path.unlink(missing_ok=True)
         # Last, so that a removal that was cut short can be repeated.
@@ -189,9 +164,7 @@ class RunDir:
         is damaged or of another run."""
         if not self.summary_path.exists():
             return {}
-        summary = _read_json(self.summary_path, SUMMARY)
-        if summary["crc32"] != _crc32(summary):
-            raise FileError(f"{self.summary_path} is damaged: its checksum does not match")
+        summary = _read_json(self.summary_path, SUMMARY, without_crc32)
         before = {key: value for key, value in summary["config"].items() if key != "parallel"}
         found = list(differences({**before, "data": None}, {**config, "data": None}))
         if found:
@@ -200,24 +173,4 @@ class RunDir:
 
     def write_summary(self, summary: dict) -> None:
         """Writes `summary`, with a checksum as its `crc32`."""
-        summary["crc32"] = _crc32(summary)
-        write_text(self.summary_path, json.dumps(summary, indent=2) + "\n")
-
-
-def _remove_ours(folder: Path, patterns: dict) -> None:
-    """Removes what `patterns` name below `folder`, and folders that are then empty."""
-    if folder.is_symlink() or not folder.is_dir():
-        return
-    for entry in list(os.scandir(folder)):
-        path = Path(entry.path)
-        pattern = next((p for p in patterns if re.fullmatch(p, entry.name)), None)
-        if LEFTOVER.fullmatch(entry.name):
-            remove_leftover(path)
-        elif pattern is None or entry.is_symlink():
-            continue
-        elif not entry.is_dir():
-            path.unlink()
-        elif patterns[pattern] is not None:
-            _remove_ours(path, patterns[pattern])
-    with suppress(OSError):  # it holds something else
-        folder.rmdir()
+        write_text(self.summary_path, json.dumps(with_crc32(summary), indent=2) + "\n")

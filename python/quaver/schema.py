@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass
 
-__all__ = ["Each", "Maybe", "SchemaError", "check", "parse"]
+__all__ = ["Each", "Maybe", "SchemaError", "check", "parse", "with_crc32", "without_crc32"]
 
 
 class SchemaError(ValueError):
@@ -83,3 +84,22 @@ def _once(pairs: list[tuple]) -> dict:
     if len(found) != len(pairs):
         raise SchemaError("a key comes twice")
     return found
+
+
+def _crc32(document: dict) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
+
+
+def with_crc32(document: dict) -> dict:
+    """`document` with a checksum of itself as "crc32"."""
+    document.pop("crc32", None)
+    document["crc32"] = _crc32(document)
+    return document
+
+
+def without_crc32(document: dict) -> dict:
+    """Removes the checksum; SchemaError where it does not match."""
+    check(document, {"crc32": int}, "document")
+    if document.pop("crc32") != _crc32(document):
+        raise SchemaError("its checksum does not match")
+    return document

@@ -10,6 +10,8 @@ nothing.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,7 +27,7 @@ from .loading import plan
 from .saving import collect
 
 __all__ = ["FORMAT", "VERSION", "CheckpointError", "check_document", "collect", "load", "plan",
-           "save"]  # fmt: skip
+           "prepare", "save"]  # fmt: skip
 
 
 def save(
@@ -67,6 +69,33 @@ def load(
     (those of CUDA devices that this process does not have are passed over). Raises CheckpointError,
     and leaves everything as it was, if the file is missing, damaged, foreign or does not fit.
     """
+    prepared = prepare(path, model, optimizer)
+    prepared.apply()
+    if optimizer is not None:
+        rng.set_state(*prepared.generators)
+    return prepared.state
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint that was read and fits: nothing is left but to `apply` it. `generators` are the
+    arguments of rng.set_state, `state` is what `load` returns."""
+
+    restore: list[Callable[[], None]]
+    generators: tuple[dict, dict]
+    state: dict
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Restores model and optimizer."""
+        for apply in self.restore:
+            apply()
+
+
+def prepare(
+    path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Prepared:
+    """What `load` does, except that nothing changes yet."""
     path = expanded(path)
     try:
         with opened(path) as stream:
@@ -86,9 +115,5 @@ def load(
         raise CheckpointError(f"{path}: {error}") from None
     except FileError as error:
         raise CheckpointError(str(error)) from None
-    with torch.no_grad():
-        for apply in restore:
-            apply()
-    if optimizer is not None:
-        rng.set_state(generators, document["random"])
-    return {"step": document["step"], "extra": document["extra"]}
+    state = {"step": document["step"], "extra": document["extra"]}
+    return Prepared(restore, (generators, document.get("random")), state)

@@ -9,14 +9,18 @@ that is there already stays one.
 from __future__ import annotations
 
 import base64
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import checkpoint, rng
+from ..comm.together import together
 from ..comm.transport import Transport
-from ..errors import FileError
+from ..errors import CheckpointError
+from ..files import expanded
+from ..schema import Each, Maybe, check
 from ..tensor import ScaledTensor, is_sharded
 from .data_parallel.ddp import DataParallel
 from .data_parallel.zero import ZeroAdamW
@@ -24,12 +28,16 @@ from .data_parallel.zero import ZeroAdamW
 __all__ = ["load", "save"]
 
 RANKS = "quaver ranks"  # marks our part of the file's `extra`
+NOTES = {
+    "random": [{"tensors": Each(str), "plain": object}],
+    "parallel": Maybe({"mu": Each(float)}),
+}
 
 
 def save(
-    path,
+    path: str | os.PathLike,
     model: nn.Module,
-    optimizer=None,
+    optimizer: torch.optim.Optimizer | None = None,
     *,
     parallel: DataParallel | None = None,
     step: int = 0,
@@ -37,64 +45,76 @@ def save(
 ) -> None:
     """qv.save of all ranks together: collective, written by rank 0. With `parallel` its
     auto-scaling is stored too. Raises CheckpointError or OSError as qv.save does, on every rank."""
-    if _is_sharded(model) or Path(path).is_dir():
+    path = expanded(path)
+    if _is_sharded(model) or path.is_dir():
         from .fsdp import checkpoint as sharded  # a second to import
 
         return sharded.save(path, model, optimizer, step=step, extra=extra)
-    transport = _transport(optimizer, parallel)
+    transport, device = _transport(optimizer, parallel), _device(model)
     notes = {
-        "random": transport.share(_random(), _device(model)),
+        "random": transport.share(_random(), device),
         "parallel": None if parallel is None else parallel.state_dict(),
     }
     whole = _gathered(optimizer, transport) if isinstance(optimizer, ZeroAdamW) else optimizer
-    error = None
-    if transport.rank == 0:
-        try:
+    with together(transport, device, CheckpointError):
+        if transport.rank == 0:
             checkpoint.save(path, model, whole, step=step, extra={RANKS: notes, "extra": extra})
-        except (OSError, FileError) as found:
-            error = found
-    texts = transport.share(None if error is None else str(error), _device(model))
-    if error is not None:
-        raise error
-    if texts[0] is not None:
-        raise checkpoint.CheckpointError(texts[0])
 
 
-def load(path, model: nn.Module, optimizer=None, *, parallel: DataParallel | None = None) -> dict:
+def load(
+    path: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    parallel: DataParallel | None = None,
+) -> dict:
     """qv.load of what `save` wrote, on any number of ranks, each of which reads `path`; also of
     what qv.save wrote. Collective. Returns {"step": int, "extra": value}.
 
     Random generators come back to each rank if as many ranks wrote the file; otherwise they stay as
-    they are. Raises CheckpointError on every rank if one of them cannot load.
+    they are. Raises CheckpointError on every rank, before anything changes on one of them, if one
+    of them cannot load.
     """
-    if _is_sharded(model) or Path(path).is_dir():
+    path = expanded(path)
+    if _is_sharded(model) or path.is_dir():
         from .fsdp import checkpoint as sharded
 
         return sharded.load(path, model, optimizer)
     transport = _transport(optimizer, parallel)
-    before = rng.get_state()
-    error = state = None
-    try:
-        state = checkpoint.load(path, model, optimizer)
-    except FileError as found:
-        error = found
-    texts = transport.share(None if error is None else str(error), _device(model))
-    if error is not None:
-        raise error
-    for rank, text in enumerate(texts):
-        if text is not None:
-            raise checkpoint.CheckpointError(f"rank {rank}: {text}")
-    if not (isinstance(state["extra"], dict) and RANKS in state["extra"]):
-        return state
-    notes = state["extra"][RANKS]
-    if optimizer is not None:
-        if len(notes["random"]) == transport.size:
-            _set_random(notes["random"][transport.rank])
-        else:
-            rng.set_state(*before)
-    if parallel is not None and notes["parallel"] is not None:
+    notes = None
+    with together(transport, _device(model), CheckpointError):
+        prepared = checkpoint.prepare(path, model, optimizer)
+        generators, state = prepared.generators, prepared.state
+        if isinstance(state["extra"], dict) and RANKS in state["extra"]:
+            notes = state["extra"][RANKS]
+            state = {"step": state["step"], "extra": state["extra"].get("extra")}
+            generators = _generators(path, notes, transport)
+    prepared.apply()
+    if optimizer is not None and generators is not None:
+        rng.set_state(*generators)
+    if parallel is not None and notes is not None and notes["parallel"] is not None:
         parallel.load_state_dict(notes["parallel"])
-    return {"step": state["step"], "extra": state["extra"]["extra"]}
+    return state
+
+
+def _generators(path: Path, notes, transport: Transport) -> tuple[dict, dict] | None:
+    """This rank's random generators, checked; None where another number of ranks wrote them."""
+    try:
+        check(notes, NOTES, "ranks")
+        mine = notes["random"]
+        if len(mine) != transport.size:
+            return None
+        coded, plain = mine[transport.rank]["tensors"], mine[transport.rank]["plain"]
+        tensors = {
+            name: torch.frombuffer(
+                bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8
+            )
+            for name, text in coded.items()
+        }
+        rng.check_state(tensors, plain)
+    except ValueError as error:  # of the schema, base64 or the buffer
+        raise CheckpointError(f"{path}: {error}") from None
+    return tensors, plain
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -114,14 +134,6 @@ def _random() -> dict:
     tensors, plain = rng.get_state()
     coded = {n: base64.b64encode(t.numpy().tobytes()).decode() for n, t in tensors.items()}
     return {"tensors": coded, "plain": plain}
-
-
-def _set_random(state: dict) -> None:
-    tensors = {
-        n: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        for n, text in state["tensors"].items()
-    }
-    rng.set_state(tensors, state["plain"])
 
 
 def _tensors(state: dict) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from ..comm.together import together
 from ..comm.transport import Transport
 from ..errors import UsageError
 
@@ -77,20 +78,10 @@ class World:
         return self.transport.share(value, self.device)
 
     def first(self, action: Callable):
-        """Runs action() on rank 0 alone and returns what it does there, None elsewhere. An error of
-        usage or of the system there is one on every rank."""
-        error = result = None
-        if self.rank == 0:
-            try:
-                result = action()
-            except (UsageError, OSError) as found:
-                error = found
-        text = self.share(None if error is None else str(error))[0]
-        if error is not None:
-            raise error
-        if text is not None:
-            raise UsageError(text)
-        return result
+        """Runs action() on rank 0 alone and returns what it does there, None elsewhere. An error
+        there is one on every rank."""
+        with together(self.transport, self.device):
+            return action() if self.rank == 0 else None
 
     def mean(self, value):
         """The mean over ranks of a number, or of every number in a dict; whole numbers stay so."""

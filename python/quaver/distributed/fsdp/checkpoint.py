@@ -5,84 +5,106 @@ and any other number of ranks reads them, one process without torchrun included.
     PATH/a, PATH/b          the shards, safetensors: one folder is named by checkpoint.json, the
                             other is being written or absent
 
-Tensors are stored as they are, under the names of `quaver.save`. Nothing of ours is pickled.
+Tensors are stored as they are, under the names of `quaver.save`. Nothing of ours is pickled, and
+nothing outside of PATH is read or written, whatever checkpoint.json says.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
+import re
 import zlib
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
 from ... import rng
-from ...checkpoint import CheckpointError, collect, plan
+from ...checkpoint import CheckpointError, check_document, collect, plan
+from ...comm.together import together
 from ...comm.transport import Transport
 from ...errors import FileError
-from ...files import write_text
+from ...files import expanded, locked, opened, read_text, remove_known, write_text
 from ...placement import like
+from ...schema import Each, SchemaError, check, parse, with_crc32, without_crc32
 from ...tensor import is_sharded, local
 from .fsdp import histories, share_histories
 
 FORMAT = "quaver distributed checkpoint"
-VERSION = 2
+VERSION = 3
 DOCUMENT = "checkpoint.json"
+FOLDERS = ("a", "b")
+SHARD = r"shard-\d+-model-\d+-of-\d+\.safetensors"
 CHUNK = 1 << 24  # bytes read at a time
+DTYPES = {str(d).removeprefix("torch."): d for d in (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn,
+    torch.float8_e5m2, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)}  # fmt: skip
+INDEX = {
+    "format": str,
+    "version": int,
+    "folder": str,
+    "ranks": int,
+    "tensors": Each({"dtype": str, "shape": [int]}),
+    "files": Each({"bytes": int, "crc32": int}),
+}
 
 
-def save(path, model, optimizer=None, *, step=0, extra=None) -> None:
+def save(
+    path: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    step: int = 0,
+    extra=None,
+) -> None:
     """`quaver.save` for a model that is sharded over ranks, into the folder `path`; all ranks call
     it, between steps. An earlier checkpoint there stays until the new one is durable. Amax
     histories become the same on all ranks; random generators are stored for each rank.
 
     Raises CheckpointError on all ranks, naming what cannot be stored or written.
     """
-    path = Path(path)
+    path = expanded(path)
     _reshard(model)
     share_histories(model)
-    with _together(path):
-        if hasattr(optimizer, "owners"):
-            raise CheckpointError("a folder is for FSDP2; ZeRO's states go into a file")
-        tensors, document = collect(model, optimizer, step, extra)
-        random = torch.tensor(list(json.dumps(document.pop("random")).encode()), dtype=torch.uint8)
-        tensors |= {"rng.plain": random}
-        tensors = {_own(name): tensor.detach() for name, tensor in tensors.items()}
-        folder = "a"
-        if _rank() == 0:
-            folder = "b" if _current_folder(path) == "a" else "a"
-            shutil.rmtree(path / folder, ignore_errors=True)
-            (path / folder).mkdir(parents=True)
-    # The first rank's word: an empty shard has no memory by which to see who is tied to whom.
-    document, folder = _gather((document, folder))[0]
-    tensors = {name: t for name, t in tensors.items() if name not in document["aliases"]}
-    described = {
-        n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors.items()
-    }
-    with _together(path):
-        writer = dcp.HuggingFaceStorageWriter(str(path / folder), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-    with _together(path):
-        names = sorted(os.listdir(path / folder))[_rank() :: _ranks()]
-        files = {name: _checksum(path / folder / name) for name in names}
-    document |= {"format": FORMAT, "version": VERSION, "folder": folder, "ranks": _ranks()}
-    document["tensors"] = _merge(described)
-    document["files"] = _merge(files)
-    with _together(path):
-        if _rank() == 0:
-            write_text(path / DOCUMENT, json.dumps(document))
-            shutil.rmtree(path / ("a" if folder == "b" else "b"), ignore_errors=True)
+    with ExitStack() as stack:
+        with _collective(path):
+            if hasattr(optimizer, "owners"):
+                raise CheckpointError("a folder is for FSDP2; ZeRO's states go into a file")
+            tensors, document = collect(model, optimizer, step, extra)
+            plain = json.dumps(document.pop("random")).encode()
+            tensors |= {"rng.plain": torch.tensor(list(plain), dtype=torch.uint8)}
+            tensors = {_own(name): tensor.detach() for name, tensor in tensors.items()}
+            folder = _start(path, stack) if _rank() == 0 else None
+        # Rank 0's aliases: an empty shard has no address by which tied tensors could be recognized.
+        document, folder = _gather((document, folder))[0]
+        tensors = {name: t for name, t in tensors.items() if name not in document["aliases"]}
+        with _collective(path):
+            writer = dcp.HuggingFaceStorageWriter(str(path / folder), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        with _collective(path):
+            names = sorted(os.listdir(path / folder))[_rank() :: _ranks()]
+            files = {name: _checksum(path / folder / name) for name in names}
+        document |= {"format": FORMAT, "version": VERSION, "folder": folder, "ranks": _ranks()}
+        document["tensors"] = _merge({name: _kind(tensor) for name, tensor in tensors.items()})
+        document["files"] = _merge(files)
+        with _collective(path):
+            if _rank() == 0:
+                write_text(path / DOCUMENT, json.dumps(with_crc32(document)))
+                _clear(path / _other(folder))
 
 
-def load(path, model, optimizer=None) -> dict:
+def load(
+    path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict:
     """Restores what `save` wrote on any number of ranks, bit for bit, and returns {"step": int,
     "extra": value}. The model is sharded as it was or otherwise, or whole. A rank that was there
     when it was saved gets its random generators back, with an `optimizer`.
@@ -90,34 +112,27 @@ def load(path, model, optimizer=None) -> dict:
     Raises CheckpointError on all ranks, and leaves everything as it was, if the checkpoint is
     missing, damaged, foreign or does not fit.
     """
-    path = Path(path)
+    path = expanded(path)
     _reshard(model)
-    with _together(path):
+    with _collective(path):
         document = _read(path)
         folder = path / document["folder"]
         _check_files(folder, document["files"])
-    parameters = dict(model.named_parameters())
-    tensors = {
-        name: _room(name, *kind, parameters)
-        for name, kind in document["tensors"].items()
-        if not name.startswith("rng.") or name.startswith(_own("rng."))
-    }
-    with _together(path):
+        tensors = _empty_tensors(model, document)
+    with _collective(path):
         reader = dcp.HuggingFaceStorageReader(str(folder))
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-        generators = {n: tensors.pop(n) for n in list(tensors) if n.startswith("rng.")}
+        generators = _generators(tensors)
         restore = plan(model, optimizer, tensors, document)
     with torch.no_grad():
         for apply in restore:
             apply()
-        # A mean over fewer tokens on each rank gives each of them more weight, at most by this.
+        # With fewer tokens a rank, gradients may grow by this factor.
         growth = max(1.0, _ranks() / document["ranks"])
         for history in histories(model, "grad_history"):
             history[1:] *= growth
-    if optimizer is not None and generators:
-        states = {name.removeprefix(_own("rng.")): state for name, state in generators.items()}
-        random = json.loads(bytes(states.pop("plain").tolist()))
-        rng.set_state(states, random)
+    if optimizer is not None and generators is not None:
+        rng.set_state(*generators)
     return {"step": document["step"], "extra": document["extra"]}
 
 
@@ -131,10 +146,13 @@ def _ranks() -> int:
 
 def _gather(value) -> list:
     """Every rank's JSON value."""
-    device = torch.get_default_device()
+    return Transport().share(value, _device())
+
+
+def _device() -> torch.device:
     if dist.is_initialized() and dist.get_backend() == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
-    return Transport().share(value, device)
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.get_default_device()
 
 
 def _merge(mine: dict) -> dict:
@@ -142,21 +160,17 @@ def _merge(mine: dict) -> dict:
 
 
 @contextmanager
-def _together(path: Path):
-    """What fails on one rank fails on all, with that rank's reason; so no rank waits for one that
-    gave up."""
-    failure = None
-    try:
-        yield
-    except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        failure = error
-    reasons = _gather(None if failure is None else str(failure))
-    if failure is not None and not isinstance(failure, (OSError, FileError, CheckpointException)):
-        raise failure
-    for rank, reason in enumerate(reasons):
-        if reason is not None:
-            where = f" (rank {rank})" if _ranks() > 1 else ""
-            raise CheckpointError(f"{path}: {reason}{where}") from failure
+def _collective(path: Path) -> Iterator[None]:
+    """A block whose errors, of files and of torch's checkpoints, are a CheckpointError of all
+    ranks."""
+    with together(Transport(), _device(), CheckpointError):
+        try:
+            yield
+        except (OSError, FileError, SchemaError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        except CheckpointException as error:  # a BaseException; its text has the ranks' tracebacks
+            reasons = "; ".join(f"rank {r}: {e[0]!r}" for r, e in error.failures.items())
+            raise CheckpointError(f"{path}: {reasons}") from error
 
 
 def _reshard(model) -> None:
@@ -171,51 +185,128 @@ def _own(name: str) -> str:
     return f"rng.{_rank()}.{name.removeprefix('rng.')}" if name.startswith("rng.") else name
 
 
-def _checksum(file: Path) -> list[int]:
-    size = crc = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return [size, crc]
+def _generators(tensors: dict[str, Tensor]) -> tuple[dict, dict] | None:
+    """Removes the random generators from `tensors`; this rank's, checked, if it has any there."""
+    prefix = _own("rng.")
+    found = {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
+    if not found:
+        return None
+    if "plain" not in found or found["plain"].dtype != torch.uint8:
+        raise CheckpointError(f"{prefix}plain must be bytes")
+    plain = parse(bytes(found.pop("plain").tolist()).decode("utf-8", "replace"))
+    rng.check_state(found, plain)
+    return found, plain
+
+
+# Files
+
+
+def _other(folder: str) -> str:
+    return FOLDERS[1 - FOLDERS.index(folder)]
+
+
+def _start(path: Path, stack: ExitStack) -> str:
+    """Makes a folder for new shards ready, and keeps other writers out until the stack ends."""
+    stack.enter_context(locked(path / ".lock"))
+    folder = _other(_read(path)["folder"]) if (path / DOCUMENT).exists() else FOLDERS[0]
+    _clear(path / folder)
+    if os.path.lexists(path / folder):
+        raise CheckpointError(f"{folder} holds other files than shards")
+    (path / folder).mkdir()
+    return folder
+
+
+def _clear(folder: Path) -> None:
+    remove_known(folder, {SHARD: None})
+
+
+def _checksum(path: Path) -> dict[str, int]:
+    size = crc32 = 0
+    with opened(path, follow=False) as file:
+        while chunk := file.read(CHUNK):
+            size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
+    return {"bytes": size, "crc32": crc32}
 
 
 def _check_files(folder: Path, files: dict) -> None:
-    """The ranks share the files out."""
+    """The shards must be the files of the folder. The ranks share the checksums out."""
+    found = os.listdir(folder) if folder.is_dir() and not folder.is_symlink() else []
+    missing, foreign = files.keys() - set(found), set(found) - files.keys()
+    if missing:
+        raise CheckpointError(f"{folder.name}/{min(missing)} is missing")
+    if foreign:
+        raise CheckpointError(f"{folder.name}/{min(foreign)} is no part of the checkpoint")
     for name in sorted(files)[_rank() :: _ranks()]:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder.name}/{name} is missing")
         if _checksum(folder / name) != files[name]:
             raise CheckpointError(f"{folder.name}/{name} is damaged: its checksum does not match")
 
 
-def _current_folder(path: Path) -> str | None:
-    return _read(path)["folder"] if (path / DOCUMENT).exists() else None
+# The document
 
 
 def _read(path: Path) -> dict:
+    """checkpoint.json, checked; it names nothing outside of its folder."""
+    if not os.path.lexists(path / DOCUMENT):
+        raise CheckpointError(f"no {DOCUMENT}: no checkpoint of a sharded model")
     try:
-        document = json.loads((path / DOCUMENT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"no {DOCUMENT}: no checkpoint of a sharded model") from None
-    except ValueError as error:
+        document = parse(read_text(path / DOCUMENT))
+        check(document, {"format": str, "version": int}, DOCUMENT)
+        if document["format"] != FORMAT:
+            raise SchemaError(f"not of a {FORMAT}")
+        if document["version"] != VERSION:
+            raise CheckpointError(
+                f"{FORMAT} of version {document['version']}, this quaver reads version {VERSION}"
+            )
+        without_crc32(document)
+        check(document, INDEX, DOCUMENT)
+        check_document(document, document["tensors"])
+        _check_index(document)
+    except SchemaError as error:
         raise CheckpointError(f"{DOCUMENT} is damaged: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CheckpointError(f"{DOCUMENT} is not of a {FORMAT}")
-    if document["version"] != VERSION:
-        raise CheckpointError(
-            f"{FORMAT} of version {document['version']}, this quaver reads version {VERSION}"
-        )
     return document
 
 
-def _room(name: str, dtype: str, shape: list[int], parameters: dict) -> Tensor:
+def _check_index(document: dict) -> None:
+    if document["folder"] not in FOLDERS:
+        raise SchemaError(f"folder must be a or b, got {document['folder']!r}")
+    if document["ranks"] < 1:
+        raise SchemaError(f"ranks must be at least 1, got {document['ranks']}")
+    for name in document["files"]:
+        if not re.fullmatch(SHARD, name):
+            raise SchemaError(f"{name!r} is no name of a shard")
+    claimed = 0
+    for name, kind in document["tensors"].items():
+        if kind["dtype"] not in DTYPES:
+            raise SchemaError(f"{name} has the unknown dtype {kind['dtype']!r}")
+        if any(n < 0 for n in kind["shape"]):
+            raise SchemaError(f"{name} has shape {kind['shape']}")
+        claimed += math.prod(kind["shape"]) * DTYPES[kind["dtype"]].itemsize
+    held = sum(file["bytes"] for file in document["files"].values())
+    if claimed > held:
+        raise SchemaError(f"its tensors have {claimed} bytes, its files {held}")
+
+
+def _kind(tensor: Tensor) -> dict:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def _empty_tensors(model: nn.Module, document: dict) -> dict[str, Tensor]:
+    """What the shards are read into: all tensors, except the random generators of other ranks."""
+    parameters = dict(model.named_parameters())
+    return {
+        name: _empty(name, DTYPES[kind["dtype"]], kind["shape"], parameters)
+        for name, kind in document["tensors"].items()
+        if not name.startswith("rng.") or name.startswith(_own("rng."))
+    }
+
+
+def _empty(name: str, dtype: torch.dtype, shape: list[int], parameters: dict) -> Tensor:
     """An empty tensor for what the checkpoint calls `name`; a part of one where it belongs to a
     parameter that is sharded here."""
     words = name.split(".")[1:]  # without "model" or "optimizer"
     owners = (parameters.get(".".join(words[:n])) for n in range(len(words), 0, -1))
     owner = next((p for p in owners if p is not None), None)
-    kind = getattr(torch, dtype)
     if owner is None or not is_sharded(owner) or not shape or shape[0] != owner.shape[0]:
-        return torch.empty(shape, dtype=kind)
+        return torch.empty(shape, dtype=dtype)
     rows = local(owner).shape[0]
-    return like(owner, torch.empty(rows, *shape[1:], dtype=kind, device=owner.device))
+    return like(owner, torch.empty(rows, *shape[1:], dtype=dtype, device=owner.device))
