@@ -162,15 +162,110 @@ def test_delayed_scaling_over_forty_casts(op):
                     assert_same(got, wanted, f"step {step}")
 
 
-def test_delayed_scaling_saturates_what_the_history_did_not_foresee():
-    t = qv.quantize(torch.tensor([1000.0, 3.0]), history=history([1.0] * 16))
-    top = torch.finfo(E4M3).max / 256  # the scale of amax 1 is 2^-8
-    assert_same(t.dequantize(), torch.tensor([top, top]))
-    assert t.amax.item() == 1000.0
+@pytest.mark.parametrize(("amax", "scale"), [
+    (1.0, 2**-8),  # the forecast
+    (1.75, 2**-8),  # what it can hold
+    (2.0, 2**-7),  # what would saturate: just in time
+    (1.75 / 16, 2**-8),
+    (1.0 / 16, 2**-12),  # far below it: just in time
+    (0.0, 2**-8),
+])  # fmt: skip
+def test_a_forecast_holds_from_its_largest_value_to_a_sixteenth(amax, scale):
+    state = history([1.0] * 16)
+    t = qv.quantize(torch.tensor([amax, -amax / 2]), history=state)
+    assert t.scale.item() == scale and t.amax.item() == amax
+    assert_same(t.dequantize(), torch.tensor([amax, -amax / 2]))
+    assert state[1].item() == amax and state[0].item() == 17
 
 
-def test_delayed_scaling_of_zeros_uses_scale_one():
-    assert qv.quantize(ONE[None], history=history([0.0] * 16)).scale.item() == 1.0
+DELAYED = {
+    "quantize": lambda x, state: [qv.quantize(x, history=state)],
+    "cast_transpose": lambda x, state: list(qv.cast_transpose(x, history=state)),
+}
+
+
+def relative_error(t, x):
+    return ((t.dequantize() - x).norm() / x.norm()).item()
+
+
+@pytest.mark.parametrize("op", DELAYED)
+@pytest.mark.parametrize("empty", [torch.zeros(16, 32), torch.zeros(0, 32)], ids=["zero", "empty"])
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_a_history_of_zeros_forecasts_nothing(op, empty, size):
+    state, oracle = torch.zeros(17), reference.DelayedScale(E4M3)
+    for x in [empty] * 16 + [randn(16, 32, seed=i) * size for i in range(20)]:
+        wanted = oracle.cast(x)
+        for got in DELAYED[op](x, state):
+            assert_same(got.scale, wanted[1])
+            if x.any():  # e4m3's own error: 2^-4 at most
+                source = x if got.qdata.shape == x.shape else x.t()
+                assert relative_error(got, source) < 2**-4
+
+
+@pytest.mark.parametrize("op", DELAYED)
+@pytest.mark.parametrize("warm", [0, 3, 16, 40])
+@pytest.mark.parametrize("factor", [1e6, 1e-6])
+def test_an_outlier_blinds_neither_its_own_cast_nor_the_next(op, warm, factor):
+    state, oracle = torch.zeros(17), reference.DelayedScale(E4M3)
+    factors = [1.0] * warm + [factor] + [1.0] * 40
+    for step, f in enumerate(factors):
+        x = randn(64, 32, seed=step) * f
+        wanted = oracle.cast(x)
+        got = DELAYED[op](x, state)[0]
+        for a, b in zip((got.qdata, got.scale, got.amax), wanted, strict=True):
+            assert_same(a, b, f"step {step}")
+        assert relative_error(got, x) < 2**-4, f"step {step}"
+        if 0 < warm < step:  # within 16 x of the history, from the first cast on
+            assert state[1:].max() < 16 * 6
+
+
+def test_values_that_grow_for_good_are_followed():
+    state, forecasts = torch.zeros(17), []
+    for step in range(40):
+        x = randn(64, 32, seed=step) * (1.0 if step < 20 else 1e6)
+        t = qv.quantize(x, history=state)
+        assert relative_error(t, x) < 2**-4
+        forecasts.append(state[1:].max().item())
+    jump = 5  # 16^5 > 1e6
+    assert forecasts[20] < 16 * 6 and forecasts[20 + jump] > 1e6
+
+
+@pytest.mark.parametrize("op", DELAYED)
+@pytest.mark.parametrize("isa", qv._C.available_isas())
+def test_a_broken_history_is_an_empty_one(op, isa):
+    """A checkpoint may bring any 17 floats: nothing beside them is written."""
+    x = randn(16, 32)
+    best = qv._C.cpu_isa()
+    qv._C.set_cpu_isa(isa)
+    try:
+        for count in (-1.0, -15.0, -1e30, NAN, INF, -INF, 32.0, 1e9, 3e38):
+            memory = torch.full((17 + 128,), 7.0)
+            state = memory[64 : 64 + 17]
+            state[0], state[1:] = count, torch.tensor([NAN, INF, -INF, -3.0] * 4)
+            got = DELAYED[op](x, state)[0]
+            assert_same(got.scale, qv.quantize(x).scale, f"count {count}")
+            assert (memory[:64] == 7).all() and (memory[64 + 17 :] == 7).all()
+            assert state[0] == 1 and state[1] == x.abs().max()
+    finally:
+        qv._C.set_cpu_isa(best)
+
+
+@pytest.mark.parametrize("scale", [NAN, INF, -INF, -1.0, 0.0])
+def test_scales_that_decode_nothing_are_refused(scale):
+    x, scale = randn(16, 32), torch.tensor(scale)
+    for call in (
+        lambda: qv.quantize(x, scale=scale),
+        lambda: qv.cast_transpose(x, scale=scale),
+        lambda: qv.ops.normalize(x, scale=scale),
+        lambda: qv.ops.activate(x, scale=scale),
+        lambda: qv.gemm(qv.quantize(x), qv.quantize(x), out_dtype=E4M3, out_scale=scale),
+    ):
+        with pytest.raises(ValueError, match="scale must be positive and finite"):
+            call()
+    row = torch.ones(16, 1)
+    row[3] = scale
+    with pytest.raises(ValueError, match="quantize: scale must be positive and finite"):
+        qv.quantize(x, scale=row, granularity="row")
 
 
 CAST_SHAPES = [(1, 1), (0, 5), (5, 0), (1, 100), (100, 1), (7, 9), (63, 65), (64, 64), (70, 520)]

@@ -23,8 +23,7 @@ struct Strip {
 constexpr int kMaxOutputs = 2;
 
 struct CastState {
-  bool measure = false;  // the scale is chosen just in time
-  float factor = 1.0f;   // of the encoding: the reciprocal of the scale where that is exact
+  float factor = 1.0f;  // of the encoding: the reciprocal of the scale where that is exact
   bool divide = false;
   AtomicAmax amax;
 };
@@ -85,41 +84,40 @@ struct Sink {
 
 // produce(strip, first, sink) computes the values of a strip and gives all of them to sink.put, in
 // any order, and their columns to sink.finish. It is called for every strip once or, where some
-// scale is chosen just in time, twice: `first` says which.
+// scale is chosen just in time or was forecast badly, twice: `first` says which.
 template <class Produce>
 void cast_both(const GemmCast* outputs, int count, int64_t rows, int64_t cols, Produce produce) {
   CastState state[kMaxOutputs];
-  bool measure = false;
+  bool measure = false;  // the first pass only looks
   for (int k = 0; k < count; ++k) {
     const GemmCast& to = outputs[k];
     float scale = to.source.given ? *to.scale : 0.0f;
     if (to.source.history != nullptr)
       scale = delayed_scale(to.source.history, scale_max(to.q.dtype), to.power_of_two);
-    state[k].measure = !to.source.given && scale == 0.0f;
-    if (!state[k].measure) use_scale(&state[k], to, scale);
-    measure = measure || state[k].measure;
+    measure = measure || !(to.source.given || scale != 0.0f);
+    use_scale(&state[k], to, scale);
   }
-  auto pass = [&](bool first, bool see, bool encode) {
+  auto pass = [&](bool first, bool encode) {
     auto body = [&](const Strip& s) {
-      Sink sink = {outputs, state, count, rows, cols, see, encode};
+      Sink sink = {outputs, state, count, rows, cols, first, encode};
       produce(s, first, sink);
       for (int k = 0; k < count; ++k) state[k].amax.add(sink.amax_bits[k]);
     };
     for_strips(rows, cols, body);
   };
-  if (measure) pass(true, true, false);
+  pass(true, !measure);
+  bool again = measure;
   for (int k = 0; k < count; ++k) {
-    if (!state[k].measure) continue;
-    const float amax = bit_cast<float>(state[k].amax.bits());
-    use_scale(&state[k], outputs[k],
-              scale_from_amax(amax, scale_max(outputs[k].q.dtype), outputs[k].power_of_two));
+    const GemmCast& to = outputs[k];
+    const float amax = bit_cast<float>(state[k].amax.bits()), finite_max = scale_max(to.q.dtype);
+    *to.amax = amax;
+    if (!to.source.given && is_stale(*to.scale, amax, finite_max)) {
+      use_scale(&state[k], to, scale_from_amax(amax, finite_max, to.power_of_two));
+      again = true;
+    }
+    if (to.source.history != nullptr) record_amax(to.source.history, amax);
   }
-  pass(!measure, !measure, true);
-  for (int k = 0; k < count; ++k) {
-    *outputs[k].amax = bit_cast<float>(state[k].amax.bits());
-    if (outputs[k].source.history != nullptr)
-      record_amax(outputs[k].source.history, *outputs[k].amax);
-  }
+  if (again) pass(false, true);
 }
 
 }  // namespace quaver::cpu

@@ -37,46 +37,74 @@ uint32_t whole_amax(const TensorView& x) {
   return amax.bits();
 }
 
-// The scale of a whole-tensor cast. `known` says that *amax is already the tensor's.
-float choose_scale(const TensorView& x, float finite_max, bool power_of_two, float* scale,
-                   const ScaleSource& source, float* amax, bool* known) {
-  *known = false;
-  if (source.given) return *scale;
-  float chosen = 0.0f;
+// A cast under one scale. pass(scale, see) casts all of x and, where it is to see, returns the bits
+// of its amax. A scale that a history gives is tried first; x is cast again where it is stale.
+template <class Pass>
+void cast_whole(const TensorView& x, DType type, bool power_of_two, float* scale, float* amax,
+                const ScaleSource& source, Pass pass) {
+  const float finite_max = scale_max(type);
+  float chosen = source.given ? *scale : 0.0f;
   if (source.history != nullptr) chosen = delayed_scale(source.history, finite_max, power_of_two);
-  if (chosen == 0.0f) {
-    *amax = bit_cast<float>(whole_amax(x));
-    *known = true;
+  const bool known = source.given || chosen != 0.0f;
+  *amax = bit_cast<float>(known ? pass(chosen, true) : whole_amax(x));
+  if (!source.given && is_stale(chosen, *amax, finite_max)) {
     chosen = scale_from_amax(*amax, finite_max, power_of_two);
+    pass(chosen, false);
   }
   *scale = chosen;
-  return chosen;
+  if (source.history != nullptr) record_amax(source.history, *amax);
 }
 
-void quantize_tensor(const TensorView& q, float* scale, float* amax, const TensorView& x,
-                     const QuantizeOptions& o, const ScaleSource& source) {
-  bool known;
-  const float s = choose_scale(x, scale_max(q.dtype), o.power_of_two, scale, source, amax, &known);
-  AtomicAmax collected;
+uint32_t quantize_pass(const TensorView& q, const TensorView& x, const QuantizeOptions& o,
+                       float scale, bool see) {
+  AtomicAmax amax;
   auto body = [&](int64_t begin, int64_t end) {
     // After a pass for the amax, from the back: what that pass read last is still in the cache.
-    for (int64_t left = known ? end : begin; left > begin;) {
+    for (int64_t left = see ? begin : end; left > begin;) {
       const int64_t n = std::min(kGrain, left - begin);
       left -= n;
-      cast_span(q, x, left, n, s, o);
+      cast_span(q, x, left, n, scale, o);
     }
-    if (known) return;
+    if (!see) return;
     uint32_t bits = 0;
     for (int64_t i = begin; i < end; i += kSpan) {
       const int64_t n = std::min(kSpan, end - i);
       bits = std::max(bits, simd().amax(at(x, i), x.dtype, n));
-      cast_span(q, x, i, n, s, o);
+      cast_span(q, x, i, n, scale, o);
     }
-    collected.add(bits);
+    amax.add(bits);
   };
   parallel_for(x.numel(), kGrain, body);
-  if (!known) *amax = bit_cast<float>(collected.bits());
-  if (source.history != nullptr) record_amax(source.history, *amax);
+  return amax.bits();
+}
+
+// A strip of kTile rows at a time: its codes are transposed while they are in cache.
+uint32_t cast_transpose_pass(const TensorView& q, const TensorView& qt, const TensorView& x,
+                             float scale, bool see) {
+  const QuantizeOptions nearest;
+  AtomicAmax amax;
+  auto body = [&](int64_t begin, int64_t end) {
+    uint32_t bits = 0;
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t row = strip * kTile;
+      const int64_t rows = std::min(kTile, x.rows - row);
+      for (int64_t col = 0; col < x.cols; col += kBlock) {
+        const int64_t cols = std::min(kBlock, x.cols - col);
+        for (int64_t r = row; r < row + rows; ++r) {
+          const int64_t i = r * x.cols + col;
+          if (see) bits = std::max(bits, simd().amax(at(x, i), x.dtype, cols));
+          cast_span(q, x, i, cols, scale, nearest);
+        }
+        for (int64_t c = col; c < col + cols; c += kTile)
+          simd().transpose(qt.as<uint8_t>() + c * qt.cols + row, qt.cols,
+                           q.as<uint8_t>() + row * q.cols + c, q.cols, rows,
+                           std::min(kTile, col + cols - c));
+      }
+    }
+    amax.add(bits);
+  };
+  parallel_for((x.rows + kTile - 1) / kTile, kGrain / std::max<int64_t>(kTile * x.cols, 1), body);
+  return amax.bits();
 }
 
 }  // namespace
@@ -86,7 +114,8 @@ void quantize(const TensorView& q, const TensorView& scale, const TensorView& am
   check_quantize(q, scale, amax, x, o, source);
   const int64_t groups = scale_count(x, o);
   if (o.granularity == Granularity::tensor) {
-    quantize_tensor(q, scale.as<float>(), amax.as<float>(), x, o, source);
+    cast_whole(x, q.dtype, o.power_of_two, scale.as<float>(), amax.as<float>(), source,
+               [&](float s, bool see) { return quantize_pass(q, x, o, s, see); });
     return;
   }
   const int64_t width = o.granularity == Granularity::row ? x.cols : o.block;
@@ -138,35 +167,8 @@ void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView&
                     const TensorView& amax, const TensorView& x, bool power_of_two,
                     const ScaleSource& source) {
   check_cast_transpose(q, qt, x, source);
-  bool known;
-  const float s = choose_scale(x, scale_max(q.dtype), power_of_two, scale.as<float>(), source,
-                               amax.as<float>(), &known);
-  const QuantizeOptions nearest;
-  AtomicAmax collected;
-  // A strip of kTile rows at a time: its codes are transposed while they are in cache.
-  auto body = [&](int64_t begin, int64_t end) {
-    uint32_t bits = 0;
-    for (int64_t strip = begin; strip < end; ++strip) {
-      const int64_t row = strip * kTile;
-      const int64_t rows = std::min(kTile, x.rows - row);
-      for (int64_t col = 0; col < x.cols; col += kBlock) {
-        const int64_t cols = std::min(kBlock, x.cols - col);
-        for (int64_t r = row; r < row + rows; ++r) {
-          const int64_t i = r * x.cols + col;
-          if (!known) bits = std::max(bits, simd().amax(at(x, i), x.dtype, cols));
-          cast_span(q, x, i, cols, s, nearest);
-        }
-        for (int64_t c = col; c < col + cols; c += kTile)
-          simd().transpose(qt.as<uint8_t>() + c * qt.cols + row, qt.cols,
-                           q.as<uint8_t>() + row * q.cols + c, q.cols, rows,
-                           std::min(kTile, col + cols - c));
-      }
-    }
-    collected.add(bits);
-  };
-  parallel_for((x.rows + kTile - 1) / kTile, kGrain / std::max<int64_t>(kTile * x.cols, 1), body);
-  if (!known) *amax.as<float>() = bit_cast<float>(collected.bits());
-  if (source.history != nullptr) record_amax(source.history, *amax.as<float>());
+  cast_whole(x, q.dtype, power_of_two, scale.as<float>(), amax.as<float>(), source,
+             [&](float s, bool see) { return cast_transpose_pass(q, qt, x, s, see); });
 }
 
 }  // namespace quaver::cpu

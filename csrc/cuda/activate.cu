@@ -1,9 +1,8 @@
 // SwiGLU, GeGLU and plain activations, cast to both GEMM layouts from registers
 // (quaver/activate.h). A block computes a tile, stores its rows at once, and its columns through
-// shared memory. Where the scale is chosen just in time a pass for the amax goes before; whichever
-// pass is first saves the copies of x and up too. COAT's Group Scaling (arXiv 2410.19313,
-// section 4.3) would read the group maxima of the result instead, but they cost the same pass here,
-// which is also the one that saves.
+// shared memory. The pass that collects the amax also saves the copies of x and up. COAT's Group
+// Scaling (arXiv 2410.19313, section 4.3) would read the group maxima of the result instead, but
+// they cost the same pass here, which is also the one that saves.
 #include "../arguments.h"
 #include "dispatch.h"
 #include "fused.h"
@@ -41,24 +40,19 @@ QUAVER_DEVICE void scale_channels(const float* channel_scale, bool aligned, Colu
   for (int i = 0; i < kVector; ++i) v[i] *= scale[i];
 }
 
-// The pass for the amax is the same kernel without the cast, at half of the code.
+// A pass that only collects the amax is the same kernel without the cast, at half of the code.
 template <class X, Activation kind>
-__global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p, bool cast) {
+__global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p, bool first) {
   __shared__ Columns columns;
   __shared__ Tile tile;
-  bool known = false;
-  float scale = 1.0f;
-  if (cast)
-    scale = scale_in_cast(p.y.scale, &known);
-  else if (!is_measured(p.y.scale))
-    return;
-  const bool first = !known;
-  const bool collect = first && p.channel_scale != nullptr;
+  const CastPass of = cast_pass(p.y.scale, first);
+  if (!of.encode && !of.collect) return;
+  const bool collect = of.collect && p.channel_scale != nullptr;
   if (collect) {
     if (threadIdx.x < kTile) columns.bits[threadIdx.x] = 0;
     __syncthreads();
   }
-  const Divisor by = divisor(scale);
+  const Divisor by = divisor(of.scale);
   uint32_t seen = 0;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
@@ -68,29 +62,29 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p, bool c
     decode_vector<X>(load<sizeof(X)>(p.x + i, sizeof(X), at.n, p.aligned), v);
     Packed<sizeof(X)> up = {};
     if (p.up != nullptr) up = load<sizeof(X)>(p.up + i, sizeof(X), at.n, p.aligned);
-    if (first && p.x_saved.threads > 0) save_vector(p.x_saved, at.row, at.col, at.n, v);
+    if (of.collect && p.x_saved.threads > 0) save_vector(p.x_saved, at.row, at.col, at.n, v);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) v[k] = quaver::activate<kind>(v[k]);
     if (p.up != nullptr) {
       float u[kVector];
       decode_vector<X>(up, u);
-      if (first && p.up_saved.threads > 0) save_vector(p.up_saved, at.row, at.col, at.n, u);
+      if (of.collect && p.up_saved.threads > 0) save_vector(p.up_saved, at.row, at.col, at.n, u);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) v[k] *= u[k];
     }
     if (p.channel_scale != nullptr)
       scale_channels(p.channel_scale, p.aligned_scale, collect ? &columns : nullptr, at, v);
     seen = max_bits(seen, amax_bits(v));
-    if (cast) put_values(p.y, tile, p.m, at, v, by);
+    if (of.encode) put_values(p.y, tile, p.m, at, v, by);
   }
   __syncthreads();
-  if (cast) store_qt(p.y, tile, p.m);
+  if (of.encode) store_qt(p.y, tile, p.m);
   if (collect && threadIdx.x < kTile) {
     const int64_t col = int64_t(blockIdx.x) % p.m.padded.across * kTile + threadIdx.x;
     if (col < p.m.cols)
       atomicMax(reinterpret_cast<uint32_t*>(p.channel_amax + col), columns.bits[threadIdx.x]);
   }
-  if (first) block_atomic_max(p.y.scale.amax, seen);
+  if (of.collect) block_atomic_max(p.y.scale.amax, seen);
 }
 
 }  // namespace
@@ -113,7 +107,6 @@ void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& 
     p.channel_amax = channel_amax;
     p.aligned = x.cols % kVector == 0 && is_aligned(x.data) && is_aligned(up.data);
     p.aligned_scale = is_aligned(channel_scale);
-    clear_scale(op, p.y.scale, stream);
     if (channel_scale != nullptr && x.cols > 0)
       clear(op, channel_amax, x.cols * sizeof(float), stream);
     if (p.x_saved.threads == 0) save_groups(op, x_saved, x, stream);
@@ -121,11 +114,10 @@ void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& 
     const int64_t blocks = matrix_blocks(p.m);
     with_kind(kind, [&](auto k) {
       constexpr Activation f = decltype(k)::value;
-      if (p.y.scale.mode != ScaleMode::given)
-        launch(op, activate_kernel<X, f>, blocks, kThreads, stream, p, false);
-      launch(op, activate_kernel<X, f>, blocks, kThreads, stream, p, true);
+      cast_in_passes(op, p.y.scale, stream, [&](bool first) {
+        launch(op, activate_kernel<X, f>, blocks, kThreads, stream, p, first);
+      });
     });
-    end_scale(op, p.y.scale, stream);
   });
 }
 

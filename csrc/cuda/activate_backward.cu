@@ -47,22 +47,15 @@ QUAVER_DEVICE void gradients(const Problem<X>& p, const Piece& at, float (&dx)[k
   }
 }
 
-// The pass for the amaxes is the same kernel without the cast, at half of the code.
+// A pass that only collects amaxes is the same kernel without the cast, at half of the code.
 template <class X, Activation kind>
-__global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> p, bool cast) {
+__global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> p, bool first) {
   __shared__ Tile tile, tile_up;
   const bool gated = p.up.codes != nullptr;
-  bool known = false, known_up = !gated;
-  float scale = 1.0f, scale_up = 1.0f;
-  if (cast) {
-    scale = scale_in_cast(p.dx.scale, &known);
-    if (gated) scale_up = scale_in_cast(p.dup.scale, &known_up);
-  } else {
-    known = !is_measured(p.dx.scale);
-    known_up = !gated || !is_measured(p.dup.scale);
-    if (known && known_up) return;
-  }
-  const Divisor by = divisor(scale), by_up = divisor(scale_up);
+  const CastPass of = cast_pass(p.dx.scale, first);
+  const CastPass of_up = gated ? cast_pass(p.dup.scale, first) : CastPass{false, false, 1.0f};
+  if (!of.encode && !of.collect && !of_up.encode && !of_up.collect) return;
+  const Divisor by = divisor(of.scale), by_up = divisor(of_up.scale);
   uint32_t seen = 0, seen_up = 0;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
@@ -70,18 +63,16 @@ __global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> 
     float dx[kVector], dup[kVector];
     gradients<X, kind>(p, at, dx, dup);
     seen = max_bits(seen, amax_bits(dx));
-    if (cast) put_values(p.dx, tile, p.m, at, dx, by);
+    if (of.encode) put_values(p.dx, tile, p.m, at, dx, by);
     if (!gated) continue;
     seen_up = max_bits(seen_up, amax_bits(dup));
-    if (cast) put_values(p.dup, tile_up, p.m, at, dup, by_up);
+    if (of_up.encode) put_values(p.dup, tile_up, p.m, at, dup, by_up);
   }
-  if (cast) {
-    __syncthreads();
-    store_qt(p.dx, tile, p.m);
-    if (gated) store_qt(p.dup, tile_up, p.m);
-  }
-  if (!known) block_atomic_max(p.dx.scale.amax, seen);
-  if (!known_up) block_atomic_max(p.dup.scale.amax, seen_up);
+  __syncthreads();
+  if (of.encode) store_qt(p.dx, tile, p.m);
+  if (of_up.encode) store_qt(p.dup, tile_up, p.m);
+  if (of.collect) block_atomic_max(p.dx.scale.amax, seen);
+  if (of_up.collect) block_atomic_max(p.dup.scale.amax, seen_up);
 }
 
 }  // namespace
@@ -104,13 +95,13 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
     p.aligned = dy.cols % kVector == 0 && is_aligned(dy.data);
     p.aligned_scale = is_aligned(channel_scale);
     const bool gated = p.up.codes != nullptr;
-    clear_scale(op, p.dx.scale, stream);
-    if (gated) clear_scale(op, p.dup.scale, stream);
+    begin_scale(op, p.dx.scale, stream);
+    if (gated) begin_scale(op, p.dup.scale, stream);
     const int64_t blocks = matrix_blocks(p.m);
     with_kind(kind, [&](auto k) {
       constexpr Activation f = decltype(k)::value;
-      launch(op, activate_backward_kernel<X, f>, blocks, kThreads, stream, p, false);
       launch(op, activate_backward_kernel<X, f>, blocks, kThreads, stream, p, true);
+      launch(op, activate_backward_kernel<X, f>, blocks, kThreads, stream, p, false);
     });
     end_scale(op, p.dx.scale, stream);
     if (gated) end_scale(op, p.dup.scale, stream);

@@ -12,11 +12,11 @@ namespace {
 template <class X, class Q>
 __global__ void __launch_bounds__(kThreads)
     cast_transpose_kernel(Q* q, Q* qt, const X* x, Tiles tiles, TensorScale s, bool aligned,
-                          bool aligned_t) {
+                          bool aligned_t, bool first) {
   __shared__ Tile tile;
-  bool known;
-  const float scale = scale_in_cast(s, &known);
-  const Divisor by = divisor(scale);
+  const CastPass of = cast_pass(s, first);
+  if (!of.encode && !of.collect) return;
+  const Divisor by = divisor(of.scale);
   const int64_t row0 = int64_t(blockIdx.x) / tiles.across * kTile;
   const int64_t col0 = int64_t(blockIdx.x) % tiles.across * kTile;
 
@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kThreads)
     float v[kVector];
     decode_vector<X>(loaded[pass], v);
     seen = max_bits(seen, amax_bits(v));
+    if (!of.encode) continue;
     divide(v, by);
     Packed<1> codes;
     encode_vector<Q>(v, codes);
@@ -44,8 +45,10 @@ __global__ void __launch_bounds__(kThreads)
     put_codes(tile, at, codes);
   }
   __syncthreads();
-  store_transposed(reinterpret_cast<uint8_t*>(qt), tile, tiles, row0, col0, threadIdx.x, aligned_t);
-  if (!known) block_atomic_max(s.amax, seen);
+  if (of.encode)
+    store_transposed(reinterpret_cast<uint8_t*>(qt), tile, tiles, row0, col0, threadIdx.x,
+                     aligned_t);
+  if (of.collect) block_atomic_max(s.amax, seen);
 }
 
 }  // namespace
@@ -59,17 +62,18 @@ void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView&
   const Tiles tiles = make_tiles(x.rows, x.cols);
   const bool aligned = x.cols % kVector == 0 && is_aligned(x.data) && is_aligned(q.data);
   const bool aligned_t = x.rows % kVector == 0 && is_aligned(qt.data);
-  begin_scale(op, s, x, stream);
   with_float(x.dtype, [&](auto from) {
     with_code(q.dtype, [&](auto to) {
       using X = decltype(from);
       using Q = decltype(to);
       if constexpr (sizeof(Q) == 1)
-        launch(op, cast_transpose_kernel<X, Q>, std::max<int64_t>(1, tile_count(tiles)), kThreads,
-               stream, q.as<Q>(), qt.as<Q>(), x.as<const X>(), tiles, s, aligned, aligned_t);
+        cast_in_passes(op, s, stream, [&](bool first) {
+          launch(op, cast_transpose_kernel<X, Q>, std::max<int64_t>(1, tile_count(tiles)), kThreads,
+                 stream, q.as<Q>(), qt.as<Q>(), x.as<const X>(), tiles, s, aligned, aligned_t,
+                 first);
+        });
     });
   });
-  end_scale(op, s, stream);
 }
 
 }  // namespace quaver::cuda

@@ -1,6 +1,6 @@
 // RMSNorm and LayerNorm, cast to both GEMM layouts (quaver/normalize.h). First a warp on each row:
-// its statistics, the saved copy of x and, where the scale is chosen just in time, the amax of the
-// result. Then a block on each tile normalises once more and casts from registers.
+// its statistics, the saved copy of x and, where no scale is known yet, the amax of the result.
+// Then a block on each tile normalises once more and casts from registers.
 #include "../arguments.h"
 #include "dispatch.h"
 #include "rows.h"
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kThreads, 3) normalize_rows_kernel(Problem<X> 
     if (p.mean != nullptr) p.mean[at.row] = mean;
     p.rstd[at.row] = rstd;
   }
-  if (!is_measured(p.y.scale)) return;
+  const CastPass of = cast_pass(p.y.scale, true);
+  if (of.encode || !of.collect) return;
   uint32_t seen = 0;
   for (int64_t col = at.lane * kVector; col < cols; col += kRowLanes) {
     float x[kVector];
@@ -92,10 +93,11 @@ __global__ void __launch_bounds__(kThreads, 3) normalize_rows_kernel(Problem<X> 
 }
 
 template <class X>
-__global__ void __launch_bounds__(kThreads) normalize_cast_kernel(Problem<X> p) {
+__global__ void __launch_bounds__(kThreads) normalize_cast_kernel(Problem<X> p, bool first) {
   __shared__ Tile tile;
-  bool known;
-  const Divisor by = divisor(scale_in_cast(p.y.scale, &known));
+  const CastPass of = cast_pass(p.y.scale, first);
+  if (!of.encode) return;
+  const Divisor by = divisor(of.scale);
   uint32_t seen = 0;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) normalize_cast_kernel(Problem<X> p) 
   }
   __syncthreads();
   store_qt(p.y, tile, p.m);
-  if (!known) block_atomic_max(p.y.scale.amax, seen);
+  if (of.collect) block_atomic_max(p.y.scale.amax, seen);
 }
 
 }  // namespace
@@ -133,10 +135,13 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
     p.rstd = rstd;
     p.eps = eps;
     p.aligned = x.cols % kVector == 0 && is_aligned(x.data);
-    clear_scale(op, p.y.scale, stream);
+    begin_scale(op, p.y.scale, stream);
     if (p.saved.threads == 0) save_groups(op, saved, x, stream);
     launch(op, normalize_rows_kernel<X>, row_blocks(x.rows), kThreads, stream, p);
-    launch(op, normalize_cast_kernel<X>, matrix_blocks(p.m), kThreads, stream, p);
+    const int64_t blocks = matrix_blocks(p.m);
+    if (p.y.scale.mode == ScaleMode::delayed)  // otherwise the rows are the first pass
+      launch(op, normalize_cast_kernel<X>, blocks, kThreads, stream, p, true);
+    launch(op, normalize_cast_kernel<X>, blocks, kThreads, stream, p, false);
     end_scale(op, p.y.scale, stream);
   });
 }

@@ -47,19 +47,19 @@ QUAVER_DEVICE void cast(Q* q, int64_t i, int64_t n, bool aligned, float (&x)[kVe
 
 template <class X, class Q, bool kStochastic>
 __global__ void __launch_bounds__(kThreads)
-    quantize_tensor_kernel(Q* q, const X* x, int64_t n, TensorScale s, uint64_t seed,
-                           bool aligned) {
-  bool known;
-  const float scale = scale_in_cast(s, &known);
+    quantize_tensor_kernel(Q* q, const X* x, int64_t n, TensorScale s, uint64_t seed, bool aligned,
+                           bool first) {
+  const CastPass pass = cast_pass(s, first);
+  if (!pass.encode && !pass.collect) return;
   uint32_t seen = 0;
   const int64_t step = int64_t(gridDim.x) * kBlockSpan;
   for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < n; i += step) {
     float v[kVector];
     decode_vector<X>(load<sizeof(X)>(x + i, sizeof(X), n - i, aligned), v);
     seen = max_bits(seen, amax_bits(v));
-    cast<Q, kStochastic>(q, i, n - i, aligned, v, scale, seed);
+    if (pass.encode) cast<Q, kStochastic>(q, i, n - i, aligned, v, pass.scale, seed);
   }
-  if (!known) block_atomic_max(s.amax, seen);
+  if (pass.collect) block_atomic_max(s.amax, seen);
 }
 
 template <class X, class Q, bool kStochastic>
@@ -96,11 +96,11 @@ void run(const TensorView& q, const TensorView& scale, const TensorView& amax, c
   const char* op = "quantize";
   if (o.granularity == Granularity::tensor) {
     const TensorScale s = tensor_scale(q.dtype, scale, amax, o.power_of_two, source);
-    begin_scale(op, s, x, stream);
-    launch(op, quantize_tensor_kernel<X, Q, kStochastic>, loop_blocks(op, x.numel()), kThreads,
-           stream, q.as<Q>(), x.as<const X>(), x.numel(), s, o.seed,
-           is_aligned(x.data) && is_aligned(q.data));
-    end_scale(op, s, stream);
+    cast_in_passes(op, s, stream, [&](bool first) {
+      launch(op, quantize_tensor_kernel<X, Q, kStochastic>, loop_blocks(op, x.numel()), kThreads,
+             stream, q.as<Q>(), x.as<const X>(), x.numel(), s, o.seed,
+             is_aligned(x.data) && is_aligned(q.data), first);
+    });
     return;
   }
   const Groups groups = make_groups(x, o);

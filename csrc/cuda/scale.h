@@ -1,9 +1,12 @@
-// The scale of a whole-tensor cast, chosen on the device: the host never waits to learn it.
+// The scale of a whole-tensor cast, chosen on the device: the host never waits for it. A cast is up
+// to two passes of one kernel, of which a pass with nothing to do returns at once:
 //
-//   given    the caller's scale; the cast collects the amax
-//   now      amax pass, then the cast (just in time)
-//   delayed  a prologue reads the history; the amax pass leaves at once where the history gave a
-//            scale; an epilogue records the amax (FP8-LM, arXiv 2310.18313; see quaver/scale.h)
+//   given    the second pass casts with the caller's scale and collects the amax
+//   now      the first pass collects the amax, the second casts (just in time)
+//   delayed  a prologue reads the history's forecast; the first pass casts with it, if there is
+//   one,
+//            and collects the amax; the second casts just in time where the forecast is stale; an
+//            epilogue records the amax (FP8-LM, arXiv 2310.18313; see quaver/scale.h)
 #pragma once
 
 #include "device.h"
@@ -30,29 +33,36 @@ inline TensorScale tensor_scale(DType type, const TensorView& scale, const Tenso
   return {scale.as<float>(), amax.as<float>(), source.history, scale_max(type), power_of_two, mode};
 }
 
-// Before all: clears the amax, and reads the scale from the history where there is one.
-void clear_scale(const char* op, const TensorScale& s, void* stream);
+// Before the passes: clears the amax, and reads the history's forecast where there is one.
+void begin_scale(const char* op, const TensorScale& s, void* stream);
 
-// Before the cast: the same, and the amax of x where the scale is to be chosen from it.
-void begin_scale(const char* op, const TensorScale& s, const TensorView& x, void* stream);
-
-// After the cast.
+// After them: records the amax.
 void end_scale(const char* op, const TensorScale& s, void* stream);
 
-// In the kernels: whether the scale is chosen just in time, so that a pass for the amax goes
-// before.
-QUAVER_DEVICE bool is_measured(const TensorScale& s) {
-  return s.mode == ScaleMode::now || (s.mode == ScaleMode::delayed && *s.scale == 0.0f);
+// Launches pass(first) for each pass of the mode.
+template <class Pass>
+void cast_in_passes(const char* op, const TensorScale& s, void* stream, Pass pass) {
+  begin_scale(op, s, stream);
+  if (s.mode != ScaleMode::given) pass(true);
+  pass(false);
+  end_scale(op, s, stream);
 }
 
-// In the cast: the scale, and whether the amax is the tensor's already.
-QUAVER_DEVICE float scale_in_cast(const TensorScale& s, bool* known) {
-  *known = is_measured(s);
-  if (!*known) return *s.scale;
+// What a pass does: neither, or one of them, or both.
+struct CastPass {
+  bool encode, collect;
+  float scale;  // to encode with
+};
+
+QUAVER_DEVICE CastPass cast_pass(const TensorScale& s, bool first) {
+  if (s.mode == ScaleMode::given) return {!first, !first, *s.scale};
+  const float forecast = s.mode == ScaleMode::delayed ? *s.scale : 0.0f;
+  if (first) return {forecast != 0.0f, true, forecast};
+  if (!is_stale(forecast, *s.amax, s.finite_max)) return {false, false, forecast};
   const float scale = scale_from_amax(*s.amax, s.finite_max, s.power_of_two);
-  // Only this mode: a delayed cast's other blocks still read the zero that says "just in time".
+  // Only this mode: a delayed cast's other blocks still read the forecast.
   if (s.mode == ScaleMode::now && blockIdx.x == 0 && threadIdx.x == 0) *s.scale = scale;
-  return scale;
+  return {true, false, scale};
 }
 
 }  // namespace quaver::cuda

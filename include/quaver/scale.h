@@ -38,28 +38,54 @@ QUAVER_HD float scale_from_amax(float amax, float finite_max, bool power_of_two,
   return scale * finite_max < amax ? scale * 2.0f : scale;
 }
 
-// Delayed scaling (FP8-LM, MS-AMP): just-in-time for the first kHistory casts, then from the
-// maximum of the last kHistory amaxes. State: [0] casts recorded, [1..kHistory] ring of amaxes.
-// The count runs 0..kHistory while warming up and then wraps within kHistory..2*kHistory-1.
+// Delayed scaling (FP8-LM, MS-AMP): just in time for the first kHistory casts, then from the
+// maximum of the last kHistory amaxes. State: [0] casts recorded, [1..kHistory] ring of amaxes. The
+// count runs 0..kHistory while warming up and then wraps within kHistory..2*kHistory-1; any other
+// count is that of an empty history, so that no state, whoever wrote it, leads outside of the ring.
+//
+// A history is a forecast. A cast that would saturate under it, or whose amax is more than
+// kForecast times below it, is made again, just in time. An amax that is more than kForecast times
+// above the history enters it as that: one outlier leaves the next casts their scale, and values
+// that grow for good are followed.
 constexpr int kHistory = 16;
 constexpr int kHistoryState = kHistory + 1;
+constexpr float kForecast = 16.0f;
 
-// The decode scale to use for the next cast, or 0 for just-in-time.
-QUAVER_HD float delayed_scale(const float* state, float finite_max, bool power_of_two) {
-  if (state[0] < float(kHistory)) return 0.0f;
+QUAVER_HD int casts_recorded(const float* state) {
+  return state[0] >= 0.0f && state[0] < float(2 * kHistory) ? static_cast<int>(state[0]) : 0;
+}
+
+// The largest amax of the history; 0 where there is none.
+QUAVER_HD float largest_recorded(const float* state) {
   float amax = 0.0f;
-  for (int i = 1; i <= kHistory; ++i) amax = amax < state[i] ? state[i] : amax;
+  for (int i = 1; i <= kHistory; ++i)
+    amax = amax < state[i] && is_finite(state[i]) ? state[i] : amax;
+  return amax;
+}
+
+// The decode scale that the history forecasts for the next cast, or 0 for just in time.
+QUAVER_HD float delayed_scale(const float* state, float finite_max, bool power_of_two) {
+  const float amax = largest_recorded(state);
+  if (casts_recorded(state) < kHistory || amax == 0.0f) return 0.0f;
   return scale_from_amax(amax, finite_max, power_of_two);
 }
 
-// A non-finite amax empties the history, which returns to just-in-time.
+// Whether a forecast scale is none (0), or too small or far too large for values of this amax.
+QUAVER_HD bool is_stale(float scale, float amax, float finite_max) {
+  if (scale == 0.0f) return true;
+  const float foreseen = scale * finite_max;
+  return amax > 0.0f && is_finite(amax) && (amax > foreseen || kForecast * amax < foreseen);
+}
+
+// A non-finite amax empties the history, which returns to just in time.
 QUAVER_HD void record_amax(float* state, float amax) {
   if (!is_finite(amax)) {
     for (int i = 0; i < kHistoryState; ++i) state[i] = 0.0f;
     return;
   }
-  const int count = static_cast<int>(state[0]);
-  state[1 + count % kHistory] = amax;
+  const int count = casts_recorded(state);
+  const float most = kForecast * largest_recorded(state);
+  state[1 + count % kHistory] = most > 0.0f && amax > most ? most : amax;
   state[0] = static_cast<float>(count + 1 == 2 * kHistory ? kHistory : count + 1);
 }
 

@@ -136,6 +136,8 @@ TEST(delayed_scaling) {
     std::vector<float> history(kHistoryState, 0.0f), cuda_history = history;
     for (int step = 0; step < 3 * kHistory; ++step) {
       fill(&x, DType::f32, n, 100 + step);
+      if (step == 18 || step == 22)  // a forecast that is far off, both ways
+        for (auto* h : {&history, &cuda_history}) rescale(h, step == 18 ? 1e4f : 1e-5f);
       if (step == 2 * kHistory) x.as<float>()[77] = std::numeric_limits<float>::infinity();
       std::vector<float> scale(1, -1.0f), amax(1, -1.0f), cuda_scale(1, -2.0f), cuda_amax(1, -2.0f);
       const TensorView from = view(x, DType::f32, 1, n);

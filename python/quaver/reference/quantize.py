@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import E4M3, F16, encode, scale_from_amax
+from .formats import E4M3, F16, encode, scale_from_amax, scale_max
 
 HISTORY = 16
+FORECAST = 16.0  # how far too large a delayed scale may be
 
 
 def quantize(
@@ -61,19 +62,27 @@ def cast_transpose(
 
 class DelayedScale:
     """Delayed scaling (FP8-LM's reference, MS-AMP): just in time for the first 16 casts, then from
-    the maximum of the last 16 amaxes. A non-finite amax empties the history."""
+    the maximum of the last 16 amaxes.
+
+    A cast that would saturate, or whose amax is more than 16 times below what its scale is for, is
+    made again just in time, and an amax enters the history as at most 16 times the history's
+    maximum. A non-finite amax empties the history."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
         self.history: deque[float] = deque(maxlen=HISTORY)
 
     def cast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scale = None
-        if len(self.history) == HISTORY:
-            scale = scale_from_amax(torch.tensor(max(self.history)), self.dtype)
-        q, scale, amax = quantize(x, self.dtype, scale)
+        most = max(self.history, default=0.0)
+        q, scale, amax = quantize(x, self.dtype)
+        if len(self.history) == HISTORY and most > 0:
+            forecast = scale_from_amax(torch.tensor(most), self.dtype)
+            foreseen = forecast * scale_max(self.dtype)
+            near = foreseen / FORECAST <= amax <= foreseen
+            if near or amax == 0 or not amax.isfinite():
+                q, scale, amax = quantize(x, self.dtype, forecast)
         if amax.isfinite():
-            self.history.append(amax.item())
+            self.history.append(min(amax.item(), FORECAST * most) if most else amax.item())
         else:
             self.history.clear()
         return q, scale, amax

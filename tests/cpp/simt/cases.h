@@ -73,6 +73,11 @@ inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) 
   });
 }
 
+// Makes the forecast of a history wrong by a factor.
+inline void rescale(std::vector<float>* history, float factor) {
+  for (size_t i = 1; i < history->size(); ++i) (*history)[i] *= factor;
+}
+
 // A kernel whose result depends on the order of threads or blocks lacks a barrier or an atomic.
 inline void in_every_order(const std::function<void()>& body) {
   for (const auto order :
