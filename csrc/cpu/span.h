@@ -171,8 +171,8 @@ inline void store_halves(float* out, Halves h, float scale) {
 template <>
 inline void load<e4m3>(float* __restrict out, const e4m3* __restrict x, int64_t n, float scale) {
   int64_t i = 0;
-  // Two exact steps: scale * 2^8 may overflow where scale * value does not.
-  const bool exact = scale < 1e30f;
+  // Two exact steps, unless scale * 2^8 overflows where scale * value does not.
+  const bool exact = scale < 1e30f && scale > -1e30f;
   for (; exact && i + kWide <= n; i += kWide)
     store_halves(out + i, e4m3_halves(widen(x + i)), scale * 256.0f);
   for (; i < n; ++i) out[i] = TensorCodec<e4m3>::decode(x[i], scale);

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "quaver/check.h"
 #include "quaver/cpu.h"
 #include "quaver/gemm_choice.h"
 
@@ -54,6 +55,15 @@ py::dict build_info() {
   info["nccl"] = py::none();
   return info;
 }
+
+// pybind11 asks such an exception, of any library, for the Python error.
+struct OutOfMemory final : py::builtin_exception {
+  using py::builtin_exception::builtin_exception;
+  void set_error() const override {
+    const py::object type = py::module_::import("torch").attr("OutOfMemoryError");
+    PyErr_SetString(type.ptr(), what());
+  }
+};
 
 quaver::DType dtype_of(const std::string& name) {
   using quaver::DType;
@@ -103,6 +113,7 @@ py::tuple gemm_candidates(int64_t m, int64_t n, int64_t k, const std::string& a,
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  quaver::set_out_of_memory([](const char* reason) { throw OutOfMemory(reason); });
   m.def("build_info", build_info, "What this build is made of and which CPU code it runs.");
   m.def("available_isas", available_isas, "CPU instruction sets that can run here, best first.");
   m.def("cpu_isa", [] { return std::string(quaver::cpu::isa()); }, "The CPU code in use.");

@@ -1,6 +1,5 @@
 #include "quaver/activate.h"
 
-#include <string>
 #include <tuple>
 
 #include "cast.h"
@@ -15,20 +14,12 @@ Activation kind_of(const char* op, const std::string& name) {
   fail(op, ": kind must be \"silu\", \"gelu\" or \"gelu_tanh\", got \"", name, "\"");
 }
 
-float* channels(const char* op, const OptionalTensor& t, int64_t cols) {
-  if (!t.has_value()) return nullptr;
-  QUAVER_CHECK(t->numel() == cols && t->scalar_type() == ScalarType::Float, op,
-               ": channel_scale must be ", cols, " float32, got ", t->numel(), " of ",
-               torch::headeronly::toString(t->scalar_type()));
-  return static_cast<float*>(present(op, "channel_scale", *t).data);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activate(
-    const Tensor& x_in, const OptionalTensor& up_in, const std::string& kind_name,
+    const Tensor& x_in, const OptionalTensor& up_in, const Word& kind_name,
     const OptionalTensor& channel_scale_in, ScalarType dtype, const OptionalTensor& scale,
     const OptionalTensor& history, bool power_of_two, int64_t block) {
   const char* op = "activate";
-  const Activation kind = kind_of(op, kind_name);
+  const Activation kind = kind_of(op, kind_name.text);
   check_matrix(op, "x", x_in);
   if (up_in.has_value()) check_matrix(op, "up", *up_in);
   check_device(op, x_in, "up", up_in);
@@ -41,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   GroupedResult up_saved =
       up.has_value() ? grouped_result(op, x, rows, cols, block) : no_grouped_result(x);
   Tensor channel_amax = empty(x, {channel_scale.has_value() ? cols : 0}, ScalarType::Float);
-  const float* scales = channels(op, channel_scale, cols);
+  const float* scales = floats(op, "channel_scale", channel_scale, cols);
   auto* amaxes = static_cast<float*>(channel_amax.data_ptr());
   const TensorView x_view = view(op, "x", x), up_view = optional_view(op, "up", up);
   on_device(
@@ -59,11 +50,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activate_backward(
     const Tensor& dy_in, const Tensor& xq_in, const Tensor& xscale_in, const OptionalTensor& uq_in,
-    const OptionalTensor& uscale_in, const std::string& kind_name,
-    const OptionalTensor& channel_scale_in, int64_t block, ScalarType dtype,
-    const OptionalTensor& x_history, const OptionalTensor& up_history, bool power_of_two) {
+    const OptionalTensor& uscale_in, const Word& kind_name, const OptionalTensor& channel_scale_in,
+    int64_t block, ScalarType dtype, const OptionalTensor& x_history,
+    const OptionalTensor& up_history, bool power_of_two) {
   const char* op = "activate_backward";
-  const Activation kind = kind_of(op, kind_name);
+  const Activation kind = kind_of(op, kind_name.text);
   check_matrix(op, "dy", dy_in);
   QUAVER_CHECK(uq_in.has_value() == uscale_in.has_value(), op,
                ": uq and uscale go together, got one of them");
@@ -85,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activ
   const GroupedView x = grouped_view(op, "xq", xq, "xscale", xscale, block);
   const GroupedView u =
       gated ? grouped_view(op, "uq", *uq, "uscale", *uscale, block) : GroupedView{};
-  const float* scales = channels(op, channel_scale, cols);
+  const float* scales = floats(op, "channel_scale", channel_scale, cols);
   const TensorView dy_view = view(op, "dy", dy);
   on_device(
       op, dy, [&] { cpu::activate_backward(dx.view, dup.view, dy_view, x, u, scales, kind); },
@@ -103,9 +94,6 @@ void register_ops(Library& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) { register_ops(m); }
-#if defined(QUAVER_HAVE_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) { register_ops(m); }
-#endif
+QUAVER_OPS(register_ops)
 
 }  // namespace quaver::binding

@@ -9,15 +9,6 @@ namespace {
 
 using Sizes = std::vector<int64_t>;
 
-// `count` contiguous f32, or null where there are none.
-float* floats(const char* op, const char* name, const OptionalTensor& t, int64_t count) {
-  if (!t.has_value()) return nullptr;
-  QUAVER_CHECK(t->numel() == count && t->scalar_type() == ScalarType::Float && t->is_contiguous(),
-               op, ": ", name, " must be ", count, " contiguous float32, got ", t->numel(), " of ",
-               torch::headeronly::toString(t->scalar_type()));
-  return static_cast<float*>(t->data_ptr());
-}
-
 std::tuple<Tensor, Tensor> share_scales(const Tensor& amaxes, const OptionalTensor& mu,
                                         ScalarType dtype) {
   const char* op = "share_scales";
@@ -113,9 +104,6 @@ void register_ops(Library& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) { register_ops(m); }
-#if defined(QUAVER_HAVE_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) { register_ops(m); }
-#endif
+QUAVER_OPS(register_ops)
 
 }  // namespace quaver::binding

@@ -1,11 +1,6 @@
 // torch::stable::Tensor to TensorView, and the checks every binding makes.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -14,6 +9,7 @@
 #include <vector>
 
 #include "quaver/tensor_view.h"
+#include "stable.h"
 
 namespace quaver::binding {
 
@@ -35,8 +31,19 @@ inline DType dtype_of(const char* op, const char* name, ScalarType type) {
        torch::headeronly::toString(type));
 }
 
+// Memory that torch did not allocate may begin anywhere.
+inline bool is_aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % static_cast<uintptr_t>(t.element_size()) == 0;
+}
+
+inline void check_aligned(const char* op, const char* name, const Tensor& t) {
+  QUAVER_CHECK(is_aligned(t), op, ": ", name, " must start at a multiple of ", t.element_size(),
+               " bytes, got ", t.data_ptr());
+}
+
 inline TensorView view(const char* op, const char* name, const Tensor& t) {
   QUAVER_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+  check_aligned(op, name, t);
   TensorView v;
   v.data = t.data_ptr();
   v.dtype = dtype_of(op, name, t.scalar_type());
@@ -46,8 +53,22 @@ inline TensorView view(const char* op, const char* name, const Tensor& t) {
   return v;
 }
 
+// A view whose memory says that the tensor is there, also where it has no elements.
+inline TensorView present(const char* op, const char* name, const Tensor& t) {
+  static char nothing[16];
+  TensorView v = view(op, name, t);
+  if (v.data == nullptr) v.data = nothing;
+  return v;
+}
+
+// An argument that is only read, as `view` takes it.
 inline Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  if (!t.is_contiguous()) return torch::stable::contiguous(t);
+  return is_aligned(t) ? t : torch::stable::clone(t);
+}
+
+inline OptionalTensor dense(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(dense(*t)) : t;
 }
 
 inline Shape shape_of(const Tensor& t) {
@@ -80,20 +101,25 @@ inline float* scalar(const char* op, const char* name, const Tensor& t) {
   QUAVER_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float, op, ": ", name,
                " must be one float32, got ", t.numel(), " of ",
                torch::headeronly::toString(t.scalar_type()));
+  check_aligned(op, name, t);
   return static_cast<float*>(t.data_ptr());
+}
+
+// `count` f32 one behind the other; never null.
+inline float* floats(const char* op, const char* name, const Tensor& t, int64_t count) {
+  QUAVER_CHECK(t.numel() == count && t.scalar_type() == ScalarType::Float && t.is_contiguous(), op,
+               ": ", name, " must be ", count, " contiguous float32, got ", t.numel(), " of ",
+               torch::headeronly::toString(t.scalar_type()));
+  return static_cast<float*>(present(op, name, t).data);
+}
+
+inline float* floats(const char* op, const char* name, const OptionalTensor& t, int64_t count) {
+  return t.has_value() ? floats(op, name, *t, count) : nullptr;
 }
 
 // In a list, an empty tensor stands for "none".
 inline float* optional_scalar(const char* op, const char* name, const Tensor& t) {
   return t.numel() == 0 ? nullptr : scalar(op, name, t);
-}
-
-inline float* history_of(const char* op, const OptionalTensor& t, int64_t length) {
-  if (!t.has_value()) return nullptr;
-  QUAVER_CHECK(t->numel() == length && t->scalar_type() == ScalarType::Float && t->is_contiguous(),
-               op, ": history must be ", length, " contiguous float32, got ", t->numel(), " of ",
-               torch::headeronly::toString(t->scalar_type()));
-  return static_cast<float*>(t->data_ptr());
 }
 
 }  // namespace quaver::binding

@@ -19,20 +19,21 @@ inline Tensor scale_tensor(const char* op, const Tensor& x, const OptionalTensor
   return scale;
 }
 
-// A view whose memory says that the tensor is there, also where it has no elements.
-inline TensorView present(const char* op, const char* name, const Tensor& t) {
-  static char nothing[16];
-  TensorView v = view(op, name, t);
-  if (v.data == nullptr) v.data = nothing;
-  return v;
-}
-
 inline TensorView optional_view(const char* op, const char* name, const OptionalTensor& t) {
   return t.has_value() ? present(op, name, *t) : TensorView{};
 }
 
-inline OptionalTensor dense(const OptionalTensor& t) {
-  return t.has_value() ? OptionalTensor(dense(*t)) : t;
+// The state of delayed scaling, which the op reads and updates.
+inline float* history_of(const char* op, const Tensor& like, const OptionalTensor& t) {
+  check_device(op, like, "history", t);
+  return floats(op, "history", t, kHistoryState);
+}
+
+// Values that share a scale along the last axis. The bound keeps every product of sizes in range.
+inline void check_block(const char* op, int64_t block) {
+  constexpr int64_t most = int64_t(1) << 30;
+  QUAVER_CHECK(block > 0, op, ": block must be positive, got ", block);
+  QUAVER_CHECK(block <= most, op, ": block must be at most ", most, ", got ", block);
 }
 
 inline void check_matrix(const char* op, const char* name, const Tensor& t) {
@@ -54,18 +55,17 @@ inline CastResult cast_result(const char* op, const Tensor& like, int64_t rows, 
                        scale_tensor(op, like, scale, {}),
                        empty(like, {}, ScalarType::Float),
                        {}};
-  check_device(op, like, "history", history);
   result.view.q = view(op, "dtype", result.q);
   result.view.qt = view(op, "dtype", result.qt);
   result.view.scale = scalar(op, "scale", result.scale);
   result.view.amax = scalar(op, "amax", result.amax);
   result.view.power_of_two = power_of_two;
   result.view.source.given = scale.has_value();
-  result.view.source.history = history_of(op, history, kHistoryState);
+  result.view.source.history = history_of(op, like, history);
   return result;
 }
 
-// In place of a result that there is none of.
+// Empty tensors for an absent output.
 inline CastResult no_cast_result(const Tensor& like, ScalarType dtype) {
   const auto none = [&](ScalarType type) { return empty(like, {0}, type); };
   return {none(dtype), none(dtype), none(ScalarType::Float), none(ScalarType::Float), {}};
@@ -78,7 +78,7 @@ struct GroupedResult {
 
 inline GroupedView grouped_view(const char* op, const char* name, const Tensor& codes,
                                 const char* scale_name, const Tensor& scale, int64_t block) {
-  QUAVER_CHECK(block > 0, op, ": block must be positive, got ", block);
+  check_block(op, block);
   check_matrix(op, name, codes);
   GroupedView v;
   v.codes = present(op, name, codes);
@@ -96,7 +96,7 @@ inline GroupedView grouped_view(const char* op, const char* name, const Tensor& 
 
 inline GroupedResult grouped_result(const char* op, const Tensor& like, int64_t rows, int64_t cols,
                                     int64_t block) {
-  QUAVER_CHECK(block > 0, op, ": block must be positive, got ", block);
+  check_block(op, block);
   GroupedResult r = {empty(like, {rows, cols}, ScalarType::Float8_e4m3fn),
                      empty(like, {rows, groups_in_row(cols, block)}, ScalarType::Byte),
                      {}};

@@ -3,6 +3,7 @@
 #include "quaver/comm.h"
 
 #include <cstring>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <string>
@@ -56,17 +57,19 @@ comm::UniqueId id_of(const char* op, const Tensor& id) {
   return out;
 }
 
-void comm_id_(Tensor id, std::string library) {
+void comm_id_(Tensor id, const Word& library) {
   id_of("comm_id_", id);
-  const comm::UniqueId made = comm::make_unique_id(library.c_str());
+  const comm::UniqueId made = comm::make_unique_id(library.text.c_str());
   std::memcpy(id.data_ptr(), made.bytes, sizeof(made.bytes));
 }
 
 int64_t comm_create(const Tensor& id, int64_t rank, int64_t size, double timeout,
-                    std::string library, bool host) {
+                    const Word& library, bool host) {
+  QUAVER_CHECK(size > 0 && size <= std::numeric_limits<int>::max() && rank >= 0 && rank < size,
+               "comm_create: wanted a rank in [0, size), got rank ", rank, " of ", size);
   auto made =
       std::make_shared<comm::Communicator>(id_of("comm_create", id), static_cast<int>(rank),
-                                           static_cast<int>(size), timeout, library.c_str());
+                                           static_cast<int>(size), timeout, library.text.c_str());
   const std::lock_guard<std::mutex> lock(table().mutex);
   table().open.emplace(++table().last, Entry{std::move(made), host});
   return table().last;
@@ -140,13 +143,13 @@ void comm_broadcast_(int64_t number, Tensor values, int64_t root) {
   on_comm_device(op, c, values, run);
 }
 
-void comm_all_reduce_(int64_t number, Tensor values, std::string reduction) {
+void comm_all_reduce_(int64_t number, Tensor values, const Word& reduction) {
   const char* op = "comm_all_reduce_";
   const Entry c = find(op, number);
-  QUAVER_CHECK(reduction == "sum" || reduction == "max", op, ": reduction must be sum or max, got ",
-               reduction);
+  QUAVER_CHECK(reduction.text == "sum" || reduction.text == "max", op,
+               ": reduction must be sum or max, got ", reduction.text);
   const TensorView v = view(op, "values", values);
-  const auto how = reduction == "sum" ? comm::Reduction::sum : comm::Reduction::max;
+  const auto how = reduction.text == "sum" ? comm::Reduction::sum : comm::Reduction::max;
   const auto run = [&](void* stream) { c->all_reduce(v.data, v.numel(), v.dtype, how, stream); };
   on_comm_device(op, c, values, run);
 }

@@ -1,8 +1,6 @@
 // Where an op runs: on the CPU, or in the current stream of its tensors' CUDA device.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include <string>
 
 #include "bridge.h"
@@ -21,10 +19,10 @@ inline std::string device_name(const Tensor& t) {
   return "another device";
 }
 
-// By index alone, which is -1 on the CPU: ops are registered for the CPU and CUDA only, and lists
-// are long.
+// Indices tell CUDA devices apart; others have -1.
 inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.get_device_index() == b.get_device_index();
+  const int32_t index = a.get_device_index();
+  return index == b.get_device_index() && (index >= 0 || a.is_cpu() == b.is_cpu());
 }
 
 // Every op's tensors are on one device. An empty tensor of a list stands for "none", wherever it

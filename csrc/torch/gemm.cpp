@@ -50,8 +50,8 @@ GemmArguments arguments_of(const Call& c) {
   g.out = view("gemm", "out", c.out);
   g.a = view("gemm", "a", c.a);
   g.b = view("gemm", "b", c.b);
-  g.scale_a = static_cast<const float*>(c.scale_a.data_ptr());
-  g.scale_b = static_cast<const float*>(c.scale_b.data_ptr());
+  g.scale_a = present("gemm", "scale_a", c.scale_a).as<const float>();
+  g.scale_b = present("gemm", "scale_b", c.scale_b).as<const float>();
   g.rows_a = c.scale_a.numel() != 1;
   g.rows_b = c.scale_b.numel() != 1;
   if (c.out_scale.has_value()) g.out_scale = scalar("gemm_quantize", "out_scale", *c.out_scale);
@@ -77,8 +77,8 @@ Tensor decode_codes(const Tensor& q, ScalarType type) {
 void addmm(Tensor& out, const Tensor& addend, const Tensor& a, const Tensor& b, double beta,
            double alpha) {
   const Tensor bt = torch::stable::transpose(b, 0, 1);
-  if (aoti_torch_cpu_addmm_out(out.get(), addend.get(), a.get(), bt.get(), beta, alpha) != 0)
-    fail("gemm: torch's matrix product failed");
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), addend.get(), a.get(), bt.get(), beta, alpha));
 }
 
 // a @ b.T in f32. Into `out`, because autocast would make a bf16 product of any other form.
@@ -87,19 +87,18 @@ Tensor product(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
                                     torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
                                     torch::stable::detail::from(out)};
-  if (torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION) != 0)
-    fail("gemm: torch's matrix product failed");
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Tensor multiply(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  if (torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION) != 0)
-    fail("gemm: torch's multiplication failed");
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The stable ABI has no addition, but this.
+// The stable ABI has no add; subtracting with alpha = -1 is the same.
 Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
 
 // On any device: an f32 product of the codes, then scales, bias and addend in f32, as the kernels'
@@ -139,10 +138,10 @@ void run_cpu(Call& c) {
   if (type == ScalarType::BFloat16 && !bf16_products) return compose(c);
   const bool plain = type == ScalarType::Float || type == ScalarType::BFloat16;
   if (!plain || c.scale_a.numel() != 1 || c.scale_b.numel() != 1) return compose(c);
-  // In f32: a product that overflows is infinite, where torch would refuse a double beyond f32. MKL
-  // ignores an alpha that is NaN.
+  // In f32: a product that overflows is infinite, where torch would refuse a double beyond f32.
+  // BLAS ignores an alpha that is NaN, and operands where alpha is 0, NaN and infinity included.
   const float alpha = *scalar("gemm", "scale_a", c.scale_a) * *scalar("gemm", "scale_b", c.scale_b);
-  if (!is_finite(alpha)) return compose(c);
+  if (!is_finite(alpha) || alpha == 0.0f) return compose(c);
   const Tensor addend = c.bias.has_value() ? torch::stable::to(*c.bias, type) : c.out;
   const double beta = c.bias.has_value() || c.accumulate ? 1.0 : 0.0;
   addmm(c.out, addend, decode_codes(c.a, type), decode_codes(c.b, type), beta, alpha);
@@ -223,9 +222,6 @@ void register_ops(Library& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) { register_ops(m); }
-#if defined(QUAVER_HAVE_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) { register_ops(m); }
-#endif
+QUAVER_OPS(register_ops)
 
 }  // namespace quaver::binding

@@ -4,24 +4,24 @@
 // for "none", and an empty list where it may be empty for none at all. `*_scaling` are the values
 // of Scaling (codec.h); a seed >= 0 rounds a bf16 weight stochastically. Each stage's binding
 // registers its kernels for the CPU (and CUDA) key.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include "quaver/cpu.h"
+#include "stable.h"
 
 STABLE_TORCH_LIBRARY(quaver, m) {
   m.def(
-      "quantize(Tensor x, ScalarType dtype, Tensor? scale, Tensor(a!)? history, str granularity, "
-      "int block, bool power_of_two, bool stochastic, int seed) "
-      "-> (Tensor q, Tensor scale, Tensor amax)");
+      "quantize(Tensor x, ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, "
+      "str granularity='tensor', int block=128, bool power_of_two=True, bool stochastic=False, "
+      "int seed=0) -> (Tensor q, Tensor scale, Tensor amax)");
   m.def(
-      "dequantize(Tensor q, Tensor scale, ScalarType dtype, str granularity, int block) -> Tensor");
+      "dequantize(Tensor q, Tensor scale, ScalarType dtype, str granularity='tensor', "
+      "int block=128) -> Tensor");
   m.def(
-      "cast_transpose(Tensor x, ScalarType dtype, Tensor? scale, Tensor(a!)? history, "
-      "bool power_of_two) -> (Tensor q, Tensor qt, Tensor scale, Tensor amax)");
+      "cast_transpose(Tensor x, ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, "
+      "bool power_of_two=True) -> (Tensor q, Tensor qt, Tensor scale, Tensor amax)");
   m.def(
       "normalize(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, "
-      "ScalarType dtype, Tensor? scale, Tensor(a!)? history, bool power_of_two, int block) "
+      "ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, bool power_of_two=True, "
+      "int block=32) "
       "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, "
       "Tensor mean, Tensor rstd)");
   m.def(
@@ -30,29 +30,30 @@ STABLE_TORCH_LIBRARY(quaver, m) {
       "-> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def(
       "activate(Tensor x, Tensor? up, str kind, Tensor? channel_scale, ScalarType dtype, "
-      "Tensor? scale, Tensor(a!)? history, bool power_of_two, int block) "
+      "Tensor? scale=None, Tensor(a!)? history=None, bool power_of_two=True, int block=32) "
       "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, Tensor uq, "
       "Tensor uscale, Tensor channel_amax)");
   m.def(
       "activate_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor? uq, Tensor? uscale, "
-      "str kind, Tensor? channel_scale, int block, ScalarType dtype, Tensor(a!)? x_history, "
-      "Tensor(b!)? up_history, bool power_of_two) "
+      "str kind, Tensor? channel_scale, int block, ScalarType dtype, "
+      "Tensor(a!)? x_history=None, Tensor(b!)? up_history=None, bool power_of_two=True) "
       "-> (Tensor dxq, Tensor dxqt, Tensor dxscale, Tensor dxamax, Tensor duq, Tensor duqt, "
       "Tensor duscale, Tensor duamax)");
   m.def(
       "gemm(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
-      "ScalarType out_dtype, bool fast_accumulate) -> Tensor");
+      "ScalarType out_dtype, bool fast_accumulate=True) -> Tensor");
   m.def(
-      "gemm_(Tensor(a!) out, Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
-      "bool accumulate, bool fast_accumulate) -> ()");
+      "gemm_(Tensor(a!) out, Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, "
+      "Tensor? bias=None, bool accumulate=False, bool fast_accumulate=True) -> ()");
   m.def(
       "gemm_quantize(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
-      "ScalarType out_dtype, Tensor out_scale, bool fast_accumulate) -> (Tensor q, Tensor amax)");
+      "ScalarType out_dtype, Tensor out_scale, bool fast_accumulate=True) -> (Tensor q, Tensor "
+      "amax)");
   m.def(
       "grad_norm(Tensor[] grads, Tensor[] scales, Tensor[] amaxes) -> (Tensor norm, Tensor amax)");
   m.def(
       "accumulate_(Tensor(a!) q, Tensor(b!) scale, Tensor(c!) amax, Tensor other, "
-      "Tensor? other_scale, Tensor? other_amax) -> ()");
+      "Tensor? other_scale=None, Tensor? other_amax=None) -> ()");
   m.def(
       "share_scales(Tensor amaxes, Tensor? mu, ScalarType dtype) "
       "-> (Tensor scales, Tensor sum_scales)");
@@ -98,3 +99,18 @@ void torch_threads(int64_t n, int64_t grain, void* context, quaver::cpu::Paralle
 [[maybe_unused]] const bool installed = (quaver::cpu::set_parallel_for(torch_threads), true);
 
 }  // namespace
+
+namespace quaver {
+namespace {
+
+OutOfMemoryHandler out_of_memory = nullptr;
+
+}  // namespace
+
+void set_out_of_memory(OutOfMemoryHandler handler) { out_of_memory = handler; }
+
+void binding::throw_out_of_memory(const char* reason) {
+  if (out_of_memory != nullptr) out_of_memory(reason);
+}
+
+}  // namespace quaver

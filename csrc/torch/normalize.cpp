@@ -7,13 +7,6 @@
 namespace quaver::binding {
 namespace {
 
-float* floats(const char* op, const char* name, const Tensor& t, int64_t count) {
-  QUAVER_CHECK(t.numel() == count && t.scalar_type() == ScalarType::Float && t.is_contiguous(), op,
-               ": ", name, " must be ", count, " contiguous float32, got ", t.numel(), " of ",
-               torch::headeronly::toString(t.scalar_type()));
-  return static_cast<float*>(present(op, name, t).data);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
     const Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in, double eps,
     bool centered, ScalarType dtype, const OptionalTensor& scale, const OptionalTensor& history,
@@ -95,9 +88,6 @@ void register_ops(Library& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) { register_ops(m); }
-#if defined(QUAVER_HAVE_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) { register_ops(m); }
-#endif
+QUAVER_OPS(register_ops)
 
 }  // namespace quaver::binding

@@ -1,6 +1,5 @@
 #include "quaver/quantize.h"
 
-#include <string>
 #include <tuple>
 
 #include "cast.h"
@@ -8,11 +7,18 @@
 namespace quaver::binding {
 namespace {
 
-Granularity granularity_of(const char* op, const std::string& name) {
-  if (name == "tensor") return Granularity::tensor;
-  if (name == "row") return Granularity::row;
-  if (name == "block") return Granularity::block;
-  fail(op, ": granularity must be \"tensor\", \"row\" or \"block\", got \"", name, "\"");
+QuantizeOptions options_of(const char* op, const Word& granularity, int64_t block) {
+  QuantizeOptions o;
+  o.block = block;
+  if (granularity.text == "tensor") return o;
+  o.granularity = Granularity::row;
+  if (granularity.text == "row") return o;
+  o.granularity = Granularity::block;
+  QUAVER_CHECK(granularity.text == "block", op,
+               ": granularity must be \"tensor\", \"row\" or \"block\", got \"", granularity.text,
+               "\"");
+  check_block(op, block);
+  return o;
 }
 
 // tensor: []; row: [..., 1]; block: [..., ceil(cols / block)]
@@ -20,23 +26,19 @@ Shape scale_shape(const Tensor& x, const QuantizeOptions& o) {
   if (o.granularity == Granularity::tensor) return {};
   Shape shape = shape_of(x);
   if (shape.empty()) shape.push_back(1);
-  shape.back() = o.granularity == Granularity::row ? 1 : (shape.back() + o.block - 1) / o.block;
+  shape.back() = o.granularity == Granularity::row ? 1 : groups_in_row(shape.back(), o.block);
   return shape;
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_in, ScalarType dtype,
                                             const OptionalTensor& scale_in,
-                                            const OptionalTensor& history,
-                                            const std::string& granularity, int64_t block,
-                                            bool power_of_two, bool stochastic, int64_t seed) {
-  QuantizeOptions o;
-  o.granularity = granularity_of("quantize", granularity);
-  o.block = block;
+                                            const OptionalTensor& history, const Word& granularity,
+                                            int64_t block, bool power_of_two, bool stochastic,
+                                            int64_t seed) {
+  QuantizeOptions o = options_of("quantize", granularity, block);
   o.power_of_two = power_of_two;
   o.stochastic = stochastic;
   o.seed = static_cast<uint64_t>(seed);
-  QUAVER_CHECK(o.granularity != Granularity::block || block > 0,
-               "quantize: block must be positive, got ", block);
   const DType type = dtype_of("quantize", "dtype", dtype);
   QUAVER_CHECK(scale_max(type) > 0.0f, "quantize: dtype must be e4m3, e5m2 or f16, got ",
                name_of(type));
@@ -47,8 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_in, ScalarType dtype
   Tensor amax = empty(x, shape, ScalarType::Float);
   ScaleSource source;
   source.given = scale_in.has_value();
-  source.history = history_of("quantize", history, kHistoryState);
-  check_device("quantize", x, "history", history);
+  source.history = history_of("quantize", x, history);
   const TensorView q_view = view("quantize", "q", q), x_view = view("quantize", "x", x);
   const TensorView scales = view("quantize", "scale", scale),
                    amaxes = view("quantize", "amax", amax);
@@ -59,12 +60,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_in, ScalarType dtype
 }
 
 Tensor dequantize(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
-                  const std::string& granularity, int64_t block) {
-  QuantizeOptions o;
-  o.granularity = granularity_of("dequantize", granularity);
-  o.block = block;
-  QUAVER_CHECK(o.granularity != Granularity::block || block > 0,
-               "dequantize: block must be positive, got ", block);
+                  const Word& granularity, int64_t block) {
+  const QuantizeOptions o = options_of("dequantize", granularity, block);
   QUAVER_CHECK(scale.scalar_type() == ScalarType::Float, "dequantize: scale must be float32, got ",
                torch::headeronly::toString(scale.scalar_type()));
   const Tensor q = dense(q_in);
@@ -92,9 +89,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cast_transpose(const Tensor& x_in, Sc
   Tensor amax = empty(x, {}, ScalarType::Float);
   ScaleSource source;
   source.given = scale_in.has_value();
-  source.history = history_of("cast_transpose", history, kHistoryState);
   const char* op = "cast_transpose";
-  check_device(op, x, "history", history);
+  source.history = history_of(op, x, history);
   const TensorView q_view = view(op, "dtype", q), qt_view = view(op, "dtype", qt);
   const TensorView scales = view(op, "scale", scale), amaxes = view(op, "amax", amax);
   const TensorView x_view = view(op, "x", x);
@@ -116,9 +112,6 @@ void register_ops(Library& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) { register_ops(m); }
-#if defined(QUAVER_HAVE_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) { register_ops(m); }
-#endif
+QUAVER_OPS(register_ops)
 
 }  // namespace quaver::binding

@@ -9,11 +9,7 @@ namespace {
 StateView view_of(const char* op, const Tensor& q, const Tensor& scale, bool expand) {
   const TensorView values = view(op, "q", q);
   const int64_t groups = group_count(values.numel());
-  QUAVER_CHECK(
-      scale.numel() == groups && scale.scalar_type() == ScalarType::Float && scale.is_contiguous(),
-      op, ": scale must be ", groups, " contiguous float32, got ", scale.numel(), " of ",
-      torch::headeronly::toString(scale.scalar_type()));
-  return {values, static_cast<float*>(scale.data_ptr()), nullptr,
+  return {values, floats(op, "scale", scale, groups), nullptr,
           expand ? Scaling::expand : Scaling::group};
 }
 
@@ -41,17 +37,14 @@ Tensor decode_state(const Tensor& q_in, const Tensor& scale, bool expand) {
   return out;
 }
 
+template <class Library>
+void register_ops(Library& m) {
+  m.impl("encode_state", TORCH_BOX(&encode_state));
+  m.impl("decode_state", TORCH_BOX(&decode_state));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quaver, CPU, m) {
-  m.impl("encode_state", TORCH_BOX(&encode_state));
-  m.impl("decode_state", TORCH_BOX(&decode_state));
-}
-#if defined(QUAVER_HAVE_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(quaver, CUDA, m) {
-  m.impl("encode_state", TORCH_BOX(&encode_state));
-  m.impl("decode_state", TORCH_BOX(&decode_state));
-}
-#endif
+QUAVER_OPS(register_ops)
 
 }  // namespace quaver::binding

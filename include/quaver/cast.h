@@ -29,8 +29,6 @@ struct GroupedView {
   int64_t block = 32;
 };
 
-constexpr int64_t groups_in_row(int64_t cols, int64_t block) { return (cols + block - 1) / block; }
-
 // The scale of a group as its e8m0 byte, from the bits of its amax: scale_from_amax for e4m3 and a
 // power of two, by integers alone. The finite maximum is (1 + f) * 2^k, so the exponent is amax's
 // less k, and one more where amax's fraction is above f.

@@ -18,6 +18,11 @@ template <class... Parts>
   throw Error(message.str());
 }
 
+// The ops library calls this where torch has no memory for a result. The Python module sets it, to
+// throw what Python shows as torch.OutOfMemoryError.
+using OutOfMemoryHandler = void (*)(const char* reason);
+void set_out_of_memory(OutOfMemoryHandler handler);
+
 }  // namespace quaver
 
 // QUAVER_CHECK(k % 16 == 0, "gemm: K must be a multiple of 16, got ", k)

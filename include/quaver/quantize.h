@@ -16,11 +16,13 @@ struct QuantizeOptions {
   uint64_t seed = 0;         // of the stochastic rounding
 };
 
+constexpr int64_t groups_in_row(int64_t cols, int64_t block) { return (cols + block - 1) / block; }
+
 // Scales (and amaxes) that quantising `x` takes.
 inline int64_t scale_count(const TensorView& x, const QuantizeOptions& o) {
   if (o.granularity == Granularity::tensor) return 1;
   if (o.granularity == Granularity::row) return x.rows;
-  return x.rows * ((x.cols + o.block - 1) / o.block);
+  return x.rows * groups_in_row(x.cols, o.block);
 }
 
 // Where a cast takes its scale from.

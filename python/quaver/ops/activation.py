@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..tensor import ScaledTensor
-from .quantize import _both_layouts
+from .fake import fake
+from .quantize import _both_layouts, check_scale
 
 _ops = torch.ops.quaver
 
@@ -81,8 +82,9 @@ def normalize(
         `mean` is float32 [R] if centered, else [0]; `rstd` float32 [R]. A row whose squares
         overflow or are not finite is NaN, which the amax of q shows.
 
-    Raises RuntimeError for shapes and types that do not fit.
+    Raises RuntimeError for shapes and types that do not fit, ValueError for a scale as `quantize`.
     """
+    check_scale("normalize", scale)
     q, qt, scale, amax, codes, scales, mean, rstd = _ops.normalize(
         x, weight, bias, eps, centered, dtype, scale, history, power_of_two, block
     )
@@ -95,8 +97,8 @@ def normalize(
     )
 
 
-@torch.library.register_fake("quaver::normalize")
-def _(x, weight, bias, eps, centered, dtype, scale, history, power_of_two, block):
+@fake("normalize")
+def _(x, weight, bias, eps, centered, dtype, scale=None, history=None, power_of_two=True, block=32):
     rows, cols = x.shape
     mean, rstd = (x.new_empty([n], dtype=torch.float32) for n in (rows if centered else 0, rows))
     return *_both_layouts(x, rows, cols, dtype), *_grouped(x, block), mean, rstd
@@ -130,7 +132,7 @@ def normalize_backward(
     return dx, dweight if weight is not None else None, dbias if has_bias else None
 
 
-@torch.library.register_fake("quaver::normalize_backward")
+@fake("normalize_backward")
 def _(dy, xq, xscale, mean, rstd, weight, block, has_bias, dx_dtype):
     rows, cols = dy.shape
     return (
@@ -164,8 +166,10 @@ def activate(
             arXiv 2409.12517); `channel_amax` [C] is then the largest |f(x) * up| of each column.
         dtype, scale, history, power_of_two, block: as in `normalize`.
 
-    Raises RuntimeError for shapes, types and kinds that do not fit.
+    Raises RuntimeError for shapes, types and kinds that do not fit, ValueError for a scale as
+    `quantize`.
     """
+    check_scale("activate", scale)
     q, qt, scale, amax, xq, xscale, uq, uscale, channel_amax = _ops.activate(
         x, up, kind, channel_scale, dtype, scale, history, power_of_two, block
     )
@@ -178,8 +182,8 @@ def activate(
     )
 
 
-@torch.library.register_fake("quaver::activate")
-def _(x, up, kind, channel_scale, dtype, scale, history, power_of_two, block):
+@fake("activate")
+def _(x, up, kind, channel_scale, dtype, scale=None, history=None, power_of_two=True, block=32):
     rows, cols = x.shape
     none = [x.new_empty([0], dtype=t) for t in (torch.float8_e4m3fn, torch.uint8)]
     return (
@@ -223,10 +227,10 @@ def activate_backward(
     return dx, dxt, *(ScaledTensor(t, uscale, uamax, dy.dtype) for t in (uq, uqt))
 
 
-@torch.library.register_fake("quaver::activate_backward")
+@fake("activate_backward")
 def _(
-    dy, xq, xscale, uq, uscale, kind, channel_scale, block, dtype, x_history, up_history,
-    power_of_two,
+    dy, xq, xscale, uq, uscale, kind, channel_scale, block, dtype, x_history=None,
+    up_history=None, power_of_two=True,
 ):  # fmt: skip
     rows, cols = dy.shape
     none = [dy.new_empty([0], dtype=t) for t in (dtype, dtype, torch.float32, torch.float32)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .fake import fake
 from .gradient import parts
 
 _ops = torch.ops.quaver
@@ -35,7 +36,7 @@ def share_scales(
     return _ops.share_scales(amaxes, mu, dtype)
 
 
-@torch.library.register_fake("quaver::share_scales")
+@fake("share_scales")
 def _(amaxes, mu, dtype):
     scales = amaxes.new_empty([amaxes.shape[1]], dtype=torch.float32)
     return scales, torch.empty_like(scales)
@@ -57,7 +58,7 @@ def pack(
     return _ops.pack(values, own, scales, dtype, length)
 
 
-@torch.library.register_fake("quaver::pack")
+@fake("pack")
 def _(tensors, tensor_scales, scales, dtype, length):
     return tensors[0].new_empty([length], dtype=dtype)
 
@@ -88,7 +89,7 @@ def reduce_shards(
     return _ops.reduce_shards(shards, scales, sum_scales, sizes, first, dtype or shards.dtype)
 
 
-@torch.library.register_fake("quaver::reduce_shards")
+@fake("reduce_shards")
 def _(shards, scales, sum_scales, sizes, first, dtype):
     out = shards.new_empty([shards.shape[1]], dtype=dtype)
     amax = shards.new_empty([len(sizes)], dtype=torch.float32)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..tensor import ScaledTensor
+from .fake import fake
+from .quantize import check_scale
 
 _ops = torch.ops.quaver
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -38,7 +40,7 @@ def gemm(
     Raises:
         TypeError: an operand that is no ScaledTensor.
         ValueError: `accumulate` without `out`; an FP8 `out_dtype` without `out_scale`, or
-            `out_scale` with anything else.
+            `out_scale` with anything else, or one on the CPU that is not positive and finite.
         RuntimeError: shapes and types that do not fit.
     """
     for name, t in (("a", a), ("b", b)):
@@ -59,23 +61,24 @@ def gemm(
             f"gemm: out_scale and an FP8 out_dtype go together, got out_dtype {out_dtype} "
             f"{'without' if out_scale is None else 'with'} out_scale"
         )
+    check_scale("gemm: out", out_scale)
     if out_scale is None:
         return _ops.gemm(*operands, bias, out_dtype, fast_accumulate)
     q, amax = _ops.gemm_quantize(*operands, bias, out_dtype, out_scale, fast_accumulate)
     return ScaledTensor(q, out_scale, amax)
 
 
-@torch.library.register_fake("quaver::gemm")
-def _(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulate):
+@fake("gemm")
+def _(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulate=True):
     return a.new_empty([a.shape[0], b.shape[0]], dtype=out_dtype)
 
 
-@torch.library.register_fake("quaver::gemm_")
-def _(out, a, scale_a, b, scale_b, bias, accumulate, fast_accumulate):
+@fake("gemm_")
+def _(out, a, scale_a, b, scale_b, bias=None, accumulate=False, fast_accumulate=True):
     return None
 
 
-@torch.library.register_fake("quaver::gemm_quantize")
-def _(a, scale_a, b, scale_b, bias, out_dtype, out_scale, fast_accumulate):
+@fake("gemm_quantize")
+def _(a, scale_a, b, scale_b, bias, out_dtype, out_scale, fast_accumulate=True):
     q = a.new_empty([a.shape[0], b.shape[0]], dtype=out_dtype)
     return q, a.new_empty([], dtype=torch.float32)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..tensor import ScaledTensor
+from .fake import fake
 
 _ops = torch.ops.quaver
 
@@ -44,12 +45,12 @@ def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     return _ops.grad_norm(*parts(grads))
 
 
-@torch.library.register_fake("quaver::grad_norm")
+@fake("grad_norm")
 def _(grads, scales, amaxes):
     norm = grads[0].new_empty([], dtype=torch.float32)
     return norm, grads[0].new_empty([len(grads)], dtype=torch.float32)
 
 
-@torch.library.register_fake("quaver::accumulate_")
-def _(q, scale, amax, other, other_scale, other_amax):
+@fake("accumulate_")
+def _(q, scale, amax, other, other_scale=None, other_amax=None):
     return None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..layout import FLAT_BLOCK, Layout
 from ..tensor import ScaledTensor
+from .fake import fake
 
 _ops = torch.ops.quaver
 
@@ -30,17 +31,17 @@ def encode_state(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, expand:
     return ScaledTensor(q, scale, None, torch.float32, Layout.of(dtype, "flat", expand=expand))
 
 
-@torch.library.register_fake("quaver::encode_state")
+@fake("encode_state")
 def _(x, dtype, expand):
     groups = (x.numel() + FLAT_BLOCK - 1) // FLAT_BLOCK
     return x.new_empty(x.shape, dtype=dtype), x.new_empty([groups], dtype=torch.float32)
 
 
-@torch.library.register_fake("quaver::decode_state")
+@fake("decode_state")
 def _(q, scale, expand):
     return q.new_empty(q.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("quaver::adam_")
+@fake("adam_")
 def _(*args, **kwargs):
     return None

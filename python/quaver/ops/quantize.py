@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ..layout import Layout
 from ..tensor import ScaledTensor
+from .fake import fake
 
 _ops = torch.ops.quaver
+
+
+def check_scale(op: str, scale: Tensor | None) -> None:
+    """Raises ValueError unless every decode scale is positive and finite.
+
+    Of scales on the CPU: those on a GPU are not waited for. Inside layers a scale may be NaN, so
+    that what was not finite spreads; the layers call torch.ops.quaver."""
+    if not isinstance(scale, Tensor) or torch.compiler.is_compiling() or is_fake(scale):
+        return
+    if scale.device.type == "cpu" and not bool(((scale > 0) & (scale < torch.inf)).all()):
+        raise ValueError(f"{op}: scale must be positive and finite, got {scale.tolist()}")
 
 
 def quantize(
@@ -28,34 +41,29 @@ def quantize(
     Args:
         x: float32, float16 or bfloat16, any shape and strides.
         dtype: float8_e4m3fn, float8_e5m2, or float16 (see scale_max in dtype.h).
-        scale: decode scale(s) to use, float32; None chooses amax / finite_max just in time.
+        scale: decode scale(s) to use, float32 and positive; None chooses amax / finite_max just in
+            time.
         granularity: "tensor", "row" or "block" (1 x `block` along the last axis).
         power_of_two: round chosen scales up to a power of two (FP8-LM, section 2.2).
         rounding: "nearest" (ties to even) or "stochastic" (Philox: seed and element index).
         history: float32 [17] state of delayed scaling, read and updated; excludes `scale`.
 
     Raises:
-        ValueError: an unknown rounding.
+        ValueError: an unknown rounding; a scale on the CPU that is not positive and finite.
         RuntimeError: types, shapes or granularities that do not fit, named with what came.
     """
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f'quantize: rounding must be "nearest" or "stochastic", got {rounding!r}')
+    check_scale("quantize", scale)
     q, scale, amax = _ops.quantize(
-        x,
-        dtype,
-        scale,
-        history,
-        granularity,
-        block,
-        power_of_two,
-        rounding == "stochastic",
-        seed,
+        x, dtype, scale, history, granularity, block, power_of_two, rounding == "stochastic", seed
     )
     return ScaledTensor(q, scale, amax, x.dtype, Layout.of(dtype, granularity, block))
 
 
-@torch.library.register_fake("quaver::quantize")
-def _(x, dtype, scale, history, granularity, block, power_of_two, stochastic, seed):
+@fake("quantize")
+def _(x, dtype, scale=None, history=None, granularity="tensor", block=128, power_of_two=True,
+      stochastic=False, seed=0):  # fmt: skip
     shape = list(x.shape) or [1]
     if granularity == "tensor":
         shape = []
@@ -70,8 +78,8 @@ def dequantize(t: ScaledTensor, dtype: torch.dtype | None = None) -> Tensor:
     return t.dequantize(dtype)
 
 
-@torch.library.register_fake("quaver::dequantize")
-def _(q, scale, dtype, granularity, block):
+@fake("dequantize")
+def _(q, scale, dtype, granularity="tensor", block=128):
     return q.new_empty(q.shape, dtype=dtype)
 
 
@@ -85,14 +93,15 @@ def cast_transpose(
 ) -> tuple[ScaledTensor, ScaledTensor]:
     """Both GEMM layouts of a matrix from one read: q [R, C] and qt [C, R], one scale and amax.
 
-    Arguments as `quantize`. Raises RuntimeError if x is not a matrix.
+    Arguments and errors as `quantize`. Raises RuntimeError if x is not a matrix.
     """
+    check_scale("cast_transpose", scale)
     q, qt, scale, amax = _ops.cast_transpose(x, dtype, scale, history, power_of_two)
     return ScaledTensor(q, scale, amax, x.dtype), ScaledTensor(qt, scale, amax, x.dtype)
 
 
-@torch.library.register_fake("quaver::cast_transpose")
-def _(x, dtype, scale, history, power_of_two):
+@fake("cast_transpose")
+def _(x, dtype, scale=None, history=None, power_of_two=True):
     rows, cols = x.shape
     scalar = x.new_empty([], dtype=torch.float32)
     return (
