@@ -268,9 +268,9 @@ def test_mu_is_clamped_and_keeps_still_for_what_is_not_finite():
 
 
 DISAGREEMENTS = {
-    "shape": r"parameter 2 is 1.weight \[16, 16\] .* on rank 0, 1.weight \[32, 16\]",
-    "order": r"parameter 1 is 0.bias .* on rank 0, 1.weight .* on rank 1",
-    "recipe": r"parameter 0 is 0.weight \[16, 16\] torch.float16.* torch.float32",
+    "shape": r"tensor 2 is 1.weight \[16, 16\] .* on rank 0, 1.weight \[32, 16\]",
+    "order": r"tensor 1 is 0.bias .* on rank 0, 1.weight .* on rank 1",
+    "recipe": r"tensor 0 is 0.weight \[16, 16\] float16 .* on rank 0, 0.weight \[16, 16\] float32",
     "options": "buckets of 100 bytes on rank 0, .* buckets of 101 bytes on rank 1",
 }
 

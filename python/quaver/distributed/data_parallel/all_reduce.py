@@ -11,8 +11,8 @@ the exchange and gather: ColossalAI's FP8 communication, pull request 5928.)
 every hop; mu makes room for them. Where in the ring an element's sum begins depends on its place in
 the bucket. NCCL's own FP8 sum where the carrier has it, in NCCL's order.
 
-A protocol is a generator: it yields each Pending and is sent what arrived, so that one text serves
-a call that waits and a backward that runs on meanwhile.
+A protocol is a generator: it yields each Pending message and is sent the result, so the same code
+serves blocking calls and overlap with backward.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def run(protocol: Protocol) -> Reduced:
 
 
 def amaxes_of(tensors: list[Tensor]) -> Tensor:
-    """Each tensor's amax, float32 [n]: the one it carries, or one that is read."""
+    """Each tensor's amax, float32 [n]: the stored one, or one computed from the values."""
     carried = [getattr(t, "amax", None) if isinstance(t, ScaledTensor) else None for t in tensors]
     plain = [t for t, amax in zip(tensors, carried, strict=True) if amax is None]
     read = iter(ops.grad_norm(plain)[1].unbind() if plain else ())
@@ -88,7 +88,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _mean_amax(amax: Tensor, amaxes: Tensor, ranks: int) -> Tensor:
-    """Of the mean; NaN where some rank's values are not finite, since FP8 would hide it."""
+    """amax of the mean; NaN where some rank's values are not finite, because FP8 would hide it."""
     return torch.where(amaxes.isfinite().all(0), amax / ranks, torch.nan)
 
 
@@ -130,7 +130,7 @@ def two_shot(tensors: list[Tensor], dtype: torch.dtype, transport: Transport) ->
     if not low:
         gathered = yield transport.all_gather(mine, "gradient")
         return Reduced(_views(gathered.view(-1), tensors))
-    # The amaxes of the sums ride on the shards: the optimizer wants them, exact.
+    # One message for the shards and for the exact amaxes of their sums, which the optimizer reads.
     rows = yield transport.all_gather(torch.cat([_bytes(mine), _bytes(amax)]), "gradient")
     codes = rows[:, :shard].reshape(-1).view(dtype)
     amax = rows[:, shard:].contiguous().view(torch.float32).amax(0)
@@ -149,13 +149,13 @@ def ring(tensors: list[Tensor], dtype: torch.dtype, transport: Transport, mu: Te
     if transport.sums_fp8:
         bucket = yield transport.sum(bucket, "gradient")
     if ranks == 1 or transport.sums_fp8:
-        # Decoded and encoded with the same scale: the same codes, and what is to be known of them.
+        # Encoding again with the same scale keeps the codes, and counts what is saturated.
         codes, amax, saturated = ops.reduce_shards(bucket[None], sizes, 0, scales, scales)
         amax = _mean_amax(amax, amaxes, ranks)
         means = _scaled(_views(codes, tensors), scales / ranks, amax, tensors)
         return Reduced(means, saturated)
     bucket = bucket.view(ranks, shard)
-    # The sum of chunk c sets out at rank c + 1 and ends at rank c.
+    # The sum of chunk c starts at rank c + 1 and ends at rank c.
     total = bucket[(rank - 1) % ranks]
     for hop in range(1, ranks):
         got = yield transport.shift(total, "gradient")
@@ -217,7 +217,7 @@ def reduce_to_owners(
         amax = _mean_amax(amax, amaxes[:, index], ranks)
     if encoded:
         found = _scaled(found, sum_scales[index] / ranks, amax, like)
-    elif low:  # what FP8 saturated away must show in the sum
+    elif low:  # NaN where FP8 saturated a value that was not finite
         for value, a in zip(found, amax.unbind(), strict=True):
             value += a - a
     for i, mean in zip(mine, found, strict=True):

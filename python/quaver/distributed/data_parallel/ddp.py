@@ -1,8 +1,9 @@
 """Data parallelism: every rank has the model and a part of the batch; backward averages gradients.
 
-Hooks on the parameters fill buckets in the order in which backward finishes them. A bucket that is
-full sets out, and moves on by a message whenever a later one is full, so that messages travel while
-backward computes. All ranks start all messages in the same order, whatever their timing.
+Hooks on the parameters fill buckets in the order in which backward finishes them. A full bucket
+starts its first message; each later full bucket advances all running ones by one message, which
+overlaps communication with backward. All ranks start all messages in the same order, whatever their
+timing.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...comm.transport import Transport, compare
-from ...nn.cast import HISTORY_STATE
 from ...tensor import ScaledTensor, plain_tensors
+from ..replicas import broadcast_values, describe, histories, stack_histories, unstack_histories_
 from .all_reduce import ALGORITHMS, FP8, Protocol, Reduced, reduce_to_owners, ring, two_shot, upload
 from .auto_scale import AutoScale, AutoScaleRule
 
@@ -28,14 +29,14 @@ __all__ = ["DataParallel", "ddp"]
 class _Bucket:
     names: list[str]
     parameters: list[nn.Parameter]
-    dtype: torch.dtype  # on the wire
+    dtype: torch.dtype  # of the messages
     owners: list[int] | None = None
     auto_scale: AutoScale | None = None
-    waiting: set[str] = field(default_factory=set)  # for their gradients
+    waiting: set[str] = field(default_factory=set)  # names without a gradient so far
 
 
 class _Pipeline:
-    """Protocols under way. Each `advance` takes every one a message further, oldest first."""
+    """The protocols that run. `advance` takes each one message further, the oldest first."""
 
     def __init__(self):
         self._active: list[list] = []
@@ -67,17 +68,8 @@ class DataParallel:
         transport: `transport.traffic` counts the bytes that this rank sent, by kind.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        optimizer=None,
-        group: dist.ProcessGroup | None = None,
-        algorithm: str = "two_shot",
-        dtype: torch.dtype = torch.float8_e4m3fn,
-        bucket_bytes: int = 25 * 2**20,
-        auto_scale: AutoScaleRule | None = None,
-    ):
+    def __init__(self, model: nn.Module, optimizer, group, algorithm: str, dtype: torch.dtype,
+                 bucket_bytes: int, auto_scale: AutoScaleRule | None):  # fmt: skip
         if algorithm not in ALGORITHMS:
             raise ValueError(f"ddp: algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
         if dtype not in FP8:
@@ -95,10 +87,10 @@ class DataParallel:
         if not named:
             raise ValueError("ddp: the model has no parameter that requires a gradient")
         self._check_devices(named)
-        self._histories = _histories(model)
+        self._histories = histories(model)
         self._buckets = self._make_buckets(named, owners, bucket_bytes, auto_scale)
         self._agree(named, optimizer, bucket_bytes)
-        self._send_start()
+        broadcast_values([*model.parameters(), *model.buffers()], self.transport)
         self._bucket_of = {n: b for b in self._buckets for n in b.names}
         self._names = list(named)
         self._sync, self._running, self._next = True, False, 0
@@ -191,30 +183,12 @@ class DataParallel:
 
     def _agree(self, named, optimizer, bucket_bytes) -> None:
         """Ranks must start the same messages: a difference is an error now, not a hang later."""
-        rules = {
-            f"{name}.weight": str(module.rule)
-            for name, module in self.model.named_modules()
-            if hasattr(module, "rule")
-        }
         mine = {
             "ddp": f"{self.algorithm} in {self.dtype}, buckets of {bucket_bytes} bytes",
             "optimizer": f"{type(optimizer).__name__} {getattr(optimizer, 'recipe', None)}",
+            **describe(named, self.model),
         }
-        for i, (name, p) in enumerate(named.items()):
-            kind = p.qdata.dtype if isinstance(p, ScaledTensor) else p.dtype
-            mine[f"parameter {i}"] = f"{name} {list(p.shape)} {kind} {rules.get(name, '')}".strip()
         compare("ddp", self.transport.share(mine, next(iter(named.values())).device))
-
-    @torch.no_grad()
-    def _send_start(self) -> None:
-        """Rank 0's parameters and buffers to all."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        self.transport.broadcast([part.detach() for t in tensors for part in plain_tensors(t)])
-        if self.transport.size > 1:
-            for t in tensors:
-                if isinstance(t, ScaledTensor):
-                    t.refresh_copies()
-                torch.autograd.graph.increment_version(t)
 
     def _arrived(self, name: str) -> None:
         """A gradient is complete."""
@@ -236,7 +210,7 @@ class DataParallel:
 
     @contextlib.contextmanager
     def _beside(self):
-        """Messages and what they need run beside backward, in a stream of their own."""
+        """The stream of messages, and of what they need, which runs beside backward's."""
         if self._stream is None:
             yield
             return
@@ -283,10 +257,10 @@ class DataParallel:
             b.auto_scale.update(reduced.saturated, amax.isfinite())
 
     def _finish(self) -> None:
-        """The end of backward: what is still on its way, unused parameters, shared amaxes."""
+        """The end of backward: finishes all buckets, and drops gradients that no rank has."""
         self._running = False
         used = [
-            float(name not in b.waiting or p.grad is not None)  # or of an earlier micro-batch
+            float(name not in b.waiting or p.grad is not None)  # of an earlier micro-batch
             for b in self._buckets
             for name, p in zip(b.names, b.parameters, strict=True)
         ]
@@ -294,42 +268,40 @@ class DataParallel:
             self._launch(self._buckets[self._next])
         with torch.no_grad(), self._beside():
             self._pipeline.finish()
-            self._share_notes(used)
+            self._share_usage(used)
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def _share_notes(self, used: list[float]) -> None:
-        """One small maximum a step: which parameters some rank used, and the amax histories of
-        delayed scaling. With them ranks scale alike, as one process with the whole batch would,
-        and a checkpoint needs one copy."""
-        notes = [upload(used, torch.float32, self._device)]
-        for h in self._histories:
-            # A rank that saw a non-finite amax starts anew, and so all do: the least count.
-            notes += [-h[:1], h[1:]]
-        notes = self.transport.max(torch.cat(notes), "scale").wait()
-        found = notes[len(used) :].view(-1, HISTORY_STATE)
-        for h, row in zip(self._histories, found, strict=True):
-            h[0] = -row[0]
-            h[1:] = row[1:]
+    def _share_usage(self, used: list[float]) -> None:
+        """One small maximum a step: which parameters some rank used, and the amax histories. With
+        equal histories ranks scale as one process with the whole batch would, and a checkpoint
+        needs one copy."""
+        values = upload(used, torch.float32, self._device)
+        if self._histories:
+            values = torch.cat([values, stack_histories(self._histories).flatten()])
+        values = self.transport.max(values, "scale").wait()
+        if self._histories:
+            rows = values[len(used) :].view(len(self._histories), -1)
+            unstack_histories_(self._histories, rows)
         if all(used):
             return
-        some = notes[: len(used)].tolist()
+        somewhere = values[: len(used)].tolist()
         parameters = [p for b in self._buckets for p in b.parameters]
-        for p, anywhere in zip(parameters, some, strict=True):
-            if not anywhere:
+        for p, used_somewhere in zip(parameters, somewhere, strict=True):
+            if not used_somewhere:
                 p.grad = None
 
 
-def _histories(model: nn.Module) -> list[Tensor]:
-    """The states of delayed scaling (scale.h): buffers of 17 floats named *_history."""
-    return [
-        b
-        for name, b in model.named_buffers()
-        if name.endswith("_history") and b.shape == (HISTORY_STATE,) and b.dtype == torch.float32
-    ]
-
-
-def ddp(model: nn.Module, **options) -> DataParallel:
+def ddp(
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    group: dist.ProcessGroup | None = None,
+    algorithm: str = "two_shot",
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    bucket_bytes: int = 25 * 2**20,
+    auto_scale: AutoScaleRule | None = None,
+) -> DataParallel:
     """Average the gradients of `model` over ranks in every backward. Collective: all ranks call it
     with the same model and options, and then have rank 0's parameters and buffers.
 
@@ -357,4 +329,4 @@ def ddp(model: nn.Module, **options) -> DataParallel:
             options, recipe, shapes or the order of parameters: the first difference is named.
         RankFailure: from backward, where a rank is gone.
     """
-    return DataParallel(model, **options)
+    return DataParallel(model, optimizer, group, algorithm, dtype, bucket_bytes, auto_scale)

@@ -20,7 +20,8 @@ from ...comm.transport import Transport, compare
 from ...grad import clip_grad_norm_
 from ...nn.weight import GemmWeight
 from ...optim import AdamW
-from ...tensor import ScaledTensor, plain_tensors
+from ...tensor import ScaledTensor
+from ..replicas import broadcast_values, describe
 
 __all__ = ["ZeroAdamW", "zero_partition"]
 
@@ -97,13 +98,10 @@ class ZeroAdamW(torch.optim.Optimizer):
                     f"ZeroAdamW: parameters must be on one device: 0 is on {device}, {i} on "
                     f"{p.device}"
                 )
-        mine = {
-            f"parameter {i}": f"{list(p.shape)} {[str(t.dtype) for t in plain_tensors(p)]}"
-            for i, p in enumerate(parameters)
-        }
-        options = f"stage {stage}, {self.recipe}"
-        compare("ZeroAdamW", self.transport.share({"options": options, **mine}, device))
-        self.transport.broadcast([t.detach() for p in parameters for t in plain_tensors(p)])
+        mine = {"options": f"stage {stage}, {self.recipe}"}
+        mine |= describe({str(i): p for i, p in enumerate(parameters)})
+        compare("ZeroAdamW", self.transport.share(mine, device))
+        broadcast_values(parameters, self.transport)
         sizes = [p.numel() * self._replica(p).itemsize for p in parameters]
         self.owners = dict(zip(parameters, zero_partition(sizes, self.transport.size), strict=True))
         for p, rank in self.owners.items():

@@ -36,7 +36,8 @@ from ...files import expanded, locked, opened, read_text, remove_known, write_te
 from ...placement import like
 from ...schema import Each, SchemaError, check, parse, with_crc32, without_crc32
 from ...tensor import is_sharded, local
-from .fsdp import histories, share_histories
+from ..replicas import histories
+from .fsdp import sync_histories
 
 FORMAT = "quaver distributed checkpoint"
 VERSION = 3
@@ -74,7 +75,7 @@ def save(
     """
     path = expanded(path)
     _reshard(model)
-    share_histories(model)
+    sync_histories(model)
     with ExitStack() as stack:
         with _collective(path):
             if hasattr(optimizer, "owners"):

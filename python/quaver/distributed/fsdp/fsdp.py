@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed import fsdp as torch_fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ...comm.transport import Transport
-from ...nn.cast import HISTORY_STATE
+from ...comm.transport import Transport, compare
 from ...nn.linear import Linear
 from ...placement import max_, mesh_transports, transport, whole_amaxes_
 from ...tensor import ScaledTensor, is_sharded, local, plain_tensors
+from ..replicas import describe, histories, stack_histories, unstack_histories_
 from .reduce_scatter import FORMATS, ReduceScatter
 
 
@@ -72,11 +72,30 @@ def fully_shard(
             "fully_shard: no process group; start with torchrun and call "
             "torch.distributed.init_process_group"
         )
+    mesh = _checked_mesh(model, mesh, gradient)
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    units = list(dict.fromkeys(b for stack in stacks for b in stack if list(b.parameters())))
+    for unit in [*reversed(units), model]:  # inner ones first: modules() lists outer ones first
+        torch_fsdp.fully_shard(unit, mesh=mesh, **options)
+    for unit in [*units, model]:
+        unit.set_custom_all_gather(_AllGather())
+        unit.set_custom_reduce_scatter(ReduceScatter(unit, gradient))
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_gradient_divide_factor(float(mesh.size()) if average else 1.0)
+    for linear in linears:
+        linear.refresh()  # drops the copies of the whole weight
+    model.register_forward_pre_hook(_sync_histories)
+    return model
+
+
+def _checked_mesh(model: nn.Module, mesh: DeviceMesh | None, gradient: str) -> DeviceMesh:
+    """The mesh, once all that `fully_shard` raises ValueError for has been looked at."""
     if gradient not in FORMATS:
         raise ValueError(f"fully_shard: gradient must be one of {FORMATS}, got {gradient!r}")
     parameters = dict(model.named_parameters())
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    if not linears and gradient == "e4m3":
+    converted = any(isinstance(module, Linear) for module in model.modules())
+    if not converted and gradient == "e4m3":
         raise ValueError(
             "fully_shard: the model has no FP8 layer; call quaver.convert first, or pass "
             'gradient="bf16" or "f32" to shard it as it is'
@@ -98,63 +117,27 @@ def fully_shard(
         raise ValueError(f"fully_shard: mesh must have one axis, got {mesh.ndim}: {mesh}")
     if devices != {mesh.device_type}:
         raise ValueError(f"fully_shard: a mesh of {mesh.device_type}, parameters on {devices}")
-    _check_alike(parameters, linears, transport(mesh.get_group()))
-
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    units = list(dict.fromkeys(b for stack in stacks for b in stack if list(b.parameters())))
-    for unit in [*reversed(units), model]:  # inner ones first: modules() lists outer ones first
-        torch_fsdp.fully_shard(unit, mesh=mesh, **options)
-    for unit in [*units, model]:
-        unit.set_custom_all_gather(_AllGather())
-        unit.set_custom_reduce_scatter(ReduceScatter(unit, gradient))
-        unit.set_force_sum_reduction_for_comms(True)
-        unit.set_gradient_divide_factor(float(mesh.size()) if average else 1.0)
-    for linear in linears:
-        linear.refresh()  # drops the copies of the whole weight
-    model.register_forward_pre_hook(_share_histories)
-    return model
+    group, device = transport(mesh.get_group()), next(iter(parameters.values())).device
+    mine = describe(parameters, model)
+    mine |= {
+        f"checksum of {name} (were all ranks seeded alike?)": _checksums(p)
+        for name, p in parameters.items()
+    }
+    compare("fully_shard", group.share(mine, device))
+    return mesh
 
 
-def _check_alike(parameters: dict, linears: list, link: Transport) -> None:
-    """ValueError on every rank, naming the first difference, if one has other parameters."""
-    rules = {id(linear.weight): linear.rule for linear in linears}
-    mine = {}
-    for i, (name, p) in enumerate(parameters.items()):
-        mine[f"parameter {i}"] = f"{name} {list(p.shape)} {p.dtype} {rules.get(id(p), '')}".strip()
-    for name, p in parameters.items():
-        sums = [
-            int(part.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
-            for part in plain_tensors(p)
-        ]
-        mine[f"checksum of {name} (were all ranks seeded alike?)"] = sums
-    found = link.share(mine, next(iter(parameters.values())).device)
-    for rank, other in enumerate(found):
-        for key in [*found[0], *other]:
-            a, b = found[0].get(key, "nothing"), other.get(key, "nothing")
-            if a != b:
-                raise ValueError(f"fully_shard: {key} is {a} on rank 0, {b} on rank {rank}")
+def _checksums(p: Tensor) -> list[int]:
+    parts = [part.detach().reshape(-1).view(torch.uint8) for part in plain_tensors(p)]
+    return [int(part.sum(dtype=torch.int64)) for part in parts]
 
 
-def histories(model: nn.Module, ending: str = "_history") -> list[Tensor]:
-    """The amax histories of delayed scaling: buffers of 17 floats, by the ending of their names."""
-    return [
-        buffer
-        for name, buffer in model.named_buffers()
-        if name.endswith(ending) and buffer.shape == (HISTORY_STATE,)
-    ]
-
-
-def share_histories(model: nn.Module) -> None:
+def sync_histories(model: nn.Module) -> None:
     """Amax histories become the maximum over ranks, those of the whole batch: then scales and
-    checkpoints do not depend on who saw what. One all-reduce, of 17 floats a history."""
-    shared = histories(model)
-    if shared:
-        values = torch.stack(shared)
-        # A rank that saw a non-finite amax starts anew, and so all do: the least count.
-        values[:, 0].neg_()
-        values = max_(values, model.parameters())
-        values[:, 0].neg_()
-        torch._foreach_copy_(shared, list(values.unbind()))
+    checkpoints do not depend on how the batch was divided. One all-reduce."""
+    found = histories(model)
+    if found:
+        unstack_histories_(found, max_(stack_histories(found), model.parameters()))
 
 
 def transport_of(model: nn.Module) -> Transport:
@@ -167,10 +150,11 @@ def transport_of(model: nn.Module) -> Transport:
 
 
 @torch.no_grad()
-def _share_histories(model: nn.Module, arguments) -> None:
-    # Within a backward it is activation checkpointing that runs the forward, on old histories.
+def _sync_histories(model: nn.Module, arguments) -> None:
+    # A forward inside a backward is activation checkpointing's, and must find the histories as the
+    # first forward did.
     if model.training and torch._C._current_graph_task_id() == -1:
-        share_histories(model)
+        sync_histories(model)
 
 
 @torch.no_grad()

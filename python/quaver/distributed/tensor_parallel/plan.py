@@ -24,9 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...comm.transport import Transport
-from ...nn.linear import Linear
-from ...tensor import ScaledTensor, plain_tensors
+from ...comm.transport import Transport, compare
+from ..replicas import broadcast_values, describe
 from .linear import Wire
 from .styles import (
     ColumnParallel,
@@ -94,8 +93,12 @@ def parallelize(
     except (TypeError, ValueError) as problem:
         error = problem
     device = next(model.parameters()).device
-    _check_agreement(_description(model, styles, wire), error, transport, device)
-    _send_values(model, transport)
+    _check_error(error, transport, device)
+    state = model.state_dict(keep_vars=True)
+    mine = {"options": f"fp8_sum={fp8_sum}, regather={regather}"}
+    mine |= {f"style {i}": f"{name}: {style}" for i, (name, _, style) in enumerate(styles)}
+    compare("parallelize", transport.share(mine | describe(state, model), device))
+    broadcast_values(state.values(), transport)
     for _, module, style in styles:
         style.apply(module, wire)
     return model
@@ -187,43 +190,11 @@ def _check_ties(model: nn.Module, styles) -> None:
                     )
 
 
-def _description(model: nn.Module, styles, wire: Wire) -> list[str]:
-    lines = [f"fp8_sum={wire.fp8_sum}, regather={wire.regather}"]
-    lines += [f"{name}: {style}" for name, _, style in styles]
-    for name, p in model.state_dict(keep_vars=True).items():
-        codes = p.qdata.dtype if isinstance(p, ScaledTensor) else p.dtype
-        lines.append(f"{name}: {list(p.shape)} {p.dtype} as {codes}")
-    lines += [
-        f"{name}: {module.rule}" for name, module in model.named_modules() if type(module) is Linear
-    ]
-    return lines
-
-
-def _check_agreement(mine: list[str], error: Exception | None, transport, device) -> None:
-    """Raises on all ranks what one of them found wrong, or in what they differ."""
-    every = transport.share((mine, None if error is None else str(error)), device)
+def _check_error(error: Exception | None, transport: Transport, device: torch.device) -> None:
+    """Raises on all ranks what one of them found wrong."""
+    every = transport.share(None if error is None else str(error), device)
     if error is not None:
         raise error
-    for other, (_, problem) in enumerate(every):
+    for other, problem in enumerate(every):
         if problem is not None:
             raise ValueError(f"parallelize: rank {other} of the group failed: {problem}")
-    wanted = every[0][0]
-    for other, (lines, _) in enumerate(every):
-        if lines == wanted:
-            continue
-        length = max(len(lines), len(wanted))
-        pairs = zip(*(x + ["nothing"] * (length - len(x)) for x in (lines, wanted)), strict=True)
-        here, there = next(pair for pair in pairs if pair[0] != pair[1])
-        raise ValueError(
-            f"parallelize: rank {other} of the group has {here}; rank 0 has {there} (this is rank "
-            f"{transport.rank})"
-        )
-
-
-@torch.no_grad()
-def _send_values(model: nn.Module, transport: Transport) -> None:
-    """Rank 0's parameters and buffers to all."""
-    values = list(model.state_dict(keep_vars=True).values())
-    transport.broadcast([part.detach() for value in values for part in plain_tensors(value)])
-    for value in values:
-        torch.autograd.graph.increment_version(value)
