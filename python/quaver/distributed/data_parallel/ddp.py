@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...comm.transport import Transport, compare
+from ...nn.linear import LinearBase
 from ...tensor import ScaledTensor, plain_tensors
 from ..replicas import broadcast_values, describe, histories, stack_histories, unstack_histories_
 from .all_reduce import ALGORITHMS, FP8, Protocol, Reduced, reduce_to_owners, ring, two_shot, upload
@@ -30,6 +31,7 @@ class _Bucket:
     names: list[str]
     parameters: list[nn.Parameter]
     dtype: torch.dtype  # of the messages
+    decode: bool  # FP8 means become plain gradients
     owners: list[int] | None = None
     auto_scale: AutoScale | None = None
     waiting: set[str] = field(default_factory=set)  # names without a gradient so far
@@ -68,8 +70,17 @@ class DataParallel:
         transport: `transport.traffic` counts the bytes that this rank sent, by kind.
     """
 
-    def __init__(self, model: nn.Module, optimizer, group, algorithm: str, dtype: torch.dtype,
-                 bucket_bytes: int, auto_scale: AutoScaleRule | None):  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        group: dist.ProcessGroup | None,
+        algorithm: str,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+        auto_scale: AutoScaleRule | None,
+        fp8_gradients: bool,
+    ):
         if algorithm not in ALGORITHMS:
             raise ValueError(f"ddp: algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
         if dtype not in FP8:
@@ -82,7 +93,7 @@ class DataParallel:
         shared = getattr(optimizer, "transport", None)
         self.transport = Transport(group) if shared is None else shared
         self.model = model
-        self.algorithm, self.dtype = algorithm, dtype
+        self.algorithm, self.dtype, self.fp8_gradients = algorithm, dtype, fp8_gradients
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError("ddp: the model has no parameter that requires a gradient")
@@ -152,25 +163,26 @@ class DataParallel:
             )
 
     def _make_buckets(self, named, owners, bucket_bytes, auto_scale) -> list[_Bucket]:
-        """Parameters from the last to the first, as backward finishes them: converted weights in
-        FP8, all others in their own type."""
-        open_buckets: dict[torch.dtype, _Bucket] = {}
-        sizes: dict[torch.dtype, int] = {}
+        """Parameters from the last to the first, as backward finishes them, each with its own kind
+        of message."""
+        kinds = self._kinds()
+        open_buckets: dict[tuple, _Bucket] = {}
+        sizes: dict[tuple, int] = {}
         buckets = []
         for name, p in reversed(named.items()):
-            dtype = self.dtype if isinstance(p, ScaledTensor) else p.dtype
-            size = p.numel() * dtype.itemsize
-            if dtype not in open_buckets or sizes[dtype] + size > bucket_bytes:
-                sizes[dtype] = 0
-                open_buckets[dtype] = _Bucket([], [], dtype, None if owners is None else [])
-                buckets.append(open_buckets[dtype])
-            bucket = open_buckets[dtype]
+            kind = kinds.get(p) or (p.dtype, False)
+            size = p.numel() * kind[0].itemsize
+            if kind not in open_buckets or sizes[kind] + size > bucket_bytes:
+                sizes[kind] = 0
+                open_buckets[kind] = _Bucket([], [], *kind, None if owners is None else [])
+                buckets.append(open_buckets[kind])
+            bucket = open_buckets[kind]
             bucket.names.append(name)
             bucket.parameters.append(p)
             if owners is not None:
                 bucket.owners.append(owners[p])
-            sizes[dtype] += size
-        # A bucket sets out once its last parameter is there.
+            sizes[kind] += size
+        # A bucket starts once its last gradient is there.
         place = {name: i for i, name in enumerate(reversed(named))}
         buckets.sort(key=lambda b: place[b.names[-1]])
         for b in buckets:
@@ -181,10 +193,22 @@ class DataParallel:
                 b.auto_scale = AutoScale(numels, self.transport.size, rule, b.parameters[0].device)
         return buckets
 
+    def _kinds(self) -> dict[nn.Parameter, tuple[torch.dtype, bool]]:
+        """The weights whose gradients are sent in FP8: the dtype, and whether the mean is decoded
+        because backward leaves a plain gradient."""
+        kinds = {}
+        for module in self.model.modules():
+            if isinstance(module, LinearBase):
+                low = isinstance(module.weight, ScaledTensor) or module.rule.weight_grad == "e4m3"
+                if low or self.fp8_gradients:
+                    kinds[module.weight] = (self.dtype, not low)
+        return kinds
+
     def _agree(self, named, optimizer, bucket_bytes) -> None:
         """Ranks must start the same messages: a difference is an error now, not a hang later."""
         mine = {
-            "ddp": f"{self.algorithm} in {self.dtype}, buckets of {bucket_bytes} bytes",
+            "ddp": f"{self.algorithm} in {self.dtype}, buckets of {bucket_bytes} bytes, "
+            f"fp8_gradients={self.fp8_gradients}",
             "optimizer": f"{type(optimizer).__name__} {getattr(optimizer, 'recipe', None)}",
             **describe(named, self.model),
         }
@@ -234,7 +258,8 @@ class DataParallel:
             for part in (part for grad in grads for part in plain_tensors(grad)):
                 part.record_stream(self._stream)
         if b.owners is not None:
-            return reduce_to_owners(grads, b.dtype, self.transport, b.owners)
+            result = torch.float32 if b.decode else None
+            return reduce_to_owners(grads, b.dtype, self.transport, b.owners, result)
         if b.auto_scale is not None:
             return ring(grads, b.dtype, self.transport, b.auto_scale.mu)
         return two_shot(grads, b.dtype, self.transport)
@@ -251,7 +276,7 @@ class DataParallel:
 
     def _take(self, b: _Bucket, reduced: Reduced) -> None:
         for p, mean in zip(b.parameters, reduced.tensors, strict=True):
-            p.grad = mean
+            p.grad = _plain(mean, p.dtype) if b.decode and mean is not None else mean
         if b.auto_scale is not None:
             amax = torch.stack([t.amax for t in reduced.tensors])
             b.auto_scale.update(reduced.saturated, amax.isfinite())
@@ -292,6 +317,13 @@ class DataParallel:
                 p.grad = None
 
 
+def _plain(mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mean's values; NaN where FP8 saturated a value that was not finite."""
+    if isinstance(mean, ScaledTensor):
+        mean = mean.dequantize(torch.float32) + (mean.amax - mean.amax)
+    return mean.to(dtype)
+
+
 def ddp(
     model: nn.Module,
     *,
@@ -301,6 +333,7 @@ def ddp(
     dtype: torch.dtype = torch.float8_e4m3fn,
     bucket_bytes: int = 25 * 2**20,
     auto_scale: AutoScaleRule | None = None,
+    fp8_gradients: bool = False,
 ) -> DataParallel:
     """Average the gradients of `model` over ranks in every backward. Collective: all ranks call it
     with the same model and options, and then have rank 0's parameters and buffers.
@@ -310,23 +343,28 @@ def ddp(
             loss(first).backward()
         loss(last).backward()               # leaves the mean of all ranks in .grad
 
-    Gradients of converted weights (ScaledTensors) travel in FP8, with identical bytes on every rank
-    as the result; all others travel in their own type, summed in f32 in rank order. Neither depends
-    on bucket_bytes, but for `ring`. A value that is not finite on one rank shows in the amax of
-    every rank's gradient, so that qv.AdamW skips the step on all of them. A parameter that a rank
-    did not use counts as zeros there; one that none used keeps no gradient. A rank must use at
-    least one parameter in each backward.
+    Gradients that backward leaves in FP8 (of weights converted by fp8lm-*) are sent in FP8, with
+    identical bytes on every rank as the result; all others in their own dtype (coat's bf16), summed
+    in f32 in rank order. Neither depends on bucket_bytes, except with `ring`. A value that is not
+    finite on one rank makes that gradient's amax, or its mean, not finite on every rank, so that
+    qv.AdamW skips the step on all of them. A parameter that a rank did not use counts as zeros
+    there; one that none used keeps no gradient. A rank must use at least one parameter in each
+    backward.
 
     Args:
         optimizer: a ZeRO optimizer of stage 2 keeps each gradient on its owner alone.
         group: default the default group.
         algorithm, dtype: as all_reduce_mean.
-        bucket_bytes: of gradients that travel together.
+        bucket_bytes: of gradients that are sent together.
         auto_scale: AutoScaleRule of `ring`.
+        fp8_gradients: sends the weight gradients of all converted linear layers in FP8, also where
+            backward leaves them plain (tensorwise, coat); `.grad` is then the decoded mean.
 
     Raises:
         ValueError: options out of range, parameters on several devices, or ranks that disagree on
             options, recipe, shapes or the order of parameters: the first difference is named.
         RankFailure: from backward, where a rank is gone.
     """
-    return DataParallel(model, optimizer, group, algorithm, dtype, bucket_bytes, auto_scale)
+    return DataParallel(
+        model, optimizer, group, algorithm, dtype, bucket_bytes, auto_scale, fp8_gradients
+    )
