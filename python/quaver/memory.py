@@ -17,9 +17,10 @@ OUTSIDE = "outside"  # the layer of what is saved outside of the model's forward
 
 
 def _storages(value):
-    """{address: storage} of a tensor. Empty storages have no address and no bytes."""
+    """{identity: storage} of a tensor, without empty ones. An address is no identity, because FSDP2
+    frees the memory of a gathered weight and keeps its storage."""
     found = (tensor.untyped_storage() for tensor in plain_tensors(value))
-    return {storage.data_ptr(): storage for storage in found if storage.nbytes()}
+    return {storage._cdata: storage for storage in found if storage.nbytes()}
 
 
 class _Ledger:
@@ -201,8 +202,10 @@ def saved_activations(model):
     Run only forwards inside: the storages are held until the block ends.
     """
     result = SavedActivations()
-    saved = {}  # address: storage. Kept alive, so that an address names one storage only.
-    owner = {}  # address: (layer, kind)
+    saved = {}  # identity: storage. Kept alive, so that an identity names one storage only.
+    owner = {}  # identity: (layer, kind)
+    gathered = {}  # the weights of running modules, which FSDP2 gathered for them
+    modules = dict(model.named_modules())
     by_module = {}
     places = _Places(model)
     running = []  # names of modules, outermost first
@@ -214,12 +217,15 @@ def saved_activations(model):
             place = places.of(running)
             for at in found:
                 owner.setdefault(at, place)
+            if running:
+                for parameter in modules[running[-1]].parameters(recurse=False):
+                    gathered.update(_storages(parameter))
             if running and running[-1] in by_module:
                 by_module[running[-1]] |= found
         return tensor
 
     handles = []
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if isinstance(module, nn.Linear):
             by_module[name] = {}
 
@@ -239,7 +245,7 @@ def saved_activations(model):
         for handle in handles:
             handle.remove()
     # Looked up last: the first forward is what makes the FP8 copies.
-    kept = {}
+    kept = gathered
     for tensor in (*model.parameters(), *model.buffers()):
         kept |= _storages(tensor)
     for module in model.modules():

@@ -63,22 +63,22 @@ def fully_shard(
     Raises:
         RuntimeError: no process group.
         ValueError: a model without converted layers (unless gradient is "bf16" or "f32"), one that
-            is sharded already or has Smooth-SwiGLU, a mesh of two axes or of another device type,
-            an unknown gradient format, or ranks whose parameters differ in name, order, shape,
-            recipe or value: found before anything is sharded, on every rank.
+            is sharded already, has Smooth-SwiGLU or parameters of two dtypes in a unit, a mesh of
+            two axes or of another device type, an unknown gradient format, or ranks whose
+            parameters differ in name, order, shape, recipe or value: found before anything is
+            sharded, on every rank.
     """
     if not dist.is_initialized():
         raise RuntimeError(
             "fully_shard: no process group; start with torchrun and call "
             "torch.distributed.init_process_group"
         )
-    mesh = _checked_mesh(model, mesh, gradient)
+    units = _units(model)
+    mesh = _checked_mesh(model, units, mesh, gradient)
     linears = [module for module in model.modules() if isinstance(module, Linear)]
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    units = list(dict.fromkeys(b for stack in stacks for b in stack if list(b.parameters())))
-    for unit in [*reversed(units), model]:  # inner ones first: modules() lists outer ones first
+    for unit in units:
         torch_fsdp.fully_shard(unit, mesh=mesh, **options)
-    for unit in [*units, model]:
+    for unit in units:
         unit.set_custom_all_gather(_AllGather())
         unit.set_custom_reduce_scatter(ReduceScatter(unit, gradient))
         unit.set_force_sum_reduction_for_comms(True)
@@ -89,7 +89,33 @@ def fully_shard(
     return model
 
 
-def _checked_mesh(model: nn.Module, mesh: DeviceMesh | None, gradient: str) -> DeviceMesh:
+def _units(model: nn.Module) -> list[nn.Module]:
+    """The modules that are gathered as one, inner ones first."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = dict.fromkeys(b for stack in stacks for b in stack if list(b.parameters()))
+    return [*reversed(blocks), model]  # modules() lists outer ones first
+
+
+def _check_dtypes(units: list[nn.Module]) -> None:
+    inner = set()
+    for unit in units:
+        names: dict[torch.dtype, str] = {}
+        for name, p in unit.named_parameters():
+            if p.requires_grad and p not in inner:
+                names.setdefault(p.dtype, name)
+        inner.update(unit.parameters())
+        if len(names) > 1:
+            found = " and ".join(f"{name} {dtype}" for dtype, name in names.items())
+            raise ValueError(
+                f"fully_shard: FSDP2 takes parameters of one dtype in a {type(unit).__name__}, got "
+                f"{found}; for a recipe that mixes them (coat) use quaver.distributed.ddp or "
+                "ZeroAdamW"
+            )
+
+
+def _checked_mesh(
+    model: nn.Module, units: list[nn.Module], mesh: DeviceMesh | None, gradient: str
+) -> DeviceMesh:
     """The mesh, once all that `fully_shard` raises ValueError for has been looked at."""
     if gradient not in FORMATS:
         raise ValueError(f"fully_shard: gradient must be one of {FORMATS}, got {gradient!r}")
@@ -108,6 +134,7 @@ def _checked_mesh(model: nn.Module, mesh: DeviceMesh | None, gradient: str) -> D
     already = [name for name, p in parameters.items() if is_sharded(p)]
     if already:
         raise ValueError(f"fully_shard: {already[0]} is sharded already")
+    _check_dtypes(units)
     devices = {p.device.type for p in parameters.values()}
     if mesh is None:
         if len(devices) != 1:
