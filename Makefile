@@ -32,11 +32,13 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc includ
 BUILT := build/.built$(subst /,-,$(PY))
 # What `make cuda` compiles for; a build in place is for sm_90a alone unless told otherwise.
 ARCHS := $(or $(QUAVER_CUDA_ARCHS),80;89;90a;100)
+CALLS ?= 100000
+SEED ?= 0
 HAS_TORCH := import importlib.metadata as m; assert tuple(map(int, m.version('torch').split('.')[:2])) >= (2, 11)
 SHA256 := import hashlib, torch, quaver._load as q; \
 	print('torch', torch.__version__, hashlib.sha256(q.LIBRARY.read_bytes()).hexdigest(), q.LIBRARY)
 
-.PHONY: build demo test test-sanitize test-abi bench cuda carried gpu-report gpu-report-plan wheel lint format clean check-python
+.PHONY: build demo test test-sanitize fuzz test-abi bench cuda carried gpu-report gpu-report-plan wheel lint format clean check-python
 
 build: $(BUILT)
 
@@ -48,8 +50,19 @@ test: $(BUILT)
 	$(PY) -m pytest
 
 test-sanitize: $(READY)
-	cmake -S . -B build/sanitize -G Ninja -DQUAVER_SANITIZE=ON -DQUAVER_BINDING=OFF -DQUAVER_CUDA=off
+	cmake -S . -B build/sanitize -G Ninja -DQUAVER_SANITIZE=address,undefined -DQUAVER_BINDING=OFF -DQUAVER_CUDA=off
 	cmake --build build/sanitize --target check
+
+# Random calls of every native op, by the library as it is and under AddressSanitizer and UndefinedBehaviorSanitizer.
+fuzz: $(BUILT)
+	$(PY) tests/fuzz/run.py --calls $(CALLS) --seed $(SEED)
+	cmake -S . -B build/fuzz -G Ninja -DPython_EXECUTABLE=$(PY) -DQUAVER_SANITIZE=address,undefined -DQUAVER_CUDA=off
+	cmake --build build/fuzz
+	rm -rf build/fuzz/python && cp -r python build/fuzz
+	cmake --install build/fuzz --component python --prefix build/fuzz/python/quaver
+	PYTHONPATH=$(CURDIR)/build/fuzz/python PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  $(PY) tests/fuzz/run.py --calls $(CALLS) --seed $(SEED)
 
 # The wheel of this build, and no other, under the oldest torch it promises to serve.
 test-abi: wheel $(ABI_VENV)/.installed

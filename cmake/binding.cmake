@@ -14,7 +14,10 @@ target_link_libraries(quaver_ops PRIVATE
   quaver_flags -Wl,--whole-archive quaver_core -Wl,--no-whole-archive
   -Wl,--no-as-needed ${torch_dir}/lib/libtorch.so ${torch_dir}/lib/libtorch_cpu.so)
 target_link_options(quaver_ops PRIVATE
-  -Wl,--version-script=${CMAKE_SOURCE_DIR}/cmake/exports.map -Wl,-z,defs)
+  -Wl,--version-script=${CMAKE_SOURCE_DIR}/cmake/exports.map)
+if(NOT QUAVER_SANITIZE)  # whose own symbols are the process's
+  target_link_options(quaver_ops PRIVATE -Wl,-z,defs)
+endif()
 if(TARGET quaver_cuda)
   target_link_libraries(quaver_ops PRIVATE quaver_cuda)
 endif()

@@ -177,8 +177,9 @@ inline void check_reduce_shards(const TensorView& out, const ShardedSum& s) {
   constexpr int64_t most = int64_t(1) << 56;  // of first and of all sizes: sums stay in range
   QUAVER_CHECK(s.first <= most, op, ": first must be at most ", most, ", got ", s.first);
   for (int64_t t = 0, total = 0; t < s.count; ++t) {
-    QUAVER_CHECK(s.sizes[t] >= 0 && s.sizes[t] <= most - total, op,
-                 ": sizes must not be negative and at most ", most, " together, got ", s.sizes[t]);
+    QUAVER_CHECK(s.sizes[t] >= 0, op, ": sizes must not be negative, got ", s.sizes[t]);
+    QUAVER_CHECK(s.sizes[t] <= most - total, op, ": sizes must be at most ", most,
+                 " together, got ", s.sizes[t]);
     total += bucket_length(s.sizes[t]);
   }
 }

@@ -39,7 +39,7 @@ def test_a_block_that_overflows_is_refused(block):
 
 @pytest.mark.parametrize("sizes", [[2**63 - 1], [2**62, 2**62], [16, 2**63 - 17], [-1], [2**57]])
 def test_sizes_that_overflow_are_refused(sizes):
-    with pytest.raises(REFUSAL, match="reduce_shards: sizes must not be negative and at most"):
+    with pytest.raises(REFUSAL, match="reduce_shards: sizes must"):
         ops.reduce_shards(randn(2, 32), None, None, sizes, 0, torch.float32)
     with pytest.raises(REFUSAL, match="reduce_shards: first must be at most"):
         ops.reduce_shards(randn(2, 32), None, None, [32], 2**63 - 16, torch.float32)

@@ -9,30 +9,32 @@ namespace {
 
 using Sizes = std::vector<int64_t>;
 
-std::tuple<Tensor, Tensor> share_scales(const Tensor& amaxes, const OptionalTensor& mu,
+std::tuple<Tensor, Tensor> share_scales(const Tensor& amaxes_in, const OptionalTensor& mu_in,
                                         ScalarType dtype) {
   const char* op = "share_scales";
-  QUAVER_CHECK(amaxes.dim() == 2, op, ": amaxes must be [ranks, tensors], got ", amaxes.dim(),
+  QUAVER_CHECK(amaxes_in.dim() == 2, op, ": amaxes must be [ranks, tensors], got ", amaxes_in.dim(),
                " axes");
-  check_device(op, amaxes, "mu", mu);
+  check_device(op, amaxes_in, "mu", mu_in);
+  const Tensor amaxes = dense(amaxes_in);
+  const OptionalTensor mu = dense(mu_in);
   const int64_t ranks = amaxes.size(0), count = amaxes.size(1);
   const float* from = floats(op, "amaxes", amaxes, ranks * count);
-  const float* mu_in = floats(op, "mu", mu, count);
+  const float* mus = floats(op, "mu", mu, count);
   const DType type = dtype_of(op, "dtype", dtype);
   Tensor scales = empty(amaxes, {count}, ScalarType::Float);
   Tensor sum_scales = empty(amaxes, {count}, ScalarType::Float);
   auto* out = static_cast<float*>(scales.data_ptr());
   auto* sum_out = static_cast<float*>(sum_scales.data_ptr());
   on_device(
-      op, amaxes, [&] { cpu::share_scales(out, sum_out, from, mu_in, ranks, count, type); },
+      op, amaxes, [&] { cpu::share_scales(out, sum_out, from, mus, ranks, count, type); },
       [&](auto stream) {
-        cuda::share_scales(out, sum_out, from, mu_in, ranks, count, type, stream);
+        cuda::share_scales(out, sum_out, from, mus, ranks, count, type, stream);
       });
   return {scales, sum_scales};
 }
 
 Tensor pack(const std::vector<Tensor>& tensors, const std::vector<Tensor>& tensor_scales,
-            const OptionalTensor& scales, ScalarType dtype, int64_t length) {
+            const OptionalTensor& scales_in, ScalarType dtype, int64_t length) {
   const char* op = "pack";
   const size_t n = tensors.size();
   QUAVER_CHECK(n > 0, op, ": no tensors");
@@ -41,7 +43,8 @@ Tensor pack(const std::vector<Tensor>& tensors, const std::vector<Tensor>& tenso
   QUAVER_CHECK(length >= 0, op, ": length must not be negative, got ", length);
   check_device(op, tensors[0], "tensors", tensors);
   check_device(op, tensors[0], "tensor_scales", tensor_scales);
-  check_device(op, tensors[0], "scales", scales);
+  check_device(op, tensors[0], "scales", scales_in);
+  const OptionalTensor scales = dense(scales_in);
   std::vector<Tensor> kept(n);
   std::vector<ScaledView> views(n);
   for (size_t i = 0; i < n; ++i) {
@@ -63,15 +66,18 @@ Tensor pack(const std::vector<Tensor>& tensors, const std::vector<Tensor>& tenso
   return bucket;
 }
 
-std::tuple<Tensor, Tensor, Tensor> reduce_shards(const Tensor& shards, const OptionalTensor& scales,
-                                                 const OptionalTensor& sum_scales,
+std::tuple<Tensor, Tensor, Tensor> reduce_shards(const Tensor& shards_in,
+                                                 const OptionalTensor& scales_in,
+                                                 const OptionalTensor& sum_scales_in,
                                                  const Sizes& sizes, int64_t first,
                                                  ScalarType dtype) {
   const char* op = "reduce_shards";
-  QUAVER_CHECK(shards.dim() == 2, op, ": shards must be [ranks, length], got ", shards.dim(),
+  QUAVER_CHECK(shards_in.dim() == 2, op, ": shards must be [ranks, length], got ", shards_in.dim(),
                " axes");
-  check_device(op, shards, "scales", scales);
-  check_device(op, shards, "sum_scales", sum_scales);
+  check_device(op, shards_in, "scales", scales_in);
+  check_device(op, shards_in, "sum_scales", sum_scales_in);
+  const Tensor shards = dense(shards_in);
+  const OptionalTensor scales = dense(scales_in), sum_scales = dense(sum_scales_in);
   ShardedSum sum;
   sum.shards = view(op, "shards", shards);
   sum.first = first;

@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norma
 }
 
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& dy_in, const Tensor& xq_in,
-                                                      const Tensor& xscale_in, const Tensor& mean,
-                                                      const Tensor& rstd,
+                                                      const Tensor& xscale_in,
+                                                      const Tensor& mean_in, const Tensor& rstd_in,
                                                       const OptionalTensor& weight_in,
                                                       int64_t block, bool has_bias,
                                                       ScalarType dx_dtype) {
@@ -50,10 +50,11 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& dy_in, const
   check_matrix(op, "dy", dy_in);
   check_device(op, dy_in, "xq", xq_in);
   check_device(op, dy_in, "xscale", xscale_in);
-  check_device(op, dy_in, "mean", mean);
-  check_device(op, dy_in, "rstd", rstd);
+  check_device(op, dy_in, "mean", mean_in);
+  check_device(op, dy_in, "rstd", rstd_in);
   check_device(op, dy_in, "weight", weight_in);
   const Tensor dy = dense(dy_in), xq = dense(xq_in), xscale = dense(xscale_in);
+  const Tensor mean = dense(mean_in), rstd = dense(rstd_in);
   const OptionalTensor weight = dense(weight_in);
   const int64_t rows = dy.size(0), cols = dy.size(1);
   Tensor dx = empty(dy, {rows, cols}, dx_dtype);

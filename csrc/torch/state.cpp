@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor> encode_state(const Tensor& x_in, ScalarType dtype, bo
   return {q, scale};
 }
 
-Tensor decode_state(const Tensor& q_in, const Tensor& scale, bool expand) {
-  const Tensor q = dense(q_in);
+Tensor decode_state(const Tensor& q_in, const Tensor& scale_in, bool expand) {
+  const Tensor q = dense(q_in), scale = dense(scale_in);
   check_device("decode_state", q, "scale", scale);
   const StateView state = view_of("decode_state", q, scale, expand);
   Tensor out = empty(q, shape_of(q), ScalarType::Float);

@@ -10,8 +10,8 @@ import torch
 def fake(name: str):
     """Registers a function as the fake kernel of quaver::`name`.
 
-    It raises RuntimeError for tensors on several devices, as the kernels do; an empty tensor stands
-    for "none" in a list, wherever it is.
+    It raises RuntimeError for tensors on several devices, as the kernels do. In a list an empty
+    tensor stands for "none", wherever it is, except on meta: nothing would be computed.
     """
 
     def register(kernel):
@@ -36,7 +36,7 @@ def _check_devices(op: str, given: dict) -> None:
             if not isinstance(t, torch.Tensor):
                 continue
             device = device or t.device
-            if t.device != device and t.numel():
+            if t.device != device and ("meta" in (t.device.type, device.type) or t.numel()):
                 raise RuntimeError(
                     f"{op}: {name} must be on {device} like the rest, got {t.device}"
                 )

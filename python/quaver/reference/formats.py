@@ -24,8 +24,12 @@ def scale_from_amax(
     """amax / maximum in f32, or the smallest power of two that is not below it.
 
     FP8-LM (arXiv 2310.18313), section 2.2: 2^floor(log2(maximum / amax)) on the encode side.
-    An amax of 0, and one that is not finite, keeps `previous`.
+    An amax of 0, and one that is not finite, keeps `previous`, or 1 where `previous` is subnormal,
+    zero or not finite.
     """
+    previous = torch.as_tensor(previous)
+    divides = previous.isfinite() & (previous.abs() >= MIN_SCALE)
+    previous = torch.where(divides, previous, 1.0)
     usable = (amax > 0) & amax.isfinite()
     amax = torch.where(usable, amax.float(), 1.0)
     scale = amax / scale_max(dtype)

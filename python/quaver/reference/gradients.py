@@ -42,13 +42,14 @@ def shared_scale(
     f32 = functools.partial(torch.tensor, dtype=torch.float32)
     if not all(math.isfinite(a) for a in amaxes):
         return f32(1.0), f32(1.0)
+    top = torch.finfo(torch.float32).max
     if mu is not None:
-        return (scale_from_amax(f32(max(amaxes)) / f32(mu), dtype),) * 2
+        return (scale_from_amax((f32(max(amaxes)) / f32(mu)).nan_to_num(top, top, top), dtype),) * 2
     scale = scale_from_amax(f32(max(amaxes)), dtype)
     bound = f32(0.0)
     for a in amaxes:
         bound += torch.minimum(f32(a) * ROUNDED_UP, scale * scale_max(dtype))
-    return scale, scale_from_amax(bound, dtype)
+    return scale, scale_from_amax(bound.clamp(max=top), dtype)
 
 
 def two_shot(

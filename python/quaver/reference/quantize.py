@@ -28,7 +28,8 @@ def quantize(
         amax = x.abs().amax() if x.numel() else torch.zeros(())
     else:
         line = x if x.dim() else x[None]
-        width = block if granularity == "block" else max(line.shape[-1], 1)
+        width = max(line.shape[-1], 1)
+        width = min(block, width) if granularity == "block" else width
         count = 1 if granularity == "row" else -(-line.shape[-1] // width)
         padded = F.pad(line, (0, count * width - line.shape[-1]))
         amax = padded.reshape(*line.shape[:-1], count, width).abs().amax(-1)
@@ -40,7 +41,8 @@ def quantize(
 def expand_scale(scale: Tensor, x: Tensor, granularity: str, block: int = 128) -> Tensor:
     """The scales, shaped to multiply x."""
     if granularity == "block":
-        scale = scale.repeat_interleave(block, -1)[..., : x.shape[-1] if x.dim() else 1]
+        cols = x.shape[-1] if x.dim() else 1
+        scale = scale.repeat_interleave(min(block, max(cols, 1)), -1)[..., :cols]
     return scale if x.dim() else scale.reshape(())
 
 
@@ -68,15 +70,15 @@ class DelayedScale:
     made again just in time, and an amax enters the history as at most 16 times the history's
     maximum. A non-finite amax empties the history."""
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, power_of_two: bool = True):
+        self.dtype, self.power_of_two = dtype, power_of_two
         self.history: deque[float] = deque(maxlen=HISTORY)
 
     def cast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         most = max(self.history, default=0.0)
-        q, scale, amax = quantize(x, self.dtype)
+        q, scale, amax = quantize(x, self.dtype, power_of_two=self.power_of_two)
         if len(self.history) == HISTORY and most > 0:
-            forecast = scale_from_amax(torch.tensor(most), self.dtype)
+            forecast = scale_from_amax(torch.tensor(most), self.dtype, self.power_of_two)
             foreseen = forecast * scale_max(self.dtype)
             near = foreseen / FORECAST <= amax <= foreseen
             if near or amax == 0 or not amax.isfinite():

@@ -1,0 +1,376 @@
+"""Calls of the native ops, each a function of its seed: valid ones, and valid ones gone wrong."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from memory import expanded, place
+from torch import Tensor
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+FP8, FLOATS = (E4M3, E5M2), (torch.float32, torch.float16, torch.bfloat16)
+CODES = (*FP8, torch.float16)
+ANY = (*FLOATS, *FP8)
+STRANGE = (torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64)
+GRAINS = ("tensor", "row", "block")
+KINDS = ("silu", "gelu", "gelu_tanh")
+WILD_INTS = (-(2**63), -(2**62), -17, -1, 0, 1, 2, 15, 16, 2**62, 2**63 - 16, 2**63 - 1)
+WILD_FLOATS = (0.0, -0.0, -1.0, 1e-45, 3e38, math.inf, -math.inf, math.nan)
+WILD_SCALES = (0.0, -1.0, -3e38, 3e38, 1e-45, -1e-40, 1e-30, math.inf, -math.inf, math.nan)
+WILD_WORDS = ("", "tensor ", "Row", "relu", "\0", "\u00fc" * 40, "x" * 5000)
+SIZES = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 130)
+
+
+class Generator:
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+        self.torch = torch.Generator().manual_seed(seed)
+
+    def call(self, ops: list[str]) -> tuple[str, list, bool]:
+        """An op, its positional arguments, and whether they are as the op wants them."""
+        op = self.pick(ops)
+        args = list(getattr(self, op)())
+        wild = self.random.choices((0, 1, 2), (6, 3, 1))[0]
+        for _ in range(wild):
+            if args:
+                i = self.random.randrange(len(args))
+                args[i] = self.wild(args[i])
+        return op, args, wild == 0
+
+    def pick(self, choices):
+        return choices[self.random.randrange(len(choices))]
+
+    def chance(self, p: float) -> bool:
+        return self.random.random() < p
+
+    def maybe(self, make):
+        return make() if self.chance(0.5) else None
+
+    def bits(self, shape, dtype) -> Tensor:
+        """Any codes of a format."""
+        size = dtype.itemsize
+        count = math.prod(shape)
+        raw = torch.randint(0, 256, (count * size,), dtype=torch.uint8, generator=self.torch)
+        return raw.view(dtype).view(shape) if count else torch.empty(shape, dtype=dtype)
+
+    def numbers(self, shape, dtype=torch.float32, wild=0.2) -> Tensor:
+        if dtype.itemsize == 1 or self.chance(wild / 2):
+            return self.bits(shape, dtype)
+        x = torch.randn(shape, generator=self.torch) * 10.0 ** self.random.uniform(-6, 6)
+        if self.chance(0.1):
+            x = x * 0
+        if self.chance(wild) and x.numel():
+            x.view(-1)[self.random.randrange(x.numel())] = self.pick(WILD_FLOATS)
+        return x.to(dtype)
+
+    def tensor(self, values: Tensor, written=False) -> Tensor:
+        """The values in some memory: exact, guarded, with strides."""
+        size, style = values.element_size(), self.random.random()
+        if style < 0.4:
+            return place(values)
+        first = 64 + size * self.random.randrange(4)
+        if style < 0.8 or written or not values.dim():
+            return place(values, None, first, 64)
+        stride = [s * 2 for s in values.contiguous().stride()]
+        if style > 0.9 and values.dim() == 2:
+            stride = [1, max(values.shape[0], 1)]
+        return place(values, stride, first, 64)
+
+    def floating(self, shape) -> Tensor:
+        return self.tensor(self.numbers(shape, self.pick(FLOATS)))
+
+    def floats(self, *shape, written=False) -> Tensor:
+        return self.tensor(self.numbers(shape), written)
+
+    def scales(self, *shape, written=False) -> Tensor:
+        scale = torch.exp2(torch.randint(-20, 20, shape, generator=self.torch).float())
+        if self.chance(0.3):
+            scale = scale * (1 + torch.rand(shape, generator=self.torch))
+        if self.chance(0.1) and scale.numel():
+            scale.view(-1)[self.random.randrange(scale.numel())] = self.pick(WILD_SCALES)
+        return self.tensor(scale, written)
+
+    def history(self) -> Tensor:
+        state = torch.rand(17, generator=self.torch) * 10.0 ** self.random.uniform(-6, 6)
+        state[0] = self.pick((0, 3, 15, 16, 17, 31))
+        if self.chance(0.2):
+            state[0] = self.pick((-1, -1e30, 32, 1e9, math.nan, math.inf))
+        if self.chance(0.2):
+            state[self.random.randrange(1, 17)] = self.pick(WILD_FLOATS)
+        return self.tensor(state, written=True)
+
+    def matrix(self):
+        return self.pick(SIZES), self.pick(SIZES)
+
+    def block(self):
+        return self.pick((1, 3, 7, 16, 32, 48, 128, 1000, 2**30))
+
+    def wild(self, value):
+        if self.chance(0.05):
+            return self.pick((None, "word", 7, 0.5, [], torch.float32))
+        if isinstance(value, Tensor):
+            return self.wild_tensor(value)
+        if isinstance(value, list) and value:
+            return self.wild_list(list(value))
+        if isinstance(value, bool):
+            return not value
+        if isinstance(value, str):
+            return self.pick(WILD_WORDS)
+        if isinstance(value, int):
+            return self.pick(WILD_INTS)
+        if isinstance(value, float):
+            return self.pick(WILD_FLOATS)
+        if isinstance(value, torch.dtype):
+            return self.pick((*ANY, *STRANGE))
+        return self.floats(*self.matrix())
+
+    def wild_list(self, items: list) -> list:
+        i = self.random.randrange(len(items))
+        change = self.random.randrange(4)
+        if change == 0:
+            del items[i]
+        elif change == 1:
+            items.append(items[i])
+        elif change == 2:
+            items = []
+        else:
+            items[i] = self.wild(items[i])
+        return items
+
+    def wild_tensor(self, t: Tensor) -> Tensor:
+        shape = list(t.shape)
+        change = self.random.randrange(10)
+        if change == 0 or t.is_meta:
+            return t.to("meta")
+        if change == 1:
+            return torch.empty(0, dtype=t.dtype)
+        if change == 2:  # at an odd address
+            return place(t, None, 65, 64)
+        if change == 3 and shape:  # one value for all
+            return expanded(t) if shape[0] else t
+        if change == 4:
+            return place(t, [3 * s for s in t.contiguous().stride()], 64, 64)
+        if change == 5:
+            return self.tensor(self.bits(shape, self.pick(ANY)))
+        if change == 6:
+            return torch.zeros(shape, dtype=self.pick(STRANGE))
+        if change == 7:
+            return (
+                self.tensor(self.numbers([*shape, self.pick((1, 2))], t.dtype))
+                if t.dtype in ANY
+                else t
+            )
+        if shape:
+            i = self.random.randrange(len(shape))
+            shape[i] = max(0, shape[i] + self.pick((-1, 1, 16)))
+        else:
+            shape = [2]
+        return self.tensor(
+            self.bits(shape, t.dtype) if t.dtype in ANY else torch.zeros(shape).to(t.dtype)
+        )
+
+    def quantize(self):
+        shape = self.pick([self.matrix(), (3, *self.matrix()), (self.pick(SIZES),), ()])
+        grain, block = self.pick(GRAINS), self.block()
+        x = self.floating(shape)
+        scale = history = None
+        if self.chance(0.3):
+            scale = self.scales(*scale_shape(shape, grain, block))
+        elif grain == "tensor" and self.chance(0.5):
+            history = self.history()
+        stochastic, seed = self.chance(0.3), self.random.randrange(2**63)
+        return x, self.pick(CODES), scale, history, grain, block, self.chance(0.7), stochastic, seed
+
+    def dequantize(self):
+        shape = self.pick([self.matrix(), (3, *self.matrix()), (self.pick(SIZES),), ()])
+        grain, block = self.pick(GRAINS), self.block()
+        q = self.tensor(self.bits(shape, self.pick(CODES)))
+        return q, self.scales(*scale_shape(shape, grain, block)), self.pick(FLOATS), grain, block
+
+    def cast_transpose(self):
+        x = self.floating(self.matrix())
+        return x, self.pick(FP8), *self.source(), self.chance(0.7)
+
+    def source(self):
+        """A scale, a history, or neither."""
+        kind = self.random.randrange(3)
+        return self.scales() if kind == 0 else None, self.history() if kind == 1 else None
+
+    def channels(self, cols):
+        return self.maybe(lambda: self.floating((cols,)))
+
+    def normalize(self):
+        rows, cols = self.matrix()
+        x = self.floating((rows, cols))
+        return (
+            x, self.channels(cols), self.channels(cols), self.pick((1e-6, 1e-3, 1.0)),
+            self.chance(0.5), self.pick(FP8), *self.source(), self.chance(0.7), self.block(),
+        )  # fmt: skip
+
+    def saved(self, rows, cols, block):
+        scale = self.bits((rows, -(-cols // block)), torch.uint8)
+        return self.tensor(self.bits((rows, cols), E4M3)), self.tensor(scale)
+
+    def normalize_backward(self):
+        (rows, cols), block = self.matrix(), self.block()
+        mean = self.floats(rows) if self.chance(0.5) else torch.empty(0)
+        return (
+            self.floating((rows, cols)), *self.saved(rows, cols, block),
+            mean, self.floats(rows), self.channels(cols), block, self.chance(0.5),
+            self.pick(FLOATS),
+        )  # fmt: skip
+
+    def activate(self):
+        (rows, cols), dtype = self.matrix(), self.pick(FLOATS)
+        x = self.tensor(self.numbers((rows, cols), dtype))
+        up = self.maybe(lambda: self.tensor(self.numbers((rows, cols), dtype)))
+        smooth = self.maybe(lambda: self.scales(cols))
+        return (
+            x, up, self.pick(KINDS), smooth, self.pick(FP8), *self.source(), self.chance(0.7),
+            self.block(),
+        )  # fmt: skip
+
+    def activate_backward(self):
+        (rows, cols), block, gated = self.matrix(), self.block(), self.chance(0.5)
+        return (
+            self.floating((rows, cols)), *self.saved(rows, cols, block),
+            *(self.saved(rows, cols, block) if gated else (None, None)), self.pick(KINDS),
+            self.maybe(lambda: self.scales(cols)), block, self.pick(FP8), self.maybe(self.history),
+            self.history() if gated and self.chance(0.5) else None, self.chance(0.7),
+        )  # fmt: skip
+
+    def operands(self):
+        m, n, k = (self.pick((0, 1, 3, 16, 17, 48)) for _ in range(3))
+        operands = []
+        for rows in (m, n):
+            scale = self.scales(*self.pick([(), (rows, 1), (rows,)]))
+            operands += [self.tensor(self.bits((rows, k), self.pick(FP8))), scale]
+        return m, n, operands
+
+    def gemm(self):
+        _, n, operands = self.operands()
+        return *operands, self.channels(n), self.pick(FLOATS), self.chance(0.5)
+
+    def gemm_(self):
+        m, n, operands = self.operands()
+        out, accumulate = self.numbers((m, n), self.pick(FLOATS)), self.chance(0.5)
+        bias = None if accumulate else self.channels(n)
+        return self.tensor(out), *operands, bias, accumulate, self.chance(0.5)
+
+    def gemm_quantize(self):
+        _, n, operands = self.operands()
+        return *operands, self.channels(n), self.pick(FP8), self.scales(), self.chance(0.5)
+
+    def scaled(self):
+        """Values, scale and amax of a gradient; an empty tensor stands for none."""
+        values = self.tensor(
+            self.numbers(self.pick([self.matrix(), (self.pick(SIZES),), ()]), self.pick(ANY))
+        )
+        none = lambda make: make() if self.chance(0.6) else torch.empty(0)  # noqa: E731
+        return values, none(self.scales), none(lambda: self.floats())
+
+    def grad_norm(self):
+        return [
+            list(part)
+            for part in zip(*(self.scaled() for _ in range(self.pick((1, 2, 5)))), strict=True)
+        ]
+
+    def accumulate_(self):
+        shape, target = self.matrix(), self.pick((*FP8, torch.bfloat16))
+        other = self.tensor(self.numbers(shape, self.pick(ANY)))
+        return (
+            self.tensor(self.numbers(shape, target), written=True), self.scales(written=True),
+            self.floats(written=True), other, self.maybe(self.scales), self.maybe(self.floats),
+        )  # fmt: skip
+
+    def share_scales(self):
+        ranks, count = self.pick((1, 2, 5)), self.pick(SIZES)
+        return (
+            self.tensor(self.numbers((ranks, count)).abs()), self.maybe(lambda: self.scales(count)),
+            self.pick(FP8),
+        )  # fmt: skip
+
+    def pack(self):
+        values, scales, _ = zip(*(self.scaled() for _ in range(self.pick((1, 2, 5)))), strict=True)
+        length = sum(-(-v.numel() // 16) * 16 for v in values) + 16 * self.pick((0, 1, 5))
+        return list(values), list(scales), self.scales(len(values)), self.pick(ANY), length
+
+    def reduce_shards(self):
+        ranks, length = self.pick((1, 2, 5)), 16 * self.pick((0, 1, 3, 20))
+        sizes = [self.pick(SIZES) for _ in range(self.pick((0, 1, 2, 5)))]
+        dtype, n = self.pick(ANY), len(sizes)
+        return (
+            self.tensor(self.numbers((ranks, length), dtype)), self.maybe(lambda: self.scales(n)),
+            self.maybe(lambda: self.scales(n)), sizes, 16 * self.pick((0, 0, 1, 4)),
+            self.pick((dtype, torch.float32)),
+        )  # fmt: skip
+
+    def encode_state(self):
+        x = self.numbers(self.pick([self.matrix(), (self.pick(SIZES),)]), self.pick(FLOATS))
+        return self.tensor(x), self.pick(FP8), self.chance(0.5)
+
+    def decode_state(self):
+        shape = self.pick([self.matrix(), (self.pick(SIZES),)])
+        groups = -(-math.prod(shape) // 128)
+        return self.tensor(self.bits(shape, self.pick(FP8))), self.scales(groups), self.chance(0.5)
+
+    def adam_(self):
+        count = self.pick((1, 2, 3))
+        each = [self.parameter() for _ in range(count)]
+        # Of every state: all parameters' weights, then all their first moments, then all second.
+        values, scales, amaxes, copies, scalings = (
+            [p[name][k] for k in range(3) for p in each]
+            for name in ("values", "scales", "amaxes", "copies", "scalings")
+        )
+        grads, grad_scales, steps, remainders, seeds, first = (
+            [p[name] for p in each]
+            for name in ("grad", "grad_scale", "step", "remainder", "seed", "first")
+        )
+        hyper = torch.tensor([[1e-3, 0.9, self.pick((0.95, 0.999)), 1e-8, 0.1]] * count).double()
+        skipped = self.tensor(torch.zeros((), dtype=torch.int64), written=True)
+        return (
+            values, scales, amaxes, grads, grad_scales, self.floats(count), steps,
+            self.tensor(hyper, written=True), skipped, copies, remainders, scalings, seeds, first,
+        )  # fmt: skip
+
+    def parameter(self) -> dict:
+        """One parameter's weight, moments and gradient; an empty tensor stands for none."""
+        shape, none = self.matrix(), torch.empty(0)
+        blocks = -(-math.prod(shape) // 128)
+        dtype = self.pick(FLOATS)
+        kinds = [(dtype, 0)]
+        for grain in (self.pick((0, 1, 2)), self.pick((0, 1, 2))):
+            kinds.append((self.pick(FP8 if grain else (torch.float32, *CODES)), grain))
+        copies = [none] * 3
+        if dtype == torch.float16 and self.chance(0.5):
+            copies = [self.tensor(self.bits(s, E4M3), True) for s in (shape, shape[::-1])]
+            copies.append(self.scales(written=True))
+        exact = dtype == torch.bfloat16 and self.chance(0.5)
+        rounded = dtype != torch.float32 and not exact and self.chance(0.5)
+        scaled = [grain == 0 and stored in CODES for stored, grain in kinds]
+        return {
+            "values": [self.tensor(self.numbers(shape, stored), True) for stored, _ in kinds],
+            "scales": [
+                self.scales(blocks, written=True) if grain
+                else self.scales(written=True) if one else none
+                for one, (_, grain) in zip(scaled, kinds, strict=True)
+            ],
+            "amaxes": [self.scales(written=True) if one else none for one in scaled],
+            "copies": copies,
+            "scalings": [grain for _, grain in kinds],
+            "grad": self.tensor(self.numbers(shape, self.pick(ANY))),
+            "grad_scale": self.scales() if self.chance(0.5) else none,
+            "step": self.tensor(torch.tensor(self.pick((0, 1, 1000, 2**62, 2**63 - 1))), True),
+            "remainder": self.tensor(self.bits(shape, torch.int16), True) if exact else none,
+            "seed": self.random.randrange(2**31) if rounded else -1,
+            "first": self.pick((0, 0, 128, 2**40)),
+        }  # fmt: skip
+
+
+def scale_shape(shape, grain: str, block: int):
+    if grain == "tensor":
+        return ()
+    *rows, cols = shape or (1,)
+    return (*rows, 1 if grain == "row" else -(-cols // block))
