@@ -157,6 +157,49 @@ def test_column_then_row(name, ranks, fp8_sum, regather):
         assert_same(other["down.bias"], gradients["down.bias"])  # replicated
 
 
+class NormMlp(Mlp):
+    """A norm that hands FP8 to the layer behind it, under coat."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+def norm_mlp():
+    torch.manual_seed(0)
+    return qv.convert(NormMlp(), recipe="coat")
+
+
+def norm_mlp_on_a_rank(rank):
+    transport = Transport()
+    model = tp.parallelize(norm_mlp(), transport, PLAN | {"norm": tp.SequenceParallel()})
+    assert isinstance(model.norm, qv.nn.norm.Norm)  # it does hand over FP8
+    x = sequence.own(X, transport).requires_grad_()
+    y = model(x)
+    y.backward(sequence.own(DY, transport))
+    whole = sequence.gather(y.detach(), transport), sequence.gather(x.grad, transport)
+    return *whole, whole_gradients(model)
+
+
+def test_a_norm_that_hands_over_fp8_before_a_gather():
+    """coat's norm has a scale of its own on each rank, and the gather casts again with that of all.
+    Each rounding to e4m3 is at most 2^-4 of a value, 2^-4 / sqrt(3) in the mean square, as that of
+    e5m2 twice that: a few of them in quadrature."""
+    model = norm_mlp()
+    x = X.clone().requires_grad_()
+    y = model(x)
+    y.backward(DY)
+    wanted = [y.detach(), x.grad, *(plain(p.grad) for _, p in sorted(model.named_parameters()))]
+    for got in run(2, norm_mlp_on_a_rank):
+        found = [*got[:2], *(g for _, g in sorted(got[2].items()))]
+        for mine, alone in zip(found, wanted, strict=True):
+            off = (mine.float() - alone.float()).norm() / alone.float().norm()
+            assert off < 3 * 2.0**-3 / math.sqrt(3), off
+
+
 def decoder(kind, name, seed=0):
     torch.manual_seed(seed)
     if kind == "huggingface":
