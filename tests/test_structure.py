@@ -54,7 +54,7 @@ class Crash(PlainRMSNorm):
     ],
 )
 def test_a_norm_that_is_none(module, why):
-    with pytest.raises(structure.Unknown, match=why):
+    with pytest.raises(structure.NotRecognized, match=why):
         structure.norm_form(module)
     net = nn.Sequential(module, linear())
     qv.convert(net, "coat")

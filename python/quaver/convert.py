@@ -167,7 +167,7 @@ def _convert_norms(model, chosen, skip, report) -> None:
             try:
                 form = structure.norm_form(norm)
                 structure.check_readers(parent, child, form.width)
-            except structure.Unknown as why:
+            except structure.NotRecognized as why:
                 report.left[name] = str(why)
                 continue
             Norm.adopt(norm, chosen, form.width, form.eps, form.centered, form.offset, device)
@@ -186,7 +186,7 @@ def _convert_mlps(model, chosen, skip, report) -> None:
             continue
         try:
             plan = structure.mlp_plan(module)
-        except structure.Unknown as why:
+        except structure.NotRecognized as why:
             report.left[name] = str(why)
             continue
         MLP.adopt(module, chosen, plan)

@@ -2,7 +2,7 @@
 
 A norm is recognised by what it computes, an MLP and the readers of a norm by the operations that
 `torch.fx` records of their forward, with child modules as single steps. Whatever does anything else
-is not recognised, and the reason is said.
+is not recognised, for a reason that `convert_report` gives.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ACTIVATIONS = {
 }
 
 
-class Unknown(Exception):
-    """Why a module is none of what we know."""
+class NotRecognized(Exception):
+    """The module was not recognized; str() is the reason."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def norm_form(module: nn.Module) -> NormForm:
-    """The form of a norm. Raises Unknown where it computes anything else."""
+    """The form of a norm. Raises NotRecognized where it computes anything else."""
     if type(module) in (nn.RMSNorm, nn.LayerNorm):
         if len(module.normalized_shape) != 1:
-            raise Unknown(f"it normalises over {len(module.normalized_shape)} axes")
+            raise NotRecognized(f"it normalises over {len(module.normalized_shape)} axes")
         form = NormForm(module.normalized_shape[0], module.eps, type(module) is nn.LayerNorm)
     else:
         form = _probed_form(module)
     for parameter in module.parameters(recurse=False):
         if parameter.dtype not in FLOATS:
-            raise Unknown(f"its weight is {parameter.dtype}")
+            raise NotRecognized(f"its weight is {parameter.dtype}")
     return form
 
 
@@ -82,25 +82,25 @@ def _probed_form(module: nn.Module) -> NormForm:
     width, eps = module.weight.numel(), _epsilon(module)
     twin = copy.deepcopy(module).to_empty(device="cpu").float()
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(3, width, generator=random) * 2 + 1
+    x = torch.randn(3, width, generator=random, dtype=torch.float32) * 2 + 1
     x[1] *= eps**0.5  # where epsilon shows
     with torch.no_grad():
         for parameter in twin.parameters():
-            parameter.copy_(torch.randn(width, generator=random))
+            parameter.copy_(torch.randn(width, generator=random, dtype=torch.float32))
         try:
             got = twin(x)
         except Exception as error:  # whatever a foreign forward may raise
-            raise Unknown(f"it does not run on one matrix: {error}") from None
+            raise NotRecognized(f"it does not run on one matrix: {error}") from None
         weight, bias = twin.weight, getattr(twin, "bias", None)
         for centered in (False, True):
             mean = x.mean(-1, keepdim=True) if centered else 0.0
             xhat = (x - mean) * ((x - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
             for offset in (0.0, 1.0):
                 y = xhat * (weight + offset) + (0.0 if bias is None else bias)
-                # A few roundings of f32; a formula that differs is off in the first digits.
+                # The tolerance covers f32 rounding; any other formula differs by far more.
                 if _equal(got, y, rtol=1e-4, atol=1e-5):
                     return NormForm(width, eps, centered, offset)
-    raise Unknown("it computes something else than RMSNorm or LayerNorm")
+    raise NotRecognized("it computes something else than RMSNorm or LayerNorm")
 
 
 def _equal(got, wanted: Tensor, rtol: float, atol: float) -> bool:
@@ -110,58 +110,66 @@ def _equal(got, wanted: Tensor, rtol: float, atol: float) -> bool:
     return torch.allclose(got.to(wanted.dtype), wanted, rtol=rtol, atol=atol)
 
 
-class _Steps(fx.Tracer):
-    """Records the forward of one module; its children are single steps."""
+class _Child:
+    """Mixin of the stand-ins for a traced module's children: a call is one step of the trace."""
 
-    def is_leaf_module(self, module, name):
-        return True
+    def __call__(self, *args, **kwargs):
+        tracer, name = self.__dict__["_quaver_step"]
+        return tracer.create_proxy("call_module", name, args, kwargs)
 
 
-class _Call(nn.Module):
-    """Calls a forward with its required arguments alone. A tracer counts those by itself, but not
-    below decorators."""
+class _Tracer(fx.Tracer):
+    """Records what a forward does with proxies. Its `trace` is not used: that replaces methods of
+    nn.Module, which breaks the forwards of all other threads meanwhile."""
 
-    def __init__(self, module, forward):
+    def __init__(self):
         super().__init__()
-        self.module, self.function = module, forward
+        self.graph, self.twins = fx.Graph(tracer_cls=_Tracer), {}
 
+    def stand_in(self, module: nn.Module, name: str = "") -> nn.Module:
+        """A shallow copy of `module`, whose children are stand-ins too."""
+        known = self.twins.get(id(module))
+        if known is not None:
+            return known
+        kind = type(module)
+        if name:
+            kind = type(kind.__name__, (_Child, kind), {"__module__": kind.__module__})
+        twin = self.twins[id(module)] = object.__new__(kind)
+        twin.__dict__.update(vars(module), _quaver_step=(self, name))
+        for key in ("_parameters", "_buffers"):
+            twin.__dict__[key] = dict(twin.__dict__[key])
+        path = f"{name}." if name else ""
+        twin.__dict__["_modules"] = {
+            key: None if child is None else self.stand_in(child, path + key)
+            for key, child in module._modules.items()
+        }
+        return twin
 
-class _Call1(_Call):
-    def forward(self, a):
-        return self.function(self.module, a)
-
-
-class _Call2(_Call):
-    def forward(self, a, b):
-        return self.function(self.module, a, b)
-
-
-class _Call3(_Call):
-    def forward(self, a, b, c):
-        return self.function(self.module, a, b, c)
-
-
-_CALLS = {1: _Call1, 2: _Call2, 3: _Call3}
+    def create_arg(self, a):
+        """Parameters and constants are steps without a name: nothing here depends on which."""
+        if isinstance(a, (Tensor, nn.Module)):
+            return self.create_node("get_attr", "constant", (), {})
+        return super().create_arg(a)
 
 
 def steps(module: nn.Module) -> fx.Graph:
-    """What a forward of `module` with its required arguments alone does. Raises Unknown."""
+    """What a forward of `module` with its required arguments alone does. Raises NotRecognized."""
     if "forward" in vars(module):
-        raise Unknown("its forward was replaced")
+        raise NotRecognized("its forward was replaced")
     forward = inspect.unwrap(type(module).forward)
     _, *parameters = inspect.signature(forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    if len(required) not in _CALLS:
-        raise Unknown(f"its forward takes {len(required)} arguments")
+    tracer = _Tracer()
+    inputs = [tracer.create_proxy("placeholder", p.name, (), {}) for p in required]
     try:
-        graph = _Steps().trace(_CALLS[len(required)](module, forward))
+        result = forward(tracer.stand_in(module), *inputs)
+        tracer.create_node("output", "output", (tracer.create_arg(result),), {})
     except Exception as error:  # whatever a foreign forward may do with a stand-in for its input
         line = str(error).strip().splitlines()
-        raise Unknown(f"its forward cannot be traced: {line[0] if line else error!r}") from None
-    for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            node.target = node.target.removeprefix("module.")
-    return graph
+        raise NotRecognized(
+            f"its forward cannot be traced: {line[0] if line else error!r}"
+        ) from None
+    return tracer.graph
 
 
 def _target(module: nn.Module, node) -> nn.Module | None:
@@ -184,7 +192,7 @@ def mlp_candidate(module: nn.Module) -> bool:
 
 
 def mlp_plan(module: nn.Module) -> MLPPlan:
-    """The parts of an MLP. Raises Unknown where its forward does anything else."""
+    """The parts of an MLP. Raises NotRecognized where its forward does anything else."""
     graph = steps(module)
     kept = [n for n in graph.nodes if n.op not in ("placeholder", "output") and n.users]
     used = []
@@ -192,22 +200,22 @@ def mlp_plan(module: nn.Module) -> MLPPlan:
     def layer(node, source=None):
         found = _target(module, node)
         if type(found) is not Linear:
-            raise Unknown("a layer of it is no converted nn.Linear")
+            raise NotRecognized("a layer of it is no converted nn.Linear")
         if source is not None and node.args != (source,):
-            raise Unknown(f"{node.target} reads something else than the MLP's input")
+            raise NotRecognized(f"{node.target} reads something else than the MLP's input")
         used.append(node)
         return node.target
 
     inputs = _inputs(graph)
     if len(inputs) != 1:
-        raise Unknown(f"its forward reads {len(inputs)} inputs")
+        raise NotRecognized(f"its forward reads {len(inputs)} inputs")
     (x,) = inputs
     (result,) = next(n for n in graph.nodes if n.op == "output").args
     down = layer(result)
     (product,) = result.args
     plan = None
     if not isinstance(product, fx.Node):
-        raise Unknown("its output layer reads no activation")
+        raise NotRecognized("its output layer reads no activation")
     if _is_product(product):
         used.append(product)
         for act, other in (product.args, product.args[::-1]):
@@ -221,7 +229,7 @@ def mlp_plan(module: nn.Module) -> MLPPlan:
             else:
                 gate, up = layer(source, x), layer(other, x)
                 if gate == up:
-                    raise Unknown(f"{gate} is its gate and its other branch")
+                    raise NotRecognized(f"{gate} is its gate and its other branch")
             plan = MLPPlan(gate, up, down, kind)
             break
     else:
@@ -230,10 +238,10 @@ def mlp_plan(module: nn.Module) -> MLPPlan:
             used.append(product)
             plan = MLPPlan(layer(product.args[0], x), None, down, kind)
     if plan is None:
-        raise Unknown(f"its activation is none of {', '.join(ACTIVATIONS)}")
+        raise NotRecognized(f"its activation is none of {', '.join(ACTIVATIONS)}")
     if set(used) != set(kept):
         others = [str(getattr(n.target, "__name__", n.target)) for n in kept if n not in used]
-        raise Unknown(f"its forward does more: {', '.join(others)}")
+        raise NotRecognized(f"its forward does more: {', '.join(others)}")
     return plan
 
 
@@ -256,7 +264,7 @@ def _halves(first: fx.Node, second: fx.Node, used: list) -> fx.Node:
         and (*pieces.args[1:], *pieces.kwargs.values()) == (2, -1)
     )
     if not fits:
-        raise Unknown("its gate is no first half of a layer's output")
+        raise NotRecognized("its gate is no first half of a layer's output")
     used.extend((first, second, pieces))
     return pieces.args[0]
 
@@ -275,7 +283,7 @@ def _kind(module: nn.Module, node) -> str | None:
             return node.target(x, *node.args[1:], **node.kwargs)
     else:
         return None
-    x = torch.linspace(-12, 12, 481)
+    x = torch.linspace(-12, 12, 481, dtype=torch.float32)
     try:
         got = function(x)
     except Exception:  # a foreign function that does not take one tensor is no activation
@@ -286,34 +294,34 @@ def _kind(module: nn.Module, node) -> str | None:
 
 def check_readers(parent: nn.Module, name: str, width: int) -> None:
     """That the result of the norm `name` goes to converted linear layers alone, directly or inside
-    a child of `parent` that has some for this width. Raises Unknown otherwise."""
+    a child of `parent` that has some for this width. Raises NotRecognized otherwise."""
     try:
         graph = steps(parent)
-    except Unknown as why:
-        raise Unknown(f"who reads it is not known: of its parent, {why}") from None
+    except NotRecognized as why:
+        raise NotRecognized(f"who reads it is not known: of its parent, {why}") from None
     calls = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
     if not calls:
-        raise Unknown("the forward of its parent does not call it")
+        raise NotRecognized("the forward of its parent does not call it")
     for call in calls:
         _check_users(parent, call, width)
 
 
 def _check_users(parent: nn.Module, node: fx.Node, width: int) -> None:
     if not node.users:
-        raise Unknown("nothing reads it")
+        raise NotRecognized("nothing reads it")
     for user in node.users:
         reader = _target(parent, user)
         if reader is None:
             what = getattr(user.target, "__name__", user.target)
-            raise Unknown(f"{what} reads it, which is no linear layer")
+            raise NotRecognized(f"{what} reads it, which is no linear layer")
         if type(reader) is Linear:
             continue
         layers = [m for m in reader.modules() if type(m) is Linear and m.in_features == width]
         if not layers:
-            raise Unknown(f"{user.target} reads it, which has no FP8 linear layer for it")
+            raise NotRecognized(f"{user.target} reads it, which has no FP8 linear layer for it")
         try:
             inner = steps(reader)
-        except Unknown:
+        except NotRecognized:
             continue  # attention reshapes by sizes that a trace does not have
         inputs = _inputs(inner)
         if len(inputs) == 1:
