@@ -1,9 +1,9 @@
-"""Make the parts of an unmodified model that we know FP8, and back."""
+"""Make the parts of an unmodified model FP8 that have an FP8 form, and back."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -13,13 +13,16 @@ from torch import nn
 from . import recipe as recipes
 from . import structure
 from .nn.cast import Holder
-from .nn.linear import Linear
+from .nn.linear import Conv1D, Linear, LinearBase, is_converted
 from .nn.mlp import MLP
 from .nn.norm import Norm
-from .nn.swap import swap, swap_back
+from .nn.swap import is_wrapped, swap, swap_back
 from .nn.weight import convert_weight, set_dtype
 from .ops import FLOATS
+from .replaced import mark_replaced
 from .tensor import ScaledTensor, is_sharded
+
+HEAD = ("lm_head",)  # what `skip` is by default, for models that have one and for those without
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,20 @@ def convert_report(model: nn.Module) -> Report:
 def convert(
     model: nn.Module,
     recipe: str | recipes.Recipe = "fp8lm-o2",
-    skip: Iterable[str] = ("lm_head",),
+    skip: Iterable[str] = HEAD,
 ) -> nn.Module:
-    """Make every nn.Linear of `model` multiply in FP8, in place; returns the model.
+    """Make every linear layer of `model` multiply in FP8, in place; returns the model.
 
-    Under a recipe with FP8 activations ("coat"), norms that feed those layers alone and MLPs of the
-    forms in nn/mlp.py become FP8 too. They are found by what they compute, so that models of any
-    library convert unmodified; what is not recognised stays as it is, and `convert_report` tells
-    why.
+    Those are nn.Linear and transformers' Conv1D. Under a recipe with FP8 activations ("coat"),
+    norms that feed those layers alone and MLPs of the forms in nn/mlp.py become FP8 too. They are
+    found by what they compute, so that models of any library convert unmodified; what is not
+    recognised stays as it is, and `convert_report` gives the reason.
 
-    Modules keep their identity, class (but for their forward), names, hooks and mode; `state_dict`
-    keeps its keys, and gains the amax histories of delayed scaling. Under recipes with a
-    low-precision master the weights become new Parameters, so build the optimizer afterwards.
-    Weights tied between linear layers stay tied; a layer tied to anything else (an embedding, say)
-    is left alone.
+    Modules keep their identity, class (except for their forward), names, hooks and mode;
+    `state_dict` keeps its keys, and gains the amax histories of delayed scaling. Parameters stay
+    the same plain Parameters, in bf16 under "coat". Under "fp8lm-*" weights of linear layers become
+    new ones, so build the optimizer afterwards. Weights tied between linear layers stay tied; a
+    layer tied to anything else (an embedding, say) is left alone.
 
     Args:
         recipe: a name or a Recipe; one without FP8 linear layers leaves the model as it is.
@@ -76,16 +79,19 @@ def convert(
 
     Raises:
         TypeError: `skip` is a string, the model is no module, or a weight is, say, float64.
-        ValueError: an unknown recipe, a model that was converted by another one, or a sharded one.
+        ValueError: an unknown recipe, a model that was converted by another one, a sharded one, or
+            a name in `skip` that fits no layer.
     """
     if isinstance(skip, str):
         raise TypeError(f"convert: skip must be several names, got the string {skip!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be an nn.Module, got {type(model).__name__}")
     chosen = recipes.get(recipe)
+    skip = tuple(skip)
+    if skip != HEAD:
+        _check_skip(model, skip)
     if chosen.linear is None:
         return model
-    skip = tuple(skip)
     report = Report()
     _convert_linear(model, chosen, skip, report)
     if chosen.activation is not None:
@@ -98,38 +104,39 @@ def convert(
     return model
 
 
+def _check_skip(model: nn.Module, skip: tuple[str, ...]) -> None:
+    """ValueError for a pattern that leaves nothing alone."""
+    for pattern in skip:
+        found = [(n, m) for n, m in model.named_modules() if n and _matches(n, (pattern,))]
+        if not found:
+            raise ValueError(f"convert: skip: no module of the model is called {pattern!r}")
+        holders = [n for n, m in found if not structure.mlp_candidate(m) and _holds_linear(m)]
+        if len(holders) == len(found):
+            raise ValueError(
+                f"convert: skip: {pattern!r} is no layer but holds some; '{holders[0]}.*' skips "
+                "those"
+            )
+
+
+def _holds_linear(module: nn.Module) -> bool:
+    return any(isinstance(m, (nn.Linear, LinearBase)) for m in module.modules() if m is not module)
+
+
 def _convert_linear(model, chosen, skip, report) -> None:
     targets = {}
     for name, module in model.named_modules():
-        other = (type(module) is Linear and module.rule != chosen.linear) or (
-            isinstance(module, (Norm, MLP))
-            and (module.rule, module.activation) != (chosen.linear, chosen.activation)
-        )
-        if other:
-            raise ValueError(
-                f"convert: {name or 'the model'} was converted by another recipe; restore it first"
-            )
-        if type(module) is Linear:
+        _check_recipe(name, module, chosen)
+        if is_converted(module):
             report.converted[name] = "linear"
-        elif not isinstance(module, nn.Linear):
             continue
-        elif type(module) is not nn.Linear:
-            report.left[name] = f"it is a {type(module).__name__}, a linear layer of another kind"
-        elif not isinstance(module.weight, nn.Parameter):
-            # nn.utils.weight_norm
-            report.left[name] = "its weight is computed by a hook"
-        elif _matches(name, skip):
-            report.left[name] = "it is skipped"
-        elif is_sharded(module.weight):
-            raise ValueError(
-                f"convert: {name or 'the model'} is sharded over ranks; convert before sharding"
-            )
-        elif module.weight.dtype not in FLOATS:
-            raise TypeError(
-                f"convert: {name or 'the model'} has a weight of {module.weight.dtype}; wanted "
-                "float32, float16 or bfloat16"
-            )
+        if not isinstance(module, nn.Linear) and not structure.is_conv1d(module):
+            why = _why_matrices_stay(module)
         else:
+            why = _why_linear_stays(name, module, skip)
+        if why is not None:
+            report.left[name] = why
+        elif isinstance(module, nn.Linear) or structure.is_conv1d(module):
+            _check_weight(name, module)
             targets[id(module)] = name, module
     tied_elsewhere = {
         id(parameter)
@@ -146,9 +153,61 @@ def _convert_linear(model, chosen, skip, report) -> None:
         if id(old) not in weights:
             dtype = old.dtype
             weights[id(old)] = convert_weight(old, chosen.linear), dtype
-        module.__class__ = Linear
+            mark_replaced(old, weights[id(old)][0])
+        if isinstance(module, nn.Linear):
+            module.__class__ = Linear
+        else:
+            swap(module, Conv1D)
         module.adopt(chosen, *weights[id(old)])
         report.converted[name] = "linear"
+
+
+def _check_recipe(name: str, module: nn.Module, chosen: recipes.Recipe) -> None:
+    other = (is_converted(module) and module.rule != chosen.linear) or (
+        isinstance(module, (Norm, MLP))
+        and (module.rule, module.activation) != (chosen.linear, chosen.activation)
+    )
+    if other:
+        raise ValueError(
+            f"convert: {name or 'the model'} was converted by another recipe; restore it first"
+        )
+
+
+def _check_weight(name: str, module: nn.Module) -> None:
+    if is_sharded(module.weight):
+        raise ValueError(
+            f"convert: {name or 'the model'} is sharded over ranks; convert before sharding"
+        )
+    if module.weight.dtype not in FLOATS:
+        raise TypeError(
+            f"convert: {name or 'the model'} has a weight of {module.weight.dtype}; wanted "
+            "float32, float16 or bfloat16"
+        )
+
+
+def _why_linear_stays(name: str, module: nn.Module, skip: tuple[str, ...]) -> str | None:
+    kind = type(module).__name__
+    if nn.utils.parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
+        return "its weight is computed, by a parametrization or a hook such as weight_norm"
+    if structure.is_lazy(module.weight):
+        return "it has no shape yet; run a batch through the model, then convert"
+    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+        return f"it is a {kind}, a linear layer of another kind"
+    return "it is skipped" if _matches(name, skip) else None
+
+
+def _why_matrices_stay(module: nn.Module) -> str | None:
+    """The reason for a module with matrices that it does not multiply as a linear layer."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, Norm)):
+        return None
+    for name, p in module.named_parameters(recurse=False):
+        if structure.is_lazy(p):
+            return "it has no shape yet; run a batch through the model, then convert"
+        if p.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+            return f"{name} is a stack of matrices (experts?), which no FP8 layer multiplies"
+        if p.dim() >= 2:
+            return f"it is a {type(module).__name__}, no linear layer, and multiplies by {name}"
+    return None
 
 
 def _convert_norms(model, chosen, skip, report) -> None:
@@ -196,15 +255,15 @@ def _convert_mlps(model, chosen, skip, report) -> None:
 def _share_casts(model) -> None:
     """Lets linear layers of one module share the cast of what they read alike."""
     for module in model.modules():
-        if isinstance(module, (nn.Sequential, Holder, MLP)):  # in a Sequential each reads another
+        # In a Sequential each layer reads another input; lists and dicts have no forward.
+        if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, Holder, MLP)):
             continue
-        widths = [child.in_features for child in _held(module) if isinstance(child, Linear)]
-        callable_ = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        if callable_ and len(set(widths)) < len(widths):
+        widths = [child.in_features for child in _held(module) if is_converted(child)]
+        if len(set(widths)) < len(widths):
             swap(module, Holder)
 
 
-def _held(module: nn.Module):
+def _held(module: nn.Module) -> Iterator[nn.Module]:
     """The children of a module, and the elements of lists and dicts of modules in it."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
@@ -215,30 +274,50 @@ def _held(module: nn.Module):
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `convert` in place: modules as they were, with plain weights of the dtype that they had;
-    returns the model."""
+    returns the model.
+
+    Raises:
+        ValueError: a layer that was parametrized, or a module that was wrapped, after `convert`;
+            nothing has changed then.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase) and nn.utils.parametrize.is_parametrized(module):
+            raise ValueError(
+                f"restore: {name or 'the model'} is parametrized; call "
+                "torch.nn.utils.parametrize.remove_parametrizations on it first"
+            )
+        if is_wrapped(module):
+            raise ValueError(
+                f"restore: {name or 'the model'} was made a {type(module).__name__} after convert; "
+                "restore it before"
+            )
     weights: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, Holder):
             swap_back(module)
         if isinstance(module, (Norm, MLP)):
             module.restore()
-        if type(module) is not Linear:
+        if not is_converted(module):
             continue
         old = module.weight
         if id(old) not in weights:
-            weights[id(old)] = _plain_weight(old, module.plain_dtype)
+            weights[id(old)] = _plain_weight(old, module)
+            mark_replaced(old, weights[id(old)])
         module.weight = weights[id(old)]
         module.restore()
-        module.__class__ = nn.Linear
+        if type(module) is Linear:
+            module.__class__ = nn.Linear
+        else:
+            swap_back(module)
     _reports.pop(model, None)
     return model
 
 
-def _plain_weight(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+def _plain_weight(weight: nn.Parameter, layer: LinearBase) -> nn.Parameter:
     if isinstance(weight, ScaledTensor):
         return nn.Parameter(weight.detach().dequantize(), weight.requires_grad)
-    if weight.dtype != dtype:
-        set_dtype(weight, dtype)
+    if layer.rule.master == "bf16":
+        set_dtype(weight, layer.plain_dtype)
     return weight
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .nn.linear import Linear
+from .nn.linear import is_converted
 from .nn.mlp import MLPPlan
 from .ops import FLOATS
 
@@ -46,12 +46,32 @@ def is_norm(module: nn.Module) -> bool:
     if type(module) in (nn.RMSNorm, nn.LayerNorm):
         return True
     own = dict(module.named_parameters(recurse=False))
+    if any(is_lazy(p) for p in own.values()):
+        return False
     return (
         set(own) in ({"weight"}, {"weight", "bias"})
         and all(p.dim() == 1 for p in own.values())
         and _epsilon(module) is not None
         and not any(True for _ in module.children())
         and not isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm))
+    )
+
+
+def is_lazy(parameter: nn.Parameter) -> bool:
+    """Whether it has no shape yet (nn.LazyLinear before its first batch)."""
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, by its name and attributes: y = x @ weight + bias, of weight [K, N]."""
+    own = dict(module.named_parameters(recurse=False))
+    width = getattr(module, "nf", None)
+    return (
+        type(module).__name__ == "Conv1D"
+        and set(own) == {"weight", "bias"}
+        and own["weight"].dim() == 2
+        and own["weight"].shape[1] == width
+        and own["bias"].shape == (width,)
     )
 
 
@@ -184,7 +204,7 @@ def _inputs(graph: fx.Graph) -> list[fx.Node]:
 
 def mlp_candidate(module: nn.Module) -> bool:
     """Two or three linear layers, one of which reads as many features as another gives."""
-    layers = [child for child in module.children() if isinstance(child, nn.Linear)]
+    layers = [c for c in module.children() if isinstance(c, nn.Linear) or is_converted(c)]
     wide = {n for layer in layers for n in (layer.out_features, layer.out_features / 2)}
     return 2 <= len(layers) <= 3 and any(
         layer.in_features in wide and layer.in_features > layer.out_features for layer in layers
@@ -199,7 +219,7 @@ def mlp_plan(module: nn.Module) -> MLPPlan:
 
     def layer(node, source=None):
         found = _target(module, node)
-        if type(found) is not Linear:
+        if found is None or not is_converted(found):
             raise NotRecognized("a layer of it is no converted nn.Linear")
         if source is not None and node.args != (source,):
             raise NotRecognized(f"{node.target} reads something else than the MLP's input")
@@ -314,9 +334,9 @@ def _check_users(parent: nn.Module, node: fx.Node, width: int) -> None:
         if reader is None:
             what = getattr(user.target, "__name__", user.target)
             raise NotRecognized(f"{what} reads it, which is no linear layer")
-        if type(reader) is Linear:
+        if is_converted(reader):
             continue
-        layers = [m for m in reader.modules() if type(m) is Linear and m.in_features == width]
+        layers = [m for m in reader.modules() if is_converted(m) and m.in_features == width]
         if not layers:
             raise NotRecognized(f"{user.target} reads it, which has no FP8 linear layer for it")
         try:

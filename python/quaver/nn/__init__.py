@@ -1,6 +1,6 @@
-from .linear import Linear, LinearBase
+from .linear import Conv1D, Linear, LinearBase
 from .mlp import MLP
 from .norm import Norm
 from .weight import cached_weights
 
-__all__ = ["MLP", "Linear", "LinearBase", "Norm", "cached_weights"]
+__all__ = ["MLP", "Conv1D", "Linear", "LinearBase", "Norm", "cached_weights"]

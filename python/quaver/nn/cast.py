@@ -43,10 +43,10 @@ def cast(
     scaling by `history`, or just in time; NaN where a value of x is not finite."""
     x = pad(x)
     if both:
-        q, qt, scale, amax = _ops.cast_transpose(x, dtype, scale, history, True)
+        q, qt, scale, amax = _ops.cast_transpose(x, dtype, scale, history)
     else:
         qt = None
-        q, scale, amax = _ops.quantize(x, dtype, scale, history, "tensor", 128, True, False, 0)
+        q, scale, amax = _ops.quantize(x, dtype, scale, history)
     scale = nan_unless_finite(scale, amax)
     return Cast(q, scale, qt, scale)
 

@@ -24,7 +24,8 @@ from .cast import (
     quantized,
     reuse_cast,
 )
-from .product import Product
+from .product import Product, register_product
+from .swap import Swapped
 from .weight import GemmWeight, cached_cast, cast_weight, convert_weight, shard_codes
 
 
@@ -49,9 +50,7 @@ class LinearBase(nn.Module):
         rule = recipes.get(recipe).linear
         if rule is None:
             raise ValueError(f"Linear: recipe {recipes.get(recipe).name!r} has no FP8 linear layer")
-        # Compiled graphs take the function whole: its backward makes a ScaledTensor. Not at import,
-        # because this imports the compiler.
-        torch.compiler.allow_in_graph(Product)
+        register_product()
         self.rule = rule
         self.plain_dtype = plain_dtype or self.weight.dtype  # what `restore` gives back
         self.weight = convert_weight(self.weight, rule) if weight is None else weight
@@ -216,6 +215,27 @@ class Linear(LinearBase, nn.Linear):
                  recipe="fp8lm-o2"):  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype)
         self.adopt(recipe)
+
+
+class Conv1D(LinearBase, Swapped):
+    """What `quaver.convert` makes of transformers' Conv1D, a linear layer whose weight is [K, N].
+    The parameter and its name in state dicts stay as they were."""
+
+    input_major = True
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[1]
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether `convert` made this linear layer, and nothing has changed its class since."""
+    kind = type(module)
+    return kind is Linear or kind.__bases__[0] is Conv1D
 
 
 def product_dtype(out: torch.dtype) -> torch.dtype:

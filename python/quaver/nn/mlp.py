@@ -29,7 +29,7 @@ class _ActivateFunction(FirstOrder):
         shape = (-1, x.shape[-1])
         flat_up = None if up is None else up.reshape(shape)
         q, qt, scale, amax, xq, xscale, uq, uscale, channel_amax = _ops.activate(
-            x.reshape(shape), flat_up, kind, channel_scale, dtype, None, history, True, block
+            x.reshape(shape), flat_up, kind, channel_scale, dtype, history=history, block=block
         )
         up_saved = (None, None) if up is None else (uq, uscale)
         ctx.save_for_backward(xq, xscale, *up_saved, channel_scale)
@@ -43,7 +43,7 @@ class _ActivateFunction(FirstOrder):
         xq, xscale, uq, uscale, channel_scale = ctx.saved_tensors
         both = _ops.activate_backward(
             dy.reshape(xq.shape), xq, xscale, uq, uscale, ctx.kind, channel_scale, ctx.block,
-            ctx.grad_dtype, *ctx.histories, True,
+            ctx.grad_dtype, *ctx.histories,
         )  # fmt: skip
         dx = activation(*both[:4], dy.shape, ctx.x_dtype)
         dup = None if uq is None else activation(*both[4:], dy.shape, ctx.x_dtype)

@@ -23,7 +23,7 @@ class _NormalizeFunction(FirstOrder):
     def forward(ctx, x, weight, bias, eps, centered, dtype, history, block, out_dtype):
         flat = x.reshape(-1, x.shape[-1])
         q, qt, scale, amax, xq, xscale, mean, rstd = _ops.normalize(
-            flat, weight, bias, eps, centered, dtype, None, history, True, block
+            flat, weight, bias, eps, centered, dtype, history=history, block=block
         )
         ctx.save_for_backward(xq, xscale, mean, rstd, weight)
         ctx.block, ctx.x_dtype = block, x.dtype

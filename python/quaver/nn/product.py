@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -71,7 +72,7 @@ class Product(FirstOrder):
         ctx.bias_dtype = None if bias is None else bias.dtype
         if bias is not None and w_q.shape[0] != n:
             bias = F.pad(bias.detach(), (0, w_q.shape[0] - n))
-        y = _ops.gemm(q, scale, w_q, w_scale, bias, out_dtype, True)
+        y = _ops.gemm(q, scale, w_q, w_scale, bias, out_dtype)
         y = y[: math.prod(x.shape[:-1]), :n].reshape(*x.shape[:-1], n)
         recast = w_qt is None and ctx.needs_input_grad[0]
         ctx.save_for_backward(kept, kept_scale, weight if recast else None)
@@ -108,6 +109,19 @@ class Product(FirstOrder):
         return dx, dw, db, *(None,) * 14
 
 
+@functools.cache
+def register_product() -> None:
+    """Makes the compiler take the Function whole, because its backward makes a ScaledTensor, and
+    FlopCounterMode count its products. Not at import, because this imports the compiler."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    torch.compiler.allow_in_graph(Product)
+
+    @register_flop_formula(_ops.gemm)
+    def flops(a, scale_a, b, *args, out_shape=None, **kwargs) -> int:
+        return 2 * a[0] * a[1] * b[0]
+
+
 def _transposed_weight(ctx, weight: Tensor | None) -> Tensor:
     """The codes [K, N] that forward's weight had."""
     if ctx.w_qt is None:
@@ -134,7 +148,7 @@ def _weight_gradient(ctx, g: Cast, xt: Tensor, x_scale: Tensor) -> Tensor:
     if ctx.channels is not None:
         dw = dw * ctx.channels.to(dw.dtype)
     if kind == "e4m3":
-        q, scale, amax = _ops.quantize(dw, E4M3, None, None, "tensor", 128, True, False, 0)
+        q, scale, amax = _ops.quantize(dw, E4M3)
         return ScaledTensor(q, scale, amax, ctx.weight_dtype)
     if kind == "bf16" and ctx.low_weight:
         dw = dw.contiguous()

@@ -31,12 +31,12 @@ def swap(module: nn.Module, mixin: type) -> None:
 
 
 def swap_back(module: nn.Module) -> None:
-    mixin, base = type(module).__bases__
-    if not issubclass(mixin, Swapped):
-        raise ValueError(
-            f"restore: {base.__name__} was wrapped by {mixin.__name__} after convert; restore first"
-        )
-    module.__class__ = base
+    module.__class__ = type(module).__bases__[1]
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether something (FSDP2, say) replaced the class of a swapped module again."""
+    return isinstance(module, Swapped) and not issubclass(type(module).__bases__[0], Swapped)
 
 
 def _blank(mixin: type, base: type) -> nn.Module:

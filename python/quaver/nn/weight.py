@@ -58,7 +58,7 @@ def shard_codes(shard: ScaledTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     """The codes of a master or a shard of one as it lies, unpadded, and their scale. Element by
     element, so the shards' codes are the whole weight's."""
     step = shard.scale.new_full((), MASTER_TO_FP8)
-    q, _, _ = _ops.quantize(shard.qdata, dtype, step, None, "tensor", 128, True, False, 0)
+    q, _, _ = _ops.quantize(shard.qdata, dtype, step)
     return q, shard.scale * MASTER_TO_FP8
 
 
@@ -96,9 +96,7 @@ def convert_weight(weight: nn.Parameter, rule: recipes.LinearRecipe) -> nn.Param
     if rule.master == "bf16":
         set_dtype(weight, torch.bfloat16)
         return weight
-    q, scale, amax = _ops.quantize(
-        weight.detach(), torch.float16, None, None, "tensor", 128, True, False, 0
-    )
+    q, scale, amax = _ops.quantize(weight.detach(), torch.float16)
     stored = ScaledTensor(q, scale, amax, weight.dtype)
     return nn.Parameter(stored, requires_grad=weight.requires_grad)
 

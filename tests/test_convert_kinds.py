@@ -1,0 +1,240 @@
+"""Linear layers of other kinds than nn.Linear: converted, or named with a reason."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_same, randn
+from test_linear import RECIPES, plain
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import quaver as qv
+from quaver.nn import LinearBase
+
+
+class Conv1D(nn.Module):
+    """As transformers writes it."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.empty(nx, nf)), nn.Parameter(torch.zeros(nf))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def __repr__(self):
+        return f"Conv1D(nf={self.nf}, nx={self.nx})"
+
+    def forward(self, x):
+        shape = (*x.size()[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(shape)
+
+
+def pair(name, k, n):
+    """A converted Conv1D and a converted nn.Linear of the same values."""
+    torch.manual_seed(0)
+    conv, linear = Conv1D(n, k), nn.Linear(k, n)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.t())
+        linear.bias.copy_(conv.bias.normal_())
+    return [qv.convert(nn.Sequential(m), name)[0] for m in (conv, linear)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("k", "n"), [(48, 32), (17, 33)])
+def test_a_conv1d_has_the_bits_of_a_linear_layer(name, k, n):
+    nets = pair(name, k, n)
+    optimizers = [qv.AdamW(net.parameters(), lr=0.01, recipe=name) for net in nets]
+    rounds_alike = name != "coat"  # Philox numbers elements, which lie in another order
+    for step in range(2):
+        found = []
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            x = randn(2, 8, k, seed=step).requires_grad_()
+            y = net(x)
+            y.square().sum().backward()
+            grad = plain(net.weight.grad)
+            found.append([y.detach(), x.grad, grad if net.input_major is False else grad.t()])
+            if rounds_alike:
+                optimizer.step()
+            optimizer.zero_grad()
+        for got, wanted in zip(*found, strict=True):
+            # The same products; summed in another order only where the operands are exchanged.
+            torch.testing.assert_close(
+                got, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item()
+            )
+        assert_same(found[0][0], found[1][0]) if step == 0 else None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_conv1d_keeps_its_parameter_class_and_keys(name):
+    model = nn.Sequential(Conv1D(32, 48), nn.GELU(), Conv1D(16, 32))
+    twin = copy.deepcopy(model)
+    keys = list(model.state_dict())
+    qv.convert(model, name)
+    mlp = {"": "mlp"} if name == "coat" else {}
+    assert qv.convert_report(model).converted == {"0": "linear", "2": "linear"} | mlp
+    assert isinstance(model[0], Conv1D) and isinstance(model[0], LinearBase)
+    assert not isinstance(model[0], nn.Linear)  # PEFT would take its weight for [out, in]
+    assert model[0].weight.shape == (48, 32)
+    assert (model[0].in_features, model[0].out_features) == (48, 32)
+    assert [k for k in model.state_dict() if "history" not in k] == keys
+    again = copy.deepcopy(model)
+    x = randn(8, 48)
+    assert_same(again.eval()(x).detach(), model.eval()(x).detach())
+    qv.restore(model)
+    assert type(model[0]) is Conv1D and vars(model[0]).keys() == vars(twin[0]).keys()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.dtype == q.dtype
+        torch.testing.assert_close(p, q, rtol=2**-8, atol=2**-20)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(randn(4, 16, 32))
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(randn(4, 16))
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class Mine(nn.Linear):
+    pass
+
+
+LEFT = {
+    "experts": (Experts, "gate_up_proj is a stack of matrices"),
+    "router": (Router, "it is a Router, no linear layer, and multiplies by weight"),
+    "subclass": (lambda: Mine(16, 16), "it is a Mine, a linear layer of another kind"),
+    "weight_norm": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+        "its weight is computed, by a parametrization or a hook",
+    ),
+    "lazy": (lambda: nn.LazyLinear(16), "it has no shape yet; run a batch through the model"),
+    "lazy convolution": (lambda: nn.LazyConv1d(16, 3), "it has no shape yet"),
+    "convolution": (lambda: nn.Conv2d(3, 4, 3), "it is a Conv2d, no linear layer"),
+    "attention": (lambda: nn.MultiheadAttention(16, 2), "multiplies by in_proj_weight"),
+    "recurrent": (lambda: nn.LSTM(16, 16), "it is a LSTM, no linear layer"),
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+@pytest.mark.parametrize("name", ["tensorwise", "coat"])
+def test_what_stays_is_named_with_a_reason(what, name):
+    make, reason = LEFT[what]
+    model = nn.ModuleDict({"this": make(), "other": nn.Linear(16, 16)})
+    qv.convert(model, name)
+    report = qv.convert_report(model)
+    assert report.converted == {"other": "linear"}
+    assert reason in report.left["this"]
+    assert reason in str(report)
+
+
+def test_embeddings_and_vectors_are_not_named():
+    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16), nn.PReLU(16))
+    assert qv.convert_report(qv.convert(model, "tensorwise")).left == {}
+
+
+def test_a_lazy_layer_converts_after_its_first_batch():
+    model = nn.Sequential(nn.LazyLinear(16), nn.ReLU())
+    qv.convert(model, "coat")
+    model(randn(4, 8))
+    qv.convert(model, "coat")
+    assert qv.convert_report(model).converted == {"0": "linear"}
+    model(randn(4, 8)).sum().backward()
+
+
+# skip
+
+
+def test_a_name_in_skip_that_fits_nothing_is_refused():
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "block": nn.Sequential(nn.Linear(16, 16))})
+    for name in ("tensorwise", "bf16"):
+        with pytest.raises(ValueError, match="no module of the model is called 'haed'"):
+            qv.convert(model, name, skip=("a", "haed"))
+        with pytest.raises(ValueError, match=r"'block' is no layer but holds some; 'block\.\*'"):
+            qv.convert(model, name, skip=("block",))
+    assert not any(isinstance(m, LinearBase) for m in model.modules())
+    qv.convert(model, "tensorwise", skip=("block.*",))
+    assert qv.convert_report(model).left == {"block.0": "it is skipped"}
+
+
+# Optimizers that were built before
+
+
+@pytest.mark.parametrize("make", [qv.AdamW, torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_older_than_the_models_weights_warns_once(make):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    optimizer = make(model.parameters())
+    qv.convert(model, "fp8lm-o2")
+    model(randn(8, 16)).sum().backward()
+    with pytest.warns(UserWarning, match="2 of its parameters are not the model's any more"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        fresh = make(model.parameters())
+        fresh.step()
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "coat"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_plain_parameters_stay_those_of_an_older_optimizer(name, fused):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    qv.convert(model, name)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    x, before = randn(8, 16), model(randn(8, 16)).detach()
+    model(x).square().sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert (model(randn(8, 16)) != before).any()
+    qv.restore(model)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(p.dtype == torch.float32 for p in parameters)
+
+
+# Other people's tools over converted layers
+
+
+class Double(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+def test_parametrized_layers_compute_and_restore_names_the_remedy():
+    for name in ("tensorwise", "fp8lm-o2"):
+        model = qv.convert(nn.Sequential(nn.Linear(48, 32, bias=False)), name)
+        x = randn(16, 48)
+        wanted = model.eval()(x).detach()
+        nn.utils.parametrize.register_parametrization(model[0], "weight", Double())
+        torch.testing.assert_close(model(x).detach(), 2 * wanted)
+        model(x).sum().backward()
+        with pytest.raises(ValueError, match=r"0 is parametrized; call .*remove_parametrizations"):
+            qv.restore(model)
+        nn.utils.parametrize.remove_parametrizations(model[0], "weight", leave_parametrized=False)
+        qv.restore(model)
+        assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_flops_are_counted_as_those_of_plain_layers(name):
+    counts = []
+    for recipe in (None, name):
+        net = nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 16))
+        if recipe is not None:
+            qv.convert(net, recipe)
+        x = randn(16, 48).requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            net(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
