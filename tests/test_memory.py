@@ -1,5 +1,8 @@
 """The report counts real storages: each expected figure is worked out by hand from the shapes."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -258,3 +261,32 @@ def test_layers_without_a_list_are_modules():
         "mlp": {"mlp": 2 * n},
         "mlp.down": {"linear": 2 * n},
     }
+
+
+@pytest.mark.parametrize("name", [None, "tensorwise", "coat"])
+def test_a_forward_without_a_backward_is_freed(name):
+    """An output that its own node saves (of sigmoid, say) made a circle that nothing could free."""
+    model = nn.Sequential(nn.Linear(IN, IN), nn.Sigmoid(), nn.LayerNorm(IN), nn.Linear(IN, IN))
+    model.append(nn.Softmax(-1))
+    if name is not None:
+        qv.convert(model, recipe=name, skip=())
+
+    def forward():
+        x = torch.randn(ROWS, IN, requires_grad=True)
+        with qv.saved_activations(model):
+            y = model(x).exp()
+        return weakref.ref(x), weakref.ref(y)
+
+    for reference in forward():
+        gc.collect()
+        assert reference() is None
+
+
+def test_second_derivatives_pass_through_counted_activations():
+    x = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    with qv.saved_activations(nn.Identity()):
+        y = x.sigmoid().exp()
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    expected = torch.func.vmap(torch.func.grad(torch.func.grad(lambda v: v.sigmoid().exp())))(x)
+    torch.testing.assert_close(second, expected)

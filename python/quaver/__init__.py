@@ -7,10 +7,11 @@ build_info = _C.build_info
 __version__ = build_info()["version"]
 
 from . import distributed, nn, optim, recipe, tensor_ops  # noqa: E402, F401
+from .activations import saved_activations  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .convert import convert, convert_report, restore  # noqa: E402
 from .grad import clip_grad_norm_  # noqa: E402
-from .memory import memory_report, saved_activations  # noqa: E402
+from .memory import memory_report  # noqa: E402
 from .nn import cached_weights  # noqa: E402
 from .ops import cast_transpose, dequantize, gemm, quantize  # noqa: E402
 from .optim import AdamW  # noqa: E402

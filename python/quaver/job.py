@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed, machine, models, recipe
+from .activations import saved_activations
 from .comm.together import together
 from .convert import convert, convert_report
 from .data import Data
 from .errors import CheckpointError, UsageError
 from .grad import clip_grad_norm_
-from .memory import memory_report, saved_activations
+from .memory import memory_report
 from .metrics import Metrics
 from .optim import AdamW
 from .probe import Probe

@@ -1,7 +1,7 @@
 """The loss curves and the memory of a run as pictures."""
 
-from quaver.files import replacing
-from quaver.memory import ACTIVATION_KINDS, KINDS, activation_by_kind
+from .files import replacing
+from .memory import ACTIVATION_KINDS, KINDS, activation_by_kind
 
 __all__ = ["plot_losses", "plot_memory"]
 
