@@ -66,11 +66,14 @@ def test_train(paths, capsys):
         ({"recipe": "fp9"}, "--recipe: unknown recipe 'fp9'; there are f32, bf16"),
         ({"recipe": ""}, "--recipe names none"),
         ({"model": "huge"}, "unknown model 'huge'"),
-        ({"model": "/no/such.json"}, "cannot read /no/such.json: No such file or directory"),
+        ({"model": "/no/such.json"}, "--model /no/such.json: no such file"),
         ({"data": "/no/such"}, "--data /no/such: no such file or folder"),
         ({"tokenizer": "/no/such"}, "--tokenizer /no/such: no such file"),
         ({"seq": 65}, "--seq 65 exceeds the model's context 64"),
         ({"out": "/dev/null"}, "--out /dev/null is not a folder"),
+        ({"seed": 2**70}, "--seed must have at most 63 bits"),
+        ({"steps": 10**20}, "--steps must be below 2^31"),
+        ({"parallel": "dp=²"}, "--parallel wants dp=N"),
         ({"wings": 2}, "unrecognized arguments: --wings 2"),
     ],
 )
@@ -145,6 +148,7 @@ def test_info_lists_the_gemm_kernels_and_says_why(capsys):
         ("--types e4m3,e4m3", "wants A,B,OUT"),
         ("--types e4m3,e4m3,e3m4", "unknown format 'e3m4'"),
         ("--sms 0", "got 0"),
+        (f"--sms {2**40}", "--sms must be below 2^31"),
     ):
         status, _, err = run(["info", "--gemm", "16", "16", "16", *wrong.split()], capsys)
         assert status == 2 and message in err

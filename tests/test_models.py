@@ -146,6 +146,10 @@ def test_json_round_trip(tmp_path):
     ("text", "message"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"dim": 1' + "0" * 30 + "}", "dim must be below 2^31"),
+        ('{"norm_eps": 1' + "0" * 400 + "}", "norm_eps must be below 2^31"),
+        ('{"rope_theta": 1e400}', "rope_theta must be below 2^31"),
         ("[]", "must hold a JSON object, got list"),
         ('{"depth": 3}', "unknown fields depth; known are"),
         ('{"layers": 0}', "layers must be a positive whole number, got 0"),
@@ -171,5 +175,5 @@ def test_bad_configurations_name_the_field(tmp_path, text, message):
 def test_unknown_and_missing_models_are_named():
     with pytest.raises(ConfigError, match="unknown model 'huge': give one of tiny, 125m"):
         models.load("huge")
-    with pytest.raises(ConfigError, match=r"cannot read /no/such\.json: No such file"):
+    with pytest.raises(ConfigError, match=r"/no/such\.json: no such file"):
         models.load("/no/such.json")

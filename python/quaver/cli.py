@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import quaver as qv
 from quaver import _C, machine, models, recipe, train
 from quaver.distributed import RankFailure
@@ -136,6 +138,9 @@ def _add_info(commands):
 
 
 def _gemm_info(arguments):
+    for flag, values in (("gemm", arguments.gemm), ("sms", [arguments.sms])):
+        if max(values) >= 2**31:
+            raise UsageError(f"--{flag} must be below 2^31, got {max(values)}")
     if len(arguments.types) != 3:
         raise UsageError(f"--types wants A,B,OUT, got {','.join(arguments.types)}")
     try:
@@ -222,6 +227,9 @@ def main(arguments=None):
     except UsageError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{name}: error: out of memory: {error}", file=sys.stderr)
+        return 1
     except (OSError, RankFailure) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1

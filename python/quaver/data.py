@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from quaver.errors import UsageError
+from .errors import UsageError
+from .files import expanded
 
 __all__ = ["Data", "DataError", "load", "read_sources"]
 
@@ -74,7 +75,7 @@ def read_sources(sources):
     always taken. Raises DataError naming a source that is missing or unreadable."""
     texts, skipped = [], []
     for source in sources:
-        path = Path(source)
+        path = expanded(source)
         if source == "stdlib":
             size = 0
             for file in stdlib_files():
@@ -100,7 +101,8 @@ def read_sources(sources):
 
 
 def load_tokenizer(path):
-    if not Path(path).is_file():
+    path = expanded(path)
+    if not path.is_file():
         raise DataError(f"--tokenizer {path}: no such file")
     try:
         from tokenizers import Tokenizer

@@ -1,16 +1,16 @@
 """The shape of a model as frozen data, from a preset or a JSON file."""
 
 import dataclasses
-import json
-import math
 from dataclasses import dataclass
-from pathlib import Path
 
-from quaver.errors import UsageError
+from ..errors import FileError, UsageError
+from ..files import expanded, read_text
+from ..schema import SchemaError, parse
 
 __all__ = ["PRESETS", "Config", "ConfigError", "load"]
 
 FAMILIES = ("llama", "gpt")
+LIMIT = 2**31  # of every number
 
 
 class ConfigError(UsageError):
@@ -55,9 +55,11 @@ class Config:
     def _check_type(self, name, kind):
         value = getattr(self, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and value >= LIMIT:
+            raise ConfigError(f"{name} must be below 2^31")
         if kind is int and not (number and isinstance(value, int) and value > 0):
             raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
-        if kind is float and not (number and math.isfinite(value) and value > 0):
+        if kind is float and not (number and value > 0):
             raise ConfigError(f"{name} must be a positive number, got {value!r}")
         if kind is bool and not isinstance(value, bool):
             raise ConfigError(f"{name} must be true or false, got {value!r}")
@@ -87,16 +89,16 @@ def load(name):
     keep their defaults). ConfigError for an unknown preset or field, or an unreadable file."""
     if name in PRESETS:
         return PRESETS[name]
-    path = Path(name)
+    path = expanded(name)
     if path.suffix != ".json":
         raise ConfigError(
             f"unknown model {name!r}: give one of {', '.join(PRESETS)} or a .json file"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {name}: {error.strerror}") from None
-    except ValueError as error:
+        values = parse(read_text(path, follow=True))
+    except FileError as error:
+        raise ConfigError(f"--model {error}") from None
+    except SchemaError as error:
         raise ConfigError(f"{name} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{name} must hold a JSON object, got {type(values).__name__}")
