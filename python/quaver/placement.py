@@ -7,6 +7,7 @@ ZeRO gives it an `Owner`. Optimizers, clipping and checkpoints ask here and know
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -170,3 +171,17 @@ def like(t: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(
         part, t.device_mesh, t.placements, run_check=False, shape=shape, stride=stride
     )
+
+
+def first_element(t: Tensor) -> int:
+    """The flat index, in the whole of `t`, of the first element of this rank's rows; 0 of a tensor
+    that is not sharded by rows. Stochastic rounding draws by it."""
+    if not is_sharded(t) or t.dim() == 0:
+        return 0
+    first, rows = 0, t.shape[0]
+    for i, place in enumerate(t.placements):
+        if place.is_shard(0):  # as torch.chunk cuts
+            chunk = -(-rows // t.device_mesh.size(i))
+            begin = min(chunk * t.device_mesh.get_local_rank(i), rows)
+            first, rows = first + begin, min(chunk, rows - begin)
+    return first * math.prod(t.shape[1:])
