@@ -155,7 +155,7 @@ def grad_norm(parameters: Iterable[Tensor], kind: float = 2.0) -> Tensor:
 
 def _local_norm(grads: list[Tensor], kind: float) -> Tensor:
     if not grads:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     norm, amax = ops.grad_norm(grads)
     return norm if kind == 2.0 else amax.amax()
 

@@ -241,7 +241,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         self._update_groups()
         order = [p for g in self.param_groups for p in g["params"] if p in self._masters]
         used = [p for p in order if p.grad is not None]
-        bad = torch.zeros((), device=self._device)
+        bad = torch.zeros((), dtype=torch.float32, device=self._device)
         if used:
             amaxes = AdamW._amax([p.grad for p in used])
             bad = (~amaxes.isfinite().all()).float()
