@@ -1,5 +1,6 @@
 """`quaver train --parallel` by real processes: what it computes, writes, survives and refuses."""
 
+import gc
 import json
 import os
 import random
@@ -16,12 +17,15 @@ import pytest
 import ranks
 import stand_in
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from test_train import MODEL, losses, read_metrics
 
 import quaver as qv
-from quaver import checkpoint, cli, models
-from quaver.distributed import init
+from quaver import checkpoint, cli, data, models
+from quaver.comm.heartbeat import Heartbeat, RankFailure
+from quaver.comm.rendezvous import Rendezvous
+from quaver.distributed import init, launch
 from quaver.errors import UsageError
 from quaver.job import Job
 from quaver.parallel import Parallel
@@ -62,7 +66,10 @@ def command(rank, arguments, die=None, how=signal.SIGKILL):
     read, write = os.pipe()
     os.dup2(write, 2)
     began = time.monotonic()
-    status = cli.main(arguments)
+    try:
+        status = cli.main(arguments)
+    except SystemExit as leaving:  # argparse
+        status = leaving.code
     os.close(write)
     os.dup2(1, 2)
     return status, os.read(read, 10**5).decode(), time.monotonic() - began
@@ -227,21 +234,150 @@ def test_bad_parallel_is_named(flags, capsys, parallel, message):
     assert Parallel.parse(None) == Parallel() and Parallel.parse("zero=3") == Parallel("zero", 3)
 
 
-def test_a_store_that_does_not_answer_is_named(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets torchrun's variables, for a store at `port` of this machine."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(
-        UsageError, match=r"RANK, WORLD_SIZE, .* not set: start the ranks with torch"
-    ):
+
+    def make(port, rank=1):
+        for name, value in zip(names, (rank, 2, "127.0.0.1", port), strict=True):
+            monkeypatch.setenv(name, str(value))
+
+    return make
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_store_that_does_not_answer_is_named(environment, silent):
+    """One that is not there, and one that accepts connections and says nothing."""
+    with pytest.raises(UsageError, match=r"RANK, .* not set: start the ranks with torchrun"):
         init()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    values = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=rf"the store at 127.0.0.1:{port} .* within 2 s"):
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", 0))
+        port = there.getsockname()[1]
+        if silent:
+            there.listen()
+        environment(port)
+        began = time.monotonic()
+        with pytest.raises(UsageError, match=rf"the store at 127.0.0.1:{port} .* within 2 s"):
+            init(timeout=2)
+        assert time.monotonic() - began < 20
+    environment(port, rank=2)
+    with pytest.raises(UsageError, match=r"wanted RANK in \[0, WORLD_SIZE\)"):
+        init()
+
+
+def test_a_rank_whose_peers_do_not_arrive_names_them(environment):
+    environment(ranks._free_port(), rank=0)
+    with pytest.raises(RankFailure, match="rank 1 has not arrived within 2 s"):
         init(timeout=2)
+    assert Heartbeat._of_process is None and not dist.is_initialized()
+
+
+MOMENTS = {  # a rank dies as it calls the function
+    "before it joins": (Rendezvous, "join"),
+    "as it joins": (Heartbeat, "gather"),
+    "as it connects": (dist, "init_process_group"),
+    "reading data": (data, "load"),
+    "building the model": (models, "build"),
+    "saving": (qv.distributed, "save"),
+    "at the result": (Job, "_result"),
+}
+
+
+def _dies(rank, arguments, victim, moment):
+    if rank == victim:
+        owner, name = MOMENTS[moment]
+        setattr(owner, name, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+    launch.START_TIMEOUT = 10
+    return command(rank, arguments)
+
+
+@pytest.mark.parametrize(
+    ("victim", "moment"), [*((0, m) for m in MOMENTS), (1, "as it joins"), (1, "saving")]
+)
+def test_whenever_a_rank_dies_the_others_end_by_name(flags, victim, moment):
+    arguments = flags("run", "f32", "--parallel", "dp=3")
+    found = ranks.Ranks(3, _dies, arguments, victim, moment, timeout=100, init=False).outcomes()
+    assert found.pop(victim) == ("died", -signal.SIGKILL)
+    for kind, (status, text, seconds) in found:
+        assert kind == "ok" and status in (1, 2)
+        own = [line for line in text.splitlines() if line.startswith("quaver")]
+        assert len(own) == 1 and "Traceback" not in text
+        # Where rank 0 never listened, all that is known is that nobody answers.
+        silent = victim == 0 and moment in ("before it joins", "as it joins")
+        assert "did not reach the store" in own[0] if silent else f"rank {victim} has" in own[0]
+        assert seconds < 60
+
+
+def _differs(rank, arguments, changes):
+    if rank == 1:
+        for flag, value in changes.items():
+            if value is None:
+                arguments = [*arguments, flag]
+            else:
+                arguments[arguments.index(flag) + 1] = value
+    return command(rank, arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"--save-every": "3"}, "--save-every is 2 on rank 0, 3 on rank 1"),
+        ({"--resume": None}, "--resume is False on rank 0, True on rank 1"),
+        ({"--steps": "7"}, "--steps is 6 on rank 0, 7 on rank 1"),
+        ({"--recipe": "bf16"}, "--recipe is f32 on rank 0, bf16 on rank 1"),
+        ({"--batch": "24"}, "--batch is 12 on rank 0, 24 on rank 1"),
+        ({"--parallel": "zero=2"}, "--parallel is dp=2 on rank 0, zero=2 on rank 1"),
+        ({"--parallel": "dp=3"}, "--parallel dp=3 is for 3 processes, 2 started"),
+        ({"--data": "no-such-text"}, "no-such-text"),
+        ({"--model": "tiny"}, "--model is "),
+        ({"--lr": "-1"}, "--lr"),
+        ({"--steps": "many"}, "argument --steps: invalid int value: 'many'"),
+    ],
+)
+def test_a_flag_of_one_rank_ends_all_by_name(flags, changes, named):
+    arguments = flags("run", "f32", "--lr", "1e-3", "--parallel", "dp=2")
+    for status, text, seconds in ranks.Ranks(
+        2, _differs, arguments, changes, timeout=100, init=False
+    ).results():
+        assert status == 2 and seconds < 60
+        assert named in text and len(text.splitlines()) == 1 and text.startswith("quaver train")
+
+
+def _joins_twice(rank):
+    """One after the other in a process, as a notebook's cell that is run again."""
+
+    def leftovers():
+        threads = [Path(t, "comm").read_text() for t in Path("/proc/self/task").iterdir()]
+        hearts = [x for x in gc.get_objects() if isinstance(x, Heartbeat)]  # atexit keeps none
+        return sorted(threads), len(hearts), signal.getsignal(signal.SIGINT)
+
+    found = []
+    for _ in range(2):
+        with launch.joined(torch.device("cpu"), settings={"a": 1}) as world:
+            init()  # does nothing
+            with pytest.raises(
+                UsageError, match=r"wanted a group .* \('gloo', \d, 2\) exists already"
+            ):
+                init("cuda")
+            found.append(world.share(rank))
+            world.transport.max(torch.ones(3), "scale").wait()
+        assert not dist.is_initialized()
+        del world
+        gc.collect()
+        found.append(leftovers())
+    return found
+
+
+def test_joining_twice_works_and_leaves_no_thread_handler_or_group():
+    for first, left, second, left_again in ranks.run(2, _joins_twice, init=False):
+        assert first == second == [0, 1]
+        assert left == left_again
+        names, hearts, _ = left
+        assert hearts == 0
+        assert not [name for name in names if "gloo" in name or "quaver" in name]
 
 
 @pytest.mark.slow

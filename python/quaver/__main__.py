@@ -1,7 +1,5 @@
 """`python -m quaver` is `quaver`."""
 
-import sys
+from quaver.cli import command
 
-from quaver.cli import main
-
-sys.exit(main())
+command()

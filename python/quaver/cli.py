@@ -6,6 +6,7 @@ line), 130 stopped by a signal.
 
 import argparse
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 import quaver as qv
 from quaver import _C, machine, models, recipe, train
 from quaver.distributed import RankFailure
+from quaver.distributed.launch import announce
 from quaver.errors import UsageError
 
-__all__ = ["main"]
+__all__ = ["command", "main"]
 
 
 class _Help(argparse.HelpFormatter):
@@ -209,7 +211,10 @@ class _Parser(argparse.ArgumentParser):
     """argparse prints its usage before an error; one line is enough, and --help is there."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
+        if self.prog == "quaver train":
+            announce(message)
+        raise SystemExit(2)
 
 
 def main(arguments=None):
@@ -225,13 +230,26 @@ def main(arguments=None):
     try:
         return parsed.call(parsed) or 0
     except UsageError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        if parsed.call is _train:
+            announce(str(error))
         return 2
     except (MemoryError, torch.OutOfMemoryError) as error:
         print(f"{name}: error: out of memory: {error}", file=sys.stderr)
         return 1
     except (OSError, RankFailure) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if getattr(error, "usage", False) else 1
     except (train.Interrupted, KeyboardInterrupt):
         return 130
+
+
+def command():
+    """Runs the command line as a process of its own, and ends it with the exit status."""
+    status = main()
+    if status and "RANK" in os.environ:
+        # Threads may still wait for a rank that is gone, and Python would wait for them or abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

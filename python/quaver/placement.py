@@ -6,20 +6,26 @@ ZeRO gives it an `Owner`. Optimizers, clipping and checkpoints ask here and know
 
 from __future__ import annotations
 
-import functools
-import math
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
 from .comm.transport import Transport
 from .tensor import ScaledTensor, is_sharded, local
 
-# One Transport for each group: it counts what is sent over it.
-transport = functools.cache(Transport)
+_transport_of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # must not keep groups alive
+
+
+def transport(group: dist.ProcessGroup) -> Transport:
+    """The one Transport of a group: it counts what is sent over it."""
+    if group not in _transport_of:
+        _transport_of[group] = Transport(group)
+    return _transport_of[group]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +161,7 @@ def grad_norm(parameters: Iterable[Tensor], kind: float = 2.0) -> Tensor:
 
 def _local_norm(grads: list[Tensor], kind: float) -> Tensor:
     if not grads:
-        return torch.zeros((), dtype=torch.float32)
+        return torch.zeros(())
     norm, amax = ops.grad_norm(grads)
     return norm if kind == 2.0 else amax.amax()
 
@@ -171,17 +177,3 @@ def like(t: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(
         part, t.device_mesh, t.placements, run_check=False, shape=shape, stride=stride
     )
-
-
-def first_element(t: Tensor) -> int:
-    """The flat index, in the whole of `t`, of the first element of this rank's rows; 0 of a tensor
-    that is not sharded by rows. Stochastic rounding draws by it."""
-    if not is_sharded(t) or t.dim() == 0:
-        return 0
-    first, rows = 0, t.shape[0]
-    for i, place in enumerate(t.placements):
-        if place.is_shard(0):  # as torch.chunk cuts
-            chunk = -(-rows // t.device_mesh.size(i))
-            begin = min(chunk * t.device_mesh.get_local_rank(i), rows)
-            first, rows = first + begin, min(chunk, rows - begin)
-    return first * math.prod(t.shape[1:])

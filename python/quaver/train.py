@@ -10,10 +10,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 
 import torch
 
 from . import data, distributed, machine, models
+from .distributed.launch import joined
 from .errors import UsageError
 from .job import Interrupted, Job, Run, finished
 from .plot import plot_losses, plot_memory
@@ -50,19 +52,27 @@ def _world(settings: Settings, device: torch.device) -> Iterator[distributed.Wor
     if parallel.ranks == 1:
         yield distributed.World(device)
         return
-    distributed.init(device.type)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    yield distributed.World(device, parallel.tensor)
-    # Not where something failed: a group with a dead rank is left to the end of the process.
-    torch.distributed.destroy_process_group()
+    with joined(device, parallel.tensor, _flags(settings, device)) as world:
+        yield world
+
+
+def _flags(settings: Settings, device: torch.device) -> dict[str, str]:
+    """The flags that ranks must share. Inputs may lie in other places: their contents are compared
+    when they have been read."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    values |= {"device": device.type, "recipe": ",".join(settings.recipe)}
+    return {
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in values.items()
+        if name not in ("data", "tokenizer", "model")
+    }
 
 
 def _run(settings: Settings, world: distributed.World, writer: Callable | None) -> dict:
     text = data.load(settings.data, settings.seq, settings.tokenizer)
     model = model_config(settings, text.vocab)
     config = configuration(settings, model, world.device, text)
-    distributed.compare("train", world.share({"configuration": config}))
+    world.agree({"--data": text.fingerprint, "--model": model.as_dict()})
     run = Run(settings, model, text, world, RunDir(settings.out), config, writer)
     show = print if run.writes else lambda *args: None
     with ExitStack() as stack, _stop_signals() as stop:

@@ -1,14 +1,16 @@
-"""What carries a Transport's messages: torch's process group, or quaver's own NCCL communicator.
+"""The backends of a Transport: torch's process group, or quaver's own NCCL communicator.
 
-Both move bytes between the ranks of one group and give what to wait for. The communicator takes a
-whole protocol in the order of one stream and adds FP8; the process group serves any backend.
+Both move bytes between the ranks of one group and return works to wait for. The communicator runs
+all messages in the order of one stream and adds FP8; the process group serves any library.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,21 +20,43 @@ from torch.distributed import distributed_c10d
 from .heartbeat import Heartbeat
 from .nccl import Nccl
 
-__all__ = ["NcclCarrier", "ProcessGroupCarrier", "carrier_of"]
+__all__ = ["NcclBackend", "ProcessGroupBackend", "backend_of"]
 
 CHOICES = ("quaver", "torch")
+ABORT_TAG = 0x51756176  # of a message that nobody sends
 
 # Renamed in torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class ProcessGroupCarrier:
-    """torch.distributed's own messages, over whatever backend the group has."""
+class ProcessGroupBackend:
+    """torch.distributed's own messages, over whatever backend the group has. Gloo's are aborted on
+    a failure of a rank."""
 
     sums_fp8 = False
 
     def __init__(self, group: dist.ProcessGroup):
-        self.group = group
+        # Weak: gloo's threads end with the group, and must end before the interpreter does.
+        self._group = weakref.ref(group)
+        if dist.get_backend(group) == "gloo":
+            Heartbeat.of_process().on_failure(self.abort)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group was destroyed")
+        return group
+
+    def abort(self) -> None:
+        """From any thread: fails all messages of the group. A receive that times out does, because
+        gloo then closes the connections of the whole group; it offers no other way."""
+        group = self._group()
+        if group is None:
+            return
+        peer = (group.rank() + 1) % group.size()
+        with contextlib.suppress(RuntimeError):  # of the time-out, or closed already
+            group.recv([torch.zeros(1)], peer, ABORT_TAG).wait(timedelta(milliseconds=1))
 
     def all_gather(self, got: Tensor, sent: Tensor):
         return [_all_gather(got, sent, group=self.group, async_op=True)]
@@ -69,9 +93,9 @@ class _Passed:
         torch.cuda.current_stream().wait_event(self._event)
 
 
-class NcclCarrier:
+class NcclBackend:
     """Messages through quaver's communicator, in a stream of its own, after what the current stream
-    holds when they start. Collective, like Nccl; aborted when a rank stops beating.
+    holds when they start. Collective, like Nccl; aborted on a failure of a rank.
 
     Raises RuntimeError where a message cannot start, like a process group.
     """
@@ -86,14 +110,10 @@ class NcclCarrier:
         self._nccl = Nccl(store, rank, size, name=f"{name}/{made}", library=library, host=host)
         self._stream = None if host else torch.cuda.Stream()
         # On all ranks or none. Makes the connections too, so that a failure is one of the start.
-        unable = torch.tensor(
-            [float(not self._nccl.sums_fp8)],
-            dtype=torch.float32,
-            device="cpu" if host else "cuda",
-        )
+        unable = torch.tensor([float(not self._nccl.sums_fp8)], device="cpu" if host else "cuda")
         self._nccl.max_(unable)
         self.sums_fp8 = unable.item() == 0
-        Heartbeat.of_process().on_silence(self._nccl.abort)
+        Heartbeat.of_process().on_failure(self._nccl.abort)
         weakref.finalize(group, self._nccl.close)  # or at the end of the process
 
     def all_gather(self, got: Tensor, sent: Tensor):
@@ -140,11 +160,11 @@ class NcclCarrier:
         return [_Passed(self._stream.record_event())]
 
 
-_communicators: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_backends: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def carrier_of(group: dist.ProcessGroup | None):
-    """The carrier of a group, by default of the default group. All its ranks must call: the first
+def backend_of(group: dist.ProcessGroup | None):
+    """The backend of a group, by default of the default group. All its ranks must call: the first
     call connects them.
 
     Quaver's communicator where the group's backend is NCCL, else torch's process group.
@@ -165,8 +185,11 @@ def carrier_of(group: dist.ProcessGroup | None):
             "QUAVER_COMMUNICATOR=quaver needs a group over nccl, or a QUAVER_NCCL_LIBRARY that "
             f"moves host memory; this group is over {dist.get_backend(group)}"
         )
-    if choice == "torch":
-        return ProcessGroupCarrier(group)
-    if group not in _communicators:
-        _communicators[group] = NcclCarrier(group, library, host=not on_nccl)
-    return _communicators[group]
+    made = _backends.setdefault(group, {})
+    if (choice, library) not in made:
+        made[choice, library] = (
+            ProcessGroupBackend(group)
+            if choice == "torch"
+            else NcclBackend(group, library, host=not on_nccl)
+        )
+    return made[choice, library]

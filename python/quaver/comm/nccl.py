@@ -1,6 +1,6 @@
 """A communicator over the NCCL that torch brings, held by quaver's own library.
 
-Its collectives run in the current stream, move bytes of any format, and can be captured in a graph.
+Its collectives run in the current stream and move bytes of any format.
 """
 
 from __future__ import annotations

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backend import carrier_of
+from .backend import backend_of
 from .heartbeat import Heartbeat, RankFailure
 
 __all__ = ["KINDS", "Pending", "Transport", "compare"]
@@ -24,21 +25,18 @@ KINDS = ("gradient", "weight", "activation", "scale")
 
 
 class Pending:
-    """A message on its way. `wait` returns what arrived, and raises RankFailure, naming the rank
-    that is gone, where it cannot arrive."""
+    """A message that has started. `wait` returns what arrived, or raises RankFailure, which names
+    the rank that is gone."""
 
-    def __init__(self, works, result: Callable[[], Tensor], what: str, health: Heartbeat | None):
-        self._works, self._result, self._what, self._health = works, result, what, health
+    def __init__(self, works, result: Callable[[], Tensor], fail: Callable[[Exception], NoReturn]):
+        self._works, self._result, self._fail = works, result, fail
 
     def wait(self) -> Tensor:
         for work in self._works:
             try:
                 work.wait()
             except RuntimeError as error:
-                culprit = None if self._health is None else self._health.culprit()
-                raise RankFailure(
-                    f"{self._what}: {culprit or 'a message failed'}: {error}"
-                ) from error
+                self._fail(error)
         self._works = ()
         return self._result()
 
@@ -56,32 +54,34 @@ class Transport:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
-        self.group = group
         started = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if started else 0
         self.size = dist.get_world_size(group) if started else 1
         self.backend = dist.get_backend(group) if started else None
         self.traffic = dict.fromkeys(KINDS, 0)
-        self._health = Heartbeat.of_process() if self.size > 1 else None
-        self._carrier = carrier_of(group) if self.size > 1 else None
+        self._heartbeat = Heartbeat.of_process() if self.size > 1 else None
+        self._backend = backend_of(group) if self.size > 1 else None
 
     @property
     def sums_fp8(self) -> bool:
         """Whether `sum` takes FP8."""
-        return self.size > 1 and self._carrier.sums_fp8
-
-    def _pending(self, what: str, works, result) -> Pending:
-        return Pending(works, result, f"rank {self.rank}, {what}", self._health)
+        return self.size > 1 and self._backend.sums_fp8
 
     def _start(self, what: str, *args):
-        """The carrier's message `what`. Some refuse at once where a peer is gone."""
+        """Starts a message of the backend. Some backends refuse at once where a peer is gone."""
         try:
-            return getattr(self._carrier, what)(*args)
+            return getattr(self._backend, what)(*args)
         except RuntimeError as error:
-            culprit = None if self._health is None else self._health.culprit()
-            raise RankFailure(
-                f"rank {self.rank}, {what}: {culprit or 'a message failed'}: {error}"
-            ) from error
+            self._fail(what, error)
+
+    def _pending(self, what: str, works, result) -> Pending:
+        return Pending(works, result, lambda error: self._fail(what, error))
+
+    def _fail(self, what: str, error: RuntimeError) -> NoReturn:
+        failure = self._heartbeat.reason()
+        reason = f"a message failed: {error}" if failure is None else failure.text
+        usage = failure is not None and failure.usage
+        raise RankFailure(f"rank {self.rank}, {what}: {reason}", usage) from error
 
     def all_gather(self, x: Tensor, kind: str, out: Tensor | None = None) -> Pending:
         """Every rank's x, of one shape: [ranks, *shape], in `out` where that is given, of which
@@ -152,7 +152,7 @@ class Transport:
 
     def sum(self, x: Tensor, kind: str) -> Pending:
         """Overwrites x, FP8, with the sum over the ranks, rounded and saturated at every addition,
-        in the order of the carrier. Where `sums_fp8`."""
+        in the order of the backend. Where `sums_fp8`."""
         self.traffic[kind] += self._ring_bytes(x)
         return self._pending("sum", self._start("sum_", x), lambda: x)
 

@@ -1,55 +1,147 @@
-"""Processes that torchrun started: the group, and what they agree on."""
+"""The ranks of a run: how they join, agree, and end together."""
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
+from ..comm.heartbeat import Heartbeat, RankFailure
+from ..comm.rendezvous import Rendezvous, in_thread
 from ..comm.together import together
-from ..comm.transport import Transport
+from ..comm.transport import Transport, compare
 from ..errors import UsageError
 
-__all__ = ["World", "init"]
+__all__ = ["World", "announce", "init", "joined"]
+
+START_TIMEOUT = float(os.environ.get("QUAVER_START_TIMEOUT", "40"))  # seconds
+END_TIMEOUT = 15.0  # seconds from a failure of a rank to the end of every process of a command
+FAREWELL = 5.0  # seconds that the ranks wait for each other at the end
 
 
-def init(device: str = "cpu", timeout: float = 60.0, message_timeout: float = 1800.0) -> None:
+def init(
+    device: str = "cpu",
+    timeout: float = START_TIMEOUT,
+    message_timeout: float = 1800.0,
+    settings: dict | None = None,
+) -> None:
     """torch.distributed.init_process_group from torchrun's environment: gloo for "cpu", nccl for
-    "cuda", whose device becomes LOCAL_RANK's.
+    "cuda", whose device becomes LOCAL_RANK's. Does nothing where that group exists already.
 
     Args:
-        timeout: seconds that the store has to answer.
+        timeout: seconds that all ranks have to arrive.
         message_timeout: seconds after which a message that does not arrive is an error.
+        settings: JSON values by name, which must be the same on all ranks.
 
     Raises:
-        UsageError: not started by torchrun, or a store that does not answer: with its address.
+        UsageError: not started by torchrun; a store that does not answer, with its address; another
+            group than the environment's exists; the setting in which a rank differs from rank 0.
+        RankFailure: a rank that died, failed, or did not arrive in time.
     """
-    missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-               if n not in os.environ]  # fmt: skip
-    if missing:
-        raise UsageError(f"{', '.join(missing)} not set: start the ranks with torchrun")
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    backend = "nccl" if device == "cuda" else "gloo"
+    rendezvous = Rendezvous.of_environment(timeout)
+    if dist.is_initialized():
+        found = (dist.get_backend(), dist.get_rank(), dist.get_world_size())
+        wanted = (backend, rendezvous.rank, rendezvous.size)
+        if found != wanted:
+            raise UsageError(
+                f"init: wanted a group of (backend, rank, size) {wanted}, and {found} exists "
+                "already: torch.distributed.destroy_process_group() first"
+            )
+        return
+    heartbeat = rendezvous.join()
+    with _shared_errors(heartbeat):
+        _agree(heartbeat.gather(settings or {}, rendezvous.seconds_left()))
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        options = {"rank": rendezvous.rank, "world_size": rendezvous.size}
+        options["store"] = rendezvous.store
+        if backend == "nccl":  # connects with the first message
+            dist.init_process_group("nccl", timeout=timedelta(seconds=message_timeout), **options)
+        else:
+            options["timeout"] = timedelta(seconds=timeout)  # of connecting
+            connected = in_thread(lambda: dist.init_process_group("gloo", **options))
+            heartbeat.result(connected)
+            distributed_c10d._set_pg_timeout(timedelta(seconds=message_timeout))
+        heartbeat.watch(dist.group.WORLD)
+
+
+def announce(text: str) -> None:
+    """Ends the other ranks of a command that this rank cannot start, because of `text`. Does
+    nothing where there are none, or where `init` was called: it tells them itself."""
+    if Rendezvous.used or int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"the store at {address} (MASTER_ADDR, MASTER_PORT) did not answer within {timeout:g} "
-            f"s: {reason}"
-        ) from None
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=message_timeout),
-    )
+        rendezvous = Rendezvous.of_environment(START_TIMEOUT)
+        heartbeat = rendezvous.join()
+    except UsageError:  # no rank is there to be told
+        return
+    heartbeat.report(text, usage=True)
+    heartbeat.stop(rendezvous.seconds_left())
+
+
+@contextmanager
+def joined(device: torch.device, tensor: int = 1, settings: dict | None = None) -> Iterator[World]:
+    """The World of a command that torchrun started on every rank, from `init` to the end of the
+    group. An error of one rank ends the block on all ranks, by RankFailure on the others; a process
+    that cannot leave the block within END_TIMEOUT is ended."""
+    init(device.type, settings=settings)
+    heartbeat = Heartbeat.of_process()
+    guard = threading.Timer(END_TIMEOUT, _end_process, [heartbeat])
+    guard.daemon = True
+    heartbeat.on_failure(guard.start)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        with _shared_errors(heartbeat):
+            yield World(device, tensor)
+        dist.destroy_process_group()
+        # A group lives as long as anything refers to it, and its threads must not outlive Python.
+        gc.collect()
+        heartbeat.stop(FAREWELL)
+    finally:
+        guard.cancel()
+
+
+@contextmanager
+def _shared_errors(heartbeat: Heartbeat) -> Iterator[None]:
+    """Makes an error of the block one of all ranks, and an error that another rank's failure has
+    caused a RankFailure."""
+    try:
+        yield
+    except BaseException as error:
+        # Torch's own collectives raise RuntimeError where another rank is gone.
+        caused = isinstance(error, RuntimeError) and not isinstance(error, RankFailure)
+        failure = heartbeat.reason() if caused else heartbeat.failure
+        if failure is None:
+            heartbeat.report(str(error) or type(error).__name__, isinstance(error, UsageError))
+        heartbeat.stop(FAREWELL)
+        if caused and failure is not None:
+            raise RankFailure(f"rank {heartbeat.rank}: {failure.text}", failure.usage) from error
+        raise
+
+
+def _end_process(heartbeat: Heartbeat) -> None:
+    failure = heartbeat.failure
+    print(f"quaver: error: rank {heartbeat.rank}: {failure.text}", file=sys.stderr, flush=True)
+    os._exit(2 if failure.usage else 1)
+
+
+def _agree(settings: list[dict]) -> None:
+    """Raises UsageError naming the first setting in which a rank differs from rank 0."""
+    try:
+        compare("the ranks differ", settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 class World:
@@ -73,6 +165,11 @@ class World:
             self.data_group = mesh["dp"].get_group()
             self.tensor = Transport(mesh["tp"].get_group())
 
+    def agree(self, settings: dict) -> None:
+        """Raises UsageError naming the first of `settings`, JSON values, in which a rank differs
+        from rank 0."""
+        _agree(self.share(settings))
+
     def share(self, value) -> list:
         """The JSON values of all ranks."""
         return self.transport.share(value, self.device)
@@ -84,13 +181,16 @@ class World:
             return action() if self.rank == 0 else None
 
     def mean(self, value):
-        """The mean over ranks of a number, or of every number in a dict; whole numbers stay so."""
+        """The mean over ranks of a number, or of every number in a dict, where an entry that a rank
+        lacks counts as 0. Whole numbers stay whole."""
         rows = self.share(value)
         return rows[0] if self.size == 1 else _mean(rows)
 
 
 def _mean(rows: list):
-    if isinstance(rows[0], dict):
-        return {key: _mean([row[key] for row in rows]) for key in rows[0]}
+    if any(isinstance(row, dict) for row in rows):
+        rows = [row or {} for row in rows]
+        keys = dict.fromkeys(key for row in rows for key in row)
+        return {key: _mean([row.get(key, 0) for row in rows]) for key in keys}
     mean = sum(rows) / len(rows)
     return round(mean) if all(isinstance(row, int) for row in rows) else mean
