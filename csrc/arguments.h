@@ -204,13 +204,21 @@ inline void check_decode_state(const TensorView& out, const StateView& s) {
                name_of(out.dtype));
 }
 
+inline void check_aligned(const char* name, const void* data, DType type) {
+  QUAVER_CHECK(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(size_of(type)) == 0,
+               "adam_: ", name, " is ", name_of(type), " and must start at a multiple of ",
+               size_of(type), " bytes, got ", data);
+}
+
 inline void check_state(const char* name, const StateView& s, int64_t numel) {
+  check_aligned(name, s.values.data, s.values.dtype);
   QUAVER_CHECK(s.values.numel() == numel, "adam_: ", name, " has ", s.values.numel(),
                " values, its parameter ", numel);
   if (s.scaling != Scaling::tensor) return check_groups("adam_", name, s);
-  const bool needs = scale_max(s.values.dtype) > 0.0f;
-  QUAVER_CHECK(!needs || (s.scale != nullptr && s.amax != nullptr), "adam_: ", name, " is ",
-               name_of(s.values.dtype), " and needs a scale and an amax");
+  const bool wanted = scale_max(s.values.dtype) > 0.0f;
+  QUAVER_CHECK((s.scale != nullptr) == wanted && (s.amax != nullptr) == wanted, "adam_: ", name,
+               " is ", name_of(s.values.dtype), wanted ? " and needs" : " and takes neither",
+               " a scale ", wanted ? "and" : "nor", " an amax");
 }
 
 inline void check_moment(const char* name, const StateView& s, int64_t numel) {
@@ -221,15 +229,19 @@ inline void check_moment(const char* name, const StateView& s, int64_t numel) {
 
 inline void check_weight(const AdamParameter& p) {
   const StateView& w = p.weight;
+  check_aligned("weight", w.values.data, w.values.dtype);
   QUAVER_CHECK(!is_fp8(w.values.dtype), "adam_: weight must be f32, bf16 or f16, got ",
                name_of(w.values.dtype));
   QUAVER_CHECK((w.scale == nullptr) == (w.amax == nullptr) &&
                    (w.scale == nullptr || w.values.dtype == DType::f16),
                "adam_: only an f16 weight has a scale, and then an amax too");
-  const bool plain = w.values.dtype == DType::bf16;
-  QUAVER_CHECK(plain || !(p.stochastic || p.remainder != nullptr),
-               "adam_: stochastic rounding and a remainder go with a bf16 weight, got ",
-               name_of(w.values.dtype));
+  const DType type = w.values.dtype;
+  QUAVER_CHECK(type == DType::bf16 || p.remainder == nullptr,
+               "adam_: a remainder goes with a bf16 weight, got ", name_of(type));
+  QUAVER_CHECK(size_of(type) == 2 || !p.stochastic,
+               "adam_: stochastic rounding goes with a bf16 or f16 weight, got ", name_of(type));
+  QUAVER_CHECK(p.first_element >= 0, "adam_: first_element must not be negative, got ",
+               p.first_element);
   QUAVER_CHECK(!(p.stochastic && p.remainder != nullptr),
                "adam_: a weight with a remainder is exact and not rounded stochastically");
 }
@@ -238,6 +250,7 @@ inline void check_adam(const AdamParameter& p) {
   const int64_t n = p.weight.values.numel();
   const DType w = p.weight.values.dtype;
   check_weight(p);
+  check_aligned("grad", p.grad.data, p.grad.dtype);
   check_moment("exp_avg", p.exp_avg, n);
   check_moment("exp_avg_sq", p.exp_avg_sq, n);
   QUAVER_CHECK(p.grad.numel() == n, "adam_: grad has ", p.grad.numel(), " values, its parameter ",

@@ -192,15 +192,15 @@ def adam_arguments(shapes, low=True, copies=True, move=lambda t: t):
         ]
 
     return [
-        [move(values(s, weight, i)) for i, s in enumerate(shapes)], one(0.5), one(4096.0),
-        zeros(first), one(1.0), one(0.0),
-        zeros(second), one(1.0), one(0.0),
+        [move(values(s, weight, i)) for i, s in enumerate(shapes)] + zeros(first) + zeros(second),
+        one(0.5) + one(1.0) + one(1.0), one(4096.0) + one(0.0) + one(0.0),
         [move(values(s, torch.bfloat16, 100 + i)) for i, s in enumerate(shapes)], [none] * n,
         torch.full((n,), 8192.0),
-        zeros(FP8[0], copies), zeros(FP8[0], copies, transposed=True), one(1.0, copies),
         [torch.zeros((), dtype=torch.int64) for _ in range(n)],
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
-        torch.zeros((), dtype=torch.int64), [],
+        torch.zeros((), dtype=torch.int64),
+        zeros(FP8[0], copies) + zeros(FP8[0], copies, transposed=True) + one(1.0, copies), [], [],
+        list(range(n)) if low else [], [3 * i for i in range(n)],
     ]  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def adam():
                 ops.adam_(*args)  # states that are no longer zero
             yield f"{low=} {copies=} after {steps} steps", args
     bad = adam_arguments(shapes)
-    bad[11][2] = float("inf")
+    bad[5][2] = float("inf")
     yield "a step that is skipped", bad
     yield "misaligned", adam_arguments(((96, 160),), move=misaligned)
     yield "many", adam_arguments(tuple((i % 4 + 1, i % 9 + 1) for i in range(300)))
@@ -224,7 +224,7 @@ def adam():
         for _ in range(3):
             ops.adam_(*args)
         if bad:
-            args[11][1] = float("nan")
+            args[5][1] = float("nan")
         yield f"moments in groups, bf16 weights, {bad=}", args
 
 
@@ -242,15 +242,15 @@ def adam_arguments_in_groups(shapes):
         torch.zeros(s, dtype=torch.int16) if i % 2 else none for i, s in enumerate(shapes)
     ]
     return [
-        [values(s, torch.bfloat16, i) for i, s in enumerate(shapes)], nones, nones,
-        [q for q, _ in states[0]], [scale for _, scale in states[0]], nones,
-        [q for q, _ in states[1]], [scale for _, scale in states[1]], nones,
+        [values(s, torch.bfloat16, i) for i, s in enumerate(shapes)]
+        + [q for some in states for q, _ in some],
+        nones + [scale for some in states for _, scale in some], nones * 3,
         [values(s, torch.float32, 100 + i) for i, s in enumerate(shapes)], nones,
-        torch.full((len(shapes),), 8192.0), nones, nones, nones,
+        torch.full((len(shapes),), 8192.0),
         [torch.zeros((), dtype=torch.int64) for _ in shapes],
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * len(shapes), dtype=torch.float64),
-        torch.zeros((), dtype=torch.int64),
-        remainders, scaling, scaling, [-1 if i % 2 else 7 + i for i in range(len(shapes))],
+        torch.zeros((), dtype=torch.int64), [], remainders, [0] * len(shapes) + 2 * scaling,
+        [-1 if i % 2 else 7 + i for i in range(len(shapes))],
     ]  # fmt: skip
 
 

@@ -125,6 +125,53 @@ def test_families_convert_unmodified_and_train(family):
     assert [type(m) for m in model.modules()] == types and list(model.state_dict()) == keys
 
 
+@pytest.mark.parametrize("name", FP8)
+def test_gpt2_converts_its_conv1d_and_trains(name):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config)
+    keys, types = list(model.state_dict()), [type(m) for m in model.modules()]
+    with torch.no_grad():
+        before = model(input_ids=TOKENS, labels=TOKENS).loss.item()
+    qv.convert(model, name)
+    kinds = list(qv.convert_report(model).converted.values())
+    assert kinds.count("linear") == 2 * 4
+    assert kinds.count("norm") == (2 * 2 if name == "coat" else 0)
+    assert [key for key in model.state_dict() if "history" not in key] == keys
+    optimizer = qv.AdamW(model.parameters(), lr=3e-3, recipe=name)
+    losses = [step(model, optimizer, TOKENS) for _ in range(4)]
+    assert losses[0] == pytest.approx(before, rel=0.02) and losses[-1] < 0.9 * losses[0]
+    qv.restore(model)
+    assert [type(m) for m in model.modules()] == types and list(model.state_dict()) == keys
+
+
+def test_what_stays_of_other_families_is_named():
+    left = {}
+    for family in ("Mixtral", "Falcon"):
+        left |= qv.convert_report(qv.convert(plain(family), "tensorwise")).left
+    assert "gate_up_proj is a stack of matrices" in left["model.layers.0.mlp.experts"]
+    assert "MixtralTopKRouter, no linear layer" in left["model.layers.0.mlp.gate"]
+    assert (
+        "FalconLinear, a linear layer of another kind" in left["transformer.h.1.mlp.dense_4h_to_h"]
+    )
+
+
+def test_under_coat_every_parameter_and_gradient_is_a_plain_tensor():
+    model, optimizer = make("coat")
+    for _ in range(2):
+        step(model, optimizer, TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    parameters = list(model.parameters())
+    for p in parameters:
+        assert type(p) is nn.Parameter and type(p.data) is torch.Tensor
+        assert type(p.grad) is torch.Tensor and p.grad.dtype == p.dtype
+    addresses = {p.data_ptr() for p in parameters}
+    assert 0 not in addresses and len(addresses) == len(parameters)
+    assert all(type(value) is torch.Tensor for value in model.state_dict().values())
+
+
 def test_the_last_norm_and_what_is_no_linear_layer_are_left():
     report = qv.convert_report(qv.convert(plain("Gemma2", head_dim=16), "coat"))
     assert "who reads it is not known" in report.left["model.norm"]

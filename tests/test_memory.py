@@ -1,5 +1,6 @@
 """The report counts real storages: each expected figure is worked out by hand from the shapes."""
 
+import dataclasses
 import gc
 import weakref
 
@@ -290,3 +291,17 @@ def test_second_derivatives_pass_through_counted_activations():
     (second,) = torch.autograd.grad(first.sum(), x)
     expected = torch.func.vmap(torch.func.grad(torch.func.grad(lambda v: v.sigmoid().exp())))(x)
     torch.testing.assert_close(second, expected)
+
+
+@pytest.mark.parametrize(("weight_grad", "most"), [("bf16", 6.07), ("e4m3", 5.07)])
+def test_coats_bytes_of_a_linear_weight_copies_included(weight_grad, most):
+    base = recipe.get("coat")
+    linear = dataclasses.replace(base.linear, weight_grad=weight_grad)
+    chosen = dataclasses.replace(base, linear=linear)
+    model = qv.convert(nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256)), chosen)
+    optimizer = qv.AdamW(model.parameters(), recipe=chosen)
+    model(torch.randn(16, 256)).sum().backward()
+    optimizer.step()
+    model(torch.randn(16, 256))  # a copy for the products would be there again
+    per = qv.memory_report(model, optimizer)["bytes_per_param"]
+    assert per["weight_fp8"] == 0 and per["all"] <= most

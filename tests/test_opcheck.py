@@ -27,14 +27,16 @@ def adam(n=2):
         return [make() for _ in range(n)]
 
     return (
-        each(lambda: randn(*shape).half()), each(ONE.clone), each(ONE.clone),
-        each(lambda: torch.zeros(shape).to(E4M3)), each(ONE.clone), each(ONE.clone),
-        each(lambda: torch.zeros(shape).half()), each(ONE.clone), each(ONE.clone),
+        each(lambda: randn(*shape).half()) + each(lambda: torch.zeros(shape).to(E4M3))
+        + each(lambda: torch.zeros(shape).half()),
+        [ONE.clone() for _ in range(3 * n)], [ONE.clone() for _ in range(3 * n)],
         each(lambda: randn(*shape)), each(lambda: none), torch.ones(n),
-        each(lambda: torch.zeros(shape).to(E4M3)), each(lambda: torch.zeros(shape[::-1]).to(E4M3)),
-        each(ONE.clone), each(lambda: torch.zeros((), dtype=torch.int64)),
+        each(lambda: torch.zeros((), dtype=torch.int64)),
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
-        torch.zeros((), dtype=torch.int64), [], [], [], [],
+        torch.zeros((), dtype=torch.int64),
+        each(lambda: torch.zeros(shape).to(E4M3))
+        + each(lambda: torch.zeros(shape[::-1]).to(E4M3)) + each(ONE.clone),
+        [], [], [3, -1], [5, 0],
     )  # fmt: skip
 
 
@@ -44,14 +46,14 @@ def adam_in_groups(n=2):
     nones = [none] * n
     states = [ops.encode_state(randn(*shape, seed=i).abs(), E4M3, i % 2 == 1) for i in range(2 * n)]
     return (
-        [randn(*shape).bfloat16() for _ in range(n)], nones, nones,
-        *([state[part] for state in states[:n]] for part in (0, 1)), nones,
-        *([state[part] for state in states[n:]] for part in (0, 1)), nones,
-        [randn(*shape) for _ in range(n)], nones, torch.ones(n), nones, nones, nones,
+        [randn(*shape).bfloat16() for _ in range(n)] + [q for q, _ in states],
+        nones + [scale for _, scale in states], nones * 3,
+        [randn(*shape) for _ in range(n)], nones, torch.ones(n),
         [torch.zeros((), dtype=torch.int64) for _ in range(n)],
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
-        torch.zeros((), dtype=torch.int64),
-        [torch.zeros(shape, dtype=torch.int16), *nones[1:]], [1, 2], [1, 2], [-1, 7],
+        torch.zeros((), dtype=torch.int64), [],
+        [torch.zeros(shape, dtype=torch.int16), *nones[1:]], [0, 0, 1, 2, 1, 2], [-1, 7],
+        [0, 1],
     )  # fmt: skip
 
 

@@ -226,7 +226,8 @@ def test_zero_gradients_only_decay(name):
     for _ in range(3):
         optimizer.step()
     got = net[0].weight.dequantize()
-    torch.testing.assert_close(got, before * (1 - 1e-3) ** 3, rtol=3 * 2**-11, atol=1e-6)
+    # Stochastic rounding is off by up to an ulp a step.
+    torch.testing.assert_close(got, before * (1 - 1e-3) ** 3, rtol=3 * 2**-10, atol=1e-6)
     assert optimizer.skipped == 0
 
 

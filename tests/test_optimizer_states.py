@@ -323,12 +323,12 @@ def test_copies_and_groups_in_one_pass(shape):
             torch.zeros(shape[::-1], dtype=E4M3),
             torch.ones(()),
         )
-        none = torch.empty(0)
-        torch.ops.quaver.adam_(
-            [p.qdata], [p.scale], [p.amax], [m.qdata], [m.scale], [none], [v.qdata], [v.scale],
-            [none], [g], [none], g.abs().amax()[None], [row], [col], [scale],
-            [torch.zeros((), dtype=torch.int64)], torch.tensor([HYPER], dtype=torch.float64),
-            torch.zeros((), dtype=torch.int64), [], [2], [2], [],
+        qv.ops.adam_(
+            [p], [m], [v], [g], grad_amax=g.abs().amax()[None],
+            steps=[torch.zeros((), dtype=torch.int64)],
+            hyper=torch.tensor([HYPER], dtype=torch.float64),
+            skipped=torch.zeros((), dtype=torch.int64),
+            copies=[(row, col, scale)], scalings=[0, 2, 2],
         )  # fmt: skip
         return [p.qdata, p.scale, m.qdata, m.scale, v.qdata, v.scale, row, col]
 

@@ -36,7 +36,7 @@ StateSpan span_of(const StateView& s, float bound) {
 
 void prepare(const AdamParameter& p, Plan* plan) {
   const double* h = p.hyper;
-  plan->step = adam_step(h[0], h[1], h[2], h[3], h[4], *p.step + 1);
+  plan->step = adam_step(h[0], h[1], h[2], h[3], h[4], next_step(*p.step));
   auto amax = [](const StateView& s) { return is_scaled(s) ? *s.amax : 0.0f; };
   const AdamStep& step = plan->step;
   AdamSpan& s = plan->span;
@@ -49,9 +49,10 @@ void prepare(const AdamParameter& p, Plan* plan) {
   s.fp8 = p.fp8.as<uint8_t>();
   s.remainder = p.remainder;
   s.stochastic = p.stochastic;
+  s.stochastic_exp_avg = rounds_exp_avg(p);
   s.seed = p.seed;
   s.offset = static_cast<uint64_t>(*p.step);
-  s.first = 0;
+  s.first = static_cast<uint64_t>(p.first_element);
 }
 
 void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
@@ -63,7 +64,7 @@ void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
   s.grad = static_cast<const char*>(s.grad) + begin * size_of(s.grad_type);
   if (s.fp8 != nullptr) s.fp8 += begin;
   if (s.remainder != nullptr) s.remainder += begin;
-  s.first = static_cast<uint64_t>(begin);
+  s.first += static_cast<uint64_t>(begin);
   uint32_t amax[3] = {0, 0, 0};
   simd().adam(s, plan.step, n, amax);
   for (int k = 0; k < 3; ++k) plan.amax[k].add(amax[k]);
@@ -87,7 +88,7 @@ void finish(const AdamParameter& p, const Plan& plan) {
   record(p.exp_avg, plan.span.exp_avg.new_scale, 1);
   record(p.exp_avg_sq, plan.span.exp_avg_sq.new_scale, 2);
   if (p.fp8_scale != nullptr) *p.fp8_scale = plan.span.weight.new_scale * kMasterToFp8;
-  ++*p.step;
+  *p.step = next_step(*p.step);
 }
 
 }  // namespace
@@ -96,6 +97,9 @@ void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped) {
   bool finite = true;
   for (int64_t i = 0; i < count; ++i) {
     check_adam(parameters[i]);
+    const int64_t taken = *parameters[i].step;
+    QUAVER_CHECK(taken >= 0 && taken < INT64_MAX,
+                 "adam_: a step count must be in [0, 2^63 - 1), got ", taken);
     finite = finite && is_finite(*parameters[i].grad_amax);
   }
   if (!finite) {

@@ -30,7 +30,8 @@ struct AdamSpan {
   float grad_scale;
   uint8_t* fp8;         // e4m3 GEMM copy of the span, or null
   uint16_t* remainder;  // of a bf16 weight, or null
-  bool stochastic;
+  bool stochastic;      // of a 16-bit weight
+  bool stochastic_exp_avg;
   uint64_t seed, offset, first;  // Philox: of the weight, the step, the first element
 };
 

@@ -107,16 +107,23 @@ void store_plain(const StateSpan& s, int64_t i, const float* x, int64_t count) {
   });
 }
 
+// `random` is null for nearest rounding.
 void store_exp_avg(const StateSpan& s, int64_t i, const float* x, const float* grad,
-                   int64_t count) {
+                   const uint32_t* random, int64_t count) {
   if (s.type == DType::f32) return store_plain(s, i, x, count);
   alignas(64) float y[kRun];
   with_count(count, [&](int64_t n) {
     with_format(s.type, [&](auto format) {
       using T = decltype(format);
       to_format<T>(y, x, s, i, n);
-      QUAVER_SIMD
-      for (int64_t j = 0; j < n; ++j) y[j] = settle_exp_avg<T>(y[j], x[j], grad[j]);
+      if (random == nullptr) {
+        QUAVER_SIMD
+        for (int64_t j = 0; j < n; ++j) y[j] = settle_exp_avg<T>(y[j], x[j], grad[j], false, 0);
+      } else {
+        QUAVER_SIMD
+        for (int64_t j = 0; j < n; ++j)
+          y[j] = settle_exp_avg<T>(y[j], x[j], grad[j], true, random[j]);
+      }
       store(static_cast<T*>(s.values) + i, y, n, 1.0f);
     });
   });
@@ -149,29 +156,42 @@ void load_weight(float* w, const AdamSpan& p, int64_t i, int64_t n) {
   for (int64_t j = 0; j < n; ++j) w[j] = join_master(high[j], low[j]);
 }
 
-void store_weight(const AdamSpan& p, int64_t i, const float* w, int64_t n) {
-  if (!p.stochastic && p.remainder == nullptr)
+// The random words of elements i and the following, in a buffer of kBlock + kDrawn.
+const uint32_t* draw(uint32_t* words, const AdamSpan& p, int64_t i, int64_t n) {
+  const uint64_t first = p.first + static_cast<uint64_t>(i);
+  const uint64_t inside = first % 4;  // of its Philox block
+  random_words(words, p.seed, first - inside, p.offset, n + static_cast<int64_t>(inside));
+  return words + inside;
+}
+
+template <class T>
+void store_stochastic(const AdamSpan& p, int64_t i, const float* w, const uint32_t* random,
+                      int64_t n) {
+  auto* out = static_cast<T*>(p.weight.values) + i;
+  const float inverse = 1.0f / p.weight.new_scale;
+  QUAVER_SIMD
+  for (int64_t j = 0; j < n; ++j) out[j] = encode_weight_stochastic<T>(w[j] * inverse, random[j]);
+}
+
+void store_weight(const AdamSpan& p, int64_t i, const float* w, const uint32_t* random, int64_t n) {
+  if (p.stochastic)
+    return p.weight.type == DType::bf16 ? store_stochastic<bf16>(p, i, w, random, n)
+                                        : store_stochastic<f16>(p, i, w, random, n);
+  if (p.remainder == nullptr)
     return store_any(at(p.weight.values, p.weight.type, i), p.weight.type, w, n,
                      1.0f / p.weight.new_scale);
   auto* high = static_cast<bf16*>(p.weight.values) + i;
-  if (p.remainder != nullptr) {
-    uint16_t* low = p.remainder + i;
-    QUAVER_SIMD
-    for (int64_t j = 0; j < n; ++j) {
-      high[j] = master_high(w[j]);
-      low[j] = master_low(w[j]);
-    }
-    return;
-  }
-  alignas(64) uint32_t random[kBlock];
-  random_words(random, p.seed, p.first + static_cast<uint64_t>(i), p.offset, n);
+  uint16_t* low = p.remainder + i;
   QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) high[j] = encode_bf16_stochastic(w[j], random[j]);
+  for (int64_t j = 0; j < n; ++j) {
+    high[j] = master_high(w[j]);
+    low[j] = master_low(w[j]);
+  }
 }
 
 // Stores the moments of a run.
 void store_moments(const AdamSpan& p, int64_t i, const float* m, const float* v, const float* g,
-                   int64_t count) {
+                   const uint32_t* random, int64_t count) {
   // Both ranges, then both scales: a scale is a long chain of dependent operations.
   const bool group_m = p.exp_avg.scaling != Scaling::tensor;
   const bool group_v = p.exp_avg_sq.scaling != Scaling::tensor;
@@ -179,12 +199,12 @@ void store_moments(const AdamSpan& p, int64_t i, const float* m, const float* v,
   const GroupRange range_v = group_v ? range_of(v, count) : GroupRange{};
   if (group_m) choose_scale(p.exp_avg, i, range_m);
   if (group_v) choose_scale(p.exp_avg_sq, i, range_v);
-  store_exp_avg(p.exp_avg, i, m, g, count);
+  store_exp_avg(p.exp_avg, i, m, g, p.stochastic_exp_avg ? random : nullptr, count);
   store_exp_avg_sq(p.exp_avg_sq, i, v, count);
 }
 
 void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, float* w,
-              int64_t count) {
+              const uint32_t* random, int64_t count) {
   alignas(64) float m[kRun], v[kRun];
   load_state(m, p.exp_avg, i, count);
   load_state(v, p.exp_avg_sq, i, count);
@@ -197,7 +217,7 @@ void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, f
       v[j] = e.exp_avg_sq;
     }
   });
-  store_moments(p, i, m, v, g, count);
+  store_moments(p, i, m, v, g, random, count);
 }
 
 #if defined(QUAVER_EXPANDED_LANES)
@@ -226,7 +246,7 @@ void adam_expanded(const AdamSpan& p, const AdamStep& s, int64_t i, const float*
   for (int64_t k = 0; k < groups; ++k) {
     const int64_t j = k * kGroup;
     if (!ordinary[k]) {
-      store_moments(p, i + j, m + j, v + j, g + j, kGroup);
+      store_moments(p, i + j, m + j, v + j, g + j, nullptr, kGroup);  // expanded: to nearest
       continue;
     }
     scales_m[k] = chosen_m.scale[k];
@@ -285,6 +305,7 @@ void decode_groups(float* out, const StateSpan& s, int64_t n) {
 
 void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
   alignas(64) float gradients[kBlock], weights[kBlock];
+  alignas(64) uint32_t words[kBlock + kDrawn];
   const AdamSpan p = span;
   const AdamStep s = step;
   const StateSpan* states[3] = {&p.weight, &p.exp_avg, &p.exp_avg_sq};
@@ -307,6 +328,7 @@ void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_b
       w = static_cast<float*>(p.weight.values) + i;
     else
       load_weight(weights, p, i, count);
+    const uint32_t* random = p.stochastic ? draw(words, p, i, count) : words;
     int64_t done = 0;
 #if defined(QUAVER_EXPANDED_LANES)
     if (p.exp_avg.scaling == Scaling::expand && p.exp_avg_sq.scaling == Scaling::expand) {
@@ -319,8 +341,8 @@ void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_b
     }
 #endif
     for (int64_t j = done; j < count; j += kRun)
-      adam_run(p, s, i + j, g + j, w + j, count - j < kRun ? count - j : kRun);
-    if (!plain_weight) store_weight(p, i, weights, count);
+      adam_run(p, s, i + j, g + j, w + j, random + j, count - j < kRun ? count - j : kRun);
+    if (!plain_weight) store_weight(p, i, weights, random, count);
     for (int k = 0; k < 3; ++k) collect(*states[k], i, count, codes[k]);
     if (p.fp8 == nullptr) continue;
     // From the stored codes, so that a reloaded weight gives the same copy.

@@ -43,10 +43,11 @@ struct Entry {
   uint64_t seed;
   int64_t* step;
   const double* hyper;
-  int64_t numel, first;
+  int64_t numel, first;   // elements, and the first block of this parameter
+  int64_t first_element;  // for the random bits
   Tiles tiles;
   DType grad_type;
-  bool stochastic, tiled, aligned, aligned_t;
+  bool stochastic, stochastic_exp_avg, tiled, aligned, aligned_t;
 };
 
 // What a step of one parameter needs, computed once.
@@ -70,7 +71,7 @@ struct Problem {
 QUAVER_DEVICE void plan_step(const Entry& e, Plan* plan) {
   Plan p;
   const double* h = e.hyper;
-  p.step = adam_step(h[0], h[1], h[2], h[3], h[4], *e.step + 1);
+  p.step = adam_step(h[0], h[1], h[2], h[3], h[4], next_step(*e.step));
   p.offset = static_cast<uint64_t>(*e.step);
   p.grad_scale = e.grad_scale != nullptr ? *e.grad_scale : 1.0f;
   float amax[kStates];
@@ -152,8 +153,33 @@ QUAVER_DEVICE void decode_weight(const Entry& e, const Loaded& l, float (&w)[kQu
                        static_cast<uint16_t>(half_of(l.remainder, j)));
 }
 
+// random_bits of four elements, which may lie in two blocks of Philox: a tile's rows, and a shard,
+// begin anywhere.
+QUAVER_DEVICE void draw(uint64_t seed, uint64_t index, uint64_t offset, uint32_t (&word)[kQuad]) {
+  const Philox4 block = philox4x32(seed, index / kQuad, offset);
+  uint32_t w[2 * kQuad] = {block.word[0], block.word[1], block.word[2], block.word[3]};
+  const unsigned shift = index % kQuad;
+  if (shift != 0) {
+    const Philox4 next = philox4x32(seed, index / kQuad + 1, offset);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) w[kQuad + j] = next.word[j];
+  }
+#pragma unroll
+  for (int j = 0; j + 1 < 2 * kQuad; ++j) w[j] = shift & 1 ? w[j + 1] : w[j];
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) word[j] = shift & 2 ? w[j + 2] : w[j];
+}
+
+template <class T>
+QUAVER_DEVICE void encode_stochastic(const Plan& p, const float (&w)[kQuad],
+                                     const uint32_t (&random)[kQuad], Loaded& l) {
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j)
+    put_half(l.state[0], j, encode_weight_stochastic<T>(w[j] * p.inverse[0], random[j]).bits);
+}
+
 QUAVER_DEVICE void encode_weight(const Entry& e, const Plan& p, const float (&w)[kQuad],
-                                 Loaded& l) {
+                                 const uint32_t (&random)[kQuad], Loaded& l) {
   if (e.remainder != nullptr) {
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
@@ -162,10 +188,10 @@ QUAVER_DEVICE void encode_weight(const Entry& e, const Plan& p, const float (&w)
     }
     store_quad(e.remainder, DType::bf16, l.i, l.remainder, l.n, e.aligned);
   } else if (e.stochastic) {
-    const Philox4 random = philox4x32(e.seed, static_cast<uint64_t>(l.i) / kQuad, p.offset);
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j)
-      put_half(l.state[0], j, encode_bf16_stochastic(w[j], random.word[j]).bits);
+    if (e.state[0].type == DType::bf16)
+      encode_stochastic<bf16>(p, w, random, l);
+    else
+      encode_stochastic<f16>(p, w, random, l);
   } else {
     encode_any(e.state[0].type, w, p.inverse[0], 0, l.state[0]);
   }
@@ -173,7 +199,8 @@ QUAVER_DEVICE void encode_weight(const Entry& e, const Plan& p, const float (&w)
 
 // A moment of the whole warp.
 QUAVER_DEVICE void encode_moment(const Entry& e, const Plan& p, int k, const float (&x)[kQuad],
-                                 const float (&grad)[kQuad], Loaded& l) {
+                                 const float (&grad)[kQuad], const uint32_t (&random)[kQuad],
+                                 Loaded& l) {
   const State& s = e.state[k];
   float y[kQuad];
   if (s.scaling == Scaling::tensor) {
@@ -186,7 +213,7 @@ QUAVER_DEVICE void encode_moment(const Entry& e, const Plan& p, int k, const flo
     to_format(s.type, expands, scale, x, y);
   }
   if (k == 1)
-    settle_first(s.type, x, grad, y);
+    settle_first(s.type, x, grad, e.stochastic_exp_avg, random, y);
   else if (is_fp8(s.type))
     keep_nonzero(s.type, x, y);
   encode_any(s.type, y, 1.0f, 0, l.state[k]);
@@ -209,9 +236,11 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, const Logarithms& l
     x[1][j] = element.exp_avg;
     x[2][j] = element.exp_avg_sq;
   }
-  encode_weight(e, p, x[0], l);
+  uint32_t random[kQuad] = {};
+  if (e.stochastic) draw(e.seed, static_cast<uint64_t>(e.first_element + l.i), p.offset, random);
+  encode_weight(e, p, x[0], random, l);
 #pragma unroll
-  for (int k = 1; k < kStates; ++k) encode_moment(e, p, k, x[k], grad, l);
+  for (int k = 1; k < kStates; ++k) encode_moment(e, p, k, x[k], grad, random, l);
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
     const State& s = e.state[k];
@@ -283,7 +312,7 @@ __global__ void __launch_bounds__(kThreads) end_kernel(Problem p) {
       *e.state[k].amax = plan.amax[k];
     }
     if (e.fp8_scale != nullptr) *e.fp8_scale = plan.new_scale[0] * kMasterToFp8;
-    ++*e.step;
+    *e.step = next_step(*e.step);
   }
 }
 
@@ -313,7 +342,9 @@ Entry make_entry(const AdamParameter& p, int64_t first) {
   e.aligned_t = is_aligned(p.fp8_t.data) && p.fp8.rows % kVector == 0;
   e.remainder = p.remainder;
   e.stochastic = p.stochastic;
+  e.stochastic_exp_avg = rounds_exp_avg(p);
   e.seed = p.seed;
+  e.first_element = p.first_element;
   e.step = p.step;
   e.hyper = p.hyper;
   return e;

@@ -65,17 +65,20 @@ QUAVER_DEVICE void to_format(DType type, bool expands, float scale, const float 
 
 template <class T>
 QUAVER_DEVICE void settle_first(const float (&m)[kQuad], const float (&grad)[kQuad],
+                                bool stochastic, const uint32_t (&random)[kQuad],
                                 float (&y)[kQuad]) {
 #pragma unroll
-  for (int j = 0; j < kQuad; ++j) y[j] = settle_exp_avg<T>(y[j], m[j], grad[j]);
+  for (int j = 0; j < kQuad; ++j)
+    y[j] = settle_exp_avg<T>(y[j], m[j], grad[j], stochastic, random[j]);
 }
 
 QUAVER_DEVICE void settle_first(DType type, const float (&m)[kQuad], const float (&grad)[kQuad],
+                                bool stochastic, const uint32_t (&random)[kQuad],
                                 float (&y)[kQuad]) {
   switch (type) {
-    case DType::e4m3: settle_first<e4m3>(m, grad, y); break;
-    case DType::e5m2: settle_first<e5m2>(m, grad, y); break;
-    case DType::f16: settle_first<f16>(m, grad, y); break;
+    case DType::e4m3: settle_first<e4m3>(m, grad, stochastic, random, y); break;
+    case DType::e5m2: settle_first<e5m2>(m, grad, stochastic, random, y); break;
+    case DType::f16: settle_first<f16>(m, grad, stochastic, random, y); break;
     default: break;
   }
 }

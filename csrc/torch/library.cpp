@@ -1,8 +1,8 @@
 // Schemas of torch.ops.quaver. Fake kernels and autograd are registered in python/quaver/ops.py.
 //
 // Scales are decode multipliers in f32: x ~= scale * q. In a list argument an empty tensor stands
-// for "none", and an empty list where it may be empty for none at all. `*_scaling` are the values
-// of Scaling (codec.h); a seed >= 0 rounds a bf16 weight stochastically. Each stage's binding
+// for "none", and an empty list where it may be empty for none at all. `scalings` are values of
+// Scaling (codec.h); a seed >= 0 rounds a 16-bit weight stochastically. Each stage's binding
 // registers its kernels for the CPU (and CUDA) key.
 #include "quaver/cpu.h"
 #include "stable.h"
@@ -64,14 +64,10 @@ STABLE_TORCH_LIBRARY(quaver, m) {
       "reduce_shards(Tensor shards, Tensor? scales, Tensor? sum_scales, int[] sizes, int first, "
       "ScalarType dtype) -> (Tensor out, Tensor amax, Tensor saturated)");
   m.def(
-      "adam_(Tensor(a!)[] weights, Tensor(b!)[] weight_scales, Tensor(c!)[] weight_amaxes, "
-      "Tensor(d!)[] exp_avgs, Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_amaxes, "
-      "Tensor(g!)[] exp_avg_sqs, Tensor(h!)[] exp_avg_sq_scales, Tensor(i!)[] exp_avg_sq_amaxes, "
-      "Tensor[] grads, Tensor[] grad_scales, Tensor grad_amax, "
-      "Tensor(j!)[] fp8s, Tensor(k!)[] fp8_ts, Tensor(l!)[] fp8_scales, "
-      "Tensor(m!)[] steps, Tensor hyper, Tensor(n!) skipped, "
-      "Tensor(o!)[] remainders, int[] exp_avg_scaling=[], int[] exp_avg_sq_scaling=[], int[] "
-      "seeds=[]) -> ()");
+      "adam_(Tensor(a!)[] values, Tensor(b!)[] scales, Tensor(c!)[] amaxes, Tensor[] grads, "
+      "Tensor[] grad_scales, Tensor grad_amax, Tensor(d!)[] steps, Tensor hyper, "
+      "Tensor(e!) skipped, Tensor(f!)[] copies, Tensor(g!)[] remainders, int[] scalings=[], "
+      "int[] seeds=[], int[] first_elements=[]) -> ()");
   m.def("encode_state(Tensor x, ScalarType dtype, bool expand) -> (Tensor q, Tensor scale)");
   m.def("decode_state(Tensor q, Tensor scale, bool expand) -> Tensor");
   m.def("comm_id_(Tensor(a!) id, str library) -> ()");

@@ -195,12 +195,19 @@ QUAVER_HD bf16 master_high(float x) {
 }
 QUAVER_HD uint16_t master_low(float x) { return static_cast<uint16_t>(bit_cast<uint32_t>(x)); }
 
-// Up with the probability of the 16 bits that a bf16 lacks.
-QUAVER_HD bf16 encode_bf16_stochastic(float x, uint32_t random) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t up = bits + (random & 0xffffu);
-  const bool special = (bits & 0x7f800000u) == 0x7f800000u;
-  return bf16{static_cast<uint16_t>(select(special, encode_bf16(x).bits, up >> 16))};
+// A 16-bit weight over its scale, rounded up with the probability of the bits that the format
+// lacks: steps far below half an ulp then move it in expectation, and nearest rounding would lose
+// them all.
+template <class T>
+QUAVER_HD T encode_weight_stochastic(float y, uint32_t random) {
+  if constexpr (std::is_same<T, bf16>::value) {
+    const uint32_t bits = bit_cast<uint32_t>(y);
+    const uint32_t up = bits + (random & 0xffffu);
+    const bool special = (bits & 0x7f800000u) == 0x7f800000u;
+    return bf16{static_cast<uint16_t>(select(special, encode_bf16(y).bits, up >> 16))};
+  } else {
+    return encode_stochastic<T>(y, random);
+  }
 }
 
 }  // namespace quaver

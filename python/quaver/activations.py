@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import structure
 from .memory import SavedActivations, Storages, fp8_copies, storages_of
-from .nn import MLP, Norm
+from .nn import MLP, LinearBase, Norm
 
 __all__ = ["saved_activations"]
 
@@ -19,7 +19,7 @@ OUTSIDE = "outside"  # the layer of what is saved outside of the model's forward
 
 def _kind(module: nn.Module) -> str | None:
     name = type(module).__name__.lower()
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, LinearBase)):
         return "linear"
     if isinstance(module, Norm) or structure.is_norm(module):
         return "norm"
@@ -71,7 +71,9 @@ class _Trace:
         self.owner: dict[int, tuple[str, str]] = {}  # identity: (layer, kind)
         self.gathered: Storages = {}  # weights of running modules, which FSDP2 gathered for them
         self.by_linear: dict[str, Storages] = {
-            name: {} for name, module in self.modules.items() if isinstance(module, nn.Linear)
+            name: {}
+            for name, module in self.modules.items()
+            if isinstance(module, (nn.Linear, LinearBase))
         }
 
     def pack(self, tensor: Tensor) -> Tensor:

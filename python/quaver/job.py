@@ -334,7 +334,10 @@ class Job:
     def _backward(self, step: int, probe: Probe | None) -> Tensor:
         """The loss of all micro-batches, whose gradients are then in `.grad`."""
         self.optimizer.zero_grad(set_to_none=True)
-        total, count = torch.zeros((), device=self.device), self.settings.accumulate
+        total, count = (
+            torch.zeros((), dtype=torch.float32, device=self.device),
+            self.settings.accumulate,
+        )
         for micro in range(count):
             with machine.bf16_products(self.device), ExitStack() as stack:
                 if self.parallel and micro + 1 < count:

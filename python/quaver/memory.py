@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .nn import Linear
+from .nn import LinearBase
 from .tensor import is_sharded, plain_tensors
 
 __all__ = ["ACTIVATION_KINDS", "KINDS", "SavedActivations", "activation_by_kind", "memory_report"]
@@ -139,8 +139,8 @@ def memory_report(
 
 
 def _linear_weights(model: nn.Module) -> list[Tensor]:
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    converted = [module for module in linears if isinstance(module, Linear)]
+    linears = [m for m in model.modules() if isinstance(m, (nn.Linear, LinearBase))]
+    converted = [module for module in linears if isinstance(module, LinearBase)]
     return [module.weight for module in converted or linears]
 
 

@@ -6,6 +6,7 @@ ZeRO gives it an `Owner`. Optimizers, clipping and checkpoints ask here and know
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def grad_norm(parameters: Iterable[Tensor], kind: float = 2.0) -> Tensor:
 
 def _local_norm(grads: list[Tensor], kind: float) -> Tensor:
     if not grads:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     norm, amax = ops.grad_norm(grads)
     return norm if kind == 2.0 else amax.amax()
 
@@ -177,3 +178,17 @@ def like(t: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(
         part, t.device_mesh, t.placements, run_check=False, shape=shape, stride=stride
     )
+
+
+def first_element(t: Tensor) -> int:
+    """The flat index, in the whole of `t`, of the first element of this rank's rows; 0 of a tensor
+    that is not sharded by rows. Stochastic rounding draws by it."""
+    if not is_sharded(t) or t.dim() == 0:
+        return 0
+    first, rows = 0, t.shape[0]
+    for i, place in enumerate(t.placements):
+        if place.is_shard(0):  # as torch.chunk cuts
+            chunk = -(-rows // t.device_mesh.size(i))
+            begin = min(chunk * t.device_mesh.get_local_rank(i), rows)
+            first, rows = first + begin, min(chunk, rows - begin)
+    return first * math.prod(t.shape[1:])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .nn import MLP, Linear, Norm
+from .nn import MLP, LinearBase, Norm
 from .structure import ACTIVATIONS
 from .tensor import ScaledTensor
 
@@ -55,7 +55,7 @@ class Probe:
                 handles.append(module.register_forward_hook(self._norm_hook(name)))
             elif isinstance(module, MLP):
                 handles += self._mlp_hooks(name, module)
-            elif isinstance(module, Linear):
+            elif isinstance(module, LinearBase):
                 handles.append(module.register_forward_hook(self._linear_hook(name)))
         try:
             yield self

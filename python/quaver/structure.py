@@ -185,10 +185,8 @@ def steps(module: nn.Module) -> fx.Graph:
         result = forward(tracer.stand_in(module), *inputs)
         tracer.create_node("output", "output", (tracer.create_arg(result),), {})
     except Exception as error:  # whatever a foreign forward may do with a stand-in for its input
-        line = str(error).strip().splitlines()
-        raise NotRecognized(
-            f"its forward cannot be traced: {line[0] if line else error!r}"
-        ) from None
+        sentence = str(error).strip().partition("\n")[0].partition(". ")[0] or repr(error)
+        raise NotRecognized(f"its forward cannot be traced: {sentence}") from None
     return tracer.graph
 
 

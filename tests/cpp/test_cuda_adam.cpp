@@ -15,6 +15,7 @@ struct Layout {
   int64_t skew = 0;
   Scaling exp_avg_scaling = Scaling::tensor, exp_avg_sq_scaling = Scaling::tensor;
   bool remainder = false, stochastic = false, scaled = true;  // an f16 weight's scale
+  int64_t first_element = 0;
 };
 
 constexpr Layout o2(Shape shape, DType grad = DType::e4m3) {
@@ -116,6 +117,7 @@ class Parameter {
       if (l.remainder) p.remainder = remainder.as<uint16_t>();
       p.stochastic = l.stochastic;
       p.seed = 17;
+      p.first_element = l.first_element;
       p.grad = view(grad, l.grad, rows, cols);
       p.grad_scale = is_fp8(l.grad) ? &scales[3] : nullptr;
       p.grad_amax = &grad_amax;
@@ -216,6 +218,26 @@ TEST(masters_of_bf16_weights) {
   }
 }
 
+// Rows of a tile, and shards, begin anywhere in a block of Philox.
+TEST(masters_rounded_stochastically) {
+  for (const Shape& shape : kShapes) {
+    Layout l = o2(shape);
+    l.stochastic = true;
+    check({l});
+  }
+  for (const int64_t first : {0, 1, 2, 3, 1000001})
+    for (const int64_t cols : {4, 97, 130}) {
+      Layout tiled = o2({131, cols}), flat = coat({3, cols}, DType::bf16), half = flat;
+      half.weight = DType::f16;
+      half.scaled = false;
+      for (Layout* l : {&tiled, &flat, &half}) {
+        l->stochastic = true;
+        l->first_element = first;
+      }
+      check({tiled, flat, half, coat_with_copies({4, cols})});
+    }
+}
+
 TEST(many_parameters_in_one_launch) {
   in_every_order([] {
     check({{{1, 33}, DType::f32, DType::f32, DType::f32, DType::f32},
@@ -256,5 +278,20 @@ TEST(a_master_needs_a_bf16_weight) {
   layout.remainder = true;
   Parameter p(layout, 1);
   AdamParameter a = p.cuda();
-  CHECK_THROWS(cuda::adam(&a, 1, nullptr, nullptr, nullptr), "go with a bf16 weight, got f32");
+  CHECK_THROWS(cuda::adam(&a, 1, nullptr, nullptr, nullptr),
+               "a remainder goes with a bf16 weight, got f32");
+}
+
+TEST(a_scale_and_an_amax_come_together_where_the_format_has_them) {
+  Parameter low(o2({4, 8}), 1);
+  AdamParameter a = low.cuda();
+  a.exp_avg_sq.amax = nullptr;
+  CHECK_THROWS(cuda::adam(&a, 1, nullptr, nullptr, nullptr),
+               "exp_avg_sq is f16 and needs a scale and an amax");
+  float one = 1.0f;
+  Parameter wide({{4, 8}, DType::f32, DType::f32, DType::f32, DType::f32}, 1);
+  AdamParameter b = wide.cuda();
+  b.exp_avg.scale = &one;
+  CHECK_THROWS(cuda::adam(&b, 1, nullptr, nullptr, nullptr),
+               "exp_avg is f32 and takes neither a scale nor an amax");
 }

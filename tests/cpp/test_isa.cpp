@@ -134,35 +134,94 @@ TEST(cast_transpose) {
   });
 }
 
+// With a master rounded to nearest, stochastically, and as a shard that begins inside a block of
+// Philox.
 TEST(adam_with_low_precision_states) {
-  for (const int64_t n : kSizes) {
-    same_everywhere([&](Bytes* bytes) {
-      const std::vector<float> grad = some_values(n, 4);
-      std::vector<f16> weight(n, f16{0x3c00}), exp_avg_sq(n, f16{0});
-      std::vector<e4m3> exp_avg(n, e4m3{0});
-      float scales[3] = {1.0f, 1.0f, 1.0f}, amaxes[3] = {1.0f, 0.0f, 0.0f};
-      float grad_amax = 0.0f;
-      for (const float g : grad) grad_amax = g > grad_amax ? g : -g > grad_amax ? -g : grad_amax;
-      int64_t step = 0, skipped = 0;
-      const double hyper[5] = {1e-3, 0.9, 0.95, 1e-8, 0.1};
-      AdamParameter p;
-      p.weight = {view(weight.data(), DType::f16, 1, n), &scales[0], &amaxes[0]};
-      p.exp_avg = {view(exp_avg.data(), DType::e4m3, 1, n), &scales[1], &amaxes[1]};
-      p.exp_avg_sq = {view(exp_avg_sq.data(), DType::f16, 1, n), &scales[2], &amaxes[2]};
-      p.grad = view(const_cast<float*>(grad.data()), DType::f32, 1, n);
-      p.grad_amax = &grad_amax;
-      p.step = &step;
-      p.hyper = hyper;
-      for (int i = 0; i < 3; ++i) cpu::adam(&p, 1, &skipped);
-      CHECK_EQ(step, 3);
-      CHECK_EQ(skipped, 0);
-      append(bytes, weight);
-      append(bytes, exp_avg);
-      append(bytes, exp_avg_sq);
-      append(bytes, std::vector<float>(scales, scales + 3));
-      append(bytes, std::vector<float>(amaxes, amaxes + 3));
-    });
+  for (const int64_t n : kSizes)
+    for (const int64_t first : {-1, 0, 6}) {
+      same_everywhere([&](Bytes* bytes) {
+        const std::vector<float> grad = some_values(n, 4);
+        std::vector<f16> weight(n, f16{0x3c00}), exp_avg_sq(n, f16{0});
+        std::vector<e4m3> exp_avg(n, e4m3{0});
+        float scales[3] = {1.0f, 1.0f, 1.0f}, amaxes[3] = {1.0f, 0.0f, 0.0f};
+        float grad_amax = 0.0f;
+        for (const float g : grad) grad_amax = g > grad_amax ? g : -g > grad_amax ? -g : grad_amax;
+        int64_t step = 0, skipped = 0;
+        const double hyper[5] = {1e-3, 0.9, 0.95, 1e-8, 0.1};
+        AdamParameter p;
+        p.weight = {view(weight.data(), DType::f16, 1, n), &scales[0], &amaxes[0]};
+        p.exp_avg = {view(exp_avg.data(), DType::e4m3, 1, n), &scales[1], &amaxes[1]};
+        p.exp_avg_sq = {view(exp_avg_sq.data(), DType::f16, 1, n), &scales[2], &amaxes[2]};
+        p.grad = view(const_cast<float*>(grad.data()), DType::f32, 1, n);
+        p.grad_amax = &grad_amax;
+        p.step = &step;
+        p.hyper = hyper;
+        p.stochastic = first >= 0;
+        p.seed = 5;
+        p.first_element = first < 0 ? 0 : first;
+        for (int i = 0; i < 3; ++i) cpu::adam(&p, 1, &skipped);
+        CHECK_EQ(step, 3);
+        CHECK_EQ(skipped, 0);
+        append(bytes, weight);
+        append(bytes, exp_avg);
+        append(bytes, exp_avg_sq);
+        append(bytes, std::vector<float>(scales, scales + 3));
+        append(bytes, std::vector<float>(amaxes, amaxes + 3));
+      });
+    }
+}
+
+// A shard draws the random bits that its elements have in the whole tensor.
+TEST(a_shard_of_a_master_rounds_as_the_whole_does) {
+  constexpr int64_t n = 700;
+  for (const DType type : {DType::f16, DType::bf16}) {
+    auto run = [&](const std::vector<int64_t>& cuts) {
+      std::vector<float> grad = some_values(n, 4), m(n), v(n);
+      std::vector<uint16_t> weight(n);
+      for (int64_t i = 0; i < n; ++i) weight[i] = static_cast<uint16_t>(0x3800u + i);
+      for (size_t k = 0; k + 1 < cuts.size(); ++k) {
+        const int64_t begin = cuts[k], count = cuts[k + 1] - begin;
+        float grad_amax = 1.0f;
+        int64_t step = 4, skipped = 0;
+        const double hyper[5] = {1e-3, 0.9, 0.95, 1e-8, 0.1};
+        AdamParameter p;
+        p.weight = {view(weight.data() + begin, type, 1, count)};
+        p.exp_avg = {view(m.data() + begin, DType::f32, 1, count)};
+        p.exp_avg_sq = {view(v.data() + begin, DType::f32, 1, count)};
+        p.grad = view(grad.data() + begin, DType::f32, 1, count);
+        p.grad_amax = &grad_amax;
+        p.step = &step;
+        p.hyper = hyper;
+        p.stochastic = true;
+        p.seed = 11;
+        p.first_element = begin;
+        cpu::adam(&p, 1, &skipped);
+      }
+      return weight;
+    };
+    const std::vector<uint16_t> whole = run({0, n});
+    CHECK(run({0, 1, 130, 262, 515, n}) == whole);
   }
+}
+
+TEST(a_step_count_out_of_range_is_refused) {
+  float grad_amax = 1.0f, one[3] = {1.0f, 1.0f, 1.0f};
+  int64_t skipped = 0;
+  const double hyper[5] = {1e-3, 0.9, 0.95, 1e-8, 0.1};
+  AdamParameter p;
+  p.weight = {view(&one[0], DType::f32, 1, 1)};
+  p.exp_avg = {view(&one[1], DType::f32, 1, 1)};
+  p.exp_avg_sq = {view(&one[2], DType::f32, 1, 1)};
+  p.grad = view(&one[0], DType::f32, 1, 1);
+  p.grad_amax = &grad_amax;
+  p.hyper = hyper;
+  for (int64_t step : {std::numeric_limits<int64_t>::max(), int64_t(-1)}) {
+    p.step = &step;
+    CHECK_THROWS(cpu::adam(&p, 1, &skipped), "a step count must be in [0, 2^63 - 1)");
+  }
+  CHECK_EQ(next_step(-5), 1);
+  CHECK_EQ(next_step(0), 1);
+  CHECK_EQ(next_step(std::numeric_limits<int64_t>::max()), std::numeric_limits<int64_t>::max());
 }
 
 TEST(states_in_groups) {
@@ -208,6 +267,7 @@ TEST(adam_with_states_in_groups) {
         p.remainder = exact ? remainder.data() : nullptr;
         p.stochastic = !exact;
         p.seed = 3;
+        p.first_element = 1;
         for (int i = 0; i < 3; ++i) cpu::adam(&p, 1, &skipped);
         CHECK_EQ(step, 3);
         append(bytes, weight);

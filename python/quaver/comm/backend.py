@@ -110,7 +110,11 @@ class NcclBackend:
         self._nccl = Nccl(store, rank, size, name=f"{name}/{made}", library=library, host=host)
         self._stream = None if host else torch.cuda.Stream()
         # On all ranks or none. Makes the connections too, so that a failure is one of the start.
-        unable = torch.tensor([float(not self._nccl.sums_fp8)], device="cpu" if host else "cuda")
+        unable = torch.tensor(
+            [float(not self._nccl.sums_fp8)],
+            dtype=torch.float32,
+            device="cpu" if host else "cuda",
+        )
         self._nccl.max_(unable)
         self.sums_fp8 = unable.item() == 0
         Heartbeat.of_process().on_failure(self._nccl.abort)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..comm.transport import Transport
 from ..nn.cast import HISTORY_STATE
-from ..nn.linear import Linear
+from ..nn.linear import LinearBase
 from ..tensor import ScaledTensor, plain_tensors
 
 
@@ -18,7 +18,7 @@ def describe(tensors: Mapping[str, Tensor], model: nn.Module | None = None) -> d
     """What the ranks of a model must have in common, for `compare`: the name, shape, dtypes and
     layer's rule of each tensor, by its place."""
     modules = [] if model is None else model.modules()
-    rules = {id(m.weight): str(m.rule) for m in modules if isinstance(m, Linear)}
+    rules = {id(m.weight): str(m.rule) for m in modules if isinstance(m, LinearBase)}
     found = {}
     for i, (name, t) in enumerate(tensors.items()):
         dtypes = " ".join(str(part.dtype).removeprefix("torch.") for part in plain_tensors(t))

@@ -17,7 +17,7 @@ from .activation import (
 from .all_reduce import bucket_length, pack, reduce_shards, share_scales
 from .gemm import gemm
 from .gradient import grad_norm, none_like, parts
-from .optimizer import encode_state
+from .optimizer import adam_, encode_state
 from .quantize import cast_transpose, dequantize, quantize
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,6 +29,7 @@ __all__ = [
     "Normalized",
     "activate",
     "activate_backward",
+    "adam_",
     "bucket_length",
     "cast_transpose",
     "dequantize",

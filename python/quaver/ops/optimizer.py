@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..layout import FLAT_BLOCK, Layout
 from ..tensor import ScaledTensor
 from .fake import fake
+from .gradient import parts
 
 _ops = torch.ops.quaver
 
@@ -40,6 +43,77 @@ def _(x, dtype, expand):
 @fake("decode_state")
 def _(q, scale, expand):
     return q.new_empty(q.shape, dtype=torch.float32)
+
+
+def adam_(
+    weights: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    *,
+    grad_amax: Tensor,
+    steps: list[Tensor],
+    hyper: Tensor,
+    skipped: Tensor,
+    scalings: Sequence[int] = (),
+    copies: Sequence[tuple[Tensor, Tensor, Tensor] | None] = (),
+    remainders: Sequence[Tensor | None] = (),
+    seeds: Sequence[int] = (),
+    first_elements: Sequence[int] = (),
+) -> None:
+    """One AdamW step of n parameters in place, each state read and written once.
+
+    Computes reference.adamw in float32 over what the states decode to. Their new scales come from
+    bounds of the new amaxes, so that one pass is enough. If any of `grad_amax` is not finite
+    nothing changes, and `skipped` counts up. All tensors are on one device, which reads step
+    counts and hyperparameters: a CUDA graph may capture the call.
+
+    Args:
+        weights: n contiguous float32, bfloat16 or float16 tensors, or float16 ScaledTensors with
+            one scale and an amax, of any shapes.
+        exp_avgs, exp_avg_sqs: n moments of the weights' shapes each, contiguous float32, or
+            ScaledTensors: float16, float8_e4m3fn or float8_e5m2 with one scale and an amax, or FP8
+            of grain "flat".
+        grads: n gradients of the weights' shapes, plain or ScaledTensors with one scale.
+        grad_amax: float32 [n], each decoded gradient's largest magnitude.
+        steps: n int64 of one element, the steps taken, which this counts up.
+        hyper: float64 [n, 5], rows of lr, beta1, beta2, eps, weight_decay.
+        skipped: int64 of one element.
+        scalings: 3n codes of how weights, exp_avgs and exp_avg_sqs are scaled: 0 as a whole, 1 by
+            flat blocks of 128, 2 by such blocks after expansion. Default: all 0.
+        copies: n triples (q, qt, scale): float8_e4m3fn codes [N, K] and [K, N] and a float32, which
+            receive the GEMM copies of a float16 ScaledTensor weight; None for none.
+        remainders: n int16 tensors of the weights' shapes: the low bits of float32 masters whose
+            high bits are bfloat16 weights; None for none.
+        seeds: n Philox keys for stochastic rounding of bfloat16 and float16 weights by (seed, step,
+            element); -1 rounds to nearest.
+        first_elements: n flat indices of the weights' first elements in whole tensors of which
+            they are shards, for the random bits. Default: all 0.
+
+    Raises:
+        RuntimeError or ValueError: lists of different lengths, mixed devices, another dtype, a
+            state that is not contiguous, a scale without an amax or where the format takes none, a
+            step count out of range.
+    """
+    values, scales, amaxes = parts([*weights, *exp_avgs, *exp_avg_sqs])
+    grad_values, grad_scales, _ = parts(list(grads))
+    none = grad_amax.new_empty(0)
+    _ops.adam_(
+        values,
+        scales,
+        amaxes,
+        grad_values,
+        grad_scales,
+        grad_amax,
+        steps,
+        hyper,
+        skipped,
+        [none if c is None else c[k] for k in range(3) for c in copies] if any(copies) else [],
+        [none if r is None else r for r in remainders],
+        scalings,
+        seeds,
+        first_elements,
+    )
 
 
 @fake("adam_")

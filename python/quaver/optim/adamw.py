@@ -151,11 +151,10 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         by_device: dict[torch.device, list] = {}
-        ordinal = 0  # of a parameter among all: the seed of its rounding
+        ordinals = self._ordinals()
         for group in self.param_groups:
             hyper = self._hyper_of(group)
             for p in group["params"]:
-                ordinal += 1
                 grad = p.grad
                 if grad is None:
                     continue
@@ -165,7 +164,7 @@ class AdamW(torch.optim.Optimizer):
                     raise RuntimeError(
                         f"AdamW: a gradient on {grad.device} for a parameter on {p.device}"
                     )
-                by_device.setdefault(p.device, []).append((p, hyper, self._state(p), ordinal))
+                by_device.setdefault(p.device, []).append((p, hyper, self._state(p), ordinals[p]))
         for device, items in by_device.items():
             self._step_device(device, items)
         return loss
@@ -180,27 +179,22 @@ class AdamW(torch.optim.Optimizer):
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         grad_amax = placement.agree(self._amax(grads), wholes)
-        grad_values, grad_scales, _ = ops.parts(grads)
         copies = [self._fused_copies(p) for p in params]
-        none = grad_amax.new_empty(0)
-        firsts, seconds = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq"))
-        torch.ops.quaver.adam_(
-            *ops.parts(params),
-            *ops.parts(firsts),
-            *ops.parts(seconds),
-            grad_values,
-            grad_scales,
-            grad_amax,
-            [none if c is None else c.row for c in copies],
-            [none if c is None else c.col for c in copies],
-            [none if c is None else c.scale for c in copies],
-            [s["step"] for s in states],
-            self._hyper_on(device, wholes, hyper),
-            self._skipped[device],
-            self._remainders(params, states, none),
-            [scaling(t) for t in firsts],
-            [scaling(t) for t in seconds],
-            self._seeds(params, ordinals),
+        firsts, seconds = ([s[key] for s in states] for key in MOMENTS)
+        ops.adam_(
+            params,
+            firsts,
+            seconds,
+            grads,
+            grad_amax=grad_amax,
+            steps=[s["step"] for s in states],
+            hyper=self._hyper_on(device, wholes, hyper),
+            skipped=self._skipped[device],
+            scalings=[scaling(t) for t in (*params, *firsts, *seconds)],
+            copies=[None if c is None else (c.row, c.col, c.scale) for c in copies],
+            remainders=self._remainders(params, states),
+            seeds=self._seeds(params, ordinals),
+            first_elements=[placement.first_element(p) for p in wholes] if sharded else (),
         )
         if sharded:
             moments = [self.state[p][key] for p in wholes for key in MOMENTS]
@@ -212,21 +206,29 @@ class AdamW(torch.optim.Optimizer):
             elif isinstance(p, ScaledTensor):
                 p.refresh_copies()  # a compiled graph would not find out
 
-    def _remainders(self, params: list[Tensor], states: list[dict], none: Tensor) -> list[Tensor]:
+    def _remainders(self, params: list[Tensor], states: list[dict]) -> list[Tensor | None]:
         # By the rule and not by the key: other optimizers keep another "master" in these states.
         kept = [self._has_remainder(p) for p in params]
         if not any(kept):
             return []
-        return [s["master"] if k else none for s, k in zip(states, kept, strict=True)]
+        return [s["master"] if k else None for s, k in zip(states, kept, strict=True)]
+
+    def _ordinals(self) -> dict[Tensor, int]:
+        """Each parameter's index over all groups, from 1, which seeds its stochastic rounding."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {p: i for i, p in enumerate(params, 1)}
 
     def _seeds(self, params: list[Tensor], ordinals: list[int]) -> list[int]:
         """The Philox seed of each weight that rounds stochastically, -1 for the others."""
-        if self.recipe.bf16_master != "stochastic":
-            return []
         return [
-            n if p.dtype == torch.bfloat16 and not isinstance(p, ScaledTensor) else -1
+            n if self._rounding(p) == "stochastic" else -1
             for p, n in zip(params, ordinals, strict=True)
         ]
+
+    def _rounding(self, p: Tensor) -> str:
+        if isinstance(p, ScaledTensor):
+            return self.recipe.master_rounding
+        return "nearest" if p.dtype == torch.float32 else self.recipe.bf16_master
 
     # Hyperparameters live on the device and are written when they change.
 

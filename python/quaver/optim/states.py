@@ -35,7 +35,7 @@ class Codec:
         codes = torch.zeros(p.shape, dtype=self.layout.dtype, device=p.device)
         if self.plain:
             return codes
-        scale = torch.ones(self.layout.scale_shape(p.shape), device=p.device)
+        scale = torch.ones(self.layout.scale_shape(p.shape), dtype=torch.float32, device=p.device)
         amax = torch.zeros_like(scale) if self.layout.grain == "tensor" else None
         return ScaledTensor(codes, scale, amax, torch.float32, self.layout)
 

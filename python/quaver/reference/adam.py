@@ -8,7 +8,17 @@ import math
 import torch
 from torch import Tensor
 
-from .formats import E4M3, E5M2, FORMATS, MASTER_TO_FP8, encode, magnitudes, philox, scale_from_amax
+from .formats import (
+    E4M3,
+    E5M2,
+    FORMATS,
+    MASTER_TO_FP8,
+    encode,
+    encode_stochastic,
+    magnitudes,
+    random_words,
+    scale_from_amax,
+)
 from .states import decode_state, keep_nonzero, to_format
 
 
@@ -42,17 +52,24 @@ def toward_zero(y: Tensor, dtype: torch.dtype) -> Tensor:
     return table[code].copysign(y.double()).float()
 
 
-def settle_exp_avg(y: Tensor, m: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+def settle_exp_avg(
+    y: Tensor, m: Tensor, g: Tensor, dtype: torch.dtype, words: Tensor | None = None
+) -> Tensor:
     """A first moment m, y in the format's domain: toward zero below the normal range, and where
-    the gradient is below an eighth of it; else nearest rounding could hold it up for ever."""
-    return torch.where(
-        (y.abs() < torch.finfo(dtype).tiny) | (8 * g.abs() < m.abs()), toward_zero(y, dtype), y
-    )
+    the gradient is below an eighth of it; else nearest rounding could hold it up for ever. With
+    random `words` the others round stochastically by their upper bits."""
+    down = (y.abs() < torch.finfo(dtype).tiny) | (8 * g.abs() < m.abs())
+    if words is not None:
+        dropped = 23 - FORMATS[dtype][1]
+        noise = (words >> 32 - dropped).reshape(y.shape).masked_fill(down | ~y.isfinite(), 0)
+        bits = y.abs().view(torch.int32).to(torch.int64) + noise >> dropped << dropped
+        y = bits.to(torch.int32).view(torch.float32).copysign(y)
+    return torch.where(down, toward_zero(y, dtype), y)
 
 
 def adamw_fp8(
     states: list[tuple[Tensor, Tensor, Tensor]], g: Tensor, g_amax: Tensor, t: int, lr, beta1,
-    beta2, eps, weight_decay, grains=("tensor",) * 3,
+    beta2, eps, weight_decay, grains=("tensor",) * 3, seed=None, first=0,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Step t of AdamW on stored (codes, scale, amax) of weight, exp_avg and exp_avg_sq.
 
@@ -60,7 +77,8 @@ def adamw_fp8(
     known before (adam.h), and the amax of what was stored is what the next starts from. f32, in
     the order of adam.h, so that every bit can be compared. Unscaled states have scale 1. States of
     grain "flat" and "expand" (flat, expanded) have the scales of their blocks, from what they now
-    hold.
+    hold. With a `seed` an f16 weight, and an FP8 first moment that is not expanded, round
+    stochastically, by the words of flat elements from `first`.
     """
     f32 = functools.partial(torch.tensor, dtype=torch.float32)
     w, m, v = (
@@ -93,10 +111,13 @@ def adamw_fp8(
         else:
             y, scale = to_format(value, dtype, kind == "expand")
         if i == 1:
-            y = settle_exp_avg(y, m, g, dtype)
+            random = seed is not None and dtype in (E4M3, E5M2) and kind != "expand"
+            words = random_words(y.numel(), seed, t - 1, first) if random else None
+            y = settle_exp_avg(y, m, g, dtype, words)
         if i == 2 and dtype in (E4M3, E5M2):
             y = keep_nonzero(y, v, dtype)
-        codes = encode(y, dtype)
+        drawn = i == 0 and seed is not None
+        codes = encode_stochastic(y, dtype, seed, t - 1, first) if drawn else encode(y, dtype)
         amax = (
             (codes.float() * scale).abs().amax() if codes.numel() and kind == "tensor" else f32(0.0)
         )
@@ -117,10 +138,9 @@ def join_master(high: Tensor, low: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def stochastic_bf16(x: Tensor, seed: int, offset: int) -> Tensor:
+def stochastic_bf16(x: Tensor, seed: int, offset: int, first: int = 0) -> Tensor:
     """Up with the probability of the dropped 16 bits: Philox of (seed, offset, flat index)."""
-    index = torch.arange(x.numel())
-    words = philox(seed, index // 4, offset).gather(1, (index % 4)[:, None])[:, 0]
+    words = random_words(x.numel(), seed, offset, first)
     bits = x.view(torch.int32).to(torch.int64).flatten() + (words & 0xFFFF)
     return (bits >> 16).to(torch.int16).view(torch.bfloat16).reshape(x.shape)
 

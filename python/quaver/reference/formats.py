@@ -91,13 +91,20 @@ def philox(seed: int, counter: Tensor, high: int = 0) -> Tensor:
     return torch.stack(c, -1)
 
 
-def encode_stochastic(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """Up with the probability of the dropped fraction: one Philox word for each flat index."""
+def random_words(count: int, seed: int, offset: int = 0, first: int = 0) -> Tensor:
+    """One Philox word for each flat index from `first`, int64 [count]."""
+    index = torch.arange(first, first + count)
+    return philox(seed, index // 4, offset).gather(1, (index % 4)[:, None])[:, 0]
+
+
+def encode_stochastic(
+    x: Tensor, dtype: torch.dtype, seed: int, offset: int = 0, first: int = 0
+) -> Tensor:
+    """Up with the probability of the dropped fraction, by random_words."""
     _, mantissa, bias = FORMATS[dtype]
     dropped = 23 - mantissa  # bits of an f32 that the format lacks
     flat = x.double().abs().flatten()
-    index = torch.arange(flat.numel())
-    words = philox(seed, index // 4).gather(1, (index % 4)[:, None])[:, 0]
+    words = random_words(flat.numel(), seed, offset, first)
     _, exponent = torch.frexp(flat)
     ulp = torch.ldexp(torch.ones_like(flat), exponent.clamp(min=2 - bias) - 1 - mantissa)
     known = torch.floor(flat / ulp * 2.0**dropped)  # finer than that is lost, in subnormals only

@@ -122,7 +122,9 @@ def two_shot(tensors: list[Tensor], dtype: torch.dtype, transport: Transport) ->
     else:  # a plain sum is divided by N
         scales, sum_scales = (
             None,
-            torch.full((len(tensors),), float(ranks), device=tensors[0].device),
+            torch.full(
+                (len(tensors),), float(ranks), dtype=torch.float32, device=tensors[0].device
+            ),
         )
     bucket = ops.pack(tensors, dtype, shard * ranks, scales)
     shards = yield transport.all_to_all(bucket, [shard] * ranks, "gradient")
@@ -202,7 +204,7 @@ def reduce_to_owners(
     if not mine:
         return Reduced(means)
     encoded = low and result != torch.float32
-    divisor = torch.full((len(mine),), float(ranks), device=tensors[0].device)
+    divisor = torch.full((len(mine),), float(ranks), dtype=torch.float32, device=tensors[0].device)
     flat, amax, _ = ops.reduce_shards(
         shards,
         [tensors[i].numel() for i in mine],
@@ -279,7 +281,8 @@ def all_reduce_mean(
         return run(two_shot(tensors, dtype, transport)).tensors
     if mu is None:
         device = tensors[0].device
-        mu = torch.full((len(tensors),), 1 / math.sqrt(transport.size), device=device)
+        start = 1 / math.sqrt(transport.size)
+        mu = torch.full((len(tensors),), start, dtype=torch.float32, device=device)
     return run(ring(tensors, dtype, transport, mu)).tensors
 
 

@@ -41,8 +41,9 @@ class AutoScale:
         self.rule = rule
         self.least = 1 / ranks if rule.least is None else rule.least
         start = min(max(1 / math.sqrt(ranks), self.least), rule.most)
-        self.mu = torch.full((len(sizes),), start, device=device)
-        self._allowed = torch.tensor([rule.threshold * n for n in sizes], device=device)
+        self.mu = torch.full((len(sizes),), start, dtype=torch.float32, device=device)
+        allowed = [rule.threshold * n for n in sizes]
+        self._allowed = torch.tensor(allowed, dtype=torch.float32, device=device)
         self._growth = 2.0 ** (1.0 / rule.doubling)
 
     @torch.no_grad()

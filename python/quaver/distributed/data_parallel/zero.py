@@ -51,9 +51,13 @@ class _Owned(AdamW):
     the gradients' amaxes come from outside."""
 
     amaxes: Tensor
+    ordinals: dict[Tensor, int]  # of all ranks' tensors: they round as those of one process
 
     def _amax(self, grads):
         return self.amaxes
+
+    def _ordinals(self):
+        return self.ordinals
 
 
 class ZeroAdamW(torch.optim.Optimizer):
@@ -114,6 +118,7 @@ class ZeroAdamW(torch.optim.Optimizer):
             for g in self.param_groups
         ]  # fmt: skip
         self._inner = _Owned(groups, lr, betas, eps, weight_decay, self.recipe)
+        self._inner.ordinals = {masters[p]: i for i, p in enumerate(parameters, 1) if p in masters}
         self._masters = masters
         self._device = device
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -236,7 +241,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         self._update_groups()
         order = [p for g in self.param_groups for p in g["params"] if p in self._masters]
         used = [p for p in order if p.grad is not None]
-        bad = torch.zeros((), device=self._device)
+        bad = torch.zeros((), dtype=torch.float32, device=self._device)
         if used:
             amaxes = AdamW._amax([p.grad for p in used])
             bad = (~amaxes.isfinite().all()).float()

@@ -16,7 +16,7 @@ from torch.distributed import fsdp as torch_fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...comm.transport import Transport, compare
-from ...nn.linear import Linear
+from ...nn.linear import LinearBase
 from ...placement import max_, mesh_transports, transport, whole_amaxes_
 from ...tensor import ScaledTensor, is_sharded, local, plain_tensors
 from ..replicas import describe, histories, stack_histories, unstack_histories_
@@ -75,7 +75,7 @@ def fully_shard(
         )
     units = _units(model)
     mesh = _checked_mesh(model, units, mesh, gradient)
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    linears = [module for module in model.modules() if isinstance(module, LinearBase)]
     for unit in units:
         torch_fsdp.fully_shard(unit, mesh=mesh, **options)
     for unit in units:
@@ -120,7 +120,7 @@ def _checked_mesh(
     if gradient not in FORMATS:
         raise ValueError(f"fully_shard: gradient must be one of {FORMATS}, got {gradient!r}")
     parameters = dict(model.named_parameters())
-    converted = any(isinstance(module, Linear) for module in model.modules())
+    converted = any(isinstance(module, LinearBase) for module in model.modules())
     if not converted and gradient == "e4m3":
         raise ValueError(
             "fully_shard: the model has no FP8 layer; call quaver.convert first, or pass "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ...comm.transport import Transport
-from ...nn.linear import Linear
+from ...nn.linear import LinearBase
 from ...placement import transport
 
 FORMATS = ("e4m3", "bf16", "f32")
@@ -48,7 +48,7 @@ class ReduceScatter:
     def __init__(self, unit: nn.Module, gradient: str):
         self.gradient = gradient
         # In the order in which FSDP2 lays gradients side by side; read late, for frozen ones.
-        converted = {id(m.weight) for m in unit.modules() if isinstance(m, Linear)}
+        converted = {id(m.weight) for m in unit.modules() if isinstance(m, LinearBase)}
         self.parameters = [(p, id(p) in converted) for p in _own_parameters(unit)]
 
     def allocate(self, size, *, dtype, device):

@@ -66,7 +66,7 @@ def shared_amax(x: Tensor, transport: Transport) -> Tensor:
 def largest(x: Tensor) -> Tensor:
     """The largest magnitude here, f32 0-D; 0 of an empty tensor."""
     if not x.numel():
-        return torch.zeros((), device=x.device)
+        return torch.zeros((), dtype=torch.float32, device=x.device)
     return torch.linalg.vector_norm(x, float("inf")).float()
 
 
