@@ -18,7 +18,7 @@ __all__ = ["together"]
 def together(
     transport: Transport,
     device: torch.device | str = "cpu",
-    kind: type[UsageError] = UsageError,
+    kind: type[Exception] = UsageError,
 ) -> Iterator[None]:
     """A block that all ranks enter, and that either none of them or all of them leave by an error:
     those in which it failed by their own, the others by a `kind` that names the first such rank

@@ -5,7 +5,7 @@ parallel: the columns are spread, the partial outputs are summed into sequence s
 (arXiv 2205.05198, section 4.2.2), with FP8 on the wire (FP8-LM, arXiv 2310.18313, section 2.3):
 the input and, in backward, the output gradient are cast once, with one scale on all ranks, and
 their codes are gathered. For backward a rank keeps the codes of its own sequence shard and gathers
-them again, or keeps the gathered codes (Wire.regather).
+them again, or keeps the gathered codes (TPGroup.regather).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from . import sequence
 
 
 @dataclass(frozen=True, eq=False)
-class Wire:
-    """How the layers of a group talk.
+class TPGroup:
+    """The ranks of a tensor-parallel group, and how its layers exchange tensors.
 
-    fp8_sum: partial results travel in FP8 too, outputs as e4m3 and input gradients as the recipe's
-        gradients; without, in the dtype of the product.
+    fp8_sum: partial results are sent in FP8 too, outputs as e4m3 and input gradients in the
+        recipe's gradient format; without, in the dtype of the product.
     regather: backward gathers an input again, instead of keeping the whole sequence. None: unless
         the FP8 codes of the sequence are no more bytes than a bf16 shard, so on up to two ranks.
     """
@@ -45,11 +45,11 @@ class Wire:
             return not codes or self.transport.size > 2
         return self.regather
 
-    def __deepcopy__(self, memo) -> Wire:
+    def __deepcopy__(self, memo) -> TPGroup:
         return self
 
 
-class _Again(Exchange):
+class RegatherCache(Exchange):
     """Gathers a layer input again for backward, once for all layers that share it; freed after the
     last use. Each calls `start_gather`, and then `transposed_input` for the result."""
 
@@ -79,16 +79,16 @@ class _Again(Exchange):
 class _RowExchange(Exchange):
     """Of a row-parallel layer: partial outputs are summed, output gradients gathered."""
 
-    def __init__(self, wire: Wire):
-        self.wire = wire
+    def __init__(self, group: TPGroup):
+        self.tp_group = group
 
     def reduce_output(self, y: Tensor) -> Tensor:
-        fp8 = recipes.E4M3 if self.wire.fp8_sum else None
-        return sequence.sum_scatter(y, self.wire.transport, fp8, y.dtype)
+        fp8 = recipes.E4M3 if self.tp_group.fp8_sum else None
+        return sequence.sum_scatter(y, self.tp_group.transport, fp8, y.dtype)
 
     def cast_gradient(self, dy, dtype, history, both) -> Cast:
-        own, scale = sequence.shared_cast(dy, dtype, history, self.wire.transport)
-        g = pad(matrix(sequence.gather(own, self.wire.transport)))
+        own, scale = sequence.shared_cast(dy, dtype, history, self.tp_group.transport)
+        g = pad(matrix(sequence.gather(own, self.tp_group.transport)))
         return Cast(g, scale, transpose_codes(g) if both else None, scale)
 
 
@@ -124,10 +124,10 @@ class _PlainProduct(torch.autograd.Function):
     """x @ w.T + b on a gathered input, of which only the shard is kept."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, kept, again):
+    def forward(ctx, x, weight, bias, kept, cache):
         low = weight.to(x.dtype)
         ctx.save_for_backward(kept, low)
-        ctx.again, ctx.dtypes = again, (weight.dtype, None if bias is None else bias.dtype)
+        ctx.cache, ctx.dtypes = cache, (weight.dtype, None if bias is None else bias.dtype)
         return F.linear(x, low, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -137,11 +137,11 @@ class _PlainProduct(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
         if needs_weight:
-            ctx.again.start_gather(kept)
+            ctx.cache.start_gather(kept)
         if needs_x:
             dx = dy @ low
         if needs_weight:
-            dw = (matrix(dy).t() @ ctx.again.transposed_input(kept)).to(ctx.dtypes[0])
+            dw = (matrix(dy).t() @ ctx.cache.transposed_input(kept)).to(ctx.dtypes[0])
         if needs_bias:
             db = matrix(dy).sum(0, dtype=torch.float32).to(ctx.dtypes[1])
         return dx, dw, db, None, None
@@ -149,15 +149,15 @@ class _PlainProduct(torch.autograd.Function):
 
 @dataclass(eq=False)
 class Input:
-    """What a gathered tensor carries for the layers that take it: what to save, and the scale."""
+    """Stored on a gathered tensor for the layers that take it: what to save, and the scale."""
 
     kept: Tensor
     scale: Tensor | None
-    again: _Again
+    cache: RegatherCache
 
 
 class _Column:
-    """What both column-parallel layers share; `wire` is set by the style that made them."""
+    """What both column-parallel layers share; `tp_group` is set by the style that made them."""
 
     def gather(self, x: Tensor) -> Tensor:
         """The sequence of x [..., S / ranks, K], for this layer and all that share its input. Of an
@@ -171,14 +171,14 @@ class _Column:
             raise TypeError(
                 f"ColumnParallel: input must be float32, float16 or bfloat16, got {x.dtype}"
             )
-        wire, dtype = self.wire, output_dtype(x)
+        group, dtype = self.tp_group, output_dtype(x)
         shard, scale, full, fp8 = self._gather(x.detach(), dtype)
-        if wire.regathers(codes=scale is not None):
-            kept, again = shard, _Again(wire.transport, self._prepare)
+        if group.regathers(codes=scale is not None):
+            kept, cache = shard, RegatherCache(group.transport, self._prepare)
         else:
-            kept, again = _values(full), _Again(None, self._prepare)
-        full = _Gathered.apply(x, full, wire.transport, fp8 if wire.fp8_sum else None)
-        full.sequence_input = Input(kept, scale, again)
+            kept, cache = _values(full), RegatherCache(None, self._prepare)
+        full = _Gathered.apply(x, full, group.transport, fp8 if group.fp8_sum else None)
+        full.sequence_input = Input(kept, scale, cache)
         return full
 
     def _take(self, x: Tensor) -> tuple[Tensor, Input]:
@@ -191,7 +191,7 @@ class _Column:
                     f"it on the way (it came as {list(x.shape)})"
                 )
         if torch.is_grad_enabled() and self.weight.requires_grad:
-            x.sequence_input.again.users += 1
+            x.sequence_input.cache.users += 1
         return x, x.sequence_input
 
 
@@ -206,8 +206,8 @@ class ColumnParallelLinear(_Column, Linear):
     def _gather(self, x, dtype):
         # A shared scale, so a shared history: the input's amax is that of the whole sequence.
         history = cast_history(self, self.input_history)
-        codes, scale = sequence.shared_cast(x, self.rule.input, history, self.wire.transport)
-        full = ScaledTensor(sequence.gather(codes, self.wire.transport), scale, None, dtype)
+        codes, scale = sequence.shared_cast(x, self.rule.input, history, self.tp_group.transport)
+        full = ScaledTensor(sequence.gather(codes, self.tp_group.transport), scale, None, dtype)
         return codes, scale, full, self.rule.grad_output
 
     @staticmethod
@@ -220,7 +220,7 @@ class ColumnParallelLinear(_Column, Linear):
             x, self.weight, self.bias, pad(matrix(x.qdata)), taken.scale, taken.kept, taken.scale,
             *self.operands(), None, self.grad_history if self.training else None,
             product_dtype(x.dtype), self.rule.grad_output, self.rule.weight_grad, False,
-            taken.again,
+            taken.cache,
         ).to(x.dtype)  # fmt: skip
 
 
@@ -239,7 +239,7 @@ class RowParallelLinear(Linear):
         y = Product.apply(
             x, self.weight, None, *cast, *self.operands(), None,
             self.grad_history if self.training else None, product_dtype(out),
-            self.rule.grad_output, self.rule.weight_grad, False, _RowExchange(self.wire),
+            self.rule.grad_output, self.rule.weight_grad, False, _RowExchange(self.tp_group),
         ).to(out)  # fmt: skip
         return y if self.bias is None else y + self.bias.to(out)
 
@@ -249,7 +249,7 @@ class PlainColumnParallelLinear(_Column, nn.Linear):
 
     def _gather(self, x, dtype):
         x = x.to(dtype)
-        return x, None, sequence.gather(x, self.wire.transport), None
+        return x, None, sequence.gather(x, self.tp_group.transport), None
 
     @staticmethod
     def _prepare(full):
@@ -258,12 +258,12 @@ class PlainColumnParallelLinear(_Column, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         x, taken = self._take(x)
         with torch.autocast(x.device.type, enabled=False):
-            return _PlainProduct.apply(x, self.weight, self.bias, taken.kept, taken.again)
+            return _PlainProduct.apply(x, self.weight, self.bias, taken.kept, taken.cache)
 
 
 class PlainRowParallelLinear(nn.Linear):
     """As RowParallelLinear, of an nn.Linear: in the autocast dtype, or the input's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _SumScatter.apply(F.linear(x, self.weight), self.wire.transport)
+        y = _SumScatter.apply(F.linear(x, self.weight), self.tp_group.transport)
         return y if self.bias is None else y + self.bias.to(y.dtype)

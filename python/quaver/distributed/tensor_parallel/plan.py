@@ -4,7 +4,7 @@
     parallelize(model, mesh["tp"])                    # our Llama and GPT, Hugging Face's Llama
     optimizer = qv.AdamW(model.parameters())
 
-or with a plan in the habits of torch.distributed.tensor.parallel, a style for every name pattern:
+or with a plan as torch.distributed.tensor.parallel has them, a style for every name pattern:
 
     parallelize(model, group, {"mlp.up": ColumnParallel(), "mlp.down": RowParallel()})
 
@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
+from ...comm.together import together
 from ...comm.transport import Transport, compare
 from ..replicas import broadcast_values, describe
-from .linear import Wire
+from .linear import TPGroup
 from .styles import (
     ColumnParallel,
     GatherInput,
@@ -61,18 +61,18 @@ def parallelize(
     Layers that `quaver.convert` made send FP8; plain ones send the autocast dtype. Convert first,
     and build the optimizer last: spread weights are new Parameters. Rank 0's values are what
     all ranks start from. The model takes the same input on all ranks and, by the default plan,
-    gives the same output on all. `quaver.clip_grad_norm_` and `quaver.AdamW` know spread
+    gives the same output on all. `quaver.clip_grad_norm_` and `quaver.AdamW` take spread
     parameters: the norm is that of the whole model, and all ranks skip a step or none.
 
     Args:
         mesh: a 1-D DeviceMesh (mesh["tp"] of one with more axes), a process group, or a Transport,
             whose `traffic` then counts what is sent.
         plan: a style for every module whose name matches a pattern; None for `default_plan(model)`.
-        fp8_sum: partial sums (the reduce-scatters) travel in FP8 too: e4m3 outputs, and input
+        fp8_sum: partial sums (the reduce-scatters) are sent in FP8 too: e4m3 outputs, and input
             gradients in the recipe's gradient format.
         regather: backward gathers inputs again from the shards, as Megatron-LM does; without, a
-            rank keeps the whole sequence and a third of the gathers is saved. None: as memory
-            has it: a rank keeps at most what its shard takes in bf16, so FP8 codes on two ranks.
+            rank keeps the whole sequence, which saves a third of the gathers. None: keeps the
+            sequence where it takes no more bytes than its shard in bf16: FP8 codes on two ranks.
 
     Raises:
         ValueError: on all ranks, where one of them found a pattern that matches nothing, features
@@ -83,24 +83,20 @@ def parallelize(
         transport = mesh
     else:
         transport = Transport(mesh if isinstance(mesh, dist.ProcessGroup) else mesh.get_group())
-    wire = Wire(transport, fp8_sum, regather)
-    styles, error = [], None
-    try:
+    group = TPGroup(transport, fp8_sum, regather)
+    device = next(model.parameters()).device
+    with together(transport, device, ValueError):
         styles = _resolve(model, default_plan(model) if plan is None else plan)
         _check_ties(model, styles)
         for name, module, style in styles:
             style.check(name, module, transport.size)
-    except (TypeError, ValueError) as problem:
-        error = problem
-    device = next(model.parameters()).device
-    _check_error(error, transport, device)
     state = model.state_dict(keep_vars=True)
     mine = {"options": f"fp8_sum={fp8_sum}, regather={regather}"}
     mine |= {f"style {i}": f"{name}: {style}" for i, (name, _, style) in enumerate(styles)}
     compare("parallelize", transport.share(mine | describe(state, model), device))
     broadcast_values(state.values(), transport)
     for _, module, style in styles:
-        style.apply(module, wire)
+        style.apply(module, group)
     return model
 
 
@@ -188,13 +184,3 @@ def _check_ties(model: nn.Module, styles) -> None:
                     raise ValueError(
                         f"parallelize: {name} shares a parameter: {', '.join(names[id(parameter)])}"
                     )
-
-
-def _check_error(error: Exception | None, transport: Transport, device: torch.device) -> None:
-    """Raises on all ranks what one of them found wrong."""
-    every = transport.share(None if error is None else str(error), device)
-    if error is not None:
-        raise error
-    for other, problem in enumerate(every):
-        if problem is not None:
-            raise ValueError(f"parallelize: rank {other} of the group failed: {problem}")

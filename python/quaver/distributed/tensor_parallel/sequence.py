@@ -35,16 +35,16 @@ def own(x: Tensor, transport: Transport) -> Tensor:
 
 
 def sum_scatter(
-    x: Tensor, transport: Transport, wire: torch.dtype | None, out: torch.dtype
+    x: Tensor, transport: Transport, wire_dtype: torch.dtype | None, out: torch.dtype
 ) -> Tensor:
     """This rank's shard [..., S / ranks, C] of the sum over ranks of x [..., S, C], in dtype `out`.
 
-    An exchange and a sum in f32 in rank order. `wire`: an FP8 format that x travels in, with one
-    scale on all ranks (FP8-LM, arXiv 2310.18313, section 2.3), or None for x's own dtype.
+    An exchange and a sum in f32 in rank order. `wire_dtype`: an FP8 format that x is sent in, with
+    one scale on all ranks (FP8-LM, arXiv 2310.18313, section 2.3), or None for x's own dtype.
     """
     scale = None
-    if wire is not None:
-        x, scale = shared_cast(x, wire, None, transport)
+    if wire_dtype is not None:
+        x, scale = shared_cast(x, wire_dtype, None, transport)
         scale = scale.reshape(1)
     runs = _runs(x, transport).contiguous()
     shape, n = runs.shape[1:], runs[0].numel()

@@ -29,11 +29,11 @@ def gather_state(model: nn.Module, optimizer=None) -> dict[str, Tensor]:
     {"model.NAME": tensor, "optimizer.NAME.KEY": tensor}. Of a delayed scaling's history, where a
     rank saw the amax of its own part, every entry becomes the largest: the whole tensor's.
     """
-    wires = _wires(model)
+    groups = _history_groups(model)
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if name in wires and value is not None:
-            value = wires[name].transport.max(value, "scale").wait()
+        if name in groups and value is not None:
+            value = groups[name].transport.max(value, "scale").wait()
         state[f"model.{name}"] = _whole(value, shard_of(value))
     for name, parameter in model.named_parameters():
         entries = {} if optimizer is None else optimizer.state.get(parameter, {})
@@ -96,12 +96,12 @@ def _whole(value: Tensor, shard: Shard | None) -> Tensor:
     return value.dequantize() if isinstance(value, ScaledTensor) else value.detach().clone()
 
 
-def _wires(model: nn.Module) -> dict:
+def _history_groups(model: nn.Module) -> dict:
     """The names of the histories that differ between ranks."""
     return {
-        f"{name}.{history}": module.wire
+        f"{name}.{history}": module.tp_group
         for name, module in model.named_modules()
-        if hasattr(module, "wire")
+        if hasattr(module, "tp_group")
         for history in _HISTORIES
         if getattr(module, history, None) is not None
     }

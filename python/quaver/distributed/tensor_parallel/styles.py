@@ -1,4 +1,4 @@
-"""The styles of a tensor-parallel plan: what becomes of one module when its model is spread."""
+"""The styles of a tensor-parallel plan: how each module is changed when its model is spread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .linear import (
     PlainColumnParallelLinear,
     PlainRowParallelLinear,
     RowParallelLinear,
-    Wire,
+    TPGroup,
     _Column,
 )
 from .state import take
@@ -38,28 +38,28 @@ class _Split(torch.autograd.Function):
     """A replicated sequence to this rank's shard of it."""
 
     @staticmethod
-    def forward(ctx, x, transport, wire):
-        ctx.transport, ctx.wire, ctx.dtype = transport, wire, x.dtype
+    def forward(ctx, x, transport, dtype):
+        ctx.transport, ctx.dtype, ctx.x_dtype = transport, dtype, x.dtype
         return sequence.own(x, transport)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return sequence.gather(dy.to(ctx.wire), ctx.transport).to(ctx.dtype), None, None
+        return sequence.gather(dy.to(ctx.dtype), ctx.transport).to(ctx.x_dtype), None, None
 
 
 class _Join(torch.autograd.Function):
-    """Shards to the sequence that every rank goes on with, all computing the same."""
+    """Shards to the whole sequence, which every rank then computes with, all alike."""
 
     @staticmethod
-    def forward(ctx, x, transport, wire):
-        ctx.transport, ctx.dtype = transport, x.dtype
-        return sequence.gather(x.to(wire), transport)
+    def forward(ctx, x, transport, dtype):
+        ctx.transport, ctx.x_dtype = transport, x.dtype
+        return sequence.gather(x.to(dtype), transport)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return sequence.own(dy, ctx.transport).to(ctx.dtype), None, None
+        return sequence.own(dy, ctx.transport).to(ctx.x_dtype), None, None
 
 
 def _sum_gradients(parameters, transport: Transport) -> None:
@@ -95,13 +95,13 @@ class ColumnParallel:
                 f"{module.out_features}), which {ranks} ranks must divide"
             )
 
-    def apply(self, module: nn.Module, wire: Wire) -> None:
+    def apply(self, module: nn.Module, group: TPGroup) -> None:
         parts = self.parts or (module.out_features,)
-        shard = Shard(0, parts, wire.transport)
-        module.out_features //= wire.transport.size
+        shard = Shard(0, parts, group.transport)
+        module.out_features //= group.transport.size
         fp8 = isinstance(module, Linear)
         module.__class__ = ColumnParallelLinear if fp8 else PlainColumnParallelLinear
-        module.wire, module.gathers = wire, self.gathers
+        module.tp_group, module.gathers = group, self.gathers
         _spread(module, "weight", shard)
         if module.bias is not None:
             _spread(module, "bias", shard)
@@ -119,15 +119,15 @@ class RowParallel:
                 "must divide"
             )
 
-    def apply(self, module: nn.Module, wire: Wire) -> None:
-        shard = Shard(1, (module.in_features,), wire.transport)
-        module.in_features //= wire.transport.size
+    def apply(self, module: nn.Module, group: TPGroup) -> None:
+        shard = Shard(1, (module.in_features,), group.transport)
+        module.in_features //= group.transport.size
         fp8 = isinstance(module, Linear)
         module.__class__ = RowParallelLinear if fp8 else PlainRowParallelLinear
-        module.wire = wire
+        module.tp_group = group
         _spread(module, "weight", shard)
         if module.bias is not None:
-            _sum_gradients([module.bias], wire.transport)
+            _sum_gradients([module.bias], group.transport)
 
 
 @dataclass(frozen=True)
@@ -140,18 +140,18 @@ class SequenceParallel:
     def check(self, name: str, module: nn.Module, ranks: int) -> None:
         pass
 
-    def apply(self, module: nn.Module, wire: Wire) -> None:
-        _sum_gradients(module.parameters(), wire.transport)
+    def apply(self, module: nn.Module, group: TPGroup) -> None:
+        _sum_gradients(module.parameters(), group.transport)
         if self.gather_output:
             module.register_forward_hook(
-                lambda module, args, y: _Join.apply(y, wire.transport, output_dtype(y))
+                lambda module, args, y: _Join.apply(y, group.transport, output_dtype(y))
             )
 
 
 @dataclass(frozen=True)
 class Split:
-    """The module that the sequence shards begin at: its first argument is the same whole sequence
-    on all ranks, of which each keeps its shard. A shape that comes for the first time is compared
+    """The first module that computes on sequence shards: its first argument is the same whole
+    sequence on all ranks, of which each keeps its shard. The first input of each shape is compared
     between the ranks, values included."""
 
     argument: str = "hidden_states"
@@ -159,14 +159,14 @@ class Split:
     def check(self, name: str, module: nn.Module, ranks: int) -> None:
         pass
 
-    def apply(self, module: nn.Module, wire: Wire) -> None:
+    def apply(self, module: nn.Module, group: TPGroup) -> None:
         seen = set()
 
         def split(x):
             if x.shape not in seen:
-                _check_same_input(x.detach(), wire.transport)
+                _check_same_input(x.detach(), group.transport)
                 seen.add(x.shape)
-            return _Split.apply(x, wire.transport, output_dtype(x))
+            return _Split.apply(x, group.transport, output_dtype(x))
 
         _change_argument(module, self.argument, split)
 
@@ -182,7 +182,7 @@ class GatherInput:
         if not any(isinstance(inner, nn.Linear) for inner in module.modules()):
             raise TypeError(f"GatherInput: {name} has no linear layer to gather for")
 
-    def apply(self, module: nn.Module, wire: Wire) -> None:
+    def apply(self, module: nn.Module, group: TPGroup) -> None:
         def gather(x):
             inner = (m for m in module.modules() if isinstance(m, _Column))
             first = next(inner, None)
@@ -195,8 +195,8 @@ class GatherInput:
 
 @dataclass(frozen=True)
 class LocalHeads(GatherInput):
-    """Attention: GatherInput, and each rank has its part of the heads. Attributes that the module
-    counts heads by (`heads`, `kv_heads`) or fused lengths (`split`) become the rank's own."""
+    """Attention: GatherInput, and each rank has its part of the heads. The module's numbers of
+    heads (`heads`, `kv_heads`) and its fused lengths (`split`) become the rank's own."""
 
     heads: int = 1
     kv_heads: int = 1
@@ -210,9 +210,9 @@ class LocalHeads(GatherInput):
                     "must divide"
                 )
 
-    def apply(self, module: nn.Module, wire: Wire) -> None:
-        super().apply(module, wire)
-        ranks = wire.transport.size
+    def apply(self, module: nn.Module, group: TPGroup) -> None:
+        super().apply(module, group)
+        ranks = group.transport.size
         if hasattr(module, "split"):
             module.split = tuple(n // ranks for n in module.split)
             module.heads //= ranks
