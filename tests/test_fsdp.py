@@ -301,6 +301,8 @@ def _refusals(rank, size, folder):
     model = shard(build())
     optimizer = adamw(model)
     found["again"] = _refusal(shard, model)
+    found["dtypes"] = _refusal(shard, build("coat"))
+    found["groups"] = _refusal(qv.AdamW, model.parameters(), recipe="coat")
     found["late"] = _refusal(qv.convert, shard(Model(), gradient="f32"))
     found["save"] = _refusal(qv.save, folder / "file", model)
     found["load"] = _refusal(qv.distributed.load, folder / "nothing", model)
@@ -458,6 +460,8 @@ def test_refusals_name_what_is_wrong_on_every_rank(world):
         "recipe": "tensor 3 is llama.blocks.0.attention.qkv.weight [80, 40] float16",
         "seed": "checksum of 0.weight (were all ranks seeded alike?)",
         "again": "llama.embed.weight is sharded already",
+        "dtypes": "parameters of one dtype in a Block, got norm1.weight torch.float32 and",
+        "groups": "recipe coat keeps exp_avg in groups of flat elements, which FSDP2's shards",
         "late": "is sharded over ranks; convert before sharding",
         "save": "is sharded over ranks: use quaver.distributed.save",
         "load": "no checkpoint.json",

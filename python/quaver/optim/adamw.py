@@ -81,8 +81,7 @@ class AdamW(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    @staticmethod
-    def _check(added: dict) -> None:
+    def _check(self, added: dict) -> None:
         lr, (beta1, beta2) = added["lr"], added["betas"]
         if not float(lr) >= 0:
             raise ValueError(f"AdamW: lr must be >= 0, got {lr}")
@@ -96,6 +95,12 @@ class AdamW(torch.optim.Optimizer):
             if p.dtype not in ops.FLOATS:
                 raise ValueError(
                     f"AdamW: parameters must be float32, bfloat16 or float16, got {p.dtype}"
+                )
+            flat = [key for key, codec in self._codecs(p).items() if codec.layout.grain == "flat"]
+            if flat and is_sharded(p):
+                raise ValueError(
+                    f"AdamW: recipe {self.recipe.name} keeps {flat[0]} in groups of flat elements, "
+                    "which FSDP2's shards would cut; wanted f32 or one scale a tensor"
                 )
 
     @property
@@ -120,13 +125,7 @@ class AdamW(torch.optim.Optimizer):
             part = local(p)
             state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
             for key, codec in self._codecs(p).items():
-                zeros = codec.zeros(part)
-                if is_sharded(p) and scaling(zeros):
-                    raise RuntimeError(
-                        f"AdamW: recipe {self.recipe.name} keeps {key} in groups of flat elements, "
-                        "which FSDP2's shards would cut; wanted f32 or one scale a tensor"
-                    )
-                state[key] = placement.like(p, zeros)
+                state[key] = placement.like(p, codec.zeros(part))
             if self._has_remainder(p):
                 state["master"] = torch.zeros(p.shape, dtype=torch.int16, device=p.device)
         if self._dtypes.setdefault(p, p.dtype) != p.dtype:
