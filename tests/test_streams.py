@@ -115,10 +115,10 @@ def start(record):
     torch.cuda.current_stream = lambda device=None: Stream.current
     torch.cuda.stream = Stream.active
     torch.Tensor.record_stream = lambda t, stream: trace.record(t, stream) if record else None
-    nccl = object.__new__(backend.NcclCarrier)
+    nccl = object.__new__(backend.NcclBackend)
     nccl.rank, nccl.size, nccl.sums_fp8 = dist.get_rank(), dist.get_world_size(), False
     nccl._nccl, nccl._stream = Messages(), Stream(trace, "nccl")
-    transport.carrier_of = lambda group: nccl
+    transport.backend_of = lambda group: nccl
     return trace
 
 
