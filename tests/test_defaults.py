@@ -115,9 +115,9 @@ def test_a_meta_operand_among_others_is_refused(name):
 def test_a_norm_whose_parts_are_apart_is_refused():
     model = qv.convert(net(), "coat")
     model[0].weight = nn.Parameter(torch.empty(32, device="meta"))
-    with pytest.raises(RuntimeError, match="Norm: the input is on cpu and weight on meta"):
+    with pytest.raises(RuntimeError, match="LayerNorm: the input is on cpu and weight on meta"):
         model(randn(4, 32))
-    with pytest.raises(RuntimeError, match="Norm: the input is on meta and weight on cpu"):
+    with pytest.raises(RuntimeError, match="RMSNorm: the input is on meta and weight on cpu"):
         model[2](torch.empty(4, 32, device="meta"))
 
 

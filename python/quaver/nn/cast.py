@@ -40,15 +40,16 @@ def cast(
     history: Tensor | None = None,
 ) -> Cast:
     """x [R, C] in FP8, with its transpose where `both`. The scale is `scale`, or that of delayed
-    scaling by `history`, or just in time; NaN where a value of x is not finite."""
+    scaling by `history`, or just in time, and then NaN where a value of x is not finite."""
     x = pad(x)
     if both:
-        q, qt, scale, amax = _ops.cast_transpose(x, dtype, scale, history)
+        q, qt, used, amax = _ops.cast_transpose(x, dtype, scale, history)
     else:
         qt = None
-        q, scale, amax = _ops.quantize(x, dtype, scale, history)
-    scale = nan_unless_finite(scale, amax)
-    return Cast(q, scale, qt, scale)
+        q, used, amax = _ops.quantize(x, dtype, scale, history)
+    if scale is None:
+        used = nan_unless_finite(used, amax)
+    return Cast(q, used, qt, used)
 
 
 def pad(x: Tensor) -> Tensor:
@@ -96,6 +97,19 @@ def output_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type  # autocast does not exist on meta
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
+
+
+def check_devices(module: nn.Module, device: torch.device) -> None:
+    """RuntimeError where a parameter or buffer of the module itself is on another device."""
+    if torch.compiler.is_compiling():
+        return
+    for tensors in (module._parameters, module._buffers):  # getattr would search for each
+        for name, t in tensors.items():
+            if t is not None and t.device != device:
+                raise RuntimeError(
+                    f"{type(module).__name__}: the input is on {device} and {name} on {t.device}; "
+                    "move the model with .to()"
+                )
 
 
 def in_backward() -> bool:

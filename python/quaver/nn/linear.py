@@ -16,6 +16,7 @@ from .cast import (
     Cast,
     cast,
     cast_history,
+    check_devices,
     in_backward,
     keep_f32,
     matrix,
@@ -88,7 +89,8 @@ class LinearBase(nn.Module):
             copies = weight.fp8_weight = GemmWeight.of(weight, self.rule.weight)
         elif copies.version != weight._version:
             copies.rewrite(weight.detach())
-        self.fp8_weight = copies  # compiled graphs read the copies from here, not from the weight
+        if vars(self).get("fp8_weight", self) is not copies:
+            self.fp8_weight = copies  # compiled graphs read them from here, not from the weight
         return copies
 
     def operands(self, channels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -148,25 +150,21 @@ class LinearBase(nn.Module):
         return reuse_cast(x, (both, dtype, self.training, self.rule.scaling), make)
 
     def check_input(self, x: Tensor) -> None:
-        name = type(self).__name__
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
-                f"{name}: the input's last axis must be {self.in_features}, got {tuple(x.shape)}"
+                f"{type(self).__name__}: the input's last axis must be {self.in_features}, got "
+                f"{tuple(x.shape)}"
             )
         if x.dtype not in FLOATS:
-            raise TypeError(f"{name}: input must be float32, float16 or bfloat16, got {x.dtype}")
-        for what in ("weight", "bias", "input_history", "grad_history", "channel_amax"):
-            mine = getattr(self, what)
-            if mine is not None and mine.device != x.device:
-                raise RuntimeError(
-                    f"{name}: the input is on {x.device} and {what} on {mine.device}; move the "
-                    "model with .to()"
-                )
+            raise TypeError(
+                f"{type(self).__name__}: input must be float32, float16 or bfloat16, got {x.dtype}"
+            )
+        check_devices(self, x.device)
 
     def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
         """`channels`: what the producer of x has already divided it by (an FP8 MLP)."""
         self.check_input(x)
-        if channels is None and self.channel_amax is not None:
+        if channels is None and self._buffers["channel_amax"] is not None:
             channels = self.channels()
             x = x / channels.to(x.dtype)
         out, rule = output_dtype(x), self.rule

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import recipe as recipes
 from ..ops import FLOATS
-from .cast import activation, cast_history, keep_f32, new_history, output_dtype
+from .cast import activation, cast_history, check_devices, keep_f32, new_history, output_dtype
 from .first_order import FirstOrder
 from .swap import Swapped, swap, swap_back
 
@@ -86,12 +86,7 @@ class Norm(Swapped):
             )
         if x.dtype not in FLOATS:
             raise TypeError(f"Norm: input must be float32, float16 or bfloat16, got {x.dtype}")
-        for what, mine in (("weight", weight), ("bias", bias), ("history", self.output_history)):
-            if mine is not None and mine.device != x.device:
-                raise RuntimeError(
-                    f"Norm: the input is on {x.device} and {what} on {mine.device}; move the model "
-                    "with .to()"
-                )
+        check_devices(self, x.device)
         return _NormalizeFunction.apply(
             x,
             weight if weight is None or not self.offset else weight + self.offset,
