@@ -555,6 +555,27 @@ def test_smoothing_keeps_an_outlier_channel_from_flushing_the_others():
     assert error("smooth") < 0.08 < 0.3 < error("coat")
 
 
+@pytest.mark.parametrize("what", ["norm", "mlp", "block"])
+def test_second_derivatives_are_refused_by_name(what):
+    x = randn(2, 24, 64).requires_grad_()
+    if what == "block":
+        block = llama_block()
+
+        def function(v):
+            return run(block, v, autocast=False)
+    else:
+        net = nn.Sequential(nn.RMSNorm(64), Gated(64, 96), nn.Linear(64, 8))
+        qv.convert(net, "coat", skip=() if what == "norm" else ("0",))
+        function = net
+    with pytest.raises(RuntimeError, match=r"quaver\.restore"):
+        (grad,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        grad.square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"quaver\.restore"):
+        torch.func.grad(lambda v: function(v).sum())(x.detach())
+    with pytest.raises(RuntimeError, match=r"quaver\.restore"):
+        torch.func.jvp(function, (x.detach(),), (torch.ones_like(x),))
+
+
 def test_modules_refuse_by_name():
     net = normed("RMSNorm")
     for x, error, message in (

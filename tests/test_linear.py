@@ -216,6 +216,41 @@ def test_delayed_scaling_follows_the_oracle(name):
         check_close(x.grad, gq, gs, wq.t(), ws, torch.float32)
 
 
+@pytest.mark.parametrize("rows", [0, 16])
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_batches_without_values_teach_delayed_scaling_nothing(rows, size):
+    """After 20 empty or all-zero batches the first values are cast as by current scaling."""
+    nets = [layer("fp8lm-o2", bias=False), layer("tensorwise", bias=False)]
+    with torch.no_grad():
+        nets[1].weight.copy_(nets[0].weight.dequantize())
+    for _ in range(20):
+        nets[0](torch.zeros(rows, 48)).sum().backward()
+    found = []
+    for net in nets:
+        x = (randn(16, 48) * size).requires_grad_()
+        y = net(x)
+        y.backward(randn(16, 32, seed=1) * size)
+        found.append([y.detach(), x.grad])
+    for got, wanted in zip(*found, strict=True):
+        # The weight's scales differ by a power of two at most: only subnormal codes differ.
+        assert (got - wanted).norm() <= 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("where", ["input", "gradient"])
+def test_an_outlier_does_not_blind_the_next_step(where):
+    """One batch 10^6 times larger; current scaling forgets it at once, and so does delayed."""
+    net = layer("fp8lm-o2", bias=False)
+    exact = net.weight.detach().dequantize()
+    for step in range(30):
+        huge = 1e6 if step == 20 else 1.0
+        x = (randn(16, 48, seed=step) * (huge if where == "input" else 1)).requires_grad_()
+        dy = randn(16, 32, seed=100 + step) * (huge if where == "gradient" else 1)
+        y = net(x)
+        y.backward(dy)
+        for got, wanted in ((y.detach(), x.detach() @ exact.t()), (x.grad, dy @ exact)):
+            assert (got - wanted).norm() <= 0.1 * wanted.norm(), step  # e5m2 is off by 5.3 %
+
+
 def test_eval_leaves_no_trace_and_ignores_the_history():
     net = layer()
     for step in range(20):

@@ -177,7 +177,7 @@ class LinearBase(nn.Module):
         y = Product.apply(
             x, self.weight, self.bias, q, scale, qt, qt_scale, w_q, w_scale, w_qt, channels,
             self.grad_history if self.training else None, product_dtype(out), rule.grad_output,
-            rule.weight_grad if whole else "f32", self.input_major,
+            rule.weight_grad if whole else "f32", rule.grad_accumulate, self.input_major,
         )  # fmt: skip
         return y.to(out)
 

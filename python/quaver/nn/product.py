@@ -58,14 +58,14 @@ class Product(FirstOrder):
         history: delayed scaling of the output gradient.
         out_dtype: bfloat16 or float32, of the result and of x's gradient before it is x's dtype.
         grad_dtype: the FP8 format of the output gradient.
-        weight_grad: as in LinearRecipe.
+        weight_grad, grad_accumulate: as in LinearRecipe.
         exchange: None on a single rank.
     """
 
     @staticmethod
     def forward(
         ctx, x, weight, bias, q, scale, kept, kept_scale, w_q, w_scale, w_qt, channels, history,
-        out_dtype, grad_dtype, weight_grad, input_major=False, exchange=None,
+        out_dtype, grad_dtype, weight_grad, grad_accumulate, input_major=False, exchange=None,
     ):  # fmt: skip
         ctx.exchange = exchange = exchange or _SINGLE
         n = weight.shape[1 if input_major else 0]
@@ -82,7 +82,7 @@ class Product(FirstOrder):
         ctx.channels, ctx.history, ctx.out_dtype = channels, history, out_dtype
         ctx.grad_dtype, ctx.weight_grad, ctx.input_major = grad_dtype, weight_grad, input_major
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
-        ctx.low_weight = isinstance(weight, ScaledTensor)
+        ctx.low_weight, ctx.grad_accumulate = isinstance(weight, ScaledTensor), grad_accumulate
         ctx.n = n
         return exchange.reduce_output(y)
 
@@ -106,7 +106,7 @@ class Product(FirstOrder):
             dx = dx[:rows, :k].reshape(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:
             dw = _weight_gradient(ctx, g, ctx.exchange.transposed_input(kept), kept_scale)
-        return dx, dw, db, *(None,) * 14
+        return dx, dw, db, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
 @functools.cache
@@ -149,7 +149,10 @@ def _weight_gradient(ctx, g: Cast, xt: Tensor, x_scale: Tensor) -> Tensor:
         dw = dw * ctx.channels.to(dw.dtype)
     if kind == "e4m3":
         q, scale, amax = _ops.quantize(dw, E4M3)
-        return ScaledTensor(q, scale, amax, ctx.weight_dtype)
+        grad = ScaledTensor(q, scale, amax, ctx.weight_dtype)
+        if ctx.grad_accumulate != "bf16":
+            grad.grad_format = ctx.grad_accumulate
+        return grad
     if kind == "bf16" and ctx.low_weight:
         dw = dw.contiguous()
         amax = dw.abs().amax().float()

@@ -219,8 +219,8 @@ class ColumnParallelLinear(_Column, Linear):
         return Product.apply(
             x, self.weight, self.bias, pad(matrix(x.qdata)), taken.scale, taken.kept, taken.scale,
             *self.operands(), None, self.grad_history if self.training else None,
-            product_dtype(x.dtype), self.rule.grad_output, self.rule.weight_grad, False,
-            taken.cache,
+            product_dtype(x.dtype), self.rule.grad_output, self.rule.weight_grad,
+            self.rule.grad_accumulate, False, taken.cache,
         ).to(x.dtype)  # fmt: skip
 
 
@@ -239,7 +239,8 @@ class RowParallelLinear(Linear):
         y = Product.apply(
             x, self.weight, None, *cast, *self.operands(), None,
             self.grad_history if self.training else None, product_dtype(out),
-            self.rule.grad_output, self.rule.weight_grad, False, _RowExchange(self.tp_group),
+            self.rule.grad_output, self.rule.weight_grad, self.rule.grad_accumulate, False,
+            _RowExchange(self.tp_group),
         ).to(out)  # fmt: skip
         return y if self.bias is None else y + self.bias.to(out)
 
