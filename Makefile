@@ -52,6 +52,9 @@ test: $(BUILT)
 test-sanitize: $(READY)
 	cmake -S . -B build/sanitize -G Ninja -DQUAVER_SANITIZE=address,undefined -DQUAVER_BINDING=OFF -DQUAVER_CUDA=off
 	cmake --build build/sanitize --target check
+	cmake -S . -B build/threads -G Ninja -DQUAVER_SANITIZE=thread -DQUAVER_BINDING=OFF -DQUAVER_CUDA=off
+	cmake --build build/threads --target test_threads test_comm
+	cd build/threads && ctest --output-on-failure -R "test_(threads|comm)"
 
 # Random calls of every native op, by the library as it is and under AddressSanitizer and UndefinedBehaviorSanitizer.
 fuzz: $(BUILT)

@@ -1,4 +1,4 @@
-// What each op wants of its arguments, the same for every backend.
+// Checks of each op's arguments, the same for every backend.
 #pragma once
 
 #include <utility>
@@ -21,27 +21,35 @@ inline void check_cast(const char* op, const TensorView& q, const TensorView& x)
                x.cols, "], got [", q.rows, ", ", q.cols, "]");
 }
 
+// The bound keeps every product of sizes in range.
+inline void check_block(const char* op, const Layout& layout) {
+  if (layout.grain != Grain::block) return;
+  constexpr int64_t most = int64_t(1) << 30;
+  QUAVER_CHECK(layout.block > 0, op, ": block must be positive, got ", layout.block);
+  QUAVER_CHECK(layout.block <= most, op, ": block must be at most ", most, ", got ", layout.block);
+}
+
 inline void check_quantize(const TensorView& q, const TensorView& scale, const TensorView& amax,
                            const TensorView& x, const QuantizeOptions& o,
                            const ScaleSource& source) {
   check_cast("quantize", q, x);
-  QUAVER_CHECK(o.granularity != Granularity::block || o.block > 0,
-               "quantize: block must be positive, got ", o.block);
-  const int64_t groups = scale_count(x, o);
-  QUAVER_CHECK(scale.numel() == groups && amax.numel() == groups, "quantize: wanted ", groups,
+  check_block("quantize", o.layout);
+  const int64_t scales = o.layout.scale_count(x);
+  QUAVER_CHECK(scale.numel() == scales && amax.numel() == scales, "quantize: wanted ", scales,
                " scales, got ", scale.numel());
-  QUAVER_CHECK(!source.history || (o.granularity == Granularity::tensor && !source.given),
+  QUAVER_CHECK(!source.history || (o.layout.grain == Grain::tensor && !source.given),
                "quantize: a history goes with tensor granularity and without a scale");
 }
 
 inline void check_dequantize(const TensorView& out, const TensorView& q, const TensorView& scale,
-                             const QuantizeOptions& o) {
+                             const Layout& layout) {
   QUAVER_CHECK(!is_fp8(out.dtype), "dequantize: dtype must be f32, f16 or bf16, got ",
                name_of(out.dtype));
   QUAVER_CHECK(out.numel() == q.numel(), "dequantize: out must have ", q.numel(), " values, got ",
                out.numel());
-  const int64_t groups = scale_count(q, o);
-  QUAVER_CHECK(scale.numel() == groups, "dequantize: wanted ", groups, " scales, got ",
+  check_block("dequantize", layout);
+  const int64_t scales = layout.scale_count(q);
+  QUAVER_CHECK(scale.numel() == scales, "dequantize: wanted ", scales, " scales, got ",
                scale.numel());
 }
 
@@ -82,7 +90,7 @@ inline void check_like(const char* op, const char* name, const TensorView& got, 
 
 inline void check_grouped(const char* op, const char* name, const GroupedView& x, int64_t rows,
                           int64_t cols) {
-  QUAVER_CHECK(x.block > 0, op, ": block must be positive, got ", x.block);
+  check_block(op, x.layout);
   QUAVER_CHECK(x.codes.dtype == DType::e4m3, op, ": ", name, " must be e4m3, got ",
                name_of(x.codes.dtype));
   check_like(op, name, x.codes, rows, cols);
@@ -285,7 +293,7 @@ inline void check_gemm(const GemmArguments& g) {
   QUAVER_CHECK(!is_fp8(g.out.dtype) || !g.accumulate, "gemm: FP8 cannot be accumulated into");
 }
 
-// What the tensor cores and TMA want, on every GPU so that it does not depend on which.
+// Limits of the tensor cores and TMA, checked on every GPU so that all refuse the same calls.
 inline void check_gemm_cuda(const GemmArguments& g) {
   check_gemm(g);
   QUAVER_CHECK(g.a.dtype == DType::e4m3 || g.b.dtype == DType::e4m3,

@@ -1,12 +1,12 @@
 // The matrix-product kernels that are compiled for sm_90a, each in a translation unit of its own
 // that cmake/cuda.cmake writes from its row here. The order breaks ties of the chooser.
 //
-// Which tiles: those that CUTLASS 4.2 compiles without a spill. Two accumulator sets (promoted
+// The tiles are those that CUTLASS 4.2 compiles without a spill. Two accumulator sets (promoted
 // sums) do not fit beside a 128 x 256 tile, nor does that tile into one warpgroup (pingpong).
-// Which pairs: weights and activations are e4m3, gradients e5m2. A gradient is the first operand of
-// both backward products; e4m3 x e5m2 is there for whoever has it the other way around.
-// Fast kernels of two-byte outputs add to nothing, which leaves them more shared memory. Whoever
-// permits fast sums gets promoted ones where there is no fast kernel: what is rare has no other.
+// The pairs follow use: weights and activations are e4m3, gradients e5m2, and a gradient is the
+// first operand of both backward products. e4m3 x e5m2 serves callers with the other order.
+// Fast kernels of two-byte outputs take no addend, which leaves them more shared memory. Where no
+// fast kernel exists, a promoted one serves requests that permit fast sums.
 #pragma once
 
 // clang-format off

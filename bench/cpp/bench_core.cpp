@@ -106,7 +106,7 @@ int main(int argc, char** argv) {
        [&] { cpu::quantize(q.view, odd, a, x.view, {}, given); }},
       {"quantize f32, just in time", [&] { cpu::quantize(q.view, s, a, x.view, {}, chosen); }},
       {"quantize f32, stochastic",
-       [&] { cpu::quantize(q.view, odd, a, x.view, {Granularity::tensor, 128, true}, given); }},
+       [&] { cpu::quantize(q.view, odd, a, x.view, {{}, true}, given); }},
       {"quantize bf16, just in time", [&] { cpu::quantize(q.view, s, a, xb.view, {}, chosen); }},
       {"cast_transpose f32, given",
        [&] { cpu::cast_transpose(q.view, qt.view, s, a, x.view, true, given); }},

@@ -16,13 +16,14 @@ SavedRow saved_row(const GroupedView& to, int64_t row, int64_t col) {
   if (to.codes.data == nullptr) return {};
   const int64_t cols = to.codes.cols;
   return {to.codes.as<uint8_t>() + row * cols + col,
-          to.scale + row * groups_in_row(cols, to.block) + col / to.block, to.block};
+          to.scale + row * blocks_in_row(cols, to.layout.block) + col / to.layout.block,
+          to.layout.block};
 }
 
 GroupedRow row_of(const GroupedView& x, int64_t row) {
   if (x.codes.data == nullptr) return {};
   return {x.codes.as<const uint8_t>() + row * x.codes.cols,
-          x.scale + row * groups_in_row(x.codes.cols, x.block), x.block};
+          x.scale + row * blocks_in_row(x.codes.cols, x.layout.block), x.layout.block};
 }
 
 // Columns of several strips at once; a maximum does not depend on their order.
@@ -45,7 +46,7 @@ void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& 
   const ActivationSimd& loops = activation_simd();
   if (channel_scale != nullptr) std::fill(channel_amax, channel_amax + x.cols, 0.0f);
   // Groups that fit into a run of columns are saved with it, others a row at a time.
-  const bool fits = kBlock % x_saved.block == 0;
+  const bool fits = kBlock % x_saved.layout.block == 0;
   const bool gated = up.data != nullptr;
   cast_both(&y, 1, x.rows, x.cols, [&](const Strip& s, bool first, Sink& sink) {
     alignas(64) float values[kBlock];

@@ -29,6 +29,10 @@ uint32_t max_code_of(DType type) {
   return type == DType::e4m3 ? Format<e4m3>::max_code : Format<e5m2>::max_code;
 }
 
+void clear(const TensorView& x, int64_t begin, int64_t end) {
+  if (begin < end) std::memset(out_at(x, begin), 0, (end - begin) * size_of(x.dtype));
+}
+
 }  // namespace
 
 void share_scales(float* scales, float* sum_scales, const float* amaxes, const float* mu,
@@ -45,9 +49,6 @@ void share_scales(float* scales, float* sum_scales, const float* amaxes, const f
 void pack(const TensorView& bucket, const ScaledView* tensors, int64_t count, const float* scales) {
   check_pack(bucket, tensors, count, scales);
   int64_t offset = 0;
-  auto clear = [&](int64_t begin, int64_t end) {
-    std::memset(out_at(bucket, begin), 0, (end - begin) * size_of(bucket.dtype));
-  };
   for (int64_t t = 0; t < count; ++t) {
     const TensorView& x = tensors[t].values;
     const float own = tensors[t].scale != nullptr ? *tensors[t].scale : 1.0f;
@@ -62,10 +63,10 @@ void pack(const TensorView& bucket, const ScaledView* tensors, int64_t count, co
     };
     parallel_for(x.numel(), kGrain, body);
     const int64_t next = offset + bucket_length(x.numel());
-    clear(offset + x.numel(), next);
+    clear(bucket, offset + x.numel(), next);
     offset = next;
   }
-  clear(offset, bucket.numel());
+  clear(bucket, offset, bucket.numel());
 }
 
 void reduce_shards(const TensorView& out, float* amax, int32_t* saturated, const ShardedSum& s) {
@@ -104,7 +105,7 @@ void reduce_shards(const TensorView& out, float* amax, int32_t* saturated, const
     saturated[t] = at_max;
   }
   const int64_t used = std::min(std::max<int64_t>(offset, 0), length);
-  std::memset(out_at(out, used), 0, (length - used) * size_of(out.dtype));
+  clear(out, used, length);
 }
 
 }  // namespace quaver::cpu

@@ -43,7 +43,7 @@ void for_strips(int64_t rows, int64_t cols, Body& body) {
   parallel_for((rows + kTile - 1) / kTile, kGrain / std::max<int64_t>(kTile * cols, 1), run);
 }
 
-// What a pass does with the values of a strip: it looks for the amax, encodes, or both.
+// A pass over the values of a strip, which collects the amax (see), encodes, or both.
 struct Sink {
   const GemmCast* outputs;
   const CastState* state;
@@ -61,7 +61,7 @@ struct Sink {
                 state[k].factor, state[k].divide);
   }
 
-  // All rows of the strip are there from column `col` on: the zeros behind them, and qt.
+  // Called when all rows of the strip have n values from column `col` on: writes padding and qt.
   void finish(const Strip& s, int64_t col, int64_t n) const {
     if (!encode) return;
     for (int k = 0; k < count; ++k) {

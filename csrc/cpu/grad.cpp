@@ -7,7 +7,6 @@
 
 #include "../arguments.h"
 #include "parallel.h"
-#include "quaver/norm.h"
 #include "quaver/scale.h"
 #include "simd.h"
 

@@ -43,7 +43,7 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
                const TensorView& x, const TensorView& weight, const TensorView& bias, float eps) {
   check_normalize(y, saved, x, weight, bias);
   const ActivationSimd& loops = activation_simd();
-  const int64_t groups = groups_in_row(x.cols, saved.block);
+  const int64_t groups = blocks_in_row(x.cols, saved.layout.block);
   const Channels weights(weight), biases(bias);
   if (x.cols == 0) {  // there is no block to compute them with
     if (mean != nullptr) std::fill(mean, mean + x.rows, 0.0f);
@@ -56,9 +56,9 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
         const Statistics of = statistics(x, row, mean != nullptr, eps);
         if (mean != nullptr) mean[row] = of.mean;
         rstd[row] = of.rstd;
-        loops.save_groups(
-            {saved.codes.as<uint8_t>() + row * x.cols, saved.scale + row * groups, saved.block},
-            at(x, row * x.cols), x.dtype, x.cols);
+        loops.save_groups({saved.codes.as<uint8_t>() + row * x.cols, saved.scale + row * groups,
+                           saved.layout.block},
+                          at(x, row * x.cols), x.dtype, x.cols);
       }
       for (int64_t col = 0; col < x.cols; col += kBlock) {
         const int64_t n = std::min(kBlock, x.cols - col);
@@ -78,7 +78,7 @@ void normalize_backward(const TensorView& dx, float* dweight, float* dbias, cons
                         const TensorView& weight) {
   check_normalize_backward(dx, dy, x, weight);
   const int64_t rows = dy.rows, cols = dy.cols, pieces = row_pieces(rows);
-  const int64_t groups = groups_in_row(cols, x.block);
+  const int64_t groups = blocks_in_row(cols, x.layout.block);
   const auto size = static_cast<size_t>(pieces * cols);
   const Channels weights(weight);
   std::vector<float> dweights(dweight != nullptr ? size : 0), dbiases(dbias != nullptr ? size : 0);
@@ -89,7 +89,7 @@ void normalize_backward(const TensorView& dx, float* dweight, float* dbias, cons
       r.dy = at(dy, row * cols);
       r.dx_type = dx.dtype;
       r.dy_type = dy.dtype;
-      r.x = {x.codes.as<const uint8_t>() + row * cols, x.scale + row * groups, x.block};
+      r.x = {x.codes.as<const uint8_t>() + row * cols, x.scale + row * groups, x.layout.block};
       r.mean = mean != nullptr ? mean[row] : 0.0f;
       r.rstd = rstd[row];
       r.centered = mean != nullptr;

@@ -112,17 +112,15 @@ uint32_t cast_transpose_pass(const TensorView& q, const TensorView& qt, const Te
 void quantize(const TensorView& q, const TensorView& scale, const TensorView& amax,
               const TensorView& x, const QuantizeOptions& o, const ScaleSource& source) {
   check_quantize(q, scale, amax, x, o, source);
-  const int64_t groups = scale_count(x, o);
-  if (o.granularity == Granularity::tensor) {
+  if (o.layout.grain == Grain::tensor) {
     cast_whole(x, q.dtype, o.power_of_two, scale.as<float>(), amax.as<float>(), source,
                [&](float s, bool see) { return quantize_pass(q, x, o, s, see); });
     return;
   }
-  const int64_t width = o.granularity == Granularity::row ? x.cols : o.block;
-  const int64_t per_row = width > 0 ? (x.cols + width - 1) / width : 1;
+  const int64_t width = o.layout.width(x.cols), per_row = o.layout.scales_in_row(x.cols);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
-      const int64_t row = g / std::max<int64_t>(per_row, 1);
+      const int64_t row = g / per_row;
       const int64_t first = (g - row * per_row) * width;
       const int64_t n = std::min(width, x.cols - first);
       const int64_t i = row * x.cols + first;
@@ -133,15 +131,14 @@ void quantize(const TensorView& q, const TensorView& scale, const TensorView& am
       cast_span(q, x, i, n, *s, o);
     }
   };
-  parallel_for(groups, kGrain / std::max<int64_t>(width, 1), body);
+  parallel_for(scale.numel(), kGrain / std::max<int64_t>(width, 1), body);
 }
 
 void dequantize(const TensorView& out, const TensorView& q, const TensorView& scale,
-                const QuantizeOptions& o) {
-  check_dequantize(out, q, scale, o);
-  const int64_t groups = scale_count(q, o);
+                const Layout& layout) {
+  check_dequantize(out, q, scale, layout);
   const float* scales = scale.as<const float>();
-  if (o.granularity == Granularity::tensor) {
+  if (layout.grain == Grain::tensor) {
     auto body = [&](int64_t begin, int64_t end) {
       simd().cast(out_at(out, begin), out.dtype, at(q, begin), q.dtype, end - begin, *scales,
                   false);
@@ -149,18 +146,17 @@ void dequantize(const TensorView& out, const TensorView& q, const TensorView& sc
     parallel_for(q.numel(), kGrain, body);
     return;
   }
-  const int64_t width = o.granularity == Granularity::row ? q.cols : o.block;
-  const int64_t per_row = width > 0 ? (q.cols + width - 1) / width : 1;
+  const int64_t width = layout.width(q.cols), per_row = layout.scales_in_row(q.cols);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
-      const int64_t row = g / std::max<int64_t>(per_row, 1);
+      const int64_t row = g / per_row;
       const int64_t first = (g - row * per_row) * width;
       const int64_t i = row * q.cols + first;
       simd().cast(out_at(out, i), out.dtype, at(q, i), q.dtype, std::min(width, q.cols - first),
                   scales[g], false);
     }
   };
-  parallel_for(groups, kGrain / std::max<int64_t>(width, 1), body);
+  parallel_for(scale.numel(), kGrain / std::max<int64_t>(width, 1), body);
 }
 
 void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView& scale,

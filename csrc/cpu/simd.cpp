@@ -3,7 +3,7 @@
 // the conversions that they share. Tests compare the bits of all instruction sets.
 #include "simd.h"
 
-#include "quaver/norm.h"
+#include "quaver/grad.h"
 #include "simd_adam.h"
 #include "simd_philox.h"
 #include "span.h"

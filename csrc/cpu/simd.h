@@ -1,5 +1,5 @@
 // The vector loops, one table per instruction set. Spans are contiguous; a loop never looks outside
-// of its span. simd.cpp is compiled once per instruction set and dispatch.cpp chooses.
+// of its span. simd.cpp is compiled once per instruction set and isa.cpp chooses.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ struct Simd {
   // out[c * out_stride + r] = x[r * stride + c] for r < rows, c < cols <= kTile, rows <= kTile.
   void (*transpose)(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t stride,
                     int64_t rows, int64_t cols);
-  // Sum of squares of decode(x) in f64, in the order of norm.h; amax bits beside it.
+  // Sum of squares of decode(x) in f64, in the order of grad.h; amax bits beside it.
   double (*sum_squares)(const void* x, DType type, int64_t n, uint32_t* amax);
   // sum = decode(a) * scale_a + decode(b) * scale_b. Encodes it by 1 / scale into `out` where that
   // is not null; returns its amax bits.

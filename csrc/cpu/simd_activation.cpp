@@ -134,7 +134,7 @@ void load_groups(float* __restrict out, const GroupedRow& row, int64_t first, in
   }
 }
 
-// Of columns i.. of the row: dy, g = dy * weight and xhat.
+// Computes dy, g = dy * weight and xhat of m columns from i on.
 inline void load_gradient(float* __restrict dy, float* __restrict g, float* __restrict xhat,
                           const NormalizeRow& row, int64_t i, int64_t m) {
   load_any(dy, at(row.dy, row.dy_type, i), row.dy_type, m, 1.0f);

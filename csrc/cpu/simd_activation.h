@@ -14,7 +14,7 @@ struct GroupedRow {
   int64_t block;
 };
 
-// Where a row of codes and scales is saved; null: nowhere.
+// Destination of a row of codes and scales; null saves nothing.
 struct SavedRow {
   uint8_t* codes;
   uint8_t* scale;

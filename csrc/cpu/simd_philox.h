@@ -19,8 +19,8 @@ inline void random_words(uint32_t* __restrict out, uint64_t seed, uint64_t first
   for (int64_t j = 0; j < n; j += kDrawn) {
     const uint64_t block = (first + static_cast<uint64_t>(j)) / 4;
 #if defined(__AVX2__)
-    // A block in each 64-bit lane, of whose words only the lower halves count: what the multiply
-    // takes. Two sets, so that one's multiplies hide the other's.
+    // Each 64-bit lane holds a block, in its lower half: the multiply reads only that. Two sets of
+    // blocks are in flight, so that one's multiplies hide the other's.
     constexpr int sets = kDrawn / 16;
     __m256i c0[sets], c1[sets], c2[sets], c3[sets];
     for (int s = 0; s < sets; ++s) {

@@ -2,8 +2,8 @@
 // add_to_fp8). An FP8 target is read twice: the scale must be known before the first code is
 // overwritten.
 #include "../arguments.h"
-#include "any.h"
 #include "dispatch.h"
+#include "runtime_type.h"
 
 namespace quaver::cuda {
 namespace {

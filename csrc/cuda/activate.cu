@@ -5,7 +5,7 @@
 // they cost the same pass here, which is also the one that saves.
 #include "../arguments.h"
 #include "dispatch.h"
-#include "fused.h"
+#include "fused_cast.h"
 #include "quaver/activate.h"
 
 namespace quaver::cuda {

@@ -3,7 +3,7 @@
 // just in time a pass for the amaxes goes before.
 #include "../arguments.h"
 #include "dispatch.h"
-#include "fused.h"
+#include "fused_cast.h"
 #include "quaver/activate.h"
 
 namespace quaver::cuda {

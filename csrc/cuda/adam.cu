@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "../arguments.h"
-#include "group.h"
-#include "table.h"
+#include "state_block.h"
+#include "tensor_list.h"
 #include "transpose.h"
 
 namespace quaver::cuda {

@@ -3,8 +3,8 @@
 // memory.
 #include "../arguments.h"
 #include "dispatch.h"
-#include "scale.h"
-#include "tile.h"
+#include "tensor_scale.h"
+#include "transpose_tile.h"
 
 namespace quaver::cuda {
 namespace {

@@ -37,16 +37,16 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Q, class X>
-void run(const TensorView& out, const TensorView& q, const float* scale, const QuantizeOptions& o,
+void run(const TensorView& out, const TensorView& q, const float* scale, const Layout& layout,
          void* stream) {
   const char* op = "dequantize";
-  if (o.granularity == Granularity::tensor) {
+  if (layout.grain == Grain::tensor) {
     launch(op, dequantize_tensor_kernel<Q, X>, loop_blocks(op, q.numel()), kThreads, stream,
            out.as<X>(), q.as<const Q>(), q.numel(), scale,
            is_aligned(out.data) && is_aligned(q.data));
     return;
   }
-  const Groups groups = make_groups(q, o);
+  const Groups groups = make_groups(q, layout);
   launch(op, dequantize_groups_kernel<Q, X>, group_blocks(groups), kThreads, stream, out.as<X>(),
          q.as<const Q>(), scale, groups, are_aligned(groups, out.data, q.data));
 }
@@ -54,12 +54,12 @@ void run(const TensorView& out, const TensorView& q, const float* scale, const Q
 }  // namespace
 
 void dequantize(const TensorView& out, const TensorView& q, const TensorView& scale,
-                const QuantizeOptions& o, void* stream) {
-  check_dequantize(out, q, scale, o);
+                const Layout& layout, void* stream) {
+  check_dequantize(out, q, scale, layout);
   if (q.numel() == 0) return;
   with_any(q.dtype, [&](auto from) {
     with_float(out.dtype, [&](auto to) {
-      run<decltype(from), decltype(to)>(out, q, scale.as<const float>(), o, stream);
+      run<decltype(from), decltype(to)>(out, q, scale.as<const float>(), layout, stream);
     });
   });
 }

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "device.h"
 #include "quaver/quantize.h"
+#include "vector.h"
 
 namespace quaver::cuda {
 
@@ -40,10 +40,10 @@ struct Groups {
   int threads;  // of one group: up to a warp, or the whole block
 };
 
-inline Groups make_groups(const TensorView& x, const QuantizeOptions& o) {
+inline Groups make_groups(const TensorView& x, const Layout& layout) {
   Groups g;
-  g.count = scale_count(x, o);
-  g.width = std::min(o.granularity == Granularity::row ? x.cols : o.block, x.cols);
+  g.count = layout.scale_count(x);
+  g.width = std::min(layout.width(x.cols), x.cols);
   g.per_row = std::max<int64_t>(g.width > 0 ? ceil_div(x.cols, g.width) : 1, 1);
   g.cols = x.cols;
   g.threads = 1;

@@ -8,8 +8,8 @@
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp"
 
-// In place of collective_builder.hpp and gemm_universal.hpp, which bring all architectures'
-// kernels:
+// These replace collective_builder.hpp and gemm_universal.hpp, which include the kernels of all
+// architectures.
 #include "cutlass/gemm/collective/builders/sm90_gmma_builder.inl"
 #include "cutlass/gemm/collective/collective_mma_decl.hpp"
 #include "cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp"
@@ -91,7 +91,7 @@ struct SourceArguments {
   bool needed = false;
 };
 
-// What is to be added to, as bits. Nothing is loaded where nothing is added.
+// The addend, as bits. The kernel loads it only if the call accumulates.
 struct Source : Node<SourceArguments> {
   using Node<SourceArguments>::Node;
   CUTLASS_DEVICE bool is_producer_load_needed() const { return params.needed; }
@@ -187,7 +187,7 @@ struct Finish : Node<FinishArguments> {
       }
     }
 
-    // Only what lies inside of the matrix: beyond it stands the bias.
+    // The amax counts elements inside of the matrix only: outside, y is the bias, not zero.
     template <int kSize>
     CUTLASS_DEVICE void see(const Array<float, kSize>& y, int v, int m, int n) {
       auto here = coordinates(cute::_, cute::_, cute::_, m, n);

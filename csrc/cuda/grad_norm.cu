@@ -1,11 +1,11 @@
 // Norm, finite check and amaxes of all gradients in one read, summed in f64 in the CPU's order (see
-// quaver/norm.h): a warp sums a piece, one block sums the pieces.
+// quaver/grad.h): a warp sums a piece, one block sums the pieces.
 #include <vector>
 
 #include "../arguments.h"
-#include "any.h"
-#include "quaver/norm.h"
-#include "table.h"
+#include "quaver/grad.h"
+#include "runtime_type.h"
+#include "tensor_list.h"
 
 namespace quaver::cuda {
 namespace {

@@ -45,6 +45,7 @@ void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int t
 }
 
 inline void clear(const char* op, void* memory, int64_t bytes, void* stream) {
+  if (bytes == 0) return;  // the memory may be none
   check_status(
       op, "CUDA refused to clear memory",
       cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));

@@ -3,7 +3,7 @@
 // Then a block on each tile normalises once more and casts from registers.
 #include "../arguments.h"
 #include "dispatch.h"
-#include "rows.h"
+#include "row_sum.h"
 
 namespace quaver::cuda {
 namespace {

@@ -4,7 +4,7 @@
 // column.
 #include "../arguments.h"
 #include "dispatch.h"
-#include "rows.h"
+#include "row_sum.h"
 
 namespace quaver::cuda {
 namespace {

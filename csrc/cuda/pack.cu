@@ -3,9 +3,9 @@
 #include <vector>
 
 #include "../arguments.h"
-#include "any.h"
 #include "dispatch.h"
-#include "table.h"
+#include "runtime_type.h"
+#include "tensor_list.h"
 
 namespace quaver::cuda {
 namespace {
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t length = bucket_length(e.numel);
   const int64_t end = length < begin + kChunk ? length : begin + kChunk;
   for (int64_t i = begin + int64_t(threadIdx.x) * kVector; i < end; i += kBlockSpan) {
-    // Beyond the tensor the loads give zeros, and so does the bucket.
+    // Loads beyond the tensor give zeros, which pad the bucket.
     const AnyPacked v = load_any(e.data, e.type, i, e.numel - i, e.aligned);
     float x[kVector];
 #pragma unroll

@@ -2,7 +2,7 @@
 // x is read once (twice where a tensor's scale is chosen just in time) and q is written once.
 #include "../arguments.h"
 #include "dispatch.h"
-#include "scale.h"
+#include "tensor_scale.h"
 
 namespace quaver::cuda {
 namespace {
@@ -94,7 +94,7 @@ template <class X, class Q, bool kStochastic>
 void run(const TensorView& q, const TensorView& scale, const TensorView& amax, const TensorView& x,
          const QuantizeOptions& o, const ScaleSource& source, void* stream) {
   const char* op = "quantize";
-  if (o.granularity == Granularity::tensor) {
+  if (o.layout.grain == Grain::tensor) {
     const TensorScale s = tensor_scale(q.dtype, scale, amax, o.power_of_two, source);
     cast_in_passes(op, s, stream, [&](bool first) {
       launch(op, quantize_tensor_kernel<X, Q, kStochastic>, loop_blocks(op, x.numel()), kThreads,
@@ -103,7 +103,7 @@ void run(const TensorView& q, const TensorView& scale, const TensorView& amax, c
     });
     return;
   }
-  const Groups groups = make_groups(x, o);
+  const Groups groups = make_groups(x, o.layout);
   if (groups.count == 0) return;
   launch(op, quantize_groups_kernel<X, Q, kStochastic>, group_blocks(groups), kThreads, stream,
          q.as<Q>(), x.as<const X>(), scale.as<float>(), amax.as<float>(), groups,

@@ -4,7 +4,7 @@
 
 #include "../arguments.h"
 #include "dispatch.h"
-#include "table.h"
+#include "tensor_list.h"
 
 namespace quaver::cuda {
 namespace {

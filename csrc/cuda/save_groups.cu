@@ -1,7 +1,7 @@
 // Group-quantised copies for blocks that do not fit the vectors of the kernel that computes
 // (quaver/cast.h): multiples of 16 that are no power of two, very large ones, odd ones.
 #include "dispatch.h"
-#include "fused.h"
+#include "fused_cast.h"
 
 namespace quaver::cuda {
 namespace {
@@ -35,10 +35,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void save_groups(const char* op, const GroupedView& to, const TensorView& x, void* stream) {
-  QuantizeOptions o;
-  o.granularity = Granularity::block;
-  o.block = to.block;
-  const Groups groups = make_groups(x, o);
+  const Groups groups = make_groups(x, to.layout);
   if (groups.count == 0) return;
   with_float(x.dtype, [&](auto type) {
     using X = decltype(type);

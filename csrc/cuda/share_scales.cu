@@ -1,6 +1,6 @@
 // The scales that all ranks encode with, from everybody's amaxes: a thread a tensor.
 #include "../arguments.h"
-#include "device.h"
+#include "vector.h"
 
 namespace quaver::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // expansion (COAT, arXiv 2410.19313, section 4). A warp takes a group.
 #include "../arguments.h"
 #include "dispatch.h"
-#include "group.h"
+#include "state_block.h"
 
 namespace quaver::cuda {
 namespace {

@@ -1,4 +1,4 @@
-#include "table.h"
+#include "tensor_list.h"
 #include "transpose.h"
 
 namespace quaver::cuda {

@@ -1,7 +1,7 @@
-// Transposes FP8 codes of many matrices in one launch, unless the device says otherwise.
+// Transposes FP8 codes of many matrices in one launch, which a flag on the device can skip.
 #pragma once
 
-#include "tile.h"
+#include "transpose_tile.h"
 
 namespace quaver::cuda {
 

@@ -56,7 +56,7 @@ py::dict build_info() {
   return info;
 }
 
-// pybind11 asks such an exception, of any library, for the Python error.
+// pybind11 calls set_error() of such an exception, whichever library threw it.
 struct OutOfMemory final : py::builtin_exception {
   using py::builtin_exception::builtin_exception;
   void set_error() const override {

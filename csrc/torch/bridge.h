@@ -53,7 +53,7 @@ inline TensorView view(const char* op, const char* name, const Tensor& t) {
   return v;
 }
 
-// A view whose memory says that the tensor is there, also where it has no elements.
+// A view whose data is never null, even of a tensor without elements: null means an absent tensor.
 inline TensorView present(const char* op, const char* name, const Tensor& t) {
   static char nothing[16];
   TensorView v = view(op, name, t);

@@ -1,4 +1,4 @@
-// Where an op runs: on the CPU, or in the current stream of its tensors' CUDA device.
+// The device of an op: the CPU, or the current stream of its tensors' CUDA device.
 #pragma once
 
 #include <string>
@@ -6,7 +6,7 @@
 #include "bridge.h"
 
 #if defined(QUAVER_HAVE_CUDA)
-// Of libtorch_cuda. Weak, so that the library loads on a torch without it too.
+// Defined by libtorch_cuda. Weak, so that the library loads on a torch without it too.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
@@ -19,7 +19,7 @@ inline std::string device_name(const Tensor& t) {
   return "another device";
 }
 
-// Indices tell CUDA devices apart; others have -1.
+// CUDA devices have an index; all other devices have -1.
 inline bool same_device(const Tensor& a, const Tensor& b) {
   const int32_t index = a.get_device_index();
   return index == b.get_device_index() && (index >= 0 || a.is_cpu() == b.is_cpu());

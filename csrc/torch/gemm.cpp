@@ -44,7 +44,7 @@ void check(const Call& c) {
                  c.b.size(0), " values, got ", c.bias->numel());
 }
 
-// The tensors of `c` as the core takes them, but for the bias, which may have any format.
+// The tensors of `c` as the core takes them, except the bias, which may have any format.
 GemmArguments arguments_of(const Call& c) {
   GemmArguments g;
   g.out = view("gemm", "out", c.out);

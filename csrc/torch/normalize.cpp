@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "cast.h"
+#include "results.h"
 
 namespace quaver::binding {
 namespace {

@@ -2,31 +2,27 @@
 
 #include <tuple>
 
-#include "cast.h"
+#include "results.h"
 
 namespace quaver::binding {
 namespace {
 
-QuantizeOptions options_of(const char* op, const Word& granularity, int64_t block) {
-  QuantizeOptions o;
-  o.block = block;
-  if (granularity.text == "tensor") return o;
-  o.granularity = Granularity::row;
-  if (granularity.text == "row") return o;
-  o.granularity = Granularity::block;
+Layout layout_of(const char* op, const Word& granularity, int64_t block) {
+  if (granularity.text == "tensor") return {Grain::tensor, block};
+  if (granularity.text == "row") return {Grain::row, block};
   QUAVER_CHECK(granularity.text == "block", op,
                ": granularity must be \"tensor\", \"row\" or \"block\", got \"", granularity.text,
                "\"");
-  check_block(op, block);
-  return o;
+  check_block(op, {Grain::block, block});
+  return {Grain::block, block};
 }
 
 // tensor: []; row: [..., 1]; block: [..., ceil(cols / block)]
-Shape scale_shape(const Tensor& x, const QuantizeOptions& o) {
-  if (o.granularity == Granularity::tensor) return {};
+Shape scale_shape(const Tensor& x, const Layout& layout) {
+  if (layout.grain == Grain::tensor) return {};
   Shape shape = shape_of(x);
   if (shape.empty()) shape.push_back(1);
-  shape.back() = o.granularity == Granularity::row ? 1 : groups_in_row(shape.back(), o.block);
+  shape.back() = layout.scales_in_row(shape.back());
   return shape;
 }
 
@@ -35,7 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_in, ScalarType dtype
                                             const OptionalTensor& history, const Word& granularity,
                                             int64_t block, bool power_of_two, bool stochastic,
                                             int64_t seed) {
-  QuantizeOptions o = options_of("quantize", granularity, block);
+  QuantizeOptions o;
+  o.layout = layout_of("quantize", granularity, block);
   o.power_of_two = power_of_two;
   o.stochastic = stochastic;
   o.seed = static_cast<uint64_t>(seed);
@@ -43,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_in, ScalarType dtype
   QUAVER_CHECK(scale_max(type) > 0.0f, "quantize: dtype must be e4m3, e5m2 or f16, got ",
                name_of(type));
   const Tensor x = dense(x_in);
-  const Shape shape = scale_shape(x, o);
+  const Shape shape = scale_shape(x, o.layout);
   Tensor q = empty(x, shape_of(x), dtype);
   Tensor scale = scale_tensor("quantize", x, scale_in, shape);
   Tensor amax = empty(x, shape, ScalarType::Float);
@@ -61,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_in, ScalarType dtype
 
 Tensor dequantize(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
                   const Word& granularity, int64_t block) {
-  const QuantizeOptions o = options_of("dequantize", granularity, block);
+  const Layout layout = layout_of("dequantize", granularity, block);
   QUAVER_CHECK(scale.scalar_type() == ScalarType::Float, "dequantize: scale must be float32, got ",
                torch::headeronly::toString(scale.scalar_type()));
   const Tensor q = dense(q_in);
@@ -71,8 +68,8 @@ Tensor dequantize(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
   const TensorView out_view = view("dequantize", "dtype", out), q_view = view("dequantize", "q", q);
   const TensorView scale_view = view("dequantize", "scale", scales);
   on_device(
-      "dequantize", q, [&] { cpu::dequantize(out_view, q_view, scale_view, o); },
-      [&](auto stream) { cuda::dequantize(out_view, q_view, scale_view, o, stream); });
+      "dequantize", q, [&] { cpu::dequantize(out_view, q_view, scale_view, layout); },
+      [&](auto stream) { cuda::dequantize(out_view, q_view, scale_view, layout, stream); });
   return out;
 }
 

@@ -3,8 +3,8 @@
 // 1606.08415, section 2) and its tanh approximation there, which is sigmoid(2u) because
 // (1 + tanh u) / 2 = sigmoid(2u).
 //
-// What is not finite shows: f(-inf) = -inf * 0 is NaN, as in torch, and f(inf) = inf. Accuracy is
-// stated here and tested in tests/cpp/test_activation.cpp.
+// Non-finite inputs stay visible: f(-inf) = -inf * 0 is NaN, as in torch, and f(inf) = inf.
+// Accuracy is stated here and tested in tests/cpp/test_activation.cpp.
 #pragma once
 
 #include "quaver/math.h"
@@ -93,7 +93,7 @@ struct Gradients {
   float x, up;
 };
 
-// Of f(x) * up, for its gradient g.
+// The gradients of f(x) * up, for its own gradient g.
 template <Activation kind>
 QUAVER_HD Gradients activation_gradients(float g, float x, float up) {
   const Gate of = gate<kind>(x);

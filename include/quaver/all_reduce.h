@@ -36,7 +36,7 @@ QUAVER_HD SharedScale shared_scale(const float* amaxes, int64_t ranks, int64_t s
   float largest = 0.0f;
   for (int64_t r = 0; r < ranks; ++r) {
     const float a = amaxes[r * stride];
-    if (!is_finite(a)) return {1.0f, 1.0f};  // the amax tells; the codes no longer matter
+    if (!is_finite(a)) return {1.0f, 1.0f};  // the amax shows it; the codes no longer matter
     largest = largest < a ? a : largest;
   }
   if (mu != nullptr) {
@@ -54,7 +54,7 @@ QUAVER_HD SharedScale shared_scale(const float* amaxes, int64_t ranks, int64_t s
   return {scale, scale_from_amax(is_finite(bound) ? bound : largest_float, finite_max, true)};
 }
 
-// Where the tensors of a bucket are summed.
+// The arguments of reduce_shards: a shard of every rank, and the tensors in it.
 struct ShardedSum {
   TensorView shards;  // [ranks, length] codes: this rank's shard of every rank's bucket
   int64_t first = 0;  // the shard's first element in the bucket

@@ -1,5 +1,5 @@
-// What the fused ops write: FP8 in both GEMM layouts under one scale, and group-quantised copies to
-// keep for backward.
+// Results of the fused ops: FP8 in both GEMM layouts under one scale, and copies in groups that are
+// kept for backward.
 #pragma once
 
 #include "quaver/quantize.h"
@@ -25,8 +25,8 @@ struct GemmCast {
 // (scale_from_amax), stored as the byte of OCP MX's e8m0: 2^(byte - 127), 255 is NaN.
 struct GroupedView {
   TensorView codes;          // no data: nothing to save
-  uint8_t* scale = nullptr;  // [R, groups_in_row]
-  int64_t block = 32;
+  uint8_t* scale = nullptr;  // [R, layout.scales_in_row(C)]
+  Layout layout = {Grain::block, 32};
 };
 
 // The scale of a group as its e8m0 byte, from the bits of its amax: scale_from_amax for e4m3 and a

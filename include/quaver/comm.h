@@ -12,7 +12,7 @@ struct UniqueId {
   char bytes[128];
 };
 
-// What rank 0 makes and every rank needs, by whatever store they share, to find each other.
+// Rank 0 makes the id by which the ranks find each other, and shares it through any store.
 UniqueId make_unique_id(const char* library = nullptr);
 
 // Version code of NCCL's library, such as 22809 for 2.28.9. Throws where there is none.
@@ -21,8 +21,8 @@ int nccl_version(const char* library = nullptr);
 enum class Reduction { sum, max };
 
 // Ranks of one device each. Every function that moves data is collective, queues its work in
-// `stream` and returns before the work is done. An error aborts the communicator, whose every later
-// use throws; so does a peer that does not answer for `timeout` seconds while connections are made.
+// `stream` and returns before the work is done. An error aborts the communicator, and every later
+// use of it throws; so does a peer that does not answer for `timeout` seconds while connecting.
 // `abort` may be called from any thread and frees the kernels that wait for a peer that is gone.
 class Communicator {
  public:

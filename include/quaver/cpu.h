@@ -1,4 +1,4 @@
-// The CPU backend's two hooks: which vector code runs, and whose threads run it.
+// The CPU backend's two hooks: one selects the vector code, the other the threads.
 #pragma once
 
 #include <cstdint>

@@ -43,7 +43,7 @@ QUAVER_HD T encode_format(float x) {
 }
 
 // Stochastic rounding: up with the probability of the dropped fraction, decided by the low
-// 23 - mantissa bits of `random`. The expectation is x, but for saturation.
+// 23 - mantissa bits of `random`. The expectation is x, except where it saturates.
 template <class T>
 QUAVER_HD T encode_stochastic(float x, uint32_t random) {
   using F = Format<T>;

@@ -19,7 +19,7 @@ struct GemmArguments {
   bool fast_accumulate = true;       // permits the tensor core's own 14-bit sums
 };
 
-// Formats of one size share a kernel, which is told at run time.
+// Formats of one size share a kernel, which takes the format as an argument.
 enum class GemmOut : int8_t { half, f32, fp8 };
 // Two warpgroups share a tile, or take turns at one each.
 enum class GemmSchedule : int8_t { cooperative, pingpong };

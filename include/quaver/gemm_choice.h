@@ -1,4 +1,4 @@
-// Which matrix-product kernel runs. The table of tactics and the choice among them are plain
+// The choice of a matrix-product kernel. The table of tactics and the choice among them are plain
 // functions of the shape: no GPU is needed to see what would run, and why.
 #pragma once
 
@@ -22,7 +22,7 @@ struct GemmTactic {
   GemmScheduler scheduler;
 };
 
-// What decides a choice.
+// The inputs of a choice.
 struct GemmProblem {
   int64_t m = 0, n = 0, k = 0;
   DType a = DType::e4m3, b = DType::e4m3, out = DType::bf16;
@@ -30,7 +30,7 @@ struct GemmProblem {
   bool fast_accumulate = true;
 };
 
-// A tactic on a problem, by a model of the machine (csrc/cpu/gemm_choice.cpp).
+// A tactic on a problem, by a model of the machine (csrc/gemm_choice.cpp).
 struct GemmCandidate {
   const GemmTactic* tactic = nullptr;
   int index = -1;         // in gemm_tactics()

@@ -1,46 +1,35 @@
 // Stage "quantize": high precision to FP8 (or scaled f16) and back. x ~= scale * q.
 #pragma once
 
+#include "quaver/layout.h"
 #include "quaver/scale.h"
-#include "quaver/tensor_view.h"
 
 namespace quaver {
 
-enum class Granularity : int8_t { tensor, row, block };
-
 struct QuantizeOptions {
-  Granularity granularity = Granularity::tensor;
-  int64_t block = 128;       // values per scale along the last axis, for Granularity::block
+  Layout layout;
   bool power_of_two = true;  // round chosen scales up to a power of two
   bool stochastic = false;   // nearest-even otherwise
   uint64_t seed = 0;         // of the stochastic rounding
 };
 
-constexpr int64_t groups_in_row(int64_t cols, int64_t block) { return (cols + block - 1) / block; }
-
-// Scales (and amaxes) that quantising `x` takes.
-inline int64_t scale_count(const TensorView& x, const QuantizeOptions& o) {
-  if (o.granularity == Granularity::tensor) return 1;
-  if (o.granularity == Granularity::row) return x.rows;
-  return x.rows * groups_in_row(x.cols, o.block);
-}
-
-// Where a cast takes its scale from.
+// The source of a cast's scale.
 struct ScaleSource {
   bool given = false;        // read `scale`; otherwise it is chosen and written
   float* history = nullptr;  // delayed scaling state (kHistoryState f32), read and updated;
-                             // tensor granularity only, and not together with `given`
+                             // Grain::tensor only, and not together with `given`
 };
 
 namespace cpu {
 
-// q (e4m3, e5m2, f16) like x (f32, f16, bf16); scale and amax f32, scale_count() values each.
+// q (e4m3, e5m2, f16) like x (f32, f16, bf16); scale and amax f32, one for each of the layout's
+// scales.
 void quantize(const TensorView& q, const TensorView& scale, const TensorView& amax,
               const TensorView& x, const QuantizeOptions& options, const ScaleSource& source);
 
 // out (f32, f16, bf16) = scale * q.
 void dequantize(const TensorView& out, const TensorView& q, const TensorView& scale,
-                const QuantizeOptions& layout);
+                const Layout& layout);
 
 // Both GEMM layouts from one read: q [rows, cols] and qt [cols, rows], one scale and amax.
 void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView& scale,
@@ -57,7 +46,7 @@ void quantize(const TensorView& q, const TensorView& scale, const TensorView& am
               const TensorView& x, const QuantizeOptions& options, const ScaleSource& source,
               void* stream);
 void dequantize(const TensorView& out, const TensorView& q, const TensorView& scale,
-                const QuantizeOptions& layout, void* stream);
+                const Layout& layout, void* stream);
 void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView& scale,
                     const TensorView& amax, const TensorView& x, bool power_of_two,
                     const ScaleSource& source, void* stream);

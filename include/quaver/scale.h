@@ -23,8 +23,8 @@ QUAVER_HD bool is_power_of_two(float x) {
 QUAVER_HD bool is_finite(float x) { return (bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
 
 // amax / finite_max, rounded up to a power of two where asked (FP8-LM's 2^floor(log2(max/amax)) in
-// encode direction). An amax of 0, and one that is not finite, keeps `previous`, but for one that
-// nothing can be divided by: a tensor that was multiplied by 0 has scale 0.
+// encode direction). An amax of 0, Inf or NaN keeps `previous`, unless that is subnormal, zero or
+// not finite: then the scale is 1.
 QUAVER_HD float scale_from_amax(float amax, float finite_max, bool power_of_two,
                                 float previous = 1.0f) {
   if (!(amax > 0.0f) || !is_finite(amax))
@@ -41,7 +41,7 @@ QUAVER_HD float scale_from_amax(float amax, float finite_max, bool power_of_two,
 // Delayed scaling (FP8-LM, MS-AMP): just in time for the first kHistory casts, then from the
 // maximum of the last kHistory amaxes. State: [0] casts recorded, [1..kHistory] ring of amaxes. The
 // count runs 0..kHistory while warming up and then wraps within kHistory..2*kHistory-1; any other
-// count is that of an empty history, so that no state, whoever wrote it, leads outside of the ring.
+// count means an empty history, so that no damaged state leads outside of the ring.
 //
 // A history is a forecast. A cast that would saturate under it, or whose amax is more than
 // kForecast times below it, is made again, just in time. An amax that is more than kForecast times

@@ -1,6 +1,5 @@
 // grad_norm and accumulate of the CUDA backend, run on the host: the bits of the CPU backend.
 #include "quaver/grad.h"
-#include "quaver/norm.h"
 #include "simt/cases.h"
 
 using namespace quaver;

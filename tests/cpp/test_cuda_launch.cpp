@@ -4,8 +4,8 @@
 #include <sys/mman.h>
 
 #include "cuda/dispatch.h"
-#include "cuda/table.h"
-#include "cuda/tile.h"
+#include "cuda/tensor_list.h"
+#include "cuda/transpose_tile.h"
 #include "quaver/optimizer.h"
 #include "quaver/quantize.h"
 #include "simt/cases.h"
@@ -113,12 +113,12 @@ TEST(groups_cover_every_element_once) {
   for (const int64_t rows : {int64_t(1), int64_t(3), int64_t(17), int64_t(300)})
     for (const int64_t cols : {1, 7, 16, 31, 513, 600, 4100})
       for (const int64_t block : {0, 1, 16, 33, 128, 512, 1000}) {
-        QuantizeOptions o;
-        o.granularity = block == 0 ? Granularity::row : Granularity::block;
+        Layout o;
+        o.grain = block == 0 ? Grain::row : Grain::block;
         o.block = block;
         const TensorView x{nullptr, DType::f32, rows, cols};
         const cuda::Groups g = cuda::make_groups(x, o);
-        CHECK_EQ(g.count, scale_count(x, o));
+        CHECK_EQ(g.count, o.scale_count(x));
         CHECK_EQ(cuda::kThreads % g.threads, 0);
         std::vector<int> seen(rows * cols);
         for (int64_t b = 0; b < cuda::group_blocks(g); ++b)
@@ -142,8 +142,8 @@ TEST(groups_cover_every_element_once) {
 }
 
 TEST(spans_beyond_2_to_the_31) {
-  QuantizeOptions o;
-  o.granularity = Granularity::block;
+  Layout o;
+  o.grain = Grain::block;
   o.block = 128;
   const TensorView x{nullptr, DType::bf16, kRows, kCols};
   const cuda::Groups g = cuda::make_groups(x, o);

@@ -19,8 +19,8 @@ struct Case {
 std::string describe(const Case& c, const char* what) {
   std::ostringstream text;
   text << what << " of [" << c.shape.rows << ", " << c.shape.cols << "] " << name_of(c.from)
-       << " to " << name_of(c.to) << ", granularity " << int(c.options.granularity) << ", block "
-       << c.options.block << ", power_of_two " << c.options.power_of_two << ", stochastic "
+       << " to " << name_of(c.to) << ", grain " << int(c.options.layout.grain) << ", block "
+       << c.options.layout.block << ", power_of_two " << c.options.power_of_two << ", stochastic "
        << c.options.stochastic << ", given " << c.given << ", skew " << c.skew;
   return text.str();
 }
@@ -34,7 +34,7 @@ void check(const Case& c) {
   const TensorView from = view(x, c.from, c.shape.rows, c.shape.cols);
   const TensorView cpu_q = view(wanted, c.to, c.shape.rows, c.shape.cols);
   const TensorView cuda_q = view(got, c.to, c.shape.rows, c.shape.cols);
-  std::vector<float> scale(scale_count(from, c.options), 0.37f), amax(scale.size(), -1.0f);
+  std::vector<float> scale(c.options.layout.scale_count(from), 0.37f), amax(scale.size(), -1.0f);
   std::vector<float> cuda_scale = scale, cuda_amax = amax;
   ScaleSource source;
   source.given = c.given;
@@ -49,11 +49,10 @@ void check(const Case& c) {
 const DType kFloats[] = {DType::f32, DType::f16, DType::bf16};
 const DType kCodes[] = {DType::e4m3, DType::e5m2, DType::f16};
 
-QuantizeOptions options(Granularity granularity, int64_t block, bool power_of_two,
-                        bool stochastic) {
+QuantizeOptions options(Grain grain, int64_t block, bool power_of_two, bool stochastic) {
   QuantizeOptions o;
-  o.granularity = granularity;
-  o.block = block;
+  o.layout.grain = grain;
+  o.layout.block = block;
   o.power_of_two = power_of_two;
   o.stochastic = stochastic;
   o.seed = 5;
@@ -62,14 +61,13 @@ QuantizeOptions options(Granularity granularity, int64_t block, bool power_of_tw
 
 }  // namespace
 
-TEST(every_shape_and_granularity) {
+TEST(every_shape_and_grain) {
   for (const Shape& shape : kShapes)
     for (const bool stochastic : {false, true}) {
-      check({shape, DType::f32, DType::e4m3, options(Granularity::tensor, 0, false, stochastic)});
-      check({shape, DType::bf16, DType::e4m3, options(Granularity::row, 0, true, stochastic)});
+      check({shape, DType::f32, DType::e4m3, options(Grain::tensor, 0, false, stochastic)});
+      check({shape, DType::bf16, DType::e4m3, options(Grain::row, 0, true, stochastic)});
       for (const int64_t block : {1, 16, 100, 128, 1000})
-        check({shape, DType::bf16, DType::e5m2,
-               options(Granularity::block, block, true, stochastic)});
+        check({shape, DType::bf16, DType::e5m2, options(Grain::block, block, true, stochastic)});
     }
 }
 
@@ -78,13 +76,13 @@ TEST(every_type) {
     for (const DType to : kCodes)
       for (const bool power_of_two : {false, true})
         for (const bool stochastic : {false, true})
-          for (const auto granularity : {Granularity::tensor, Granularity::row, Granularity::block})
-            check({{5, 144}, from, to, options(granularity, 48, power_of_two, stochastic)});
+          for (const auto grain : {Grain::tensor, Grain::row, Grain::block})
+            check({{5, 144}, from, to, options(grain, 48, power_of_two, stochastic)});
 }
 
 TEST(given_scales) {
-  for (const auto granularity : {Granularity::tensor, Granularity::row, Granularity::block}) {
-    Case c{{9, 80}, DType::f16, DType::e4m3, options(granularity, 32, true, false)};
+  for (const auto grain : {Grain::tensor, Grain::row, Grain::block}) {
+    Case c{{9, 80}, DType::f16, DType::e4m3, options(grain, 32, true, false)};
     c.given = true;
     check(c);
   }
@@ -93,8 +91,8 @@ TEST(given_scales) {
 TEST(views_that_are_not_aligned) {
   for (const int64_t skew : {1, 3, 8})
     for (const DType from : kFloats)
-      for (const auto granularity : {Granularity::tensor, Granularity::row}) {
-        Case c{{3, 96}, from, DType::e4m3, options(granularity, 0, true, false)};
+      for (const auto grain : {Grain::tensor, Grain::row}) {
+        Case c{{3, 96}, from, DType::e4m3, options(grain, 0, true, false)};
         c.skew = skew;
         check(c);
       }
@@ -105,8 +103,8 @@ TEST(values_that_are_not_finite) {
        {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
         std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::quiet_NaN()})
     for (const DType to : kCodes)
-      for (const auto granularity : {Granularity::tensor, Granularity::row}) {
-        Case c{{3, 37}, DType::f32, to, options(granularity, 0, true, false)};
+      for (const auto grain : {Grain::tensor, Grain::row}) {
+        Case c{{3, 37}, DType::f32, to, options(grain, 0, true, false)};
         c.bad = bad;
         check(c);
       }
@@ -115,15 +113,9 @@ TEST(values_that_are_not_finite) {
 TEST(orders) {
   in_every_order([] {
     for (const bool stochastic : {false, true}) {
-      check({{40, 1000},
-             DType::bf16,
-             DType::e4m3,
-             options(Granularity::tensor, 0, false, stochastic)});
-      check({{5, 1000}, DType::f32, DType::e5m2, options(Granularity::row, 0, false, stochastic)});
-      check({{3, 1000},
-             DType::f32,
-             DType::e5m2,
-             options(Granularity::block, 128, false, stochastic)});
+      check({{40, 1000}, DType::bf16, DType::e4m3, options(Grain::tensor, 0, false, stochastic)});
+      check({{5, 1000}, DType::f32, DType::e5m2, options(Grain::row, 0, false, stochastic)});
+      check({{3, 1000}, DType::f32, DType::e5m2, options(Grain::block, 128, false, stochastic)});
     }
   });
 }
@@ -157,19 +149,20 @@ TEST(dequantize) {
     for (const DType to : kFloats)
       for (const Shape& shape : kShapes)
         for (const int64_t skew : {0, 3})
-          for (const QuantizeOptions& o : {options(Granularity::tensor, 0, true, false),
-                                           options(Granularity::row, 0, true, false),
-                                           options(Granularity::block, 32, true, false)}) {
+          for (const QuantizeOptions& o :
+               {options(Grain::tensor, 0, true, false), options(Grain::row, 0, true, false),
+                options(Grain::block, 32, true, false)}) {
             if (to != DType::bf16 && skew != 0) continue;
             const int64_t n = shape.rows * shape.cols;
             Buffer q(n * size_of(from), skew * size_of(from));
             fill(&q, from, n, 3);
             Buffer wanted(n * size_of(to)), got(n * size_of(to), skew * size_of(to), 0x3b);
             const TensorView codes = view(q, from, shape.rows, shape.cols);
-            std::vector<float> scale(scale_count(codes, o));
+            std::vector<float> scale(o.layout.scale_count(codes));
             for (size_t i = 0; i < scale.size(); ++i) scale[i] = 0.01f * float(i + 1);
-            cpu::dequantize(view(wanted, to, shape.rows, shape.cols), codes, view(scale), o);
-            cuda::dequantize(view(got, to, shape.rows, shape.cols), codes, view(scale), o, nullptr);
+            cpu::dequantize(view(wanted, to, shape.rows, shape.cols), codes, view(scale), o.layout);
+            cuda::dequantize(view(got, to, shape.rows, shape.cols), codes, view(scale), o.layout,
+                             nullptr);
             CHECK(wanted.bytes() == got.bytes());
             CHECK(got.guards_hold());
           }
@@ -188,6 +181,6 @@ TEST(wrong_arguments_are_named) {
   CHECK_THROWS(cuda::quantize(to, view(two), view(two), from, {}, {}, nullptr),
                "wanted 1 scales, got 2");
   CHECK_THROWS(cuda::quantize(to, view(scale), view(amax), from,
-                              options(Granularity::block, 0, true, false), {}, nullptr),
+                              options(Grain::block, 0, true, false), {}, nullptr),
                "block must be positive, got 0");
 }

@@ -82,7 +82,7 @@ TEST(quantize_and_dequantize) {
             const TensorView codes = view(q.data(), type, 1, n);
             const TensorView s = view(&scale, DType::f32, 1, 1), a = view(&amax, DType::f32, 1, 1);
             cpu::quantize(codes, s, a, view(x.data(), DType::f32, 1, n), options, {});
-            cpu::dequantize(view(back.data(), DType::f32, 1, n), codes, s, options);
+            cpu::dequantize(view(back.data(), DType::f32, 1, n), codes, s, options.layout);
             append(bytes, q);
             append(bytes, back);
             append(bytes, std::vector<float>{scale, amax});

@@ -147,7 +147,8 @@ def main() -> int:
             print(f"seeds {first} to {first + count - 1}: {result.stdout.strip()}", flush=True)
             if result.returncode:
                 seed = Path(progress.name).read_text().strip()
-                print(result.stderr[-6000:], f"\nended with {result.returncode} in seed {seed}")
+                print(f"{result.stderr[:3000]}\n...\n{result.stderr[-1000:]}")
+                print(f"ended with {result.returncode} in seed {seed}")
                 return 1
     print(f"{args.calls} calls in {time.monotonic() - began:.0f} s: nothing found")
     return 0

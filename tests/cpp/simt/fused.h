@@ -50,12 +50,12 @@ struct GroupMemory {
         cols(s.cols),
         block(block),
         codes(s.rows * s.cols, skew, pattern),
-        scale(s.rows * groups_in_row(s.cols, block), skew, pattern) {}
+        scale(s.rows * blocks_in_row(s.cols, block), skew, pattern) {}
   GroupedView grouped() {
     GroupedView v;
     v.codes = view(codes, DType::e4m3, rows, cols);
     v.scale = scale.data();
-    v.block = block;
+    v.layout.block = block;
     return v;
   }
 };

@@ -1,4 +1,4 @@
-#include "scale.h"
+#include "tensor_scale.h"
 
 namespace quaver::cuda {
 namespace {

@@ -9,8 +9,8 @@
 //            epilogue records the amax (FP8-LM, arXiv 2310.18313; see quaver/scale.h)
 #pragma once
 
-#include "device.h"
 #include "quaver/quantize.h"
+#include "vector.h"
 
 namespace quaver::cuda {
 
@@ -48,7 +48,7 @@ void cast_in_passes(const char* op, const TensorScale& s, void* stream, Pass pas
   end_scale(op, s, stream);
 }
 
-// What a pass does: neither, or one of them, or both.
+// The work of a pass: to encode, to collect the amax, both or nothing.
 struct CastPass {
   bool encode, collect;
   float scale;  // to encode with

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "table.h"
+#include "tensor_list.h"
 
 namespace quaver::cuda {
 namespace {

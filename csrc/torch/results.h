@@ -1,6 +1,7 @@
 // Results that several ops share: a cast to both GEMM layouts, and group-quantised copies.
 #pragma once
 
+#include "../arguments.h"
 #include "device.h"
 #include "quaver/cast.h"
 
@@ -29,13 +30,6 @@ inline float* history_of(const char* op, const Tensor& like, const OptionalTenso
   return floats(op, "history", t, kHistoryState);
 }
 
-// Values that share a scale along the last axis. The bound keeps every product of sizes in range.
-inline void check_block(const char* op, int64_t block) {
-  constexpr int64_t most = int64_t(1) << 30;
-  QUAVER_CHECK(block > 0, op, ": block must be positive, got ", block);
-  QUAVER_CHECK(block <= most, op, ": block must be at most ", most, ", got ", block);
-}
-
 inline void check_matrix(const char* op, const char* name, const Tensor& t) {
   QUAVER_CHECK(t.dim() == 2, op, ": ", name, " must be a matrix, got ", t.dim(), " dimensions");
 }
@@ -45,7 +39,7 @@ struct CastResult {
   GemmCast view;
 };
 
-// Of an op's result [rows, cols].
+// Allocates the cast of an op's result [rows, cols].
 inline CastResult cast_result(const char* op, const Tensor& like, int64_t rows, int64_t cols,
                               ScalarType dtype, const OptionalTensor& scale,
                               const OptionalTensor& history, bool power_of_two) {
@@ -78,11 +72,11 @@ struct GroupedResult {
 
 inline GroupedView grouped_view(const char* op, const char* name, const Tensor& codes,
                                 const char* scale_name, const Tensor& scale, int64_t block) {
-  check_block(op, block);
+  check_block(op, {Grain::block, block});
   check_matrix(op, name, codes);
   GroupedView v;
   v.codes = present(op, name, codes);
-  const int64_t rows = codes.size(0), groups = groups_in_row(codes.size(1), block);
+  const int64_t rows = codes.size(0), groups = blocks_in_row(codes.size(1), block);
   QUAVER_CHECK(scale.scalar_type() == ScalarType::Byte, op, ": ", scale_name,
                " must be uint8, got ", torch::headeronly::toString(scale.scalar_type()));
   QUAVER_CHECK(
@@ -90,15 +84,15 @@ inline GroupedView grouped_view(const char* op, const char* name, const Tensor& 
       op, ": ", scale_name, " must be [", rows, ", ", groups, "] for block ", block, ", got ",
       scale.numel(), " values");
   v.scale = static_cast<uint8_t*>(scale.data_ptr());
-  v.block = block;
+  v.layout.block = block;
   return v;
 }
 
 inline GroupedResult grouped_result(const char* op, const Tensor& like, int64_t rows, int64_t cols,
                                     int64_t block) {
-  check_block(op, block);
+  check_block(op, {Grain::block, block});
   GroupedResult r = {empty(like, {rows, cols}, ScalarType::Float8_e4m3fn),
-                     empty(like, {rows, groups_in_row(cols, block)}, ScalarType::Byte),
+                     empty(like, {rows, blocks_in_row(cols, block)}, ScalarType::Byte),
                      {}};
   r.view = grouped_view(op, "codes", r.codes, "scales", r.scale, block);
   return r;

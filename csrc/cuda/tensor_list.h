@@ -1,8 +1,9 @@
-// The list of tensors of a multi-tensor op, on the device. It travels as kernel arguments: no
-// pinned memory, no copy that the host must outlive, and a captured graph holds it by value.
+// The list of tensors of a multi-tensor op, on the device. It is passed as kernel arguments: no
+// pinned memory is needed, no host memory has to outlive the call, and a captured graph holds the
+// list by value.
 #pragma once
 
-#include "device.h"
+#include "vector.h"
 
 namespace quaver::cuda {
 

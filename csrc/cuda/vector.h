@@ -1,6 +1,7 @@
-// What the memory-bound kernels share: vectors of 16 elements in registers, their conversions, and
-// reductions. The conversions give the bits of fp8.h; where the machine has an instruction with
-// those bits it is used, because integer arithmetic alone would not keep up with the memory.
+// Device functions that the memory-bound kernels share: vectors of 16 elements in registers, their
+// conversions, and reductions. The conversions give the bits of fp8.h; where the machine has an
+// instruction with those bits it is used, because integer arithmetic alone would not keep up with
+// the memory.
 #pragma once
 
 #include "launch.h"

@@ -2,7 +2,7 @@
 // + 15 of each 512, so that the sum's lane 16 t + k is its register k.
 #pragma once
 
-#include "fused.h"
+#include "fused_cast.h"
 #include "quaver/normalize.h"
 
 namespace quaver::cuda {

@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "device.h"
+#include "vector.h"
 
 namespace quaver::cuda {
 

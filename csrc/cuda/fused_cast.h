@@ -1,12 +1,12 @@
-// What the kernels of normalize and activate share: casts of a tile to both padded layouts, groups
-// that are saved from registers, and saved groups decoded (quaver/cast.h).
+// Device functions that normalize and activate share: they cast a tile to both padded layouts, save
+// groups from registers, and decode saved groups (quaver/cast.h).
 #pragma once
 
-#include "any.h"
 #include "quaver/activation.h"
 #include "quaver/cast.h"
-#include "scale.h"
-#include "tile.h"
+#include "runtime_type.h"
+#include "tensor_scale.h"
+#include "transpose_tile.h"
 
 namespace quaver::cuda {
 
@@ -96,13 +96,13 @@ inline DeviceGroups device_groups(const GroupedView& g, int most) {
   d.codes = g.codes.as<uint8_t>();
   d.scale = g.scale;
   d.cols = g.codes.cols;
-  d.per_row = groups_in_row(d.cols, g.block);
-  d.block = g.block;
+  d.per_row = blocks_in_row(d.cols, g.layout.block);
+  d.block = g.layout.block;
   d.shift = -1;
   for (int s = 0; s < 40; ++s)
-    if (int64_t(1) << s == g.block) d.shift = s;
-  if (d.shift >= 4 && g.block <= int64_t(most) * kVector)
-    d.threads = static_cast<int>(g.block / kVector);
+    if (int64_t(1) << s == g.layout.block) d.shift = s;
+  if (d.shift >= 4 && g.layout.block <= int64_t(most) * kVector)
+    d.threads = static_cast<int>(g.layout.block / kVector);
   d.aligned = d.cols % kVector == 0 && is_aligned(d.codes);
   return d;
 }

@@ -1,12 +1,12 @@
-// Which matrix-product kernel runs. A model with few numbers, each with a meaning, so that a choice
-// can be explained; what a GPU measures can correct the numbers, not the rules.
+// The choice of a matrix-product kernel, by a model with few numbers, each of which has a meaning:
+// a choice can then be explained, and measurements on a GPU correct the numbers, not the rules.
 #include "quaver/gemm_choice.h"
 
 #include <algorithm>
 #include <iomanip>
 #include <sstream>
 
-#include "../gemm_tactics.h"
+#include "gemm_tactics.h"
 
 namespace quaver {
 namespace {
@@ -46,7 +46,7 @@ bool hides(const GemmTactic& t, double waves) {
   return t.schedule == GemmSchedule::pingpong && waves > 1.0;
 }
 
-// What a tile costs beside its products, in elements of K: filling the pipeline, and the epilogue.
+// The cost of a tile beside its products, in elements of K: filling the pipeline, and the epilogue.
 double overhead(const GemmTactic& t, double waves) { return hides(t, waves) ? 96.0 : 384.0; }
 
 // Partial sums in f32 go to memory and come back: a tile's are 4 bytes for each 2 K flops, so for

@@ -1,9 +1,9 @@
-// Vectors whose storage type is known at run time only, for the kernels that take whole lists of
-// tensors in one launch. Four elements at a time are decoded and encoded, so that few registers are
-// needed. The branches are uniform.
+// Vectors whose storage type is a run-time value, for the kernels that take whole lists of tensors
+// in one launch. They decode and encode four elements at a time, which needs few registers. The
+// branches on the type are uniform.
 #pragma once
 
-#include "device.h"
+#include "vector.h"
 
 namespace quaver::cuda {
 

@@ -2,9 +2,9 @@
 // quaver/codec.h's and quaver/adam.h's.
 #pragma once
 
-#include "any.h"
 #include "quaver/adam.h"
 #include "quaver/codec.h"
+#include "runtime_type.h"
 
 namespace quaver::cuda {
 
