@@ -7,8 +7,8 @@
 
 #include "lanes.h"
 #include "quaver/adam.h"
-#include "simd.h"
 #include "span.h"
+#include "spans.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {

@@ -3,6 +3,7 @@
 
 #include "parallel.h"
 #include "quaver/check.h"
+#include "simd.h"
 #include "simd_activation.h"
 
 namespace quaver::cpu {

@@ -2,38 +2,11 @@
 // of its span. simd.cpp is compiled once per instruction set and isa.cpp chooses.
 #pragma once
 
-#include <cstdint>
-
-#include "quaver/adam.h"
-#include "quaver/codec.h"
+#include "spans.h"
 
 namespace quaver::cpu {
 
-// Values per stack buffer: a few f32 buffers of this size stay in the first-level cache.
-constexpr int64_t kBlock = 512;
 constexpr int64_t kTile = 64;
-
-// One state of a span of Adam. A span begins with a group.
-struct StateSpan {
-  void* values;
-  DType type;
-  Scaling scaling;
-  float scale, new_scale;  // decode, of the whole tensor, as stored and to be stored
-  float* scales;           // or of each group
-};
-
-// One parameter's storage and scales for a span of Adam.
-struct AdamSpan {
-  StateSpan weight, exp_avg, exp_avg_sq;
-  const void* grad;
-  DType grad_type;
-  float grad_scale;
-  uint8_t* fp8;         // e4m3 GEMM copy of the span, or null
-  uint16_t* remainder;  // of a bf16 weight, or null
-  bool stochastic;      // of a 16-bit weight
-  bool stochastic_exp_avg;
-  uint64_t seed, offset, first;  // Philox: of the weight, the step, the first element
-};
 
 struct Simd {
   // Bits of the largest magnitude as a non-negative f32; any NaN gives a NaN.
@@ -61,8 +34,5 @@ struct Simd {
 };
 
 const Simd& simd();
-
-// contract() of all 256 codes of a format, signs included, for a scale that holds this power.
-const float* expanded_values(DType type, uint32_t power);
 
 }  // namespace quaver::cpu

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "quaver/activation.h"
-#include "simd.h"
+#include "spans.h"
 
 namespace quaver::cpu {
 

@@ -1,7 +1,7 @@
-// What simd_adam.cpp gives to the table of simd.cpp.
+// The loops of simd_adam.cpp, which simd.cpp puts into its table.
 #pragma once
 
-#include "simd.h"
+#include "spans.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 

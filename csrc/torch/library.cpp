@@ -7,81 +7,72 @@
 #include "quaver/cpu.h"
 #include "stable.h"
 
+namespace {
+
+constexpr const char* kSchemas[] = {
+    "quantize(Tensor x, ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, "
+    "str granularity='tensor', int block=128, bool power_of_two=True, bool stochastic=False, "
+    "int seed=0) -> (Tensor q, Tensor scale, Tensor amax)",
+    "dequantize(Tensor q, Tensor scale, ScalarType dtype, str granularity='tensor', "
+    "int block=128) -> Tensor",
+    "cast_transpose(Tensor x, ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, "
+    "bool power_of_two=True) -> (Tensor q, Tensor qt, Tensor scale, Tensor amax)",
+    "normalize(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, "
+    "ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, bool power_of_two=True, "
+    "int block=32) "
+    "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, "
+    "Tensor mean, Tensor rstd)",
+    "normalize_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor mean, Tensor rstd, "
+    "Tensor? weight, int block, bool has_bias, ScalarType dx_dtype) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "activate(Tensor x, Tensor? up, str kind, Tensor? channel_scale, ScalarType dtype, "
+    "Tensor? scale=None, Tensor(a!)? history=None, bool power_of_two=True, int block=32) "
+    "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, Tensor uq, "
+    "Tensor uscale, Tensor channel_amax)",
+    "activate_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor? uq, Tensor? uscale, "
+    "str kind, Tensor? channel_scale, int block, ScalarType dtype, "
+    "Tensor(a!)? x_history=None, Tensor(b!)? up_history=None, bool power_of_two=True) "
+    "-> (Tensor dxq, Tensor dxqt, Tensor dxscale, Tensor dxamax, Tensor duq, Tensor duqt, "
+    "Tensor duscale, Tensor duamax)",
+    "gemm(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
+    "ScalarType out_dtype, bool fast_accumulate=True) -> Tensor",
+    "gemm_(Tensor(a!) out, Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, "
+    "Tensor? bias=None, bool accumulate=False, bool fast_accumulate=True) -> ()",
+    "gemm_quantize(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
+    "ScalarType out_dtype, Tensor out_scale, bool fast_accumulate=True) -> (Tensor q, Tensor "
+    "amax)",
+    "grad_norm(Tensor[] grads, Tensor[] scales, Tensor[] amaxes) -> (Tensor norm, Tensor amax)",
+    "accumulate_(Tensor(a!) q, Tensor(b!) scale, Tensor(c!) amax, Tensor other, "
+    "Tensor? other_scale=None, Tensor? other_amax=None) -> ()",
+    "share_scales(Tensor amaxes, Tensor? mu, ScalarType dtype) "
+    "-> (Tensor scales, Tensor sum_scales)",
+    "pack(Tensor[] tensors, Tensor[] tensor_scales, Tensor? scales, ScalarType dtype, "
+    "int length) -> Tensor",
+    "reduce_shards(Tensor shards, Tensor? scales, Tensor? sum_scales, int[] sizes, int first, "
+    "ScalarType dtype) -> (Tensor out, Tensor amax, Tensor saturated)",
+    "adam_(Tensor(a!)[] values, Tensor(b!)[] scales, Tensor(c!)[] amaxes, Tensor[] grads, "
+    "Tensor[] grad_scales, Tensor grad_amax, Tensor(d!)[] steps, Tensor hyper, "
+    "Tensor(e!) skipped, Tensor(f!)[] copies, Tensor(g!)[] remainders, int[] scalings=[], "
+    "int[] seeds=[], int[] first_elements=[]) -> ()",
+    "encode_state(Tensor x, ScalarType dtype, bool expand) -> (Tensor q, Tensor scale)",
+    "decode_state(Tensor q, Tensor scale, bool expand) -> Tensor",
+    "comm_id_(Tensor(a!) id, str library) -> ()",
+    "comm_create(Tensor id, int rank, int size, float timeout, str library, bool host) -> int",
+    "comm_all_to_all_(int comm, Tensor send, int[] send_bytes, Tensor(a!) recv, int[] "
+    "recv_bytes) -> ()",
+    "comm_all_gather_(int comm, Tensor send, Tensor(a!) recv) -> ()",
+    "comm_broadcast_(int comm, Tensor(a!) values, int root) -> ()",
+    "comm_all_reduce_(int comm, Tensor(a!) values, str reduction) -> ()",
+    "comm_sums_fp8(int comm) -> bool",
+    "comm_check(int comm) -> ()",
+    "comm_abort(int comm) -> ()",
+    "comm_close(int comm) -> ()",
+};
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(quaver, m) {
-  m.def(
-      "quantize(Tensor x, ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, "
-      "str granularity='tensor', int block=128, bool power_of_two=True, bool stochastic=False, "
-      "int seed=0) -> (Tensor q, Tensor scale, Tensor amax)");
-  m.def(
-      "dequantize(Tensor q, Tensor scale, ScalarType dtype, str granularity='tensor', "
-      "int block=128) -> Tensor");
-  m.def(
-      "cast_transpose(Tensor x, ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, "
-      "bool power_of_two=True) -> (Tensor q, Tensor qt, Tensor scale, Tensor amax)");
-  m.def(
-      "normalize(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, "
-      "ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, bool power_of_two=True, "
-      "int block=32) "
-      "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, "
-      "Tensor mean, Tensor rstd)");
-  m.def(
-      "normalize_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor mean, Tensor rstd, "
-      "Tensor? weight, int block, bool has_bias, ScalarType dx_dtype) "
-      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
-  m.def(
-      "activate(Tensor x, Tensor? up, str kind, Tensor? channel_scale, ScalarType dtype, "
-      "Tensor? scale=None, Tensor(a!)? history=None, bool power_of_two=True, int block=32) "
-      "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, Tensor uq, "
-      "Tensor uscale, Tensor channel_amax)");
-  m.def(
-      "activate_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor? uq, Tensor? uscale, "
-      "str kind, Tensor? channel_scale, int block, ScalarType dtype, "
-      "Tensor(a!)? x_history=None, Tensor(b!)? up_history=None, bool power_of_two=True) "
-      "-> (Tensor dxq, Tensor dxqt, Tensor dxscale, Tensor dxamax, Tensor duq, Tensor duqt, "
-      "Tensor duscale, Tensor duamax)");
-  m.def(
-      "gemm(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
-      "ScalarType out_dtype, bool fast_accumulate=True) -> Tensor");
-  m.def(
-      "gemm_(Tensor(a!) out, Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, "
-      "Tensor? bias=None, bool accumulate=False, bool fast_accumulate=True) -> ()");
-  m.def(
-      "gemm_quantize(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
-      "ScalarType out_dtype, Tensor out_scale, bool fast_accumulate=True) -> (Tensor q, Tensor "
-      "amax)");
-  m.def(
-      "grad_norm(Tensor[] grads, Tensor[] scales, Tensor[] amaxes) -> (Tensor norm, Tensor amax)");
-  m.def(
-      "accumulate_(Tensor(a!) q, Tensor(b!) scale, Tensor(c!) amax, Tensor other, "
-      "Tensor? other_scale=None, Tensor? other_amax=None) -> ()");
-  m.def(
-      "share_scales(Tensor amaxes, Tensor? mu, ScalarType dtype) "
-      "-> (Tensor scales, Tensor sum_scales)");
-  m.def(
-      "pack(Tensor[] tensors, Tensor[] tensor_scales, Tensor? scales, ScalarType dtype, "
-      "int length) -> Tensor");
-  m.def(
-      "reduce_shards(Tensor shards, Tensor? scales, Tensor? sum_scales, int[] sizes, int first, "
-      "ScalarType dtype) -> (Tensor out, Tensor amax, Tensor saturated)");
-  m.def(
-      "adam_(Tensor(a!)[] values, Tensor(b!)[] scales, Tensor(c!)[] amaxes, Tensor[] grads, "
-      "Tensor[] grad_scales, Tensor grad_amax, Tensor(d!)[] steps, Tensor hyper, "
-      "Tensor(e!) skipped, Tensor(f!)[] copies, Tensor(g!)[] remainders, int[] scalings=[], "
-      "int[] seeds=[], int[] first_elements=[]) -> ()");
-  m.def("encode_state(Tensor x, ScalarType dtype, bool expand) -> (Tensor q, Tensor scale)");
-  m.def("decode_state(Tensor q, Tensor scale, bool expand) -> Tensor");
-  m.def("comm_id_(Tensor(a!) id, str library) -> ()");
-  m.def("comm_create(Tensor id, int rank, int size, float timeout, str library, bool host) -> int");
-  m.def(
-      "comm_all_to_all_(int comm, Tensor send, int[] send_bytes, Tensor(a!) recv, int[] "
-      "recv_bytes) -> ()");
-  m.def("comm_all_gather_(int comm, Tensor send, Tensor(a!) recv) -> ()");
-  m.def("comm_broadcast_(int comm, Tensor(a!) values, int root) -> ()");
-  m.def("comm_all_reduce_(int comm, Tensor(a!) values, str reduction) -> ()");
-  m.def("comm_sums_fp8(int comm) -> bool");
-  m.def("comm_check(int comm) -> ()");
-  m.def("comm_abort(int comm) -> ()");
-  m.def("comm_close(int comm) -> ()");
+  for (const char* schema : kSchemas) m.def(schema);
 }
 
 namespace {

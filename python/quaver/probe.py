@@ -172,7 +172,7 @@ class Probe:
         delayed scaling, the first one's history made it."""
         history = history.clone() if history is not None and module.training else None
         x = x.reshape(-1, x.shape[-1])
-        q, scale, _ = _ops.quantize(x, dtype, None, history, "tensor", 128, True, False, 0)
+        q, scale, _ = _ops.quantize(x, dtype, None, history)
         self._measure(name, ScaledTensor(q, scale, None, x.dtype), _values(x))
 
     @torch.no_grad()

@@ -362,7 +362,7 @@ class Generator:
             "scalings": [grain for _, grain in kinds],
             "grad": self.tensor(self.numbers(shape, self.pick(ANY))),
             "grad_scale": self.scales() if self.chance(0.5) else none,
-            "step": self.tensor(torch.tensor(self.pick((0, 1, 1000, 2**62, 2**63 - 1))), True),
+            "step": self.tensor(torch.tensor(self.pick((0, 1, 1000, 2**62, 2**63 - 2))), True),
             "remainder": self.tensor(self.bits(shape, torch.int16), True) if exact else none,
             "seed": self.random.randrange(2**31) if rounded else -1,
             "first": self.pick((0, 0, 128, 2**40)),

@@ -24,8 +24,6 @@ def ops() -> list[str]:
     import torch
 
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "quaver::" in n}
-    if torch.ops.quaver.adam_.default._schema.arguments[0].name != "values":
-        names.remove("adam_")  # until its lists are one a kind of argument
     return sorted(name for name in names if not name.startswith("comm_"))
 
 

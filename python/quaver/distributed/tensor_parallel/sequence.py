@@ -83,7 +83,7 @@ def shared_cast(
 
 
 def _quantize(x, dtype, scale, history):
-    return _ops.quantize(x, dtype, scale, history, "tensor", 128, True, False, 0)
+    return _ops.quantize(x, dtype, scale, history)
 
 
 def _moved(x: Tensor, source: int, target: int) -> Tensor:
