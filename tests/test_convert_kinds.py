@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import warnings
 
 import pytest
@@ -185,6 +186,36 @@ def test_an_optimizer_older_than_the_models_weights_warns_once(make):
         optimizer.step()
         fresh = make(model.parameters())
         fresh.step()
+
+
+STEPS = {
+    (
+        "coat",
+        "fp8lm-o2",
+    ): "by f32, f32, nearest; .* 'coat', which has e4m3-expand, e4m3-expand, sto",
+    (
+        "fp8lm-o2",
+        "fp8lm-o1",
+    ): "by f32, f32, stochastic; .* which has e4m3-tensor, f16-tensor, stoch",
+    ("tensorwise", "fp8lm-o2"): None,  # no master, so nothing differs
+    ("coat", "coat"): None,
+    ("bf16", "coat"): None,
+}
+
+
+@pytest.mark.parametrize("names", STEPS)
+def test_an_optimizer_of_another_recipe_than_the_model_warns_once(names):
+    converted, stepped = names
+    model = qv.convert(nn.Sequential(nn.Linear(16, 16)), converted)
+    optimizer = qv.AdamW(model.parameters(), recipe=stepped)
+    model(randn(8, 16)).sum().backward()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        optimizer.step()
+        optimizer.step()
+    assert len(found) == (STEPS[names] is not None)
+    for warning in found:
+        assert re.search(STEPS[names], str(warning.message)), warning.message
 
 
 @pytest.mark.parametrize("name", ["tensorwise", "coat"])

@@ -12,6 +12,7 @@ from torch import nn
 
 from . import recipe as recipes
 from . import structure
+from .mismatch import mark_converted, mark_replaced, mark_restored
 from .nn.cast import Holder
 from .nn.linear import Conv1D, Linear, LinearBase, is_converted
 from .nn.mlp import MLP
@@ -19,7 +20,6 @@ from .nn.norm import Norm
 from .nn.swap import is_wrapped, swap, swap_back
 from .nn.weight import convert_weight, set_dtype
 from .ops import FLOATS
-from .replaced import mark_replaced
 from .tensor import ScaledTensor, is_sharded
 
 HEAD = ("lm_head",)  # what `skip` is by default, for models that have one and for those without
@@ -159,6 +159,7 @@ def _convert_linear(model, chosen, skip, report) -> None:
         else:
             swap(module, Conv1D)
         module.adopt(chosen, *weights[id(old)])
+        mark_converted(module, chosen)
         report.converted[name] = "linear"
 
 
@@ -305,6 +306,7 @@ def restore(model: nn.Module) -> nn.Module:
             mark_replaced(old, weights[id(old)])
         module.weight = weights[id(old)]
         module.restore()
+        mark_restored(module)
         if type(module) is Linear:
             module.__class__ = nn.Linear
         else:
