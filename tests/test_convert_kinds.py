@@ -35,23 +35,23 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(shape)
 
 
-def pair(name, k, n):
+def pair(chosen, k, n):
     """A converted Conv1D and a converted nn.Linear of the same values."""
     torch.manual_seed(0)
     conv, linear = Conv1D(n, k), nn.Linear(k, n)
     with torch.no_grad():
         linear.weight.copy_(conv.weight.t())
         linear.bias.copy_(conv.bias.normal_())
-    return [qv.convert(nn.Sequential(m), name)[0] for m in (conv, linear)]
+    return [qv.convert(nn.Sequential(m), chosen)[0] for m in (conv, linear)]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize(("k", "n"), [(48, 32), (17, 33)])
 def test_a_conv1d_has_the_bits_of_a_linear_layer(name, k, n):
-    nets = pair(name, k, n)
     # To nearest: Philox numbers elements, which lie in another order.
     nearest = {"master_rounding": "nearest", "bf16_master": "nearest"}
     chosen = dataclasses.replace(recipe.get(name), **nearest)
+    nets = pair(chosen, k, n)
     optimizers = [qv.AdamW(net.parameters(), lr=0.01, recipe=chosen) for net in nets]
     for step in range(2):
         found = []

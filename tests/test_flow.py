@@ -1,4 +1,4 @@
-"""FP8 between linear layers: norms and MLPs against f64, what they save, their habits."""
+"""FP8 between linear layers: norms and MLPs against f64, what they save, and use."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""Linear: forward, dgrad and wgrad against f64 over the codes that were multiplied; its habits."""
+"""Linear: forward, dgrad and wgrad against f64 over the codes that were multiplied, and use."""
 
 import dataclasses
 import io
@@ -359,9 +359,6 @@ def test_a_second_derivative_is_refused_by_name(how, name):
         DERIVATIVES[how](layer(name), x)
 
 
-# --- the weight's copies ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["e4m3", "bf16", "f32"])
 def test_micro_batches_accumulate_as_the_recipe_says(kind):
     net = layer(variant(weight_grad=kind))
@@ -404,9 +401,6 @@ def test_a_non_finite_gradient_survives_to_the_optimizer():
             net(randn(16, 48)).sum().backward()
             bad = [p.grad for p in net.parameters()]
             assert not qv.ops.grad_norm(bad)[0].isfinite(), (where, kind)
-
-
-# --- habits --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -158,7 +158,7 @@ def _convert_linear(model, chosen, skip, report) -> None:
             module.__class__ = Linear
         else:
             swap(module, Conv1D)
-        module.adopt(chosen, *weights[id(old)])
+        module.convert_in_place(chosen, *weights[id(old)])
         mark_converted(module, chosen)
         report.converted[name] = "linear"
 
@@ -230,7 +230,9 @@ def _convert_norms(model, chosen, skip, report) -> None:
             except structure.NotRecognized as why:
                 report.left[name] = str(why)
                 continue
-            Norm.adopt(norm, chosen, form.width, form.eps, form.centered, form.offset, device)
+            Norm.convert_in_place(
+                norm, chosen, form.width, form.eps, form.centered, form.offset, device
+            )
             report.converted[name] = "norm"
 
 
@@ -249,7 +251,7 @@ def _convert_mlps(model, chosen, skip, report) -> None:
         except structure.NotRecognized as why:
             report.left[name] = str(why)
             continue
-        MLP.adopt(module, chosen, plan)
+        MLP.convert_in_place(module, chosen, plan)
         report.converted[name] = "mlp"
 
 

@@ -158,13 +158,17 @@ _thread = _Thread()
 
 class shared_casts:
     """Inside the block linear layers that read one tensor share its FP8 cast, and so its saved
-    copy: q, k and v, or gate and up. Only the last input's cast is kept, until the block ends."""
+    copy: q, k and v, or gate and up. Only the last input's cast is kept, until the block ends. A
+    compiled graph casts once a layer."""
 
     def __enter__(self) -> None:
-        _thread.scopes.append([None, None, None])
+        self.eager = not torch.compiler.is_compiling()
+        if self.eager:
+            _thread.scopes.append([None, None, None])
 
     def __exit__(self, *error) -> None:
-        _thread.scopes.pop()
+        if self.eager:
+            _thread.scopes.pop()
 
 
 def reuse_cast(x: Tensor, key: tuple, make) -> Cast:

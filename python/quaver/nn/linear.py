@@ -31,7 +31,7 @@ from .weight import GemmWeight, cached_cast, cast_weight, convert_weight, shard_
 
 
 class LinearBase(nn.Module):
-    """What layers share that multiply in FP8 by a recipe (`rule`).
+    """Base of the layers that multiply in FP8 by a recipe (`rule`).
 
     Input [..., K] float32, float16 or bfloat16; output [..., N] in the autocast dtype where
     autocast is on, else in the input's dtype. Any M, N, K; they are padded to multiples of 16.
@@ -44,8 +44,8 @@ class LinearBase(nn.Module):
 
     input_major = False  # the weight is [K, N], not [N, K]
 
-    def adopt(self, recipe, weight: nn.Parameter | None = None,
-              plain_dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    def convert_in_place(self, recipe, weight: nn.Parameter | None = None,
+                         plain_dtype: torch.dtype | None = None) -> None:  # fmt: skip
         """Make this layer's parameters those of an FP8 layer. `weight` is the already converted
         weight, which was `plain_dtype`; None converts the layer's own."""
         rule = recipes.get(recipe).linear
@@ -64,7 +64,7 @@ class LinearBase(nn.Module):
         self.refresh()
 
     def restore(self) -> None:
-        """Takes `adopt` back, but for the weight and the class."""
+        """Undoes `convert_in_place`, except for the weight and the class."""
         for name in ("rule", "plain_dtype", "input_history", "grad_history", "history_before",
                      "channel_amax", "channels_before", "fp8_weight"):  # fmt: skip
             delattr(self, name)
@@ -212,7 +212,7 @@ class Linear(LinearBase, nn.Linear):
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None,
                  recipe="fp8lm-o2"):  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.adopt(recipe)
+        self.convert_in_place(recipe)
 
 
 class Conv1D(LinearBase, Swapped):

@@ -65,7 +65,7 @@ class MLP(Swapped):
     """What `quaver.convert` makes of an MLP whose linear layers multiply in FP8. Input and output
     are those of its layers."""
 
-    def adopt(self, recipe: recipes.Recipe, plan: MLPPlan) -> None:
+    def convert_in_place(self, recipe: recipes.Recipe, plan: MLPPlan) -> None:
         torch.compiler.allow_in_graph(_ActivateFunction)
         swap(self, MLP)
         down = getattr(self, plan.down)

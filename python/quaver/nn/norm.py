@@ -56,8 +56,15 @@ class Norm(Swapped):
         RuntimeError: parameters or an amax history on another device than the input.
     """
 
-    def adopt(self, recipe: recipes.Recipe, width: int, eps: float | None, centered: bool,
-              offset: float, device: torch.device) -> None:  # fmt: skip
+    def convert_in_place(
+        self,
+        recipe: recipes.Recipe,
+        width: int,
+        eps: float | None,
+        centered: bool,
+        offset: float,
+        device: torch.device,
+    ) -> None:
         """`eps` None is the machine epsilon of the input's dtype, as nn.RMSNorm has it."""
         torch.compiler.allow_in_graph(_NormalizeFunction)
         swap(self, Norm)

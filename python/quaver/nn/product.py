@@ -19,8 +19,8 @@ _ops = torch.ops.quaver
 
 
 class Exchange:
-    """What ranks exchange around a product. This one is for a single rank, and so does nothing;
-    tensor parallelism overrides it."""
+    """The messages of ranks around a product. This class sends none; tensor parallelism overrides
+    it."""
 
     def reduce_output(self, y: Tensor) -> Tensor:
         """The layer's output [..., S / ranks, N] of the local product [..., S, N]."""
@@ -76,7 +76,7 @@ class Product(FirstOrder):
         y = y[: math.prod(x.shape[:-1]), :n].reshape(*x.shape[:-1], n)
         recast = w_qt is None and ctx.needs_input_grad[0]
         ctx.save_for_backward(kept, kept_scale, weight if recast else None)
-        # Not saved tensors: copies are written in place with the weight, whose version tells.
+        # Not saved tensors: copies are written in place with the weight, whose version is checked.
         ctx.weight, ctx.version = (None if recast else weight), weight._version
         ctx.w_format, ctx.w_scale, ctx.w_qt = w_q.dtype, w_scale, w_qt
         ctx.channels, ctx.history, ctx.out_dtype = channels, history, out_dtype
