@@ -18,7 +18,7 @@ using namespace quaver;
 namespace {
 
 constexpr int kThreads = 4;
-constexpr int64_t kRows = 520, kCols = 272, kSize = kRows * kCols;  // several pieces of work
+constexpr int64_t kRows = 528, kCols = 272, kSize = kRows * kCols;  // several pieces of work
 
 void on_threads(int64_t n, int64_t grain, void* context, cpu::ParallelBody body) {
   const int64_t pieces = std::min<int64_t>((n + grain - 1) / grain, kThreads);
