@@ -46,7 +46,7 @@ def test_unknown_ops_see_the_decoded_value():
         lambda a, b: torch.cat([a, b]),
         lambda a, b: torch.stack([a, b], dim=1),
         lambda a, b: a.sum(0),
-        lambda a, b: a[1:4, ::2],
+        lambda a, b: a[1:4, ::2] + 0,
         lambda a, b: a.norm(),
         lambda a, b: torch.where(a > 0, a, b),
         lambda a, b: torch._foreach_add([a, b], [b, a])[1],
@@ -86,9 +86,11 @@ def test_in_place_ops_encode_their_result(kind):
         before = t.qdata
         out = op(t)
         op(plain)
-        wanted = qv.quantize(plain, kind)
         assert t.qdata is before  # the same storage
-        assert_same(t.dequantize(), wanted.dequantize())
+        if kind == torch.float16:  # arithmetic rounds stochastically: by less than a code
+            torch.testing.assert_close(t.dequantize(), plain, rtol=2.0**-10, atol=2.0**-24)
+        else:
+            assert_same(t.dequantize(), qv.quantize(plain, kind).dequantize())
         assert t.amax == plain.abs().max()
         assert out is t or not isinstance(out, torch.Tensor)
 
@@ -123,8 +125,8 @@ def test_multiplying_by_a_number_moves_the_scale_only():
         lambda a: a.mul_(torch.tensor(0.3)),
         lambda a: a.mul_(torch.tensor(0.3, dtype=torch.float64)),
         lambda a: a.div_(3.0),
-        lambda a: a.mul_(-2),
-        lambda a: a.div_(torch.tensor(-7.0)),
+        lambda a: a.mul_(2),
+        lambda a: a.div_(torch.tensor(7.0)),
     ):
         for granularity in ("tensor", "row", "block"):
             t = make(granularity=granularity)
@@ -213,12 +215,14 @@ def test_a_file_of_a_weight_leaves_out_its_gemm_copies():
     net = qv.nn.Linear(64, 64)
     file = io.BytesIO()
     torch.save({"p": net.weight, "d": net.weight.data, "s": net.state_dict()}, file)
-    assert len(file.getvalue()) < 1.2 * 3 * 2 * 64 * 64
+    assert len(file.getvalue()) < 1.2 * (2 + 2 + 4) * 64 * 64
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
-    for t in (loaded["p"], loaded["d"], loaded["s"]["weight"]):
+    for t in (loaded["p"], loaded["d"]):
         assert_same(t.qdata, net.weight.qdata)
         assert not hasattr(t, "fp8_weight")
+    assert type(loaded["s"]["weight"]) is torch.Tensor
+    assert_same(loaded["s"]["weight"], net.weight.detach().dequantize())
 
 
 def test_generic_code_over_parameters():
@@ -263,11 +267,13 @@ def test_gradients_of_any_kind_may_be_assigned_and_added():
         plain = a.dequantize() + b.dequantize()
         Give.apply(p, a.clone()).backward()
         assert_equal_tensors(p.grad, a)
+        grad = p.grad
         Give.apply(p, b).backward()
-        assert_same(p.grad.dequantize(), qv.quantize(plain, kind).dequantize())
+        assert p.grad is grad and grad.qdata.dtype == torch.bfloat16
+        assert_same(p.grad.dequantize(), plain.bfloat16().float())
         (Give.apply(p, a) + Give.apply(p, b)).backward()  # both uses in one graph
         assert isinstance(p.grad, ScaledTensor)
-        torch.testing.assert_close(p.grad.dequantize(), 2 * plain, rtol=2**-2, atol=2**-2)
+        torch.testing.assert_close(p.grad.dequantize(), 2 * plain, rtol=2**-7, atol=0)
         p.grad.zero_()
         assert p.grad.dequantize().abs().max() == 0 and p.grad.amax == 0
         p.grad = None
@@ -312,11 +318,13 @@ def test_refused_by_name(make, error, message):
         make()
 
 
-def test_the_sum_of_two_fp8_tensors_is_fp8():
+def test_the_sum_of_two_fp8_tensors_is_bf16():
     """What autograd does with two uses of one weight; other sums are plain."""
     a, b = make(), make(seed=1)
     plain = a.dequantize() + b.dequantize()
-    assert_same((a + b).dequantize(), qv.quantize(plain).dequantize())
+    assert_same((a + b).dequantize(), plain.bfloat16().float())
+    assert_same((a + b + a).dequantize(), (plain.bfloat16() + a.dequantize()).bfloat16().float())
+    assert a.qdata.dtype == E4M3
     assert_same(a + b.dequantize(), plain)
     f16 = make(torch.float16)
     assert_same(f16 + f16, f16.dequantize() * 2)

@@ -11,14 +11,13 @@ import sys
 from dataclasses import asdict, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from .interchange import Interchange
 from .layout import Layout
 
-# Handlers of tensor_ops.py by aten op; a handler returns NotImplemented to fall back to decoded
-# values.
+# Handlers by aten op; a handler returns NotImplemented to fall back to decoded values. Filled by
+# tensor_ops.py.
 KNOWN = {}
 
 LOGICAL = {str(t).removeprefix("torch."): t for t in
@@ -49,7 +48,7 @@ def plain_tensors(value) -> list[Tensor]:
     return [value]
 
 
-class ScaledTensor(torch.Tensor):
+class ScaledTensor(Interchange):
     """A tensor stored as low-precision `qdata` and f32 decode `scale`s.
 
     Args:
@@ -74,14 +73,25 @@ class ScaledTensor(torch.Tensor):
     amax: Tensor | None
     qlayout: Layout
     qt: Tensor | None
+    grad_format = "bf16"  # what a second micro-batch turns FP8 codes into; or "f32"
+    shares_scale = False  # a part of another ScaledTensor, which has the same scale
+    owned_rows = None  # of memory that FSDP2 pads: how many rows its shard has
+    source: ScaledTensor | None = None  # the tensor whose codes this one shares
     is_transient = False  # FSDP2 frees and refills the codes of an all-gathered weight
     sequence_input = None  # tensor_parallel/linear.py's Input, on a gathered activation
 
     @staticmethod
     def __new__(cls, qdata, scale, amax=None, dtype=torch.float32, layout=None, qt=None):
-        return torch.Tensor._make_wrapper_subclass(
-            cls, qdata.size(), strides=qdata.stride(), dtype=dtype, device=qdata.device
+        out = torch.Tensor._make_wrapper_subclass(
+            cls,
+            qdata.size(),
+            strides=qdata.stride(),
+            storage_offset=qdata.storage_offset(),
+            dtype=dtype,
+            device=qdata.device,
         )
+        torch._C._set_throw_on_mutable_data_ptr(out)  # there is no memory behind it
+        return out
 
     def __init__(self, qdata, scale, amax=None, dtype=torch.float32, layout=None, qt=None):
         layout = Layout.of(qdata.dtype) if layout is None else layout
@@ -99,7 +109,6 @@ class ScaledTensor(torch.Tensor):
         self.amax = amax
         self.qlayout = layout
         self.qt = qt
-        self.part = False  # a slice of another ScaledTensor, whose scale it shares
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors that it is stored as: "qdata", "scale" and, where there is one, "amax".
@@ -152,7 +161,7 @@ class ScaledTensor(torch.Tensor):
 
     def _like(self, qdata, scale=None, amax=None, dtype=None, qt=None) -> ScaledTensor:
         """This tensor's kind around other data."""
-        return ScaledTensor(
+        out = ScaledTensor(
             qdata,
             self.scale if scale is None else scale,
             self.amax if amax is None else amax,
@@ -160,102 +169,102 @@ class ScaledTensor(torch.Tensor):
             self.qlayout,
             qt,
         )
+        if self.grad_format != "bf16":
+            out.grad_format = self.grad_format
+        return out
 
     def _map(self, function, dtype=None) -> ScaledTensor:
         """`function` on every tensor inside."""
         amax, qt = (None if t is None else function(t) for t in (self.amax, self.qt))
         return self._like(function(self.qdata), function(self.scale), amax, dtype, qt)
 
+    def view_of_codes(self, qdata: Tensor, qt: Tensor | None = None) -> ScaledTensor:
+        """A tensor around a view of this one's codes, with the same scale."""
+        out = self._like(qdata, qt=qt)
+        out.shares_scale = self.shares_scale or qdata.numel() != self.numel()
+        out.is_transient = self.is_transient
+        out.source = self
+        return out
+
+    def sources(self) -> list[ScaledTensor]:
+        """This tensor, and those that it is a view of."""
+        found = [self]
+        while found[-1].source is not None and not any(t is found[-1].source for t in found):
+            found.append(found[-1].source)
+        return found
+
     def refresh_copies(self) -> ScaledTensor:
         """To be called after the contents changed: a weight's FP8 copies follow it."""
-        self.qt = None
-        copies = self.__dict__.get("fp8_weight")
-        if copies is not None:
-            copies.rewrite(self)
+        for changed in self.sources():
+            changed.qt = None
+            copies = changed.__dict__.get("fp8_weight")
+            if copies is not None:
+                copies.rewrite(changed)
         return self
 
-    def _shares_its_scale(self) -> bool:
-        """Whether the tensor that this is a slice of holds anything else. (The padding of FSDP2's
-        shards is zero.)"""
-        whole = torch.empty(0, dtype=torch.uint8, device=self.device)
-        whole.set_(self.qdata.untyped_storage())
-        mine = self.qdata.reshape(-1).view(torch.uint8)
-        return bool(whole.count_nonzero() != mine.count_nonzero())
+    @torch.no_grad()
+    def assign_(self, value: Tensor) -> None:
+        """`t.data = value`: other memory, as in torch, with the values' nearest codes; or the
+        memory of a `value` that is stored alike. Earlier views keep the earlier memory.
 
-    def _encode_(self, value: Tensor) -> ScaledTensor:
-        """Overwrite the contents with `value`, with a fresh just-in-time scale; a slice keeps the
-        scale, since the rest of its tensor has it too, unless that is zero.
-
-        Raises ValueError if a value does not fit into a slice's scale.
+        Raises TypeError for a value that is no floating-point tensor.
         """
-        tied = self.part and self._shares_its_scale()
-        if self.qdata.dtype == torch.bfloat16:
-            self.qdata.copy_(value)
-            self.scale.fill_(1.0)
-            if self.amax is not None:
-                self.amax.copy_(self.qdata.abs().amax() if self.numel() else 0.0)
-            return self.refresh_copies()
-        value = value.to(torch.float32) if value.dtype == torch.float64 else value
-        if self.qlayout.grain == "flat":
-            value, expand = value.expand(self.shape), self.qlayout.expand
-            q, scale = torch.ops.quaver.encode_state(value, self.qdata.dtype, expand)
-            self.qdata.copy_(q)
-            self.scale.copy_(scale)
-            return self
-        q, scale, amax = torch.ops.quaver.quantize(
-            value.expand(self.shape).contiguous(),
-            self.qdata.dtype,
-            self.scale if tied else None,
-            None,
-            self.qlayout.grain,
-            self.qlayout.block,
-            True,
-            False,
-            0,
-        )
-        if tied and amax > self.scale * torch.finfo(self.qdata.dtype).max:
-            raise ValueError(
-                f"ScaledTensor: {amax.item()} does not fit into a slice with scale "
-                f"{self.scale.item()}; write the whole tensor"
-            )
-        self.qdata.copy_(q)
-        self.scale.copy_(scale)
-        if self.amax is not None:
-            self.amax.copy_(torch.maximum(amax, self.amax) if tied else amax)
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            raise TypeError(f".data =: wanted a floating-point tensor, got {value!r}")
+        if not isinstance(value, ScaledTensor) or value.qlayout != self.qlayout:
+            value = encode(value, self.qlayout, self.dtype)
+        kind = self.shape, self.stride(), self.device
+        if kind != (value.shape, value.stride(), value.device):
+            torch._C.TensorBase.data.__set__(self, value.detach().to(self.dtype))
+            self.__dict__.pop("fp8_weight", None)
+        self.source, self.shares_scale = value, value.shares_scale
+        self.store_(value.qdata, value.scale, value.amax).refresh_copies()
+        if not self.is_inference():
+            torch.autograd.graph.increment_version(self)
+
+    @torch.no_grad()
+    def encode_(self, value: Tensor, seed: int | None = None, overwrite: bool = True):
+        """Overwrite the contents with `value` under a fresh just-in-time scale; a part of another
+        tensor keeps the scale.
+
+        Args:
+            seed: of stochastic rounding; None rounds to nearest.
+            overwrite: whether nothing of the earlier contents is left. Else an amax that was not
+                finite stays so, because the codes do not show it.
+
+        Raises:
+            ValueError: a value that does not fit into the scale of a part.
+        """
+        tied = self.scale if self.shares_scale else None
+        new = encode(value.expand(self.shape), self.qlayout, self.dtype, tied, seed)
+        if tied is not None:
+            limit = self.scale.abs() * torch.finfo(self.qdata.dtype).max
+            if not (new.qdata.numel() == 0 or bool((new.amax <= limit).all())):
+                raise ValueError(
+                    f"ScaledTensor: {new.amax.max().item()} does not fit into a part with scale "
+                    f"{self.scale.max().item()}, which the rest of the tensor has too; write to "
+                    "the whole tensor (whole[index] = value)"
+                )
+        if self.amax is not None and new.amax is not None:
+            before = self.amax
+            if tied is not None:
+                self.amax.copy_(torch.maximum(new.amax, before))
+            elif overwrite:
+                self.amax.copy_(new.amax)
+            else:
+                self.amax.copy_(torch.where(before.isfinite(), new.amax, torch.nan))
+        self.qdata.copy_(new.qdata)
+        if tied is None:
+            self.scale.copy_(new.scale)
         return self.refresh_copies()
 
-    # FSDP2's extension of its all-gather: it looks for these on the shard.
-
-    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
-        """The codes to gather: those that `module` multiplies by, or for other modules those
-        stored, so that it gets decoded values."""
-        encode = getattr(module, "all_gather_codes", None)
-        codes, scale = (self.qdata, self.scale) if encode is None else encode(self)
-        missing = -(-outer_size[0] // mesh.size()) - codes.shape[0]
-        if missing:  # the last ranks hold fewer rows, or none
-            padding = (0, 0) * (codes.dim() - 1) + (0, missing)
-            codes = F.pad(codes.view(torch.uint8), padding).view(codes.dtype)
-        return (codes,), scale
-
-    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
-        """The weight of the gathered codes; later gathers fill the same memory."""
-        (codes,), scale = outputs, metadata
-        if out is not None:
-            out.scale.copy_(scale)
-            return None
-        weight = ScaledTensor(codes, scale.clone(), None, param_dtype)
-        weight.is_transient = codes.dtype != torch.float16
-        return weight, ()
-
     def __setitem__(self, index, value) -> None:
-        """Decodes, writes and encodes anew. torch's own would write into a decoded copy."""
+        """Decode, write and encode anew, to nearest. torch's own writes to a part of the tensor,
+        which would have to keep the scale."""
         plain = self.detach().dequantize()
         plain[index] = value
-        self.copy_(plain)
-
-    def __getstate__(self):
-        """For files and copies; the FP8 copies of a weight are a function of it."""
-        return {k: v for k, v in self.__dict__.items() if k != "fp8_weight"}
+        tied = self.shares_scale
+        self.copy_(plain if tied else encode(plain, self.qlayout, self.dtype))
 
     def __tensor_flatten__(self):
         names = [*self.parts()] if self.qt is None else [*self.parts(), "qt"]
@@ -280,36 +289,44 @@ class ScaledTensor(torch.Tensor):
             out = known(func, *args, **kwargs)
             if out is not NotImplemented:
                 return out
-        return _decoded(func, args, kwargs)
+        return KNOWN["any"](func, args, kwargs)
 
     # Without this, torch would wrap every result in the subclass again.
     __torch_function__ = torch._C._disabled_torch_function_impl
 
 
-def _decoded(func, args, kwargs):
-    """Any op: on the decoded values, written back where the op writes."""
-    written = []
-
-    def decode(argument, value):
-        writes = argument.alias_info is not None and argument.alias_info.is_write
-
-        def decode_one(t):
-            plain = t.dequantize()
-            if writes:
-                written.append((t, plain))
-            return plain
-
-        return tree_map_only(ScaledTensor, decode_one, value)
-
-    schema = func._schema.arguments
-    by_name = {s.name: s for s in schema}
-    plain_args = [decode(s, a) for s, a in zip(schema, args, strict=False)]
-    out = func(*plain_args, **{k: decode(by_name[k], v) for k, v in kwargs.items()})
-    targets = {}
-    for target, plain in written:
-        target._encode_(plain)
-        targets[id(plain)] = target
-    return tree_map_only(Tensor, lambda t: targets.get(id(t), t), out) if targets else out
+def encode(
+    value: Tensor,
+    layout: Layout,
+    dtype: torch.dtype = torch.float32,
+    scale: Tensor | None = None,
+    seed: int | None = None,
+) -> ScaledTensor:
+    """`value` in a layout, with `scale` or a just-in-time one; rounds to nearest, or with a `seed`
+    stochastically."""
+    value = value.detach()
+    if isinstance(value, ScaledTensor):
+        value = value.dequantize(torch.float32)
+    if value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        value = value.to(torch.float32)
+    if layout.grain == "flat":
+        q, scale = torch.ops.quaver.encode_state(value, layout.dtype, layout.expand)
+        return ScaledTensor(q, scale, None, dtype, layout)
+    if layout.format in ("f32", "bf16"):
+        amax = (
+            value.abs().amax().float()
+            if value.numel()
+            else value.new_zeros((), dtype=torch.float32)
+        )
+        one = torch.ones_like(amax) if scale is None else scale
+        q = value if scale is None else value / scale
+        q = q.to(layout.dtype, copy=True)
+        return ScaledTensor(q, one, amax, dtype, layout)
+    stochastic, seed = seed is not None, seed or 0
+    q, scale, amax = torch.ops.quaver.quantize(
+        value, layout.dtype, scale, None, layout.grain, layout.block, True, stochastic, seed
+    )
+    return ScaledTensor(q, scale, amax, dtype, layout)
 
 
 torch.serialization.add_safe_globals([ScaledTensor, Layout])

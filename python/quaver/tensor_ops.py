@@ -1,16 +1,37 @@
-"""The aten ops that keep a ScaledTensor what it is: moves, views, copies, sums and factors.
+"""What aten ops do to a ScaledTensor.
 
-All others see its decoded value (tensor.py).
+Views share the codes; moves, copies, sums and factors keep them codes. Any other op works on the
+decoded values, and where it writes they are encoded again. Nothing is written to a temporary: what
+cannot take effect is refused by name.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from .layout import FORMATS
+from .read_only import ReadOnlyTensor, is_view, written
 from .tensor import KNOWN, ScaledTensor
 
 aten = torch.ops.aten
+
+FP8 = ("e4m3", "e5m2")
+
+# Ops that leave nothing of what was there.
+OVERWRITES = {aten.copy_.default, aten.fill_.Scalar, aten.fill_.Tensor}
+
+# Ops that write values as they are given: to the nearest code. Results of arithmetic round
+# stochastically in f16, because a step below half a code would be lost each time. copy_ is among
+# the arithmetic: averages of weights arrive by it.
+ASSIGNMENTS = {
+    aten.fill_.Scalar, aten.fill_.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor,
+    aten.index_put_.default, aten._index_put_impl_.default, aten.masked_scatter_.default,
+    aten.index_fill_.int_Scalar, aten.index_fill_.int_Tensor, aten.index_copy_.default,
+    aten.scatter_.src, aten.scatter_.value,
+}  # fmt: skip
 
 
 def _implements(*ops):
@@ -22,18 +43,130 @@ def _implements(*ops):
     return register
 
 
-@_implements(aten.detach.default, aten.alias.default)
-def _alias(func, x):
-    out = x._map(func)
-    out.part, out.is_transient = x.part, x.is_transient
-    if "fp8_weight" in x.__dict__:  # a write through `.data` reaches the copies too
-        out.fp8_weight = x.fp8_weight
+# Any op
+
+
+@_implements("any")
+def _decoded(func, args, kwargs):
+    """On the decoded values, encoded again where the op writes."""
+    targets = {id(t): t for t in written(func, args, kwargs) if isinstance(t, ScaledTensor)}
+    if targets:
+        _refuse_writes(func)
+    plain = {}
+
+    def decode(t):
+        if id(t) not in plain:
+            plain[id(t)] = t.dequantize()
+        return plain[id(t)]
+
+    args, kwargs = tree_map_only(ScaledTensor, decode, (args, kwargs))
+    out = func(*args, **kwargs)
+    if not targets:
+        return _read_only(out) if is_view(func) else out
+    for key, target in targets.items():
+        seed = None if func in ASSIGNMENTS else rounding_seed(target)
+        target.encode_(plain[key], seed, func in OVERWRITES)
+        if not target.is_inference():  # fused ops leave the versions of what they write
+            torch.autograd.graph.increment_version(target)
+    results = {id(plain[key]): target for key, target in targets.items()}
+    return tree_map_only(Tensor, lambda t: results.get(id(t), t), out)
+
+
+def _read_only(out):
+    """Views of decoded values; plain inside a compiler's trace, which knows no such class."""
+    traced = [t for t in torch.utils._pytree.tree_leaves(out) if type(t) is not Tensor]
+    return out if traced else tree_map_only(Tensor, ReadOnlyTensor, out)
+
+
+def _refuse_writes(func) -> None:
+    if "c10d" in func.namespace:
+        raise RuntimeError(
+            f"{func.name()}: a collective cannot write to a ScaledTensor. Use "
+            "qv.distributed.ddp or all_reduce_mean, or send t.dequantize() and t.copy_() the "
+            "result"
+        )
+    if torch.Tag.inplace_view in func.tags:
+        raise RuntimeError(
+            f"{func.name()}: the shape and memory of a ScaledTensor cannot change in place. Use "
+            "the op without the underscore, or t.data = value"
+        )
+
+
+def rounding_seed(t: ScaledTensor) -> int | None:
+    """The seed by which arithmetic on `t` is rounded; None for nearest.
+
+    Drawn from torch's default CPU generator, so that a resumed run rounds alike. Where several
+    ranks may hold the same weight it is the number of writes to it, the same on all of them.
+    """
+    if t.qlayout.format != "f16" or type(t.qdata) is not Tensor or t.is_meta:
+        return None
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return 0 if t.is_inference() else t._version
+    return int(torch.randint(2**62, ()))
+
+
+# Views
+
+
+@_implements(
+    aten.alias.default, aten.detach.default, aten.view.default, aten._unsafe_view.default,
+    aten.t.default, aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.diagonal.default,
+    aten.expand.default, aten.unfold.default, aten.as_strided.default,
+)  # fmt: skip
+def _view(func, x, *args, **kwargs):
+    """Codes with one scale may be viewed in any way."""
+    if x.qlayout.grain != "tensor":
+        same = func in (aten.alias.default, aten.detach.default)
+        return x.view_of_codes(func(x.qdata), x.qt) if same else NotImplemented
+    codes = func(x.qdata, *args, **kwargs)
+    if not isinstance(codes, Tensor):
+        return [x.view_of_codes(q) for q in codes]
+    # With the last axis whole, and the leading ones split or joined, it is the same matrix.
+    whole = func in _KEEP_ROWS and codes.shape[-1:] == x.shape[-1:]
+    out = x.view_of_codes(codes, x.qt if whole else None)
+    if func is aten.slice.Tensor and x.owned_rows is not None:
+        _own(x, out)
     return out
+
+
+_KEEP_ROWS = (aten.alias.default, aten.detach.default, aten.view.default, aten._unsafe_view.default)
+
+
+def _own(padded: ScaledTensor, rows: ScaledTensor) -> None:
+    """The first rows that are cut from padded memory are FSDP2's shard: the scale is theirs alone,
+    since the padding is zero."""
+    first = rows.storage_offset() == padded.storage_offset() and rows.shape[1:] == padded.shape[1:]
+    if first and padded.owned_rows in (0, len(rows)):
+        padded.owned_rows = len(rows)
+        rows.shares_scale = False
+
+
+@_implements(aten.detach_.default)
+def _detach_(func, x):
+    return x
+
+
+@_implements(aten.record_stream.default)
+def _record_stream(func, x, stream):
+    for part in x.parts().values():
+        part.record_stream(stream)
+
+
+# Copies and memory
 
 
 @_implements(aten.clone.default)
 def _clone(func, x, *, memory_format=None):
     return x._map(aten.clone.default)
+
+
+@_implements(aten._to_copy.default)
+def _to_copy(func, x, *, dtype=None, device=None, non_blocking=False, **kwargs):
+    """A new device moves the codes; a new dtype changes the logical dtype only."""
+    move = {"device": device, "non_blocking": non_blocking} if device is not None else {}
+    return x._map(lambda t: aten._to_copy.default(t, **move), dtype)
 
 
 @_implements(aten.new_empty_strided.default)
@@ -51,130 +184,124 @@ def _new_empty_strided(func, x, size, stride, *, dtype=None, device=None, **kwar
     return x._map(torch.empty_like)._like(func(x.qdata, size, stride))
 
 
-@_implements(aten._to_copy.default)
-def _to_copy(func, x, *, dtype=None, device=None, non_blocking=False, **kwargs):
-    """A new device moves the codes; a new dtype changes the logical dtype only."""
-    move = {"device": device, "non_blocking": non_blocking} if device is not None else {}
-    return x._map(lambda t: aten._to_copy.default(t, **move), dtype)
-
-
-@_implements(aten.view.default, aten._unsafe_view.default, aten.t.default, aten.transpose.int)
-def _view(func, x, *args):
-    if x.qlayout.grain != "tensor":
-        return NotImplemented
-    qdata = func(x.qdata, *args)
-    # Leading axes split or joined are the same matrix.
-    views = func in (aten.view.default, aten._unsafe_view.default)
-    out = x._like(qdata, qt=x.qt if views and qdata.shape[-1:] == x.shape[-1:] else None)
-    out.part = x.part
-    return out
-
-
-@_implements(aten.slice.Tensor, aten.split.Tensor, aten.as_strided.default)
-def _rows(func, x, *args, **kwargs):
-    """Some of the rows, or all: how FSDP2 cuts a weight into shards. Other slices are decoded."""
-
-    def part(qdata):
-        out = x._like(qdata)
-        out.part, out.is_transient = x.part or qdata.numel() != x.numel(), x.is_transient
-        return out
-
-    if x.qlayout.grain != "tensor" or not x.qdata.is_contiguous():
-        return NotImplemented
-    qdata = func(x.qdata, *args, **kwargs)
-    one = isinstance(qdata, Tensor)
-    if not all(q.is_contiguous() for q in ([qdata] if one else qdata)):
-        return NotImplemented
-    return part(qdata) if one else [part(q) for q in qdata]
-
-
 @_implements(aten.new_zeros.default)
 def _new_zeros(func, x, size, *, dtype=None, device=None, **kwargs):
     """FSDP2 allocates the padded shard with this; keep layout and scale."""
     rows = list(size[1:]) == list(x.shape[1:]) and dtype is None and device is None
-    fsdp = rows and (x.part or not torch.is_grad_enabled())
+    fsdp = rows and (x.source is not None or not torch.is_grad_enabled())
     if x.qlayout.grain != "tensor" or not fsdp:
         return NotImplemented
-    return x._map(torch.clone)._like(func(x.qdata, size))
+    out = x._map(torch.clone)._like(func(x.qdata, size))
+    out.owned_rows = 0
+    return out
 
 
 @_implements(aten.copy_.default)
 def _copy_(func, target, source, non_blocking=False):
     if not isinstance(target, ScaledTensor):
+        if isinstance(target, ReadOnlyTensor):
+            return NotImplemented
         return target.copy_(source.dequantize(), non_blocking)
     same = (
         isinstance(source, ScaledTensor)
-        and source.qdata.dtype == target.qdata.dtype
+        and source.qlayout == target.qlayout
         and source.shape == target.shape
-        and source.scale.shape == target.scale.shape
-        and not (target.part and source.scale != target.scale)
+        and not (target.shares_scale and source.scale != target.scale)
     )
     if not same:
-        value = source.dequantize() if isinstance(source, ScaledTensor) else source
-        return target._encode_(value.to(target.device))
+        return target.encode_(source.to(target.device), rounding_seed(target))
     target.qdata.copy_(source.qdata, non_blocking)
     target.scale.copy_(source.scale, non_blocking)
-    if target.amax is not None and not target.part:
-        known = source.amax is not None
-        target.amax.copy_(source.amax if known else source.dequantize().abs().amax())
+    if target.amax is not None:
+        amax = source.dequantize().abs().amax() if source.amax is None else source.amax
+        target.amax.copy_(torch.maximum(target.amax, amax) if target.shares_scale else amax)
     return target.refresh_copies()
+
+
+# Arithmetic on codes
 
 
 @_implements(aten.zero_.default)
 def _zero_(func, x):
+    if x.shares_scale:
+        return NotImplemented
     x.qdata.zero_()
-    if x.amax is not None and not x.part:
+    x.scale.fill_(1.0)
+    if x.amax is not None:
         x.amax.zero_()
     return x.refresh_copies()
 
 
 @_implements(aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar)
 def _scale_(func, x, factor):
-    """By one number: the codes stay, the scale takes it. Clipping an FP8 gradient costs nothing."""
-    one = not isinstance(factor, Tensor) or (
-        factor.dim() == 0 and not isinstance(factor, ScaledTensor)
-    )
-    if not (isinstance(x, ScaledTensor) and one) or x.qlayout.expand or x.part:
+    """By one positive number: the codes stay, the scale takes it. Clipping an FP8 gradient costs
+    nothing."""
+    if not isinstance(x, ScaledTensor) or x.qlayout.expand or x.shares_scale:
+        return NotImplemented
+    if isinstance(factor, Tensor):
+        if factor.dim() or isinstance(factor, ScaledTensor):
+            return NotImplemented
+        known = factor.item() if type(factor) is Tensor and factor.device.type == "cpu" else 1.0
+    else:
+        known = factor
+    if not 0 < known < float("inf"):
         return NotImplemented
     func(x.scale, factor)
     if x.amax is not None:
-        func(x.amax, factor).abs_()
+        func(x.amax, factor)
     return x.refresh_copies()
 
 
 @_implements(aten.add_.Tensor)
 def _accumulate_(func, target, other, *, alpha=1):
-    """Gradient accumulation over micro-batches, in the target's own format."""
+    """Gradient accumulation over micro-batches. The first leaves FP8 codes; three bits of mantissa
+    hold no sum, so the second makes them bf16 (or `grad_format`), which keep scale 1."""
     fits = (
         isinstance(target, ScaledTensor)
-        and target.qdata.dtype != torch.float16
+        and target.qlayout.format != "f16"
         and target.qlayout.grain == "tensor"
         and target.amax is not None
         and isinstance(other, Tensor)
         and other.shape == target.shape
         and other.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and (not isinstance(other, ScaledTensor) or other.qlayout.grain == "tensor")
         and alpha == 1
+        and not target.shares_scale
+        and target.qdata.is_contiguous()
     )
     if not fits:
         return NotImplemented
-    scaled = isinstance(other, ScaledTensor)
-    torch.ops.quaver.accumulate_(
-        target.qdata,
-        target.scale,
-        target.amax,
-        other.qdata if scaled else other,
-        other.scale if scaled else None,
-        other.amax if scaled else None,
-    )
-    target.qt = None
-    return target
+    if target.qlayout.format in FP8:
+        same = target.sources()  # a gradient is the detached tensor that backward returned
+        if len({_place(t) for t in same}) > 1:
+            return NotImplemented  # a part cannot change the format of the whole
+        wide = target.dequantize(FORMATS[target.grad_format])
+        one = torch.ones_like(target.scale)
+        for t in same:
+            t.store_(wide, one, target.amax)
+    scale = amax = None
+    if isinstance(other, ScaledTensor):
+        coarse = other.qlayout.grain == "tensor"
+        scale, amax = (other.scale, other.amax) if coarse else (None, None)
+        other = other.qdata if coarse else other.dequantize(torch.float32)
+    if target.qlayout.format == "f32":
+        value = other.float() if scale is None else other.float() * scale
+        seen = target.amax if amax is None else torch.maximum(target.amax, amax)
+        target.encode_(target.dequantize(torch.float32) + value)
+        target.amax.copy_(torch.where(seen.isfinite(), target.amax, torch.nan))
+        return target
+    torch.ops.quaver.accumulate_(target.qdata, target.scale, target.amax, other, scale, amax)
+    return target.refresh_copies()
+
+
+def _place(t: ScaledTensor) -> tuple:
+    """Where its codes lie."""
+    return t.qdata.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()
 
 
 @_implements(aten.add.Tensor)
 def _accumulate(func, a, b, *, alpha=1):
-    # Autograd adds out of place when it may not write: two uses of one weight in a graph.
+    """Autograd adds out of place when it may not write: two uses of one weight in a graph."""
     low = isinstance(a, ScaledTensor) and isinstance(b, ScaledTensor)
-    if not low or a.qdata.dtype != b.qdata.dtype:
+    if not low or "f16" in (a.qlayout.format, b.qlayout.format):
         return NotImplemented
     return _accumulate_(aten.add_.Tensor, a._map(torch.clone), b, alpha=alpha)

@@ -1,0 +1,119 @@
+"""ReadOnlyTensor: decoded values, of which every write is refused because it would be lost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+def is_view(func) -> bool:
+    """Whether an op's results share the memory of its arguments."""
+    infos = [r.alias_info for r in func._schema.returns]
+    return any(info is not None and not info.is_write for info in infos)
+
+
+def written(func, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """The tensors that an op writes. torch's collectives declare none: there it is the first
+    argument of each but `send`."""
+    if func.namespace == "c10d":
+        yield from () if "send" in func._schema.name else tree_leaves(args[0])
+        return
+    specs = func._schema.arguments
+    given = [*zip(specs, args, strict=False), *((s, kwargs.get(s.name)) for s in specs)]
+    for spec, value in given:
+        # torch's fused optimizers write gradients only where they unscale them.
+        unscaled = spec.name != "grads" or kwargs.get("grad_scale") is not None
+        if spec.alias_info is not None and spec.alias_info.is_write and unscaled:
+            yield from tree_leaves(value)
+
+
+def _refusal(op: str) -> str:
+    return (
+        f"{op}: these are decoded values of a ScaledTensor, and writing to them would not change "
+        "it. Write to the parameter (param.copy_(x), param[i] = x; state_dict(keep_vars=True) has "
+        "the parameters), or to a clone()"
+    )
+
+
+def _refused(op: str):
+    def refuse(self, *args):
+        raise RuntimeError(_refusal(op))
+
+    return refuse
+
+
+class ReadOnlyTensor(torch.Tensor):
+    """The decoded values of a ScaledTensor, or of a part of one, in memory of their own: what
+    `state_dict()` and views that cannot share codes return.
+
+    It reads as a plain tensor, results of ops on it are plain, its views are read-only too.
+    Copies, pickles and files of it are plain tensors.
+
+    Raises:
+        RuntimeError: a write, named with the op.
+    """
+
+    values: Tensor
+    source: Tensor | None
+
+    @staticmethod
+    def __new__(cls, values: Tensor, source: Tensor | None = None):
+        out = torch.Tensor._make_subclass(cls, values)
+        out.values, out.source = values, source
+        return out
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(isinstance(t, ReadOnlyTensor) for t in written(func, args, kwargs)):
+            raise RuntimeError(_refusal(func.name()))
+        out = func(*_values(args), **_values(kwargs))
+        if not is_view(func):
+            return out
+        return tree_map_only(Tensor, ReadOnlyTensor, out)
+
+    apply_, map_, map2_ = _refused("apply_"), _refused("map_"), _refused("map2_")
+    __dlpack_c_exchange_api__ = None  # would hand out memory that can be written
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value) -> None:
+        raise RuntimeError(_refusal(".data ="))
+
+    def numpy(self, *, force: bool = False):
+        """A read-only NumPy array of the same memory."""
+        if self.requires_grad and not force:
+            raise RuntimeError("numpy: the tensor requires grad; use detach().numpy()")
+        array = self.values.numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def __dlpack__(self, **kwargs):
+        return self.values.clone().__dlpack__(**kwargs)
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        if not self.is_leaf:
+            raise RuntimeError("deepcopy: only leaf tensors can be copied deeply; use detach()")
+        return copy.deepcopy(self.values, memo)
+
+    def __reduce_ex__(self, protocol):
+        return self.values.__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents=None):
+        return f"ReadOnlyTensor({self.values!r})"
+
+
+def _values(arguments):
+    return tree_map_only(ReadOnlyTensor, lambda t: t.values, arguments)
