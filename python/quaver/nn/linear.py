@@ -26,6 +26,7 @@ from .cast import (
     reuse_cast,
 )
 from .product import Product, register_product
+from .state_dict import load_master, save_master
 from .swap import Swapped
 from .weight import GemmWeight, cached_cast, cast_weight, convert_weight, shard_codes
 
@@ -190,8 +191,14 @@ class LinearBase(nn.Module):
         self.refresh()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            save_master(self.weight, destination, f"{prefix}weight")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        state_dict = load_master(self.weight, state_dict, f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.refresh()
 
     def extra_repr(self) -> str:
