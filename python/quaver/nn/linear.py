@@ -72,6 +72,20 @@ class LinearBase(nn.Module):
 
     # The weight
 
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        return self.__dict__.get("_is_fsdp_managed_module", False)
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, value: bool) -> None:
+        # FSDP2 sets this once the weight is a DTensor; FSDP1 first, and then flattens its values.
+        if isinstance(self.weight, ScaledTensor):
+            raise ValueError(
+                f"FullyShardedDataParallel: a {type(self).__name__} of a recipe with f16 masters "
+                "cannot be flattened; use quaver.distributed.fully_shard (FSDP2)"
+            )
+        self.__dict__["_is_fsdp_managed_module"] = value
+
     def refresh(self) -> GemmWeight | None:
         """The FP8 copies of a master, encoded anew if it changed since. None where the weight is
         cast at each use: a plain one, a shard, or what FSDP2 gathered."""
