@@ -122,6 +122,7 @@ def memory_report(
         book("grad", parameter.grad, parameter)
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
+                key = "master" if key == "remainder" else key
                 book(key if key in KINDS else "other", value, parameter)
     for module in model.modules():
         for copy in fp8_copies(module):

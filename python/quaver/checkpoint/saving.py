@@ -116,11 +116,8 @@ def _options(group: dict) -> dict:
 
 def recipe_of(optimizer: torch.optim.Optimizer) -> str | None:
     """What decides how the optimizer stores its states; None for those of torch."""
-    recipe = getattr(optimizer, "recipe", None)
-    if recipe is None:
-        return None
-    master = "" if recipe.bf16_master == "nearest" else f", bf16_master {recipe.bf16_master}"
-    return f"{recipe.name} (exp_avg {recipe.exp_avg}, exp_avg_sq {recipe.exp_avg_sq}{master})"
+    describe = getattr(optimizer, "describe", None)
+    return None if describe is None else describe()
 
 
 def _collect_optimizer(

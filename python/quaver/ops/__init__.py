@@ -16,7 +16,7 @@ from .activation import (
 )
 from .all_reduce import bucket_length, pack, reduce_shards, share_scales
 from .gemm import gemm
-from .gradient import grad_norm, none_like, parts
+from .gradient import amaxes, grad_norm, none_like, parts
 from .optimizer import adam_, encode_state
 from .quantize import cast_transpose, dequantize, quantize
 
@@ -30,6 +30,7 @@ __all__ = [
     "activate",
     "activate_backward",
     "adam_",
+    "amaxes",
     "bucket_length",
     "cast_transpose",
     "dequantize",

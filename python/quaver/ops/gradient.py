@@ -45,6 +45,18 @@ def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     return _ops.grad_norm(*parts(grads))
 
 
+def amaxes(tensors: list[Tensor]) -> Tensor:
+    """Each tensor's largest magnitude, float32 [n]: the stored amax where there is one, else read
+    from the values. A non-finite value gives a non-finite amax. Raises ValueError where there is no
+    tensor."""
+    carried = [t.amax if isinstance(t, ScaledTensor) else None for t in tensors]
+    plain = [t for t, amax in zip(tensors, carried, strict=True) if amax is None]
+    if len(plain) == len(tensors):
+        return grad_norm(plain)[1]
+    read = iter(grad_norm(plain)[1].unbind() if plain else ())
+    return torch.stack([next(read) if amax is None else amax.reshape(()) for amax in carried])
+
+
 @fake("grad_norm")
 def _(grads, scales, amaxes):
     norm = grads[0].new_empty([], dtype=torch.float32)

@@ -68,14 +68,6 @@ def run(protocol: Protocol) -> Reduced:
         return end.value
 
 
-def amaxes_of(tensors: list[Tensor]) -> Tensor:
-    """Each tensor's amax, float32 [n]: the stored one, or one computed from the values."""
-    carried = [getattr(t, "amax", None) if isinstance(t, ScaledTensor) else None for t in tensors]
-    plain = [t for t, amax in zip(tensors, carried, strict=True) if amax is None]
-    read = iter(ops.grad_norm(plain)[1].unbind() if plain else ())
-    return torch.stack([next(read) if amax is None else amax.reshape(()) for amax in carried])
-
-
 def upload(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Host values as a 1-D tensor. From pinned memory, because a copy from pageable memory blocks
     the host until the stream has come to it."""
@@ -117,7 +109,7 @@ def two_shot(tensors: list[Tensor], dtype: torch.dtype, transport: Transport) ->
     shard = _shard_length(tensors, ranks)
     sizes = [t.numel() for t in tensors]
     if low:
-        amaxes = yield transport.all_gather(amaxes_of(tensors), "scale")
+        amaxes = yield transport.all_gather(ops.amaxes(tensors), "scale")
         scales, sum_scales = ops.share_scales(amaxes, dtype)
     else:  # a plain sum is divided by N
         scales, sum_scales = (
@@ -145,7 +137,7 @@ def ring(tensors: list[Tensor], dtype: torch.dtype, transport: Transport, mu: Te
     ranks, rank = transport.size, transport.rank
     shard = _shard_length(tensors, ranks)
     sizes = [t.numel() for t in tensors]
-    amaxes = yield transport.all_gather(amaxes_of(tensors), "scale")
+    amaxes = yield transport.all_gather(ops.amaxes(tensors), "scale")
     scales, _ = ops.share_scales(amaxes, dtype, mu)
     bucket = ops.pack(tensors, dtype, shard * ranks, scales)
     if transport.sums_fp8:
@@ -194,7 +186,7 @@ def reduce_to_owners(
     index = upload(mine, torch.int64, tensors[0].device)
     scales = own_scales = None
     if low:
-        amaxes = yield transport.all_gather(amaxes_of(tensors), "scale")
+        amaxes = yield transport.all_gather(ops.amaxes(tensors), "scale")
         scales, sum_scales = ops.share_scales(amaxes, dtype)
         own_scales = scales[index]
         scales = scales[upload(order, torch.int64, scales.device)]

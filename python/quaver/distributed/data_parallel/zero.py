@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ... import placement
+from ... import ops, placement
 from ... import recipe as recipes
 from ...comm.transport import Transport, compare
 from ...grad import clip_grad_norm_
@@ -53,7 +53,7 @@ class _Owned(AdamW):
     amaxes: Tensor
     ordinals: dict[Tensor, int]  # of all ranks' tensors: they round as those of one process
 
-    def _amax(self, grads):
+    def _amaxes(self, grads):
         return self.amaxes
 
     def _ordinals(self):
@@ -123,10 +123,14 @@ class ZeroAdamW(torch.optim.Optimizer):
         self._device = device
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         for p, master in masters.items():
-            state = self._inner._state(master)
+            state = self._inner.state_of(master)
             if master is not p:
                 state["master"] = master
             self.state[p] = state  # one dict: whoever restores it restores the inner optimizer
+
+    def describe(self) -> str:
+        """As qv.AdamW's: what decides how states are stored."""
+        return self._inner.describe()
 
     def owns(self, p: Tensor) -> bool:
         """Whether this rank keeps p's state."""
@@ -243,7 +247,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         used = [p for p in order if p.grad is not None]
         bad = torch.zeros((), dtype=torch.float32, device=self._device)
         if used:
-            amaxes = AdamW._amax([p.grad for p in used])
+            amaxes = ops.amaxes([p.grad for p in used])
             bad = (~amaxes.isfinite().all()).float()
         placement.max_(bad, self.owners)
         self._skipped += (bad > 0).long()

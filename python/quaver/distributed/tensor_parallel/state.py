@@ -56,7 +56,7 @@ def scatter_state(model: nn.Module, state: Mapping[str, Tensor], optimizer=None)
         copies.append((f"model.{name}", target, shard_of(target)))
     if optimizer is not None:
         for name, parameter in model.named_parameters():
-            for key, target in optimizer._state(parameter).items():
+            for key, target in optimizer.state_of(parameter).items():
                 shard = shard_of(parameter) if target.shape == parameter.shape else None
                 copies.append((f"optimizer.{name}.{key}", target, shard))
     for name, target, shard in copies:

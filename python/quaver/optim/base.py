@@ -1,0 +1,219 @@
+"""What optimizers of any kind share: collecting gradients, skipping a step, checking states."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops, placement
+from .. import recipe as recipes
+from ..recipe import Recipe
+from ..tensor import ScaledTensor, is_sharded, local
+
+
+class Item(NamedTuple):
+    """A parameter that a step updates, with its gradient and state. `ordinal` is its index over all
+    groups, from 1, and seeds its stochastic rounding."""
+
+    parameter: Tensor
+    grad: Tensor
+    state: dict
+    group: dict
+    ordinal: int
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Updates all parameters that have a gradient, or none where a gradient is not finite.
+
+    Of FSDP2's parameters each rank steps its shard, and all ranks skip alike. A subclass gives
+    `check_options`, `slots`, `update` and `describe`.
+
+    Args:
+        params: parameters or groups, as torch's optimizers take them.
+        defaults: options of groups that do not give their own.
+        recipe: a name or a Recipe.
+
+    Raises:
+        ValueError: options that `check_options` refuses, a parameter that is not float32, bfloat16
+            or float16, an unknown recipe, a shard of FSDP2's that would cut the blocks of a state.
+    """
+
+    name: str  # of the optimizer, in errors
+
+    def __init__(self, params, defaults: dict, recipe: str | Recipe):
+        self.recipe = recipes.get(recipe)
+        self._skipped: dict[torch.device, Tensor] = {}
+        self._seen: dict[Tensor, tuple[torch.dtype, torch.Size]] = {}
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict:  # torch's has the groups and states only; for deepcopy
+        mine = ("recipe", "_skipped", "_seen")
+        return {**super().__getstate__(), **{k: getattr(self, k) for k in mine}}
+
+    def check_options(self, group: dict) -> None:
+        """Raises ValueError, naming the option, where one of a group's is out of range."""
+        raise NotImplementedError
+
+    def slots(self, p: Tensor) -> dict:
+        """What p's state holds beside its step, by key: of moments.py, with zeros and fits."""
+        raise NotImplementedError
+
+    def update(self, device: torch.device, items: list[Item], amaxes: Tensor) -> None:
+        """Steps the items, all on `device`. Where any of `amaxes` (float32 [n], of the gradients,
+        alike on all ranks) is not finite it changes nothing and counts in `_skipped[device]`."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """What decides how states are stored, for checkpoints: equal where states fit."""
+        raise NotImplementedError
+
+    def add_param_group(self, group: dict) -> None:
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        try:
+            self.check_options(added)
+            for p in added["params"]:
+                self._check_parameter(p)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_parameter(self, p: Tensor) -> None:
+        if p.dtype not in ops.FLOATS:
+            raise ValueError(
+                f"{self.name}: parameters must be float32, bfloat16 or float16, got {p.dtype}"
+            )
+        flat = [key for key, slot in self.slots(p).items() if slot.is_flat]
+        if flat and is_sharded(p):
+            raise ValueError(
+                f"{self.name}: recipe {self.recipe.name} keeps {flat[0]} in groups of flat "
+                "elements, which FSDP2's shards would cut; wanted f32 or one scale a tensor"
+            )
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped because a gradient was not finite. Reading it waits for the device."""
+        return sum(int(count) for count in self._skipped.values())
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step over all parameters that have a gradient; returns the closure's loss.
+
+        Raises:
+            RuntimeError: sparse gradients, gradients on another device than their parameter,
+                parameters that changed their shape or dtype between steps. Nothing is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        by_device: dict[torch.device, list[Item]] = {}
+        for item in self._collect():
+            by_device.setdefault(item.parameter.device, []).append(item)
+        for device, items in by_device.items():
+            if device not in self._skipped:
+                self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+            amaxes = self._amaxes([local(item.grad) for item in items])
+            amaxes = placement.agree(amaxes, [item.parameter for item in items])
+            self.update(device, items, amaxes)
+        return loss
+
+    def _collect(self) -> list[Item]:
+        ordinals, items = self._ordinals(), []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(f"{self.name}: sparse gradients are not supported")
+                if p.grad.device != p.device:
+                    raise RuntimeError(
+                        f"{self.name}: a gradient on {p.grad.device} for a parameter on {p.device}"
+                    )
+                items.append(Item(p, p.grad, self.state_of(p), group, ordinals[p]))
+        return items
+
+    def _ordinals(self) -> dict[Tensor, int]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {p: i for i, p in enumerate(params, 1)}
+
+    def _amaxes(self, grads: list[Tensor]) -> Tensor:
+        return ops.amaxes(grads)
+
+    # States
+
+    def state_of(self, p: Tensor) -> dict:
+        """p's state, made where there is none. Raises RuntimeError where p has changed its shape
+        or dtype since."""
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
+            for key, slot in self.slots(p).items():
+                state[key] = placement.like(p, slot.zeros(local(p)))
+        dtype, shape = self._seen.setdefault(p, (p.dtype, p.shape))
+        if (dtype, shape) != (p.dtype, p.shape):
+            raise RuntimeError(
+                f"{self.name}: a parameter changed from {dtype} {list(shape)} to {p.dtype} "
+                f"{list(p.shape)} between steps; build the optimizer anew"
+            )
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but a state keeps the dtype and codes it was saved with. Raises ValueError,
+        and changes nothing, where a state is not one of this recipe for its parameter."""
+        saved = state_dict["state"]
+        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+        params = [p for g in self.param_groups for p in g["params"]]
+        if len(ids) == len(params):  # else torch says what is wrong
+            for i, p in zip(ids, params, strict=True):
+                if saved.get(i):
+                    self._check_saved(i, saved[i], p)
+        super().load_state_dict(state_dict)
+        self._seen.clear()
+        for i, p in zip(ids, params, strict=True):
+            if i not in saved:
+                continue
+            self.state[p] = {
+                k: copy.deepcopy(v).to(p.device) if isinstance(v, Tensor) else copy.deepcopy(v)
+                for k, v in saved[i].items()
+            }
+
+    def _check_saved(self, i: int, state: dict, p: Tensor) -> None:
+        def refuse(what: str, remedy: str = "") -> None:
+            raise ValueError(
+                f"{self.name}: the state of parameter {i} {what}"
+                + (remedy or "; load it into an optimizer of the recipe that saved it, or start "
+                             "without a state")
+            )  # fmt: skip
+
+        step = state.get("step")
+        if isinstance(step, Tensor) and step.is_floating_point():
+            refuse(
+                "counts its steps in float32, as torch.optim's optimizers do; wanted one int64 "
+                "tensor",
+                f"; go on with torch's optimizer, or start {self.name} without a state",
+            )
+        slots = self.slots(p)
+        wanted = {"step", *slots}
+        if set(state) != wanted:
+            refuse(f"has {', '.join(sorted(state))}; wanted {', '.join(sorted(wanted))}")
+        if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim():
+            refuse(f"counts its steps in {_describe(step)}; wanted one int64 tensor")
+        if not step.is_meta and not 0 <= step.item() < torch.iinfo(torch.int64).max:
+            refuse(f"has taken {step.item()} steps; wanted 0 or more")
+        for key, slot in slots.items():
+            if not slot.fits(state[key], p):
+                refuse(f"has {key} {_describe(state[key])}; recipe {self.recipe.name} keeps it as "
+                       f"{slot} of shape {list(p.shape)}")  # fmt: skip
+
+
+def _describe(state: object) -> str:
+    if not isinstance(state, Tensor):
+        return f"a {type(state).__name__}"
+    kind = state.qlayout if isinstance(state, ScaledTensor) else state.dtype
+    return f"{kind} of shape {list(state.shape)}"

@@ -1,0 +1,62 @@
+"""What an optimizer keeps of past gradients: the slots of AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .states import STATES, Codec
+
+
+@dataclass(frozen=True)
+class Ema:
+    """A moving average with one value for each element, as `codec` (a name of STATES) stores it.
+    The fused step `ops.adam_` updates it."""
+
+    codec: str
+
+    @property
+    def storage(self) -> Codec:
+        return STATES[self.codec]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether blocks of flat elements share a scale, so that no shard may cut them."""
+        return self.storage.layout.grain == "flat"
+
+    def zeros(self, p: Tensor) -> Tensor:
+        """The moment of a parameter before its first step."""
+        return self.storage.zeros(p)
+
+    def fits(self, value: object, p: Tensor) -> bool:
+        """Whether `value` is such a moment of p."""
+        return self.storage.fits(value, p)
+
+    def __str__(self) -> str:
+        return self.codec
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """The 16 low bits of a float32 master whose high bits are a bf16 parameter."""
+
+    is_flat = False
+
+    def zeros(self, p: Tensor) -> Tensor:
+        """Of a parameter that is its own master."""
+        return torch.zeros(p.shape, dtype=torch.int16, device=p.device)
+
+    def fits(self, value: object, p: Tensor) -> bool:
+        """Whether `value` is such a remainder of p."""
+        return isinstance(value, Tensor) and (value.dtype, value.shape) == (torch.int16, p.shape)
+
+    def __str__(self) -> str:
+        return "int16"
+
+
+REMAINDER = Remainder()
+
+# By the names that recipes give them.
+MOMENTS: dict[str, Ema] = {name: Ema(name) for name in STATES}
