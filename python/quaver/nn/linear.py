@@ -94,6 +94,7 @@ class LinearBase(nn.Module):
             self.rule.cache == "master"
             and isinstance(weight, ScaledTensor)
             and not weight.is_transient
+            and not weight.is_inference()  # it has no version by which a write would show
             and self.channel_amax is None
         )
         copies = weight.__dict__.get("fp8_weight")
@@ -103,7 +104,8 @@ class LinearBase(nn.Module):
         elif copies is None or copies.row.device != weight.device:
             copies = weight.fp8_weight = GemmWeight.of(weight, self.rule.weight)
         elif copies.version != weight._version:
-            copies.rewrite(weight.detach())
+            with torch.inference_mode(False):
+                copies.rewrite(weight.detach())
         if vars(self).get("fp8_weight", self) is not copies:
             self.fp8_weight = copies  # compiled graphs read them from here, not from the weight
         return copies

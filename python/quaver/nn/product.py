@@ -73,11 +73,15 @@ class Product(FirstOrder):
         if bias is not None and w_q.shape[0] != n:
             bias = F.pad(bias.detach(), (0, w_q.shape[0] - n))
         y = _ops.gemm(q, scale, w_q, w_scale, bias, out_dtype)
-        y = y[: math.prod(x.shape[:-1]), :n].reshape(*x.shape[:-1], n)
+        # No view, which autograd would not let callers write in place: nn.ReLU(inplace=True).
+        y = torch.ops.aten._unsafe_view(
+            y[: math.prod(x.shape[:-1]), :n].contiguous(), (*x.shape[:-1], n)
+        )
         recast = w_qt is None and ctx.needs_input_grad[0]
         ctx.save_for_backward(kept, kept_scale, weight if recast else None)
         # Not saved tensors: copies are written in place with the weight, whose version is checked.
-        ctx.weight, ctx.version = (None if recast else weight), weight._version
+        copied = w_qt is not None and ctx.needs_input_grad[0]
+        ctx.weight, ctx.version = (weight, weight._version) if copied else (None, None)
         ctx.w_format, ctx.w_scale, ctx.w_qt = w_q.dtype, w_scale, w_qt
         ctx.channels, ctx.history, ctx.out_dtype = channels, history, out_dtype
         ctx.grad_dtype, ctx.weight_grad, ctx.input_major = grad_dtype, weight_grad, input_major
