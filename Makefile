@@ -136,7 +136,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 $(ABI_VENV)/.installed: pyproject.toml
 	test -x $(ABI_VENV)/bin/python || $(PY) -m venv $(ABI_VENV)
 	$(ABI_VENV)/bin/python -m pip install "$(ABI_TORCH)"
-	$(ABI_VENV)/bin/python -m pip install numpy safetensors tqdm matplotlib pytest ml_dtypes transformers
+	$(ABI_VENV)/bin/python -m pip install numpy safetensors tqdm matplotlib pytest ml_dtypes transformers accelerate peft
 	touch $@
 
 build/cutlass/.$(CUTLASS):
