@@ -33,17 +33,21 @@ BUILT := build/.built$(subst /,-,$(PY))
 # What `make cuda` compiles for; a build in place is for sm_90a alone unless told otherwise.
 ARCHS := $(or $(QUAVER_CUDA_ARCHS),80;89;90a;100)
 CALLS ?= 100000
+CASES ?= 10000
 SEED ?= 0
 HAS_TORCH := import importlib.metadata as m; assert tuple(map(int, m.version('torch').split('.')[:2])) >= (2, 11)
 SHA256 := import hashlib, torch, quaver._load as q; \
 	print('torch', torch.__version__, hashlib.sha256(q.LIBRARY.read_bytes()).hexdigest(), q.LIBRARY)
 
-.PHONY: build demo test test-sanitize fuzz test-abi bench cuda carried gpu-report gpu-report-plan wheel lint format clean check-python
+.PHONY: build demo test test-sanitize fuzz fuzz-files kills test-abi bench cuda carried gpu-report gpu-report-plan wheel lint format clean check-python
 
 build: $(BUILT)
 
+# Shorter where products are slow: a first comparison within 2 minutes on two cores with AVX2.
+STEPS ?= $(shell grep -qsm1 avx512f /proc/cpuinfo && echo 300 || echo 100)
+
 demo: $(BUILT)
-	$(QUAVER) train --data stdlib --model tiny --recipe bf16,fp8lm-o2,coat --steps 300 --out runs/demo --overwrite
+	$(QUAVER) train --data stdlib --model tiny --recipe bf16,fp8lm-o2,coat --seq 128 --steps $(STEPS) --out runs/demo --overwrite
 
 test: $(BUILT)
 	cmake --build build/release --target check
@@ -66,6 +70,14 @@ fuzz: $(BUILT)
 	PYTHONPATH=$(CURDIR)/build/fuzz/python PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(PY) tests/fuzz/run.py --calls $(CALLS) --seed $(SEED)
+
+# Damaged files of a run's folder: each refused by name, or loaded right.
+fuzz-files: $(BUILT)
+	$(PY) tests/fuzz/damage_files.py --cases $(CASES) --seed $(SEED)
+
+# kill -9 in training, under every recipe and --parallel: resumed to the same bits.
+kills: $(BUILT)
+	$(PY) bench/bench_resume.py --all --kills 3
 
 # The wheel of this build, and no other, under the oldest torch it promises to serve.
 test-abi: wheel $(ABI_VENV)/.installed

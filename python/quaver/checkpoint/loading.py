@@ -242,6 +242,19 @@ def _set_options(group: dict, options: dict) -> None:
             group[key] = tuple(value) if isinstance(current, tuple) else value
 
 
+def _check_state(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, state: dict
+) -> None:
+    """An optimizer of quaver says whether a new state is one of its own for `parameter`."""
+    check_saved = getattr(optimizer, "_check_saved", None)
+    if check_saved is None or not state or is_sharded(parameter):
+        return
+    try:
+        check_saved(name, state, parameter)
+    except ValueError as error:
+        raise CheckpointError(f"optimizer.{name}: {error}") from None
+
+
 def _plan_state(
     optimizer: torch.optim.Optimizer,
     parameter: Tensor,
@@ -272,6 +285,7 @@ def _plan_state(
         else:
             device = "cpu" if entry["tensor"] == "host" else parameter.device
             state[key] = _build(full, parts, layout, device)
+    _check_state(optimizer, parameter, name, state)
 
     def apply() -> None:
         for target, parts in copies:
