@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -113,17 +113,22 @@ class Product(FirstOrder):
         return dx, dw, db, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
-@functools.cache
+_registering = threading.Lock()
+
+
 def register_product() -> None:
     """Makes the compiler take the Function whole, because its backward makes a ScaledTensor, and
     FlopCounterMode count its products. Not at import, because this imports the compiler."""
-    from torch.utils.flop_counter import register_flop_formula
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    torch.compiler.allow_in_graph(Product)
+    with _registering:
+        torch.compiler.allow_in_graph(Product)
+        if _ops.gemm not in flop_registry:
+            register_flop_formula(_ops.gemm)(_flops)
 
-    @register_flop_formula(_ops.gemm)
-    def flops(a, scale_a, b, *args, out_shape=None, **kwargs) -> int:
-        return 2 * a[0] * a[1] * b[0]
+
+def _flops(a, scale_a, b, *args, out_shape=None, **kwargs) -> int:
+    return 2 * a[0] * a[1] * b[0]
 
 
 def _transposed_weight(ctx, weight: Tensor | None) -> Tensor:
