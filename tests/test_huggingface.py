@@ -175,7 +175,7 @@ def test_under_coat_every_parameter_and_gradient_is_a_plain_tensor():
 
 def test_the_last_norm_and_what_is_no_linear_layer_are_left():
     report = qv.convert_report(qv.convert(plain("Gemma2", head_dim=16), "coat"))
-    assert "who reads it is not known" in report.left["model.norm"]
+    assert "its readers are unknown" in report.left["model.norm"]
     left = report.left["model.layers.0.post_attention_layernorm"]  # added to the residual stream
     assert left == "add reads it, which is no linear layer"
     assert "model.layers.0.pre_feedforward_layernorm" in report.converted

@@ -27,8 +27,8 @@ HEAD = ("lm_head",)  # what `skip` is by default, for models that have one and f
 
 @dataclass(frozen=True)
 class Report:
-    """What `convert` did. `converted`: {module name: "linear", "norm" or "mlp"}; `left`: {module
-    name: why it stayed as it was}."""
+    """The result of `convert`. `converted`: {module name: "linear", "norm" or "mlp"}; `left`:
+    {module name: the reason why it stayed as it was}."""
 
     converted: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -50,8 +50,8 @@ _reports: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictiona
 
 
 def convert_report(model: nn.Module) -> Report:
-    """What the last `convert` of this model made FP8, and what it left and why. Empty for a model
-    that was never converted, restored, or is a copy."""
+    """The report of the last `convert` of this model: the modules that became FP8, and a reason for
+    each that stayed. Empty for a model that was never converted, was restored, or is a copy."""
     return _reports.get(model, Report())
 
 

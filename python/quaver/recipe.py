@@ -80,7 +80,7 @@ class LinearRecipe:
 
 @dataclass(frozen=True)
 class ActivationRecipe:
-    """What is kept in FP8 between linear layers (COAT, arXiv 2410.19313, section 5).
+    """FP8 between linear layers (COAT, arXiv 2410.19313, section 5).
 
     `norm` and `mlp`: norms and MLPs give FP8 to the linear layers that read them, and save their
     own inputs for backward in e4m3 groups of 1 x `block` with power-of-two scales.
@@ -108,7 +108,7 @@ class ActivationRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model trains with: its linear layers, activations and optimizer states.
+    """The linear layers, activations and optimizer states that a model trains with.
 
     Args:
         autocast: the dtype of everything that is not FP8; None runs in the model's dtype.

@@ -1,4 +1,4 @@
-"""What a model is made of, found without knowing its library: norms, MLPs, and who reads a norm.
+"""Finds the norms and MLPs of a model of any library, and the readers of a norm.
 
 A norm is recognised by what it computes, an MLP and the readers of a norm by the operations that
 `torch.fx` records of their forward, with child modules as single steps. Whatever does anything else
@@ -124,7 +124,7 @@ def _probed_form(module: nn.Module) -> NormForm:
 
 
 def _equal(got, wanted: Tensor, rtol: float, atol: float) -> bool:
-    """What a foreign function gave; it may be no tensor at all."""
+    """Whether a foreign function gave `wanted`; its result may be no tensor at all."""
     if not isinstance(got, Tensor) or got.shape != wanted.shape:
         return False
     return torch.allclose(got.to(wanted.dtype), wanted, rtol=rtol, atol=atol)
@@ -173,7 +173,8 @@ class _Tracer(fx.Tracer):
 
 
 def steps(module: nn.Module) -> fx.Graph:
-    """What a forward of `module` with its required arguments alone does. Raises NotRecognized."""
+    """The steps of a forward of `module` with its required arguments alone. Raises
+    NotRecognized."""
     if "forward" in vars(module):
         raise NotRecognized("its forward was replaced")
     forward = inspect.unwrap(type(module).forward)
@@ -316,7 +317,7 @@ def check_readers(parent: nn.Module, name: str, width: int) -> None:
     try:
         graph = steps(parent)
     except NotRecognized as why:
-        raise NotRecognized(f"who reads it is not known: of its parent, {why}") from None
+        raise NotRecognized(f"its readers are unknown: of its parent, {why}") from None
     calls = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
     if not calls:
         raise NotRecognized("the forward of its parent does not call it")

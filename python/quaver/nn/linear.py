@@ -239,7 +239,7 @@ class Linear(LinearBase, nn.Linear):
 
 
 class Conv1D(LinearBase, Swapped):
-    """What `quaver.convert` makes of transformers' Conv1D, a linear layer whose weight is [K, N].
+    """transformers' Conv1D, a linear layer whose weight is [K, N], as `quaver.convert` makes it.
     The parameter and its name in state dicts stay as they were."""
 
     input_major = True

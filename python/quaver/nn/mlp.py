@@ -62,7 +62,7 @@ class MLPPlan:
 
 
 class MLP(Swapped):
-    """What `quaver.convert` makes of an MLP whose linear layers multiply in FP8. Input and output
+    """An MLP whose linear layers multiply in FP8, as `quaver.convert` makes it. Input and output
     are those of its layers."""
 
     def convert_in_place(self, recipe: recipes.Recipe, plan: MLPPlan) -> None:

@@ -43,11 +43,11 @@ class _NormalizeFunction(FirstOrder):
 
 
 class Norm(Swapped):
-    """What `quaver.convert` makes of a norm that feeds FP8 linear layers alone.
+    """A norm that feeds FP8 linear layers alone, as `quaver.convert` makes it.
 
     RMSNorm: x * rsqrt(mean(x^2) + eps) * (offset + weight); LayerNorm with mean and bias. Input
     [..., C] float32, float16 or bfloat16; the output is a ScaledTensor of that shape, in the
-    autocast dtype where autocast is on, else the input's; an operation that does not know it gets
+    autocast dtype where autocast is on, else the input's; an operation without a form for it gets
     decoded values.
 
     Raises:

@@ -16,7 +16,7 @@ class Swapped(nn.Module):
 
     @staticmethod
     def members(base: type) -> dict:
-        """What the subclass of `base` defines beside the mixin."""
+        """Attributes of the subclass of `base` beside the mixin's."""
         return {}
 
 

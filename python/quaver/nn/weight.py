@@ -140,7 +140,7 @@ def cached_weights(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def cached_cast(layer: nn.Module, weight: Tensor, make) -> Cast | None:
-    """What `make()` gave for this weight in the `cached_weights` block, None outside of one."""
+    """The cast that `make()` gave for this weight in the `cached_weights` block; None outside."""
     if torch.compiler.is_compiling() or _thread.layers is None or layer not in _thread.layers:
         return None
     kept = _thread.layers[layer]
