@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from helpers import FP8, assert_same, randn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import quaver as qv
 from quaver import ScaledTensor, recipe
@@ -300,6 +302,64 @@ def test_an_average_of_f16_masters_follows(decay, how):
     moved = 0.9 - average.module[0].detach().dequantize().mean().item()
     wanted = (0.9 - 0.7) * (1 - decay**steps)
     assert moved == pytest.approx(wanted, rel=0.02)
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=5e-7),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0, foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_torchs_optimizers_move_f16_masters_by_small_steps(name):
+    """A step is a hundredth of a code: 4,096 weights average the noise of 200 roundings to 2 %."""
+    torch.manual_seed(0)
+    p = nn.Parameter(qv.quantize(randn(64, 64) * 0.02 + 0.05, F16))
+    before, optimizer = p.detach().dequantize(), OPTIMIZERS[name]([p])
+    for _ in range(200):
+        p.grad = torch.ones(64, 64)
+        optimizer.step()
+    moved = (before - p.detach().dequantize()).mean().item()
+    assert moved == pytest.approx(200 * 5e-7, rel=0.05)
+
+
+def test_arithmetic_on_masters_repeats_from_torchs_generator():
+    """So a run whose generators are restored rounds alike; assignment draws nothing."""
+
+    def run(seed):
+        torch.manual_seed(seed)
+        t = qv.quantize(randn(6, 8), F16)
+        t.data = randn(6, 8, seed=1)
+        t.fill_(0.3)
+        drawn = torch.get_rng_state()
+        t.add_(1e-5)
+        assert not torch.equal(torch.get_rng_state(), drawn)
+        return t.qdata, drawn
+
+    (a, drawn), (b, _), (c, _) = run(0), run(0), run(1)
+    assert_same(a, b)
+    assert (a != c).any()
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
+def test_ranks_round_alike_whatever_their_generators():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        found = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            t = qv.quantize(randn(6, 8), F16)
+            t.add_(1e-5)
+            first = t.qdata.clone()
+            t.add_(1e-5)
+            found.append((first, t.qdata))
+        assert_same(found[0][1], found[1][1])
+        assert (found[0][0] != found[0][1]).any()
+    finally:
+        dist.destroy_process_group()
 
 
 # torch.func

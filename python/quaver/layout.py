@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,7 @@ class Layout:
             raise ValueError(f'Layout: expand goes with grain "flat", got {self.grain!r}')
 
     @classmethod
+    @functools.cache
     def of(cls, dtype: torch.dtype, grain: str = "tensor", block: int = FLAT_BLOCK,
            expand: bool = False) -> Layout:  # fmt: skip
         """The layout of codes of a torch dtype. Raises TypeError if no format has that dtype."""
@@ -72,9 +74,9 @@ class Layout:
 
     def scale_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The shape of the scales of a tensor of `shape`."""
-        *rows, columns = shape or (1,)
         if self.grain == "tensor":
             return ()
+        *rows, columns = shape or (1,)
         if self.grain == "row":
             return (*rows, 1)
         if self.grain == "block":

@@ -16,8 +16,8 @@ from torch import Tensor
 from .interchange import Interchange
 from .layout import Layout
 
-# Handlers by aten op; a handler returns NotImplemented to fall back to decoded values. Filled by
-# tensor_ops.py.
+# Handlers by aten op, filled by tensor_ops.py. A handler returns NotImplemented to fall back to
+# that of "any" op, which works on decoded values.
 KNOWN = {}
 
 LOGICAL = {str(t).removeprefix("torch."): t for t in
@@ -50,6 +50,10 @@ def plain_tensors(value) -> list[Tensor]:
 
 class ScaledTensor(Interchange):
     """A tensor stored as low-precision `qdata` and f32 decode `scale`s.
+
+    A write to it takes effect, encoded again, or raises an error that names the op. torch asks
+    nobody about `x.data = t` of a plain x, which then has no memory: reading it ends the process.
+    Write `x.data = t.dequantize()`.
 
     Args:
         qdata: codes of a layout's dtype, of any shape.
