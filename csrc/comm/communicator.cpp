@@ -12,6 +12,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+// NCCL hands a message to a thread of its own, which takes it in within tens of microseconds. Only
+// connections, and peers that are late, take longer: for those the waiting thread may sleep.
+constexpr auto kYield = std::chrono::microseconds(200);
+constexpr auto kSleep = std::chrono::milliseconds(1);
+
 NcclType type_of(DType type) {
   switch (type) {
     case DType::f32: return kNcclFloat32;
@@ -82,6 +87,7 @@ Communicator::~Communicator() {
 void Communicator::finish(const char* op) {
   const auto began = Clock::now();
   for (;;) {
+    std::chrono::duration<double> waited;
     {
       const std::lock_guard<std::mutex> lock(state_->mutex);
       QUAVER_CHECK(state_->comm != nullptr, op, ": the communicator of rank ", rank_, " of ", size_,
@@ -97,14 +103,17 @@ void Communicator::finish(const char* op) {
         fail(op, ": NCCL failed on rank ", rank_, " of ", size_, ": ",
              state_->api.GetErrorString(status), last.empty() ? "" : "; ", last);
       }
-      const std::chrono::duration<double> waited = Clock::now() - began;
+      waited = Clock::now() - began;
       if (waited.count() > timeout_) {
         state_->abort();
         fail(op, ": rank ", rank_, " of ", size_, " waited ", timeout_,
              " s for a peer that did not answer");
       }
     }
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (waited < kYield)
+      std::this_thread::yield();
+    else
+      std::this_thread::sleep_for(kSleep);
   }
 }
 

@@ -1,6 +1,7 @@
 // csrc/comm over a stand-in for NCCL (nccl/stand_in.cpp), which it opens as it would open NCCL.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <functional>
 #include <thread>
 
@@ -168,6 +169,24 @@ TEST(abort_from_another_thread_frees_one_that_waits) {
     CHECK(error.find("was aborted") != std::string::npos);
   });
   all_well(errors);
+}
+
+// A sleep would cost a message a millisecond, where NCCL takes it in within tens of microseconds.
+TEST(a_short_message_is_not_slept_for) {
+  auto* polls = stand_in<int()>("stand_in_polls");
+  auto* delay = stand_in<void(int)>("stand_in_delay");
+  delay(100);
+  all_well(ranks(1, [&](Communicator& c) {
+    int most = 0;  // of one message; a busy machine may interrupt some
+    for (int i = 0; i < 20; ++i) {
+      uint8_t value = 1;
+      polls();
+      c.broadcast(&value, 1, 0, nullptr);
+      most = std::max(most, polls());
+    }
+    CHECK(most > 3);
+  }));
+  delay(0);
 }
 
 TEST(bad_arguments_are_named) {

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -34,6 +35,8 @@ enum { kFloat32 = 7, kE4m3 = 10, kE5m2 = 11 };
 
 std::atomic<int> reported_version = 22809;
 std::atomic<int> failing_rank = -1;
+std::atomic<int> delay = 0;  // microseconds in which NCCL's own thread takes a message in
+std::atomic<int> polls = 0;
 
 struct Id {
   char internal[128];
@@ -67,6 +70,7 @@ struct Comm {
   std::vector<int> processes;  // of the ranks, once all have joined
   std::map<int, int> sent, received;
   std::deque<Receive> waiting;
+  std::chrono::steady_clock::time_point ready;
 
   Comm(fs::path path, int rank_, int size_) : world(std::move(path)), rank(rank_), size(size_) {
     const std::string process = std::to_string(getpid());
@@ -89,6 +93,7 @@ struct Comm {
   }
   void receive(int from, std::function<void(const char*)> use) {
     waiting.push_back({from, std::move(use)});
+    ready = std::chrono::steady_clock::now() + std::chrono::microseconds(delay);
   }
   bool all_joined() {
     if (!processes.empty()) return true;
@@ -105,7 +110,9 @@ struct Comm {
     return getenv("QUAVER_STAND_IN_DEAF") || kill(processes[p], 0) == 0 || errno != ESRCH;
   }
   int progress() {
+    ++polls;
     if (rank == failing_rank) return kRemoteError;
+    if (std::chrono::steady_clock::now() < ready) return kInProgress;
     if (!all_joined()) return kInProgress;
     while (!waiting.empty()) {
       const Receive next = waiting.front();
@@ -146,6 +153,8 @@ extern "C" {
 
 void stand_in_version(int version) { reported_version = version; }
 void stand_in_fail(int rank) { failing_rank = rank; }
+void stand_in_delay(int microseconds) { delay = microseconds; }
+int stand_in_polls() { return polls.exchange(0); }
 
 int ncclGetVersion(int* version) {
   const char* told = getenv("QUAVER_STAND_IN_VERSION");
