@@ -84,7 +84,7 @@ def command(rank, arguments, die=None, how=signal.SIGKILL):
     os.close(write)
     os.dup2(1, 2)
     if status == 0:
-        assert not threads_of_ranks()
+        assert threads_of_ranks() == []
     return status, os.read(read, 10**5).decode(), time.monotonic() - began
 
 

@@ -58,6 +58,10 @@ def init(
                 "already: torch.distributed.destroy_process_group() first"
             )
         return
+    # Imported before there is a group: its functions have the default group as a default argument.
+    # One that they took would live, with its threads, until the interpreter ends, and abort it.
+    import torch.distributed.nn.functional
+
     heartbeat = rendezvous.join()
     with _shared_errors(heartbeat):
         _agree(heartbeat.gather(settings or {}, rendezvous.seconds_left()))
@@ -104,9 +108,7 @@ def joined(device: torch.device, tensor: int = 1, settings: dict | None = None) 
     try:
         with _shared_errors(heartbeat):
             yield World(device, tensor)
-        dist.destroy_process_group()
-        # A group lives as long as anything refers to it, and its threads must not outlive Python.
-        gc.collect()
+        _leave()
         heartbeat.stop(FAREWELL)
     finally:
         guard.cancel()
@@ -128,6 +130,17 @@ def _shared_errors(heartbeat: Heartbeat) -> Iterator[None]:
         if caused and failure is not None:
             raise RankFailure(f"rank {heartbeat.rank}: {failure.text}", failure.usage) from error
         raise
+
+
+def _leave() -> None:
+    """Ends the groups with their threads, which may abort a process that has ended its interpreter.
+    A group lives as long as anything refers to it."""
+    dist.destroy_process_group()
+    if "torch.distributed.tensor" in sys.modules:  # its caches refer to meshes, and those to groups
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+    gc.collect()
 
 
 def _end_process(heartbeat: Heartbeat) -> None:
