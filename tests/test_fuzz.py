@@ -1,5 +1,6 @@
 """Random calls of every native op (tests/fuzz); `make fuzz` has more, and the sanitizers."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -23,15 +24,22 @@ def test_no_random_call_hurts():
     assert count["exact"] > 6000 and count["refused"] > 4000  # it reaches what it is to test
 
 
-def test_a_crash_is_reported_with_its_seed(tmp_path):
-    code = f"""
+CRASHES = """
 import os, sys
-sys.argv = [{str(FUZZ)!r}, "--calls", "5", "--seed", "40", "--worker", {str(tmp_path / "at")!r}]
-sys.path[:0] = [{str(FUZZ.parent)!r}]
+sys.path.insert(0, {folder!r})
 import run
 run.run_one = lambda seed, names: os.abort() if seed == 43 else "done"
 run.main()
 """
-    (tmp_path / "at").write_bytes(b"")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert result.returncode == -6 and int((tmp_path / "at").read_text()) == 43
+
+
+def test_a_crash_is_reported_with_its_seed(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("fuzz_run", FUZZ)
+    fuzz = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fuzz)
+    crashes = tmp_path / "crashes.py"
+    crashes.write_text(CRASHES.format(folder=str(FUZZ.parent)))
+    monkeypatch.setattr(fuzz, "__file__", str(crashes))
+    assert fuzz.batch(30, 5) == ("seeds 30 to 34: {'done': 5}", False)
+    found = fuzz.batch(40, 5)
+    assert found.failed and found.text.endswith("ended with -6 in seed 43")

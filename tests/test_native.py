@@ -131,6 +131,15 @@ def test_arguments_at_odd_addresses():
         ops.accumulate_(q, misaligned(scale), amax, other)
     with pytest.raises(REFUSAL, match="history must start at a multiple of 4 bytes"):
         ops.quantize(x, E4M3, history=misaligned(torch.zeros(17)))
+    hyper = torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]], dtype=torch.float64)
+    for name, change in (("step", 0), ("hyper", 1), ("skipped", 2)):
+        given = [torch.zeros((), dtype=torch.int64), hyper, torch.zeros((), dtype=torch.int64)]
+        given[change] = misaligned(given[change])
+        step, *rest = given
+        states, none = [randn(8), torch.zeros(8), torch.zeros(8)], torch.empty(0)
+        with pytest.raises(REFUSAL, match=f"adam_: {name} must start at a multiple of 8 bytes"):
+            ops.adam_(states, [none] * 3, [none] * 3, [randn(8)], [none], torch.ones(1), [step],
+                      *rest, [], [])  # fmt: skip
 
 
 def strided(x):

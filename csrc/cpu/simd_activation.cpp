@@ -70,15 +70,15 @@ inline __attribute__((always_inline)) void save_few(e4m3* codes, uint8_t* scale,
   alignas(64) float scaled[kBlock];
   int64_t i = 0;
   for (; i + block <= n; i += block) {
-    const uint32_t code = group_scale(amax_code<uint32_t>(x + i, block));
-    const float inverse = group_inverse(code);
+    const uint32_t code = block_exponent(amax_code<uint32_t>(x + i, block));
+    const float inverse = block_inverse(code);
     scale[i / block] = static_cast<uint8_t>(code);
     QUAVER_SIMD
     for (int64_t j = 0; j < block; ++j) scaled[i + j] = x[i + j] * inverse;
   }
   if (i < n) {
-    const uint32_t code = group_scale(amax_code<uint32_t>(x + i, n - i));
-    const float inverse = group_inverse(code);
+    const uint32_t code = block_exponent(amax_code<uint32_t>(x + i, n - i));
+    const float inverse = block_inverse(code);
     scale[i / block] = static_cast<uint8_t>(code);
     for (int64_t j = i; j < n; ++j) scaled[j] = x[j] * inverse;
   }
@@ -112,12 +112,12 @@ void save_groups(const SavedRow& to, const void* x, DType type, int64_t n) {
       const uint32_t seen = amax_code<uint32_t>(values_of(buffer, at(x, type, i), type, m), m);
       bits = bits < seen ? seen : bits;
     }
-    const uint32_t code = group_scale(bits);
+    const uint32_t code = block_exponent(bits);
     to.scale[first / to.block] = static_cast<uint8_t>(code);
     for (int64_t i = first; i < end; i += kBlock) {
       const int64_t m = end - i < kBlock ? end - i : kBlock;
       store(reinterpret_cast<e4m3*>(to.codes + i), values_of(buffer, at(x, type, i), type, m), m,
-            group_inverse(code));
+            block_inverse(code));
     }
   }
 }

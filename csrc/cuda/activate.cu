@@ -28,7 +28,7 @@ struct Columns {
 };
 
 QUAVER_DEVICE void scale_channels(const float* channel_scale, bool aligned, Columns* columns,
-                                  const Piece& p, float (&v)[kVector]) {
+                                  const Fragment& p, float (&v)[kVector]) {
   if (columns != nullptr) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i)
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p, bool f
   uint32_t seen = 0;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
-    const Piece at = piece_in_pass(p.m, pass);
+    const Fragment at = fragment_in_pass(p.m, pass);
     const int64_t i = at.row * p.m.cols + at.col;
     float v[kVector];
     decode_vector<X>(load<sizeof(X)>(p.x + i, sizeof(X), at.n, p.aligned), v);

@@ -21,7 +21,7 @@ struct Problem {
 
 // dx and dup of up to kVector values, zeros behind them.
 template <class X, Activation kind>
-QUAVER_DEVICE void gradients(const Problem<X>& p, const Piece& at, float (&dx)[kVector],
+QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment& at, float (&dx)[kVector],
                              float (&dup)[kVector]) {
   float x[kVector];
   const int64_t i = at.row * p.m.cols + at.col;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> 
   uint32_t seen = 0, seen_up = 0;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
-    const Piece at = piece_in_pass(p.m, pass);
+    const Fragment at = fragment_in_pass(p.m, pass);
     float dx[kVector], dup[kVector];
     gradients<X, kind>(p, at, dx, dup);
     seen = max_bits(seen, amax_bits(dx));

@@ -27,12 +27,13 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class Q, class X>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_groups_kernel(X* out, const Q* q, const float* scales, Groups groups, bool aligned) {
-  const Span span = span_of(groups, blockIdx.x, threadIdx.x);
+    dequantize_groups_kernel(X* out, const Q* q, const float* scales, ScaleSets sets,
+                             bool aligned) {
+  const Span span = span_of(sets, blockIdx.x, threadIdx.x);
   if (span.n == 0) return;
   const float s = scales[span.group];
-  for (int64_t i = threadIdx.x % groups.threads * kVector; i < span.n;
-       i += int64_t(groups.threads) * kVector)
+  for (int64_t i = threadIdx.x % sets.threads * kVector; i < span.n;
+       i += int64_t(sets.threads) * kVector)
     decode_one(out, q, span.first + i, span.n - i, s, aligned);
 }
 
@@ -46,9 +47,9 @@ void run(const TensorView& out, const TensorView& q, const float* scale, const L
            is_aligned(out.data) && is_aligned(q.data));
     return;
   }
-  const Groups groups = make_groups(q, layout);
-  launch(op, dequantize_groups_kernel<Q, X>, group_blocks(groups), kThreads, stream, out.as<X>(),
-         q.as<const Q>(), scale, groups, are_aligned(groups, out.data, q.data));
+  const ScaleSets sets = make_scale_sets(q, layout);
+  launch(op, dequantize_groups_kernel<Q, X>, scale_set_blocks(sets), kThreads, stream, out.as<X>(),
+         q.as<const Q>(), scale, sets, are_aligned(sets, out.data, q.data));
 }
 
 }  // namespace

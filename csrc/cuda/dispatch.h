@@ -35,13 +35,13 @@ inline int64_t loop_blocks(const char* op, int64_t n) {
 }
 
 // The groups of values that share a scale, 1 x width each, and the threads that work on one.
-struct Groups {
+struct ScaleSets {
   int64_t count, width, per_row, cols;
   int threads;  // of one group: up to a warp, or the whole block
 };
 
-inline Groups make_groups(const TensorView& x, const Layout& layout) {
-  Groups g;
+inline ScaleSets make_scale_sets(const TensorView& x, const Layout& layout) {
+  ScaleSets g;
   g.count = layout.scale_count(x);
   g.width = std::min(layout.width(x.cols), x.cols);
   g.per_row = std::max<int64_t>(g.width > 0 ? ceil_div(x.cols, g.width) : 1, 1);
@@ -52,14 +52,16 @@ inline Groups make_groups(const TensorView& x, const Layout& layout) {
   return g;
 }
 
-inline int64_t group_blocks(const Groups& g) { return ceil_div(g.count, kThreads / g.threads); }
+inline int64_t scale_set_blocks(const ScaleSets& g) {
+  return ceil_div(g.count, kThreads / g.threads);
+}
 
 // Group, first element and number of elements of the calling thread's group; none beyond the last.
 struct Span {
   int64_t group, first, n;
 };
 
-QUAVER_DEVICE Span span_of(const Groups& g, int64_t block, int thread) {
+QUAVER_DEVICE Span span_of(const ScaleSets& g, int64_t block, int thread) {
   const int64_t group = block * (kThreads / g.threads) + thread / g.threads;
   if (group >= g.count) return {group, 0, 0};
   const int64_t row = group / g.per_row;
@@ -83,7 +85,7 @@ QUAVER_DEVICE uint32_t group_max(uint32_t value, int threads) {
 }
 
 // Whether 16-byte accesses are right for every whole vector of every group.
-inline bool are_aligned(const Groups& g, const void* a, const void* b) {
+inline bool are_aligned(const ScaleSets& g, const void* a, const void* b) {
   const bool starts = g.cols % kVector == 0 && (g.per_row == 1 || g.width % kVector == 0);
   return starts && is_aligned(a) && is_aligned(b);
 }

@@ -38,13 +38,13 @@ inline Matrix make_matrix(int64_t rows, int64_t cols) {
 inline int64_t matrix_blocks(const Matrix& m) { return std::max<int64_t>(1, tile_count(m.padded)); }
 
 // Up to kVector values of one row that a thread has in one pass over a tile.
-struct Piece {
+struct Fragment {
   TilePlace at;
   int64_t row, col, n;  // n <= 0: only padding
 };
 
-QUAVER_DEVICE Piece piece_in_pass(const Matrix& m, int pass) {
-  Piece p;
+QUAVER_DEVICE Fragment fragment_in_pass(const Matrix& m, int pass) {
+  Fragment p;
   p.at = place_in_pass(pass, threadIdx.x);
   p.row = int64_t(blockIdx.x) / m.padded.across * kTile + p.at.row;
   p.col = int64_t(blockIdx.x) % m.padded.across * kTile + p.at.chunk * kVector;
@@ -60,7 +60,7 @@ QUAVER_DEVICE void mask(float (&x)[kVector], int64_t n) {
 }
 
 // Encodes values in place of one pass: to q, and to the tile for qt.
-QUAVER_DEVICE void put_values(const DeviceCast& c, Tile& tile, const Matrix& m, const Piece& p,
+QUAVER_DEVICE void put_values(const DeviceCast& c, Tile& tile, const Matrix& m, const Fragment& p,
                               float (&x)[kVector], Divisor by) {
   divide(x, by);
   Packed<1> codes;
@@ -119,8 +119,8 @@ QUAVER_DEVICE void save_vector(const DeviceGroups& g, int64_t row, int64_t col, 
   for (int distance = g.threads / 2; distance > 0; distance /= 2)
     seen = max_bits(seen, __shfl_xor_sync(kAllLanes, seen, distance));
   if (n <= 0) return;
-  const uint32_t code = group_scale(seen);
-  const float inverse = group_inverse(code);
+  const uint32_t code = block_exponent(seen);
+  const float inverse = block_inverse(code);
   float scaled[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) scaled[i] = x[i] * inverse;

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) normalize_cast_kernel(Problem<X> p, 
   uint32_t seen = 0;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
-    const Piece at = piece_in_pass(p.m, pass);
+    const Fragment at = fragment_in_pass(p.m, pass);
     float v[kVector];
     load_x(p, at.row, at.col, at.n, v);
     if (at.n > 0)

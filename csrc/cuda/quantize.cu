@@ -64,20 +64,20 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class X, class Q, bool kStochastic>
 __global__ void __launch_bounds__(kThreads)
-    quantize_groups_kernel(Q* q, const X* x, float* scales, float* amaxes, Groups groups,
+    quantize_groups_kernel(Q* q, const X* x, float* scales, float* amaxes, ScaleSets sets,
                            float finite_max, bool power_of_two, bool given, uint64_t seed,
                            bool aligned) {
-  const Span span = span_of(groups, blockIdx.x, threadIdx.x);
-  const int thread = threadIdx.x % groups.threads;
-  const int64_t step = int64_t(groups.threads) * kVector;
+  const Span span = span_of(sets, blockIdx.x, threadIdx.x);
+  const int thread = threadIdx.x % sets.threads;
+  const int64_t step = int64_t(sets.threads) * kVector;
   float v[kVector];
   uint32_t seen = 0;
   for (int64_t i = thread * kVector; i < span.n; i += step) {
     decode_vector<X>(load<sizeof(X)>(x + span.first + i, sizeof(X), span.n - i, aligned), v);
     seen = max_bits(seen, amax_bits(v));
   }
-  const float amax = bit_cast<float>(group_max(seen, groups.threads));
-  if (span.group >= groups.count) return;
+  const float amax = bit_cast<float>(group_max(seen, sets.threads));
+  if (span.group >= sets.count) return;
   const float scale = given ? scales[span.group] : scale_from_amax(amax, finite_max, power_of_two);
   if (thread == 0) {
     amaxes[span.group] = amax;
@@ -103,12 +103,11 @@ void run(const TensorView& q, const TensorView& scale, const TensorView& amax, c
     });
     return;
   }
-  const Groups groups = make_groups(x, o.layout);
-  if (groups.count == 0) return;
-  launch(op, quantize_groups_kernel<X, Q, kStochastic>, group_blocks(groups), kThreads, stream,
-         q.as<Q>(), x.as<const X>(), scale.as<float>(), amax.as<float>(), groups,
-         scale_max(q.dtype), o.power_of_two, source.given, o.seed,
-         are_aligned(groups, x.data, q.data));
+  const ScaleSets sets = make_scale_sets(x, o.layout);
+  if (sets.count == 0) return;
+  launch(op, quantize_groups_kernel<X, Q, kStochastic>, scale_set_blocks(sets), kThreads, stream,
+         q.as<Q>(), x.as<const X>(), scale.as<float>(), amax.as<float>(), sets, scale_max(q.dtype),
+         o.power_of_two, source.given, o.seed, are_aligned(sets, x.data, q.data));
 }
 
 }  // namespace

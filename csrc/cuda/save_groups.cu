@@ -8,24 +8,24 @@ namespace {
 
 template <class X>
 __global__ void __launch_bounds__(kThreads)
-    save_groups_kernel(uint8_t* codes, uint8_t* scale, const X* x, Groups groups, bool aligned) {
-  const Span span = span_of(groups, blockIdx.x, threadIdx.x);
-  const int64_t step = int64_t(groups.threads) * kVector;
-  const int64_t begin = int64_t(threadIdx.x % groups.threads) * kVector;
+    save_groups_kernel(uint8_t* codes, uint8_t* scale, const X* x, ScaleSets sets, bool aligned) {
+  const Span span = span_of(sets, blockIdx.x, threadIdx.x);
+  const int64_t step = int64_t(sets.threads) * kVector;
+  const int64_t begin = int64_t(threadIdx.x % sets.threads) * kVector;
   float v[kVector];
   uint32_t seen = 0;
   for (int64_t i = begin; i < span.n; i += step) {
     decode_vector<X>(load<sizeof(X)>(x + span.first + i, sizeof(X), span.n - i, aligned), v);
     seen = max_bits(seen, amax_bits(v));
   }
-  seen = group_max(seen, groups.threads);
+  seen = group_max(seen, sets.threads);
   if (span.n == 0) return;
-  const uint32_t code = group_scale(seen);
+  const uint32_t code = block_exponent(seen);
   if (begin == 0) scale[span.group] = static_cast<uint8_t>(code);
   for (int64_t i = begin; i < span.n; i += step) {
     decode_vector<X>(load<sizeof(X)>(x + span.first + i, sizeof(X), span.n - i, aligned), v);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) v[k] *= group_inverse(code);
+    for (int k = 0; k < kVector; ++k) v[k] *= block_inverse(code);
     Packed<1> packed;
     encode_vector<e4m3>(v, packed);
     store(codes + span.first + i, packed, 1, span.n - i, aligned);
@@ -35,13 +35,13 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void save_groups(const char* op, const GroupedView& to, const TensorView& x, void* stream) {
-  const Groups groups = make_groups(x, to.layout);
-  if (groups.count == 0) return;
+  const ScaleSets sets = make_scale_sets(x, to.layout);
+  if (sets.count == 0) return;
   with_float(x.dtype, [&](auto type) {
     using X = decltype(type);
-    launch(op, save_groups_kernel<X>, group_blocks(groups), kThreads, stream,
-           to.codes.as<uint8_t>(), to.scale, x.as<const X>(), groups,
-           are_aligned(groups, x.data, to.codes.data));
+    launch(op, save_groups_kernel<X>, scale_set_blocks(sets), kThreads, stream,
+           to.codes.as<uint8_t>(), to.scale, x.as<const X>(), sets,
+           are_aligned(sets, x.data, to.codes.data));
   });
 }
 

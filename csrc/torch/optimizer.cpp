@@ -30,6 +30,7 @@ StateView state(const char* name, const Tensor& values, const Tensor& scale, con
       "adam_: ", name, " of ", s.values.numel(), " values needs ", groups,
       " contiguous float32 scales, got ", scale.numel(), " of ",
       torch::headeronly::toString(scale.scalar_type()));
+  check_aligned("adam_", "scale", scale);
   s.scale = static_cast<float*>(scale.data_ptr());
   return s;
 }
@@ -39,6 +40,7 @@ uint16_t* remainder(const Tensor& t, int64_t numel) {
   QUAVER_CHECK(t.numel() == numel && t.scalar_type() == ScalarType::Short && t.is_contiguous(),
                "adam_: a remainder must be ", numel, " contiguous int16, got ", t.numel(), " of ",
                torch::headeronly::toString(t.scalar_type()));
+  check_aligned("adam_", "remainder", t);
   return static_cast<uint16_t*>(t.data_ptr());
 }
 
@@ -47,6 +49,7 @@ int64_t* counter(const char* name, const Tensor& t) {
   QUAVER_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Long, "adam_: ", name,
                " must be one int64, got ", t.numel(), " of ",
                torch::headeronly::toString(t.scalar_type()));
+  check_aligned("adam_", name, t);
   return static_cast<int64_t*>(t.data_ptr());
 }
 
@@ -100,6 +103,7 @@ void check(const Arguments& a) {
                    a.hyper.scalar_type() == ScalarType::Double && a.hyper.is_contiguous(),
                "adam_: hyper must be contiguous [", count,
                ", 5] float64 (lr, beta1, beta2, eps, decay)");
+  check_aligned("adam_", "hyper", a.hyper);
 }
 
 // Parameter i. `grad` and `grad_amax` are contiguous.

@@ -32,7 +32,7 @@ struct GroupedView {
 // The scale of a group as its e8m0 byte, from the bits of its amax: scale_from_amax for e4m3 and a
 // power of two, by integers alone. The finite maximum is (1 + f) * 2^k, so the exponent is amax's
 // less k, and one more where amax's fraction is above f.
-QUAVER_HD uint32_t group_scale(uint32_t amax_bits) {
+QUAVER_HD uint32_t block_exponent(uint32_t amax_bits) {
   using F = Format<e4m3>;
   constexpr uint32_t k = (F::max_code >> F::mantissa) - F::bias;
   constexpr uint32_t fraction = (F::max_code & ((1u << F::mantissa) - 1u)) << (23 - F::mantissa);
@@ -41,8 +41,8 @@ QUAVER_HD uint32_t group_scale(uint32_t amax_bits) {
   return select(amax_bits - 1u < 0x7f7fffffu, chosen, 127u);            // 0, Inf and NaN: scale 1
 }
 
-// 1 / scale of what group_scale gives, exactly.
-QUAVER_HD float group_inverse(uint32_t code) { return bit_cast<float>((254u - code) << 23); }
+// 1 / scale of what block_exponent gives, exactly.
+QUAVER_HD float block_inverse(uint32_t code) { return bit_cast<float>((254u - code) << 23); }
 
 QUAVER_HD float decode_e8m0(uint8_t code) {
   const uint32_t bits =

@@ -101,7 +101,7 @@ TEST(gradients_of_a_product) {
 TEST(a_group_takes_the_scale_of_its_amax) {
   auto check = [](uint32_t bits) {
     const float wanted = scale_from_amax(bit_cast<float>(bits), scale_max(DType::e4m3), true);
-    CHECK_EQ(decode_e8m0(static_cast<uint8_t>(group_scale(bits))), wanted);
+    CHECK_EQ(decode_e8m0(static_cast<uint8_t>(block_exponent(bits))), wanted);
   };
   for (uint32_t exponent = 0; exponent < 256; ++exponent)
     for (const uint32_t fraction : {0u, 1u, 0x5fffffu, 0x600000u, 0x600001u, 0x7fffffu})
@@ -113,7 +113,7 @@ TEST(e8m0_keeps_every_power_of_two) {
   for (int e = -126; e <= 127; ++e) {
     const float scale = std::ldexp(1.0f, e);
     CHECK_EQ(decode_e8m0(static_cast<uint8_t>(e + 127)), scale);
-    if (e < 127) CHECK_EQ(group_inverse(e + 127), 1.0f / scale);
+    if (e < 127) CHECK_EQ(block_inverse(e + 127), 1.0f / scale);
   }
   CHECK_EQ(decode_e8m0(0), std::ldexp(1.0f, -127));
   CHECK(std::isnan(decode_e8m0(255)));

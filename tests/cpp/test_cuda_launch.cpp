@@ -117,11 +117,11 @@ TEST(groups_cover_every_element_once) {
         o.grain = block == 0 ? Grain::row : Grain::block;
         o.block = block;
         const TensorView x{nullptr, DType::f32, rows, cols};
-        const cuda::Groups g = cuda::make_groups(x, o);
+        const cuda::ScaleSets g = cuda::make_scale_sets(x, o);
         CHECK_EQ(g.count, o.scale_count(x));
         CHECK_EQ(cuda::kThreads % g.threads, 0);
         std::vector<int> seen(rows * cols);
-        for (int64_t b = 0; b < cuda::group_blocks(g); ++b)
+        for (int64_t b = 0; b < cuda::scale_set_blocks(g); ++b)
           for (int thread = 0; thread < cuda::kThreads; ++thread) {
             const cuda::Span s = cuda::span_of(g, b, thread);
             if (s.group >= g.count) CHECK_EQ(s.n, 0);
@@ -146,7 +146,7 @@ TEST(spans_beyond_2_to_the_31) {
   o.grain = Grain::block;
   o.block = 128;
   const TensorView x{nullptr, DType::bf16, kRows, kCols};
-  const cuda::Groups g = cuda::make_groups(x, o);
+  const cuda::ScaleSets g = cuda::make_scale_sets(x, o);
   const int64_t last = g.count - 1;
   const int per_block = cuda::kThreads / g.threads;
   const cuda::Span s =

@@ -8,11 +8,14 @@ all other memory alone. A batch runs in a process of its own, so that a crash ha
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -93,7 +96,7 @@ def work(first: int, calls: int, progress: str) -> None:
 
     import quaver  # noqa: F401
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(2)  # one could not race
     names, ends = ops(), {}
     with open(progress, "r+b", buffering=0) as file:
         for seed in range(first, first + calls):
@@ -135,21 +138,35 @@ def main() -> int:
     if args.worker:
         work(args.seed, args.calls, args.worker)
         return 0
-    began = time.monotonic()
-    with tempfile.NamedTemporaryFile() as progress:
-        for first in range(args.seed, args.seed + args.calls, BATCH):
-            count = min(BATCH, args.seed + args.calls - first)
-            command = [sys.executable, "-W", "ignore", __file__, "--seed", str(first)]
-            command += ["--calls", str(count), "--worker", progress.name]
-            result = subprocess.run(command, capture_output=True, text=True)
-            print(f"seeds {first} to {first + count - 1}: {result.stdout.strip()}", flush=True)
-            if result.returncode:
-                seed = Path(progress.name).read_text().strip()
-                print(f"{result.stderr[:3000]}\n...\n{result.stderr[-1000:]}")
-                print(f"ended with {result.returncode} in seed {seed}")
+    began, end = time.monotonic(), args.seed + args.calls
+    firsts = range(args.seed, end, BATCH)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(batch, firsts, [min(BATCH, end - first) for first in firsts]):
+            print(found.text, flush=True)
+            if found.failed:
+                pool.shutdown(cancel_futures=True)
                 return 1
     print(f"{args.calls} calls in {time.monotonic() - began:.0f} s: nothing found")
     return 0
+
+
+class Batch(NamedTuple):
+    text: str
+    failed: bool
+
+
+def batch(first: int, calls: int) -> Batch:
+    """Makes the calls of some seeds in a process of their own."""
+    with tempfile.NamedTemporaryFile() as progress:
+        command = [sys.executable, "-W", "ignore", __file__, "--seed", str(first)]
+        command += ["--calls", str(calls), "--worker", progress.name]
+        result = subprocess.run(command, capture_output=True, text=True)
+        text = f"seeds {first} to {first + calls - 1}: {result.stdout.strip()}"
+        if not result.returncode:
+            return Batch(text, False)
+        seed = Path(progress.name).read_text().strip()
+    errors = f"{result.stderr[:3000]}\n...\n{result.stderr[-1000:]}"
+    return Batch(f"{text}\n{errors}\nended with {result.returncode} in seed {seed}", True)
 
 
 if __name__ == "__main__":
