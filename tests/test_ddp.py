@@ -1,6 +1,7 @@
 """Data parallelism by real processes: against the oracle, one process, and everything that goes
 wrong."""
 
+import contextlib
 import copy
 import math
 import re
@@ -196,6 +197,34 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all():
     assert all(w.float().isfinite().all() for w in results[0][1])
     losses = torch.stack([r[0] for r in results])
     assert losses.isfinite().sum() == losses.numel() - 1
+
+
+def accumulated(rank, size):
+    """The sum of two micro-batches' gradients by itself, and its mean over ranks."""
+    model, _ = build()
+    parallel = ddp(model)
+    weight, found = model.second.weight, []
+    for last in (parallel.no_sync(), contextlib.nullcontext()):
+        for buffer in model.buffers():
+            buffer.zero_()
+        with parallel.no_sync():
+            loss_of(model, *batch(0, rank, size)).backward()
+        with last:
+            loss_of(model, *batch(1, rank, size)).backward()
+        found.append((weight.grad.qdata.clone(), weight.grad.scale.clone()))
+        model.zero_grad()
+    return found
+
+
+def test_the_sum_of_micro_batches_is_averaged():
+    size = 2
+    results = ranks.run(size, accumulated, size)
+    sums = [codes for (codes, _), _ in results]
+    assert all(codes.dtype == torch.bfloat16 for codes in sums)  # what a second one makes of e4m3
+    codes, scale, _ = reference.two_shot([s.float() for s in sums], E4M3)
+    for _, (mean, mean_scale) in results:
+        assert_same(mean, codes)
+        assert_same(mean_scale, scale)
 
 
 def fp8_gradients(rank, size, recipe, owned):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ... import ops
 from ...comm.transport import Pending, Transport
+from ...nn.cast import nan_unless_finite
 from ...tensor import ScaledTensor
 
 __all__ = [
@@ -213,7 +214,7 @@ def reduce_to_owners(
         found = _scaled(found, sum_scales[index] / ranks, amax, like)
     elif low:  # NaN where FP8 saturated a value that was not finite
         for value, a in zip(found, amax.unbind(), strict=True):
-            value += a - a
+            value.copy_(nan_unless_finite(value, a))
     for i, mean in zip(mine, found, strict=True):
         means[i] = mean
     return Reduced(means)

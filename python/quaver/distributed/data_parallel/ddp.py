@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...comm.transport import Transport, compare
+from ...nn.cast import nan_unless_finite
 from ...nn.linear import LinearBase
 from ...tensor import ScaledTensor, plain_tensors
 from ..replicas import broadcast_values, describe, histories, stack_histories, unstack_histories_
@@ -320,7 +321,7 @@ class DataParallel:
 def _plain(mean: Tensor, dtype: torch.dtype) -> Tensor:
     """A mean's values; NaN where FP8 saturated a value that was not finite."""
     if isinstance(mean, ScaledTensor):
-        mean = mean.dequantize(torch.float32) + (mean.amax - mean.amax)
+        mean = nan_unless_finite(mean.dequantize(torch.float32), mean.amax)
     return mean.to(dtype)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import ops
 from ...comm.transport import Transport
+from ...nn.cast import nan_unless_finite
 
 _ops = torch.ops.quaver
 
@@ -76,10 +77,10 @@ def shared_cast(
     """FP8 codes of x, and the decode scale, from the amax of all ranks: what one process would
     choose for the whole tensor. The scale is NaN where a value on any rank is not finite."""
     amax = shared_amax(x, transport)
-    # The op that chooses scales and keeps histories, asked about the largest value alone.
+    # The op that chooses scales and keeps histories, given the largest value alone.
     _, scale, _ = _quantize(amax.reshape(1), dtype, None, history)
     codes, _, _ = _quantize(x, dtype, scale, None)
-    return codes, scale + (amax - amax)
+    return codes, nan_unless_finite(scale, amax)
 
 
 def _quantize(x, dtype, scale, history):
