@@ -4,20 +4,24 @@ Exit status: 0 done, 2 a mistake in what was asked (one line on stderr), 1 the s
 line), 130 stopped by a signal.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 import quaver as qv
-from quaver import _C, machine, models, recipe, train
-from quaver.distributed import RankFailure
-from quaver.distributed.launch import announce
-from quaver.errors import UsageError
+
+from . import _C, machine, models, recipe, train
+from .distributed import RankFailure
+from .distributed.launch import announce
+from .errors import UsageError
 
 __all__ = ["command", "main"]
 
@@ -25,7 +29,7 @@ __all__ = ["command", "main"]
 class _Help(argparse.HelpFormatter):
     """Shows the default of every flag that has one."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, argparse.SUPPRESS):
             return action.help
         default = action.default
@@ -34,11 +38,11 @@ class _Help(argparse.HelpFormatter):
         return f"{action.help} (default: {default})"
 
 
-def _names(text):
+def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
-def _add_train(commands):
+def _add_train(commands: argparse._SubParsersAction) -> None:
     default = train.Settings()
     p = commands.add_parser(
         "train",
@@ -46,6 +50,13 @@ def _add_train(commands):
         formatter_class=_Help,
         description="Train a model on text, once for each recipe, on the same batches.",
     )
+    _add_task(p, default)
+    _add_run(p, default)
+    p.set_defaults(call=_train)
+
+
+def _add_task(p: argparse.ArgumentParser, default: train.Settings) -> None:
+    """The flags that decide the numbers of a run."""
     p.add_argument(
         "--data",
         nargs="+",
@@ -77,6 +88,10 @@ def _add_train(commands):
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default=default.device, help="where to run"
     )
+
+
+def _add_run(p: argparse.ArgumentParser, default: train.Settings) -> None:
+    """The flags that say where and how it runs."""
     p.add_argument("--out", default=default.out, help="folder for metrics and checkpoints")
     p.add_argument(
         "--save-every",
@@ -104,17 +119,16 @@ def _add_train(commands):
     again = p.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    p.set_defaults(call=_train)
 
 
-def _train(arguments):
+def _train(arguments: argparse.Namespace) -> None:
     fields = {field.name for field in dataclasses.fields(train.Settings)}
     values = {key: value for key, value in vars(arguments).items() if key in fields}
     values["data"] = tuple(values["data"])
     train.run(train.Settings(**values))
 
 
-def _add_info(commands):
+def _add_info(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser(
         "info",
         help="what this machine offers and which backend will run",
@@ -139,7 +153,7 @@ def _add_info(commands):
     p.set_defaults(call=_info)
 
 
-def _gemm_info(arguments):
+def _gemm_info(arguments: argparse.Namespace) -> None:
     for flag, values in (("gemm", arguments.gemm), ("sms", [arguments.sms])):
         if max(values) >= 2**31:
             raise UsageError(f"--{flag} must be below 2^31, got {max(values)}")
@@ -171,7 +185,7 @@ def _gemm_info(arguments):
     print("Predicted is of the peak, by a model; `make gpu-report` measures.")
 
 
-def _info(arguments):
+def _info(arguments: argparse.Namespace) -> None:
     if arguments.gemm:
         return _gemm_info(arguments)
     for title, values in (("build", qv.build_info()), ("machine", machine.describe())):
@@ -187,13 +201,13 @@ def _info(arguments):
     print("CUDA" + (f" will not run: {reason}" if reason else " will run"))
 
 
-def _add_bench(commands):
+def _add_bench(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("bench", help="run the benches of the source tree")
     p.add_argument("stage", nargs="?", help="such as gemm; all of them if not given")
     p.set_defaults(call=_bench)
 
 
-def _bench(arguments):
+def _bench(arguments: argparse.Namespace) -> int:
     folder = Path(qv.__file__).resolve().parents[2] / "bench"
     found = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
     if not found:
@@ -210,14 +224,14 @@ def _bench(arguments):
 class _Parser(argparse.ArgumentParser):
     """argparse prints its usage before an error; one line is enough, and --help is there."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
         if self.prog == "quaver train":
             announce(message)
         raise SystemExit(2)
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     parser = _Parser(prog="quaver", description="FP8 training for PyTorch.")
     parser.add_argument("--version", action="version", version=f"quaver {qv.__version__}")
@@ -244,7 +258,7 @@ def main(arguments=None):
         return 130
 
 
-def command():
+def command() -> NoReturn:
     """Runs the command line as a process of its own, and ends it with the exit status."""
     status = main()
     if status and "RANK" in os.environ:

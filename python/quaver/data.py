@@ -4,15 +4,20 @@ A batch is a pure function of its position in the run, so a resumed run needs on
 the same data, and every recipe of a comparison sees the same batches.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import random
 import sys
 import sysconfig
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from .errors import UsageError
 from .files import expanded
@@ -32,7 +37,7 @@ class DataError(UsageError):
     """Data that cannot be read or is too short; the text names the source."""
 
 
-def stdlib_files():
+def stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         path
@@ -44,10 +49,10 @@ def stdlib_files():
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def folder_files(folder):
+def folder_files(folder: Path) -> list[Path]:
     """Regular files under `folder` by relative path, without hidden ones and links to folders."""
 
-    def fail(error):
+    def fail(error: OSError) -> NoReturn:
         raise DataError(f"cannot read {error.filename}: {error.strerror}")
 
     found = []
@@ -58,18 +63,18 @@ def folder_files(folder):
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def read(path):
+def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
-def is_binary(text):
+def is_binary(text: bytes) -> bool:
     return b"\0" in text[:8192]
 
 
-def read_sources(sources):
+def read_sources(sources: Sequence[str]) -> tuple[list[bytes], list[Path]]:
     """The texts of `sources` ("stdlib", files, folders) as a list of bytes, and the paths left out
     of folders because they hold binary data (a NUL in the first 8 KiB). A file named directly is
     always taken. Raises DataError naming a source that is missing or unreadable."""
@@ -100,7 +105,7 @@ def read_sources(sources):
     return texts, skipped
 
 
-def load_tokenizer(path):
+def load_tokenizer(path: str | os.PathLike):
     path = expanded(path)
     if not path.is_file():
         raise DataError(f"--tokenizer {path}: no such file")
@@ -121,20 +126,22 @@ class Data:
     """`train` and `held_out`: 1-D token tensors (uint8 for bytes, int32 otherwise). `vocab`: number
     of different tokens. `fingerprint`: sha256 of the tokens, which a resumed run compares."""
 
-    train: torch.Tensor
-    held_out: torch.Tensor
+    train: Tensor
+    held_out: Tensor
     vocab: int
     fingerprint: str
-    skipped: tuple = ()
+    skipped: tuple[Path, ...] = ()
 
-    def batch(self, seed, step, batch, length, micro=0):
+    def batch(
+        self, seed: int, step: int, batch: int, length: int, micro: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Inputs and targets of micro-batch `micro` of `step`: int64 [batch, length] each, at
         offsets that depend on (seed, step, micro) alone."""
         draw = random.Random(f"{seed}/{step}/{micro}")
         last = len(self.train) - length - 1
         return _windows(self.train, [draw.randint(0, last) for _ in range(batch)], length)
 
-    def validation(self, batch, length):
+    def validation(self, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (inputs, targets) over evenly spaced, fixed windows of the held-out tail."""
         last = len(self.held_out) - length - 1
         count = min(VALIDATION_SEQUENCES, last // length + 1)
@@ -143,12 +150,12 @@ class Data:
             yield _windows(self.held_out, starts[i : i + batch], length)
 
 
-def _windows(tokens, starts, length):
+def _windows(tokens: Tensor, starts: list[int], length: int) -> tuple[Tensor, Tensor]:
     rows = torch.stack([tokens[start : start + length + 1] for start in starts]).long()
     return rows[:, :-1], rows[:, 1:]
 
 
-def load(sources, length, tokenizer=None):
+def load(sources: Sequence[str], length: int, tokenizer: str | None = None) -> Data:
     """Data from `sources` (see read_sources) for sequences of `length` tokens, as bytes or through
     the `tokenizers` JSON file `tokenizer`. Raises DataError if either part would be shorter than
     one sequence."""

@@ -10,7 +10,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import distributed, machine, models, recipe
 from .activations import saved_activations
+from .board import Board
 from .comm.together import together
 from .convert import convert, convert_report
 from .data import Data
@@ -62,15 +63,6 @@ def parameter_groups(model: nn.Module) -> list[dict]:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-
-
-def _probe_scalars(probe: dict) -> Iterator[tuple[str, float]]:
-    """("probe/TENSOR/FIGURE", number) for every figure that a probe has."""
-    for tensor, figures in probe.items():
-        k = figures.get("k", {})
-        for key, value in (figures | {f"k_{part}": k[part] for part in k}).items():
-            if isinstance(value, float):
-                yield f"probe/{tensor}/{key}", value
 
 
 def _finite(value: float) -> float | None:
@@ -185,14 +177,15 @@ class Job:
             progress = stack.enter_context(Progress(name, start, settings.steps, run.writes))
             if start:
                 progress.say(f"{name} continues after step {start}")
-            board = self._board(stack, start)
+            folder = run.folder.tensorboard_path(name)
+            board = stack.enter_context(Board(run.writer if run.writes else None, folder, start))
             for step in range(start + 1, settings.steps + 1):
                 line = self.step(step)
                 asked = self._agree(line, stop)
                 line["skipped"] = skipped + self.optimizer.skipped
                 metrics.write(line)
                 progress.step(step, line)
-                board(step, line)
+                board.write(line)
                 if asked or step % settings.save_every == 0 or step == settings.steps:
                     self._save(step, metrics)
                 if asked and step < settings.steps:
@@ -202,23 +195,6 @@ class Job:
         if any(self.world.share(stop.is_set())):
             raise Interrupted
         return result, [line["loss"] for line in metrics.lines]
-
-    def _board(self, stack: ExitStack, start: int) -> Callable[[int, dict], None]:
-        """Writes a step's line to TensorBoard, where that is wanted."""
-        if self.run.writer is None or not self.run.writes:
-            return lambda step, line: None
-        folder = self.run.folder.tensorboard_path(self.recipe.name)
-        board = self.run.writer(folder, purge_step=start + 1)
-        stack.callback(board.close)
-
-        def write(step: int, line: dict) -> None:
-            for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
-                if line[key] is not None:
-                    board.add_scalar(key, line[key], step)
-            for key, value in _probe_scalars(line.get("probe", {})):
-                board.add_scalar(key, value, step)
-
-        return write
 
     @property
     def _checkpoint(self):

@@ -1,5 +1,9 @@
 """The loss curves and the memory of a run as pictures."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 from .files import replacing
 from .memory import ACTIVATION_KINDS, KINDS, activation_by_kind
 
@@ -8,7 +12,7 @@ __all__ = ["plot_losses", "plot_memory"]
 MIB = 2**20
 
 
-def smooth(values, window):
+def smooth(values: list[float | None], window: int) -> list[float]:
     """Trailing mean over `window` values; a value that is None is left out of it."""
     result = []
     for i in range(len(values)):
@@ -17,7 +21,7 @@ def smooth(values, window):
     return result
 
 
-def _figure(height):
+def _figure(height: float):
     # Imported and drawn without pyplot: no global state, no display, and a fast `import quaver`.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -27,7 +31,7 @@ def _figure(height):
     return figure
 
 
-def memory_kinds(memory):
+def memory_kinds(memory: dict) -> dict[str, int]:
     """{kind: bytes} of a memory report, the activations split by kind; they add up to its total."""
     activations = activation_by_kind(memory["activation_by_layer"])
     return {kind: memory[kind] for kind in (*KINDS, "other")} | {
@@ -35,7 +39,7 @@ def memory_kinds(memory):
     }
 
 
-def plot_memory(path, memories, title, base):
+def plot_memory(path: Path, memories: dict[str, dict], title: str, base: str) -> None:
     """Draws {recipe: memory report} to a PNG file: a bar for each, its bytes stacked by kind, and
     the bytes of the recipe `base` divided by these."""
     figure = _figure(1.5 + 0.6 * len(memories))
@@ -67,7 +71,7 @@ def plot_memory(path, memories, title, base):
         figure.savefig(file, format="png")
 
 
-def plot_losses(path, losses, title, base):
+def plot_losses(path: Path, losses: dict[str, list], title: str, base: str) -> None:
     """Draws {recipe: [loss of step 1, 2, ..]} (None where it was not finite) to a PNG file: the raw
     curves faint, their trailing means bold, and below the difference of each to the first
     recipe."""

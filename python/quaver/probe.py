@@ -7,7 +7,7 @@
     optimizer.step()
     probe.after_update()  # {tensor: {"snr_db": .., "zeros": .., "saturated": .., "k": ..}}
 
-Every figure is of codes that the step really made, or of the same cast of the same values again.
+Every figure is of codes that the step made, or of an identical cast that the probe repeats.
 """
 
 from __future__ import annotations

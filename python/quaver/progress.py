@@ -1,10 +1,13 @@
 """What a person sees of a run: a bar on a terminal, plain lines elsewhere, and the closing
 table."""
 
+from __future__ import annotations
+
 import math
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 
 from tqdm import tqdm
 
@@ -13,11 +16,11 @@ __all__ = ["Progress", "baseline", "table"]
 SECONDS_PER_LINE = 10
 
 
-def _number(value, digits=4):
+def _number(value: float | None, digits: int = 4) -> str:
     return "nan" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def _duration(seconds):
+def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
@@ -27,7 +30,7 @@ class Progress:
     """Shows steps `start`+1..`steps` of one recipe. On a terminal a tqdm bar; otherwise a line for
     the first and last step and every ten seconds between. One that is not `shown` says nothing."""
 
-    def __init__(self, name, start, steps, shown=True):
+    def __init__(self, name: str, start: int, steps: int, shown: bool = True):
         self.name, self.start, self.steps, self.quiet = name, start, steps, not shown
         self.began = self.shown = time.monotonic()
         self.bar = None
@@ -44,14 +47,14 @@ class Progress:
                 nrows=size.lines,
             )
 
-    def __enter__(self):
+    def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error) -> None:
         if self.bar:
             self.bar.close()
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         if self.quiet:
             return
         if self.bar:
@@ -59,7 +62,7 @@ class Progress:
         else:
             print(text, flush=True)
 
-    def step(self, step, line):
+    def step(self, step: int, line: dict) -> None:
         if self.quiet:
             return
         trouble = f"  skipped {line['skipped']}" if line["skipped"] else ""
@@ -88,7 +91,7 @@ layers, and by the linear ones. total MiB: parameters, gradients, states and
 saved activations; x less: the baseline's bytes divided by these."""
 
 
-def _row(name, result, base):
+def _row(name: str, result: dict, base: dict) -> dict[str, str]:
     memory = result["memory"]
     per = memory["bytes_per_param"]
     loss, base_loss = result["val_loss"], base["val_loss"]
@@ -110,12 +113,12 @@ def _row(name, result, base):
     }
 
 
-def baseline(names):
+def baseline(names: Iterable[str]) -> str:
     """The recipe that others are compared with: bf16 where it was trained, otherwise the first."""
     return "bf16" if "bf16" in names else next(iter(names))
 
 
-def table(results):
+def table(results: dict[str, dict]) -> str:
     """The results of several recipes ({name: result}) as lines of text."""
     base = baseline(results)
     rows = [_row(name, result, results[base]) for name, result in results.items()]

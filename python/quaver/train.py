@@ -15,6 +15,7 @@ from dataclasses import fields
 import torch
 
 from . import data, distributed, machine, models
+from .board import summary_writer
 from .distributed.launch import joined
 from .errors import UsageError
 from .job import Interrupted, Job, Run, finished
@@ -34,7 +35,7 @@ def run(settings: Settings) -> dict:
     """
     device = machine.choose_device(settings.device)
     models.load(settings.model)  # before the data is read, which takes longer
-    writer = _tensorboard() if settings.tensorboard else None
+    writer = summary_writer() if settings.tensorboard else None
     with _world(settings, device) as world:
         return _run(settings, world, writer)
 
@@ -125,14 +126,6 @@ def _open(run: Run, stack: ExitStack) -> dict:
     folder.check(run.configuration, settings.resume, settings.overwrite)
     stack.enter_context(folder.started(run.configuration, settings.resume))
     return folder.results(run.configuration) if settings.resume else {}
-
-
-def _tensorboard() -> Callable:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError("--tensorboard needs `tensorboard`: pip install tensorboard") from None
-    return SummaryWriter
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Small Llama and GPT models: what `quaver train`, the tests and the benches run."""
 
-from quaver.models.config import PRESETS, Config, ConfigError, load
-from quaver.models.gpt import GPT
-from quaver.models.llama import Llama
+from .config import PRESETS, Config, ConfigError, load
+from .gpt import GPT
+from .llama import Llama
 
 __all__ = ["GPT", "PRESETS", "Config", "ConfigError", "Llama", "build", "load"]
 

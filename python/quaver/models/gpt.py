@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quaver.models.layers import Attention, Decoder
+from .layers import Attention, Decoder
 
 __all__ = ["GPT"]
 

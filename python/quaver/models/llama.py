@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
-from quaver.models.layers import Attention, Decoder, rotary
+from .layers import Attention, Decoder, rotary
 
 __all__ = ["Llama"]
 
