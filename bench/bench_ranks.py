@@ -213,6 +213,8 @@ def exits(rows, count):
             counts[status] += 1
             if status or errors:
                 print(f"run {i}: status {status}: {errors[-300:]}", flush=True)
+        if i % 20 == 19:
+            print(f"{i + 1} runs: {dict(counts)}", flush=True)
     bad = sum(n for status, n in counts.items() if status)
     seconds = (time.monotonic() - began) / max(1, count)
     print(f"{count} runs of {SIZE} ranks, {seconds:.1f} s each: {bad} ranks ended badly {counts}")
