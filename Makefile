@@ -67,7 +67,7 @@ fuzz: $(BUILT)
 	cmake --build build/fuzz
 	rm -rf build/fuzz/python && cp -r python build/fuzz
 	cmake --install build/fuzz --component python --prefix build/fuzz/python/quaver
-	PYTHONPATH=$(CURDIR)/build/fuzz/python PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONPATH=$(CURDIR)/build/fuzz/python PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(PY) tests/fuzz/run.py --calls $(CALLS) --seed $(SEED)
 

@@ -108,6 +108,9 @@ def quantize():
             if bad is not None:
                 x[3, 3] = bad
             yield f"delayed, {step} casts before, {bad}", _quantize(x, FP8[0], None, state)
+        for factor in (1e4, 1e-4):  # a forecast that does not fit
+            far = values((130, 48), torch.bfloat16, step) * factor
+            yield f"delayed, {step} casts before, x {factor}", _quantize(far, FP8[0], None, state)
     x = values((64, 96), torch.float32)
     yield "a transposed view", _quantize(x.t(), FP8[0], granularity="row")
     yield "a misaligned view", _quantize(misaligned(x), FP8[0])
