@@ -238,6 +238,15 @@ def test_plain_parameters_stay_those_of_an_older_optimizer(name, fused):
     assert all(p.dtype == torch.float32 for p in parameters)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["tensorwise", "coat", "fp8lm-o2"])
+def test_restore_gives_the_dtype_that_the_model_has_by_then(name, dtype):
+    model = qv.convert(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)), name)
+    qv.restore(model.to(dtype))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    model(randn(8, 16).to(dtype)).sum().backward()
+
+
 # Other people's tools over converted layers
 
 

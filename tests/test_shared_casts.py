@@ -167,6 +167,19 @@ def test_copies_share_too_and_restore_takes_it_back(copier, monkeypatch):
     assert type(net) is Attention and type(net.q) is nn.Linear
 
 
+def test_a_holder_that_was_wrapped_is_not_restored_by_half():
+    """FSDP2 puts a subclass of the module's class in its place."""
+
+    class Wrapper:
+        pass
+
+    net = build()
+    net.__class__ = type("Wrapped", (Wrapper, type(net)), {})
+    with pytest.raises(ValueError, match="the model was made a Wrapped after convert"):
+        qv.restore(net)
+    assert type(net.q) is qv.nn.Linear
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
     grads = []

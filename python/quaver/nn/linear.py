@@ -200,6 +200,8 @@ class LinearBase(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
+        # The dtype that the model has now: a weight that is bf16 by the recipe does not show it.
+        self.plain_dtype = fn(torch.empty(0, dtype=self.plain_dtype)).dtype
         keep_f32(self, "input_history", "grad_history", "channel_amax")
         copies = self.weight.__dict__.get("fp8_weight")
         if copies is not None:
