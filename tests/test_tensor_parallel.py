@@ -186,8 +186,8 @@ def norm_mlp_on_a_rank(rank):
 
 def test_a_norm_that_hands_over_fp8_before_a_gather():
     """coat's norm has a scale of its own on each rank, and the gather casts again with that of all.
-    Each rounding to e4m3 is at most 2^-4 of a value, 2^-4 / sqrt(3) in the mean square, as that of
-    e5m2 twice that: a few of them in quadrature."""
+    Both are powers of two: only values below the smallest normal change, and a gradient in bf16 by
+    one rounding."""
     model = norm_mlp()
     x = X.clone().requires_grad_()
     y = model(x)
@@ -197,7 +197,7 @@ def test_a_norm_that_hands_over_fp8_before_a_gather():
         found = [*got[:2], *(g for _, g in sorted(got[2].items()))]
         for mine, alone in zip(found, wanted, strict=True):
             off = (mine.float() - alone.float()).norm() / alone.float().norm()
-            assert off < 3 * 2.0**-3 / math.sqrt(3), off
+            assert off < 2.0**-9, off
 
 
 def decoder(kind, name, seed=0):

@@ -1,7 +1,7 @@
 """Which rank holds the rest of a tensor, and what those ranks must agree on.
 
 A parameter is whole on every rank, or a DTensor (FSDP2), or has a `Shard` (tensor parallelism), and
-ZeRO gives it an `Owner`. Optimizers, clipping and checkpoints ask here and know no more of ranks.
+ZeRO gives it an `Owner`. Optimizers, clipping and checkpoints depend on ranks through this alone.
 """
 
 from __future__ import annotations
@@ -171,7 +171,9 @@ def like(t: Tensor, part: Tensor) -> Tensor:
     """`part`, this rank's rows of something with a row for each of t's, sharded as `t` is."""
     if not is_sharded(t):
         return part
-    from torch.distributed.tensor import DTensor  # half a second; who has one has imported it
+    from torch.distributed.tensor import (
+        DTensor,  # half a second, and imported already where t is a DTensor
+    )
 
     shape = torch.Size([t.shape[0], *part.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()

@@ -7,7 +7,7 @@ already: it fits the sum of what every rank may have stored, so it needs no furt
 nothing can overflow. It is per tensor, so a result does not depend on the bucket. (Prior art for
 the exchange and gather: ColossalAI's FP8 communication, pull request 5928.)
 
-`ring`: the paper's form. Partial sums travel the ring in FP8 and are rounded, and saturated, at
+`ring`: the paper's form. Partial sums pass the ring in FP8 and are rounded, and saturated, at
 every hop; mu makes room for them. Where in the ring an element's sum begins depends on its place in
 the bucket. NCCL's own FP8 sum where the carrier has it, in NCCL's order.
 
@@ -134,7 +134,7 @@ def two_shot(tensors: list[Tensor], dtype: torch.dtype, transport: Transport) ->
 
 
 def ring(tensors: list[Tensor], dtype: torch.dtype, transport: Transport, mu: Tensor) -> Protocol:
-    """The mean in FP8 by sums that travel the ring in FP8; mu is float32 [tensors]."""
+    """The mean in FP8 by a ring of FP8 sums; mu is float32 [tensors]."""
     ranks, rank = transport.size, transport.rank
     shard = _shard_length(tensors, ranks)
     sizes = [t.numel() for t in tensors]

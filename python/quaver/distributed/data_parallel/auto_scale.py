@@ -48,8 +48,8 @@ class AutoScale:
 
     @torch.no_grad()
     def update(self, saturated: Tensor, finite: Tensor) -> None:
-        """Of one reduction: how many values of each tensor are at the maximum, int32 [tensors], and
-        whether all were finite, bool [tensors]; those that were not tell nothing. No host waits."""
+        """Adapts mu to one reduction. `saturated`: int32 [tensors], values at the maximum.
+        `finite`: bool [tensors]; False leaves that mu as it is. The host does not wait."""
         over = saturated > self._allowed
         mu = torch.where(over, self.mu * self.rule.backoff, self.mu * self._growth)
         mu = mu.clamp(self.least, self.rule.most)

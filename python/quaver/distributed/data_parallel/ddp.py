@@ -132,7 +132,7 @@ class DataParallel:
         self._hooks = []
 
     def state_dict(self) -> dict:
-        """Plain numbers: mu by the parameter's name (empty but for `ring`)."""
+        """Plain numbers: mu by the parameter's name; empty except for `ring`."""
         mu = {}
         for b in self._buckets:
             if b.auto_scale is not None:
@@ -195,8 +195,8 @@ class DataParallel:
         return buckets
 
     def _kinds(self) -> dict[nn.Parameter, tuple[torch.dtype, bool]]:
-        """The weights whose gradients are sent in FP8: the dtype, and whether the mean is decoded
-        because backward leaves a plain gradient."""
+        """{weight: (dtype, decode)} of the gradients that are sent in FP8. `decode`: backward
+        leaves a plain gradient, so the mean becomes one too."""
         kinds = {}
         for module in self.model.modules():
             if isinstance(module, LinearBase):

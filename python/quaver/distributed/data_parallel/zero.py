@@ -126,7 +126,7 @@ class ZeroAdamW(torch.optim.Optimizer):
             state = self._inner.state_of(master)
             if master is not p:
                 state["master"] = master
-            self.state[p] = state  # one dict: whoever restores it restores the inner optimizer
+            self.state[p] = state  # the inner optimizer's own dict, so that both are restored
 
     def describe(self) -> str:
         """As qv.AdamW's: what decides how states are stored."""

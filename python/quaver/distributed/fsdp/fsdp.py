@@ -1,6 +1,6 @@
 """FSDP2 (torch.distributed.fsdp.fully_shard) with FP8 on the wire.
 
-A converted weight is sharded as it is stored: f16 codes and one scale, which all ranks know. Its
+A converted weight is sharded as it is stored: f16 codes and one scale, equal on all ranks. Its
 all-gather carries the e4m3 codes that the products take, one byte a value and no scale; they are
 freed with the unsharded weight, and their transpose is made when backward needs it. Gradients are
 reduce-scattered in FP8 and summed in f32. (FP8-LM, arXiv 2310.18313, section 2.3; torchao's

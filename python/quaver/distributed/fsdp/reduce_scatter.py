@@ -2,7 +2,7 @@
 all-to-all, and the receiver decodes and sums in f32, in rank order.
 
 One rounding, no scale to agree on, the same bits whatever the timing. Scales are powers of two, one
-for 128 values, and travel as their exponents: 1 + 1/128 bytes a value, against 2 in bf16.
+for 128 values, and are sent as their exponents: 1 + 1/128 bytes a value, against 2 in bf16.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ or with a plan as torch.distributed.tensor.parallel has them, a style for every 
 Between the linear layers a rank holds a shard of the sequence, inside a part of the heads or of the
 hidden width. Embeddings and the head (`lm_head`) are replicated: every rank computes them whole.
 The weights of spread layers have a scale for each part, which is never coarser than one for the
-whole: with scales that are powers of two the codes are those of the whole weight, but for values
+whole: with scales that are powers of two the codes are those of the whole weight, except for values
 below its smallest normal, which keep more bits.
 """
 
@@ -145,7 +145,7 @@ def default_plan(model: nn.Module) -> dict[str, object]:
 
 
 def _blocks(model: nn.Module) -> tuple[str, str]:
-    """The name of the list of blocks, and whose model it is."""
+    """The name of the list of blocks, and the kind of model."""
     names = dict(model.named_modules())
     for blocks, kind, needed in (
         ("blocks", "quaver", ("attention.qkv", "attention.out", "mlp.down")),
