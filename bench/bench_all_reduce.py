@@ -11,7 +11,6 @@ import common
 import torch
 
 from quaver import ops, reference
-from quaver.distributed.data_parallel.all_reduce import amaxes_of
 
 E4M3 = torch.float8_e4m3fn
 RANKS = (2, 3, 4, 8)
@@ -42,7 +41,7 @@ def gradients(ranks, noise, shape, seed):
 def two_shot(values):
     """What the protocol computes, without its messages."""
     ranks, n = len(values), values[0].numel()
-    amaxes = torch.stack([amaxes_of([v]) for v in values])
+    amaxes = torch.stack([ops.amaxes([v]) for v in values])
     scales, sum_scales = ops.share_scales(amaxes, E4M3)
     shards = torch.stack([ops.pack([v], E4M3, ops.bucket_length(n), scales) for v in values])
     total, _, _ = ops.reduce_shards(shards, [n], 0, scales, sum_scales)
