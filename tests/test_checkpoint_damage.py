@@ -231,3 +231,38 @@ def test_home_and_path_like(tmp_path, monkeypatch):
     assert qv.load(tmp_path / "a" / "state", model) == qv.load("~/a/state", model)
     with pytest.raises(qv.CheckpointError, match=f"{tmp_path}/b: no such file"):
         qv.load("~/b", model)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda notes: notes.pop("random"),
+        lambda notes: notes.update(random={}),
+        lambda notes: notes.update(parallel={"mu": {"x": "y"}}),
+        lambda notes: notes["random"][0].pop("plain"),
+        lambda notes: notes["random"][0]["tensors"].update(torch="not base64!"),
+        lambda notes: notes["random"][0]["tensors"].update(torch="AAAA"),
+        lambda notes: notes["random"][0]["plain"]["numpy"].__setitem__(2, 10**6),
+    ],
+)
+def test_what_ranks_add_to_a_checkpoint_is_checked_too(tmp_path, damage):
+    path = tmp_path / "state"
+    model, optimizer = make("fp8lm-o2")
+    qv.distributed.save(path, model, optimizer, extra="x")
+    assert qv.distributed.load(path, model, optimizer)["extra"] == "x"
+    tensors, document = read_tensors(path, checkpoint.FORMAT, checkpoint.VERSION)
+    damage(document["extra"]["quaver ranks"])
+    write_tensors(path, tensors, {k: v for k, v in document.items() if k != "crc32"})
+    step(model, optimizer, 1)
+    before, drawn = everything(model, optimizer), generators()
+    with pytest.raises(qv.CheckpointError, match=str(path)):
+        qv.distributed.load(path, model, optimizer)
+    assert everything(model, optimizer) == before
+    assert generators() == drawn
+
+
+def test_a_recipe_that_differs_is_named_with_its_remedy(origin):
+    with pytest.raises(qv.CheckpointError, match="convert the model by the recipe that saved it"):
+        qv.load(origin[0], *make("bf16"))
+    with pytest.raises(qv.CheckpointError, match="build it as it was, or load the model alone"):
+        qv.load(origin[0], *make("fp8lm-o1"))

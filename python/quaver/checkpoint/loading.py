@@ -65,7 +65,11 @@ def _check(name: str, target: Tensor, parts: Parts, layout: dict | None) -> None
     """`parts`, of a ScaledTensor of `layout` if that is given, must be of target's kind."""
     wanted = {key.removeprefix(name): tensor for key, tensor in entries(name, target).items()}
     if _like(parts) != _like(wanted):
-        raise CheckpointError(f"{name} is {_describe(wanted)} here, {_describe(parts)} in the file")
+        converted = ("" in wanted) != ("" in parts)
+        remedy = "; convert the model by the recipe that saved it" if converted else ""
+        raise CheckpointError(
+            f"{name} is {_describe(wanted)} here, {_describe(parts)} in the file{remedy}"
+        )
     if layout is not None:
         here = local(target).description()
         for key, value in here.items():
@@ -180,7 +184,8 @@ def _plan_optimizer(
     for what, here in (("class", type(optimizer).__name__), ("recipe", recipe_of(optimizer))):
         if saved[what] != here:
             raise CheckpointError(
-                f"the optimizer's {what} is {here} here, {saved[what]} in the file"
+                f"the optimizer's {what} is {here} here, {saved[what]} in the file; build it as it "
+                "was, or load the model alone"
             )
     groups = parameter_names(model, optimizer)
     if groups != saved["groups"]:
