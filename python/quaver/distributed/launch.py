@@ -24,7 +24,7 @@ from ..errors import UsageError
 __all__ = ["World", "announce", "init", "joined"]
 
 START_TIMEOUT = float(os.environ.get("QUAVER_START_TIMEOUT", "40"))  # seconds
-END_TIMEOUT = 15.0  # seconds from a failure of a rank to the end of every process of a command
+END_TIMEOUT = 10.0  # seconds from a failure of a rank to the end of every process of a command
 FAREWELL = 5.0  # seconds that the ranks wait for each other at the end
 
 
@@ -133,7 +133,7 @@ def _shared_errors(heartbeat: Heartbeat) -> Iterator[None]:
 
 
 def _leave() -> None:
-    """Ends the groups with their threads, which may abort a process that has ended its interpreter.
+    """Ends the groups and their threads: one that outlives the interpreter can abort the process.
     A group lives as long as anything refers to it."""
     dist.destroy_process_group()
     if "torch.distributed.tensor" in sys.modules:  # its caches refer to meshes, and those to groups
@@ -145,7 +145,9 @@ def _leave() -> None:
 
 def _end_process(heartbeat: Heartbeat) -> None:
     failure = heartbeat.failure
-    print(f"quaver: error: rank {heartbeat.rank}: {failure.text}", file=sys.stderr, flush=True)
+    print(
+        f"quaver train: error: rank {heartbeat.rank}: {failure.text}", file=sys.stderr, flush=True
+    )
     os._exit(2 if failure.usage else 1)
 
 
