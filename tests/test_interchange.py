@@ -1,5 +1,5 @@
-"""What libraries ask a ScaledTensor for beside ops works, or is refused by name: never an address
-of nothing, never a crash."""
+"""Interfaces beside ops work on a ScaledTensor or are refused by name: never an address of nothing,
+never a crash."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""What libraries ask a tensor for beside ops: addresses, NumPy, DLPack, files, copies, FSDP2.
+"""Interfaces of a ScaledTensor beside ops: addresses, NumPy, DLPack, files, copies, FSDP2.
 
 A ScaledTensor has no memory of its logical dtype. Where a decoded copy will do it gives one;
 where an address is wanted it refuses by name.
@@ -37,7 +37,7 @@ def _refused(name: str, remedy: str):
 
 
 class Interchange(torch.Tensor):
-    """ScaledTensor's methods of this kind."""
+    """The methods of ScaledTensor that other libraries call."""
 
     data_ptr = _refused("data_ptr", "use t.qdata.data_ptr(), or t.dequantize()")
     storage = _typed_storage = _refused("storage", "use t.dequantize() or the state_dict()")
@@ -77,7 +77,7 @@ class Interchange(torch.Tensor):
     def is_shared(self) -> bool:
         return all(part.is_shared() for part in self.parts().values())
 
-    # FSDP2's extension of its all-gather: it looks for these on the shard.
+    # FSDP2's all-gather calls these on the shard.
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """The codes to gather: those that `module` multiplies by, or for other modules those

@@ -51,9 +51,9 @@ def plain_tensors(value) -> list[Tensor]:
 class ScaledTensor(Interchange):
     """A tensor stored as low-precision `qdata` and f32 decode `scale`s.
 
-    A write to it takes effect, encoded again, or raises an error that names the op. torch asks
-    nobody about `x.data = t` of a plain x, which then has no memory: reading it ends the process.
-    Write `x.data = t.dequantize()`.
+    A write to it takes effect, encoded again, or raises an error that names the op. Assignment to a
+    plain tensor, `x.data = t`, cannot be intercepted: x is left without memory, and reading it ends
+    the process. Use `x.data = t.dequantize()`.
 
     Args:
         qdata: codes of a layout's dtype, of any shape.

@@ -1,4 +1,4 @@
-"""What aten ops do to a ScaledTensor.
+"""aten ops on a ScaledTensor.
 
 Views share the codes; moves, copies, sums and factors keep them codes. Any other op works on the
 decoded values, and where it writes they are encoded again. Nothing is written to a temporary: what

@@ -1,4 +1,4 @@
-"""What a state_dict holds of a ScaledTensor weight: values that everyone can read, and its scale.
+"""The state_dict entries of a ScaledTensor weight: values that everyone can read, and its scale.
 
 `weight` is decoded to f32, which is exact, and read-only. `weight_master_scale` is float32 [2]: the
 scale and the amax. Together they give back the same codes; the values alone give the nearest.
@@ -45,6 +45,6 @@ def load_master(weight: Tensor, state_dict: dict, key: str) -> dict:
     if scale is not None and scale.shape == (2,):
         kept = encode(value, weight.qlayout, weight.dtype, scale[0].clone())
         kept.amax = scale[1].clone()
-        if torch.equal(kept.dequantize(torch.float32), value.float()):  # else somebody changed them
+        if torch.equal(kept.dequantize(torch.float32), value.float()):  # else they were edited
             return {**state_dict, key: kept}
     return {**state_dict, key: encode(value, weight.qlayout, weight.dtype)}
