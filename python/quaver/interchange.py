@@ -88,16 +88,18 @@ class Interchange(torch.Tensor):
         if missing:  # the last ranks hold fewer rows, or none
             padding = (0, 0) * (codes.dim() - 1) + (0, missing)
             codes = F.pad(codes.view(torch.uint8), padding).view(codes.dtype)
-        return (codes,), scale
+        # As bytes: gloo gathers no FP8.
+        sent = codes.view(torch.uint8) if codes.element_size() == 1 else codes
+        return (sent,), (scale, codes.dtype)
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
         """The weight of the gathered codes; later gathers fill the same memory."""
-        (codes,), scale = outputs, metadata
+        (codes,), (scale, dtype) = outputs, metadata
         if out is not None:
             out.scale.copy_(scale)
             return None
-        weight = type(self)(codes, scale.clone(), None, param_dtype)
-        weight.is_transient = codes.dtype != torch.float16
+        weight = type(self)(codes.view(dtype), scale.clone(), None, param_dtype)
+        weight.is_transient = dtype != torch.float16
         return weight, ()
 
     def _attributes(self) -> dict:

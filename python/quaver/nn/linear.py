@@ -26,7 +26,7 @@ from .cast import (
     reuse_cast,
 )
 from .product import Product, register_product
-from .state_dict import load_master, save_master
+from .state_dict import load_master, master_scale, save_master
 from .swap import Swapped
 from .weight import GemmWeight, cached_cast, cast_weight, convert_weight, shard_codes
 
@@ -96,6 +96,8 @@ class LinearBase(nn.Module):
             and not weight.is_transient
             and not weight.is_inference()  # it has no version by which a write would show
             and self.channel_amax is None
+            # The same of another process's writes.
+            and not (weight.device.type == "cpu" and weight.qdata.is_shared())
         )
         copies = weight.__dict__.get("fp8_weight")
         if not kept:
@@ -208,6 +210,15 @@ class LinearBase(nn.Module):
             copies.version = -1  # assigning .data does not change the version
         self.refresh()
         return self
+
+    def __getstate__(self):
+        """For copies and pickle, which has no storage of FP8: without the copies of the weight."""
+        return {**self.__dict__, "fp8_weight": None}
+
+    @property
+    def weight_master_scale(self) -> Tensor:
+        """The state_dict's entry, where torch.distributed.checkpoint looks for it by its name."""
+        return master_scale(self.weight)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

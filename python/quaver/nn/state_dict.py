@@ -16,6 +16,12 @@ SUFFIX = "_master_scale"
 
 
 @torch.no_grad()
+def master_scale(weight: ScaledTensor) -> Tensor:
+    amax = weight.scale.new_zeros(()) if weight.amax is None else weight.amax
+    return torch.stack((weight.scale, amax))
+
+
+@torch.no_grad()
 def save_master(weight: Tensor, destination: dict, key: str) -> None:
     """Replace the entry `key`, a ScaledTensor weight, by its values and scale; others stay. Tied
     weights get one entry's memory."""
@@ -25,9 +31,8 @@ def save_master(weight: Tensor, destination: dict, key: str) -> None:
     values = next((v for v in known if isinstance(v, ReadOnlyTensor)), None)
     if values is None:
         values = ReadOnlyTensor(weight.detach().dequantize(torch.float32), weight)
-    amax = weight.scale.new_zeros(()) if weight.amax is None else weight.amax
     destination[key] = values
-    destination[key + SUFFIX] = torch.stack((weight.scale, amax))
+    destination[key + SUFFIX] = master_scale(weight)
 
 
 @torch.no_grad()
@@ -40,8 +45,9 @@ def load_master(weight: Tensor, state_dict: dict, key: str) -> dict:
         return state_dict
     if isinstance(value, ScaledTensor) or value.shape != weight.shape or value.is_meta:
         return state_dict
-    value = value.to(weight.device)
-    scale = None if known is None else known.to(weight.device, torch.float32)
+    if not weight.is_meta:  # else the value is assigned where it is
+        value = value.to(weight.device)
+    scale = None if known is None else known.to(value.device, torch.float32)
     if scale is not None and scale.shape == (2,):
         kept = encode(value, weight.qlayout, weight.dtype, scale[0].clone())
         kept.amax = scale[1].clone()
