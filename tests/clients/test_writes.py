@@ -12,7 +12,7 @@ from torch import nn
 
 import quaver as qv
 
-REFUSAL = r"(?i)scaledtensor|readonly|read-only|quaver|dequantize"
+REFUSAL = r"ScaledTensor|read-only|^numpy:|data pointer of Tensor"
 
 
 def used(recipe):
@@ -41,10 +41,6 @@ def masked(w, x):
 
 def by_numpy(w, x):
     w.numpy()[:] = x.numpy()
-
-
-def by_dlpack(w, x):
-    torch.from_dlpack(w).copy_(x)
 
 
 def by_memory(w, x):
@@ -121,7 +117,6 @@ WRITES = {
     "_foreach_zero_": lambda w, x: torch._foreach_zero_([w]),
     "_foreach_lerp_": lambda w, x: torch._foreach_lerp_([w], [x.to(w.dtype)], 0.5),
     "numpy": by_numpy,
-    "dlpack": by_dlpack,
     "data_ptr": by_memory,
     "storage": by_storage,
     "normal_": lambda w, x: w.normal_(std=0.1, generator=torch.Generator().manual_seed(3)),
@@ -207,9 +202,7 @@ def test_assignments(recipe):
     model[0].weight.data = x.to(model[0].weight.dtype)
     assert distance(values(model)["0.weight"], x) < 2**-8
     assert_computes_with(model, values(model))
-    with torch.no_grad():
-        model[0].weight.data = model[0].weight.data.clone()
-        model[0].weight.set_(model[0].weight.data)
+    model[0].weight.data = model[0].weight.data.clone()
     assert_computes_with(model, values(model) | {"0.weight": x})
 
     model = used(recipe)
