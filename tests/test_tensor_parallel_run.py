@@ -1,6 +1,7 @@
 """Spread models in a run: state, mistakes, training, resuming."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from torch import nn
 
 import quaver as qv
 from quaver import ScaledTensor, data, models, train
+from quaver import job as job_module
+from quaver.checkpoint import step_of
 from quaver.distributed import tensor_parallel as tp
 from quaver.distributed.tensor_parallel import gather_state, scatter_state
 from quaver.errors import UsageError
@@ -196,6 +199,57 @@ def test_training_on_two_by_two_ranks_resumes_to_the_same_bits(tmp_path, name):
     assert (sent["weight"] > 0) == (name == "fp8lm-o3")
     for other in results[1:]:
         assert other[0][1] == losses
+
+
+class Killed(BaseException):
+    """kill -9, as far as files can tell."""
+
+
+def killed_while_saving(rank, out, where):
+    """Losses of a whole run, and of one in which the second of two saves was cut short, "writing"
+    before rank 1 had a part, "renaming" when only rank 0's was in its place; then resumed."""
+    text = data.load([str(Path(qv.__file__).parent / "models")], 32)
+    world = qv.distributed.World("cpu", tensor=2)
+    found, save, replace = [], job_module.distributed.save, os.replace
+
+    def cut_writing(path, *args, step, **options):
+        if step < 4 or rank == 0:
+            save(path, *args, step=step, **options)
+        if step == 4:
+            raise Killed
+
+    def cut_renaming(source, target):
+        if ".next." in str(source) and step_of(source) == 4:
+            if rank == 0:
+                replace(source, target)
+            raise Killed
+        replace(source, target)
+
+    for folder, cuts in (("whole", 0), ("cut", 1)):
+        folder = RunDir(Path(out) / folder)
+        for resume in range(cuts + 1):
+            settings = train.Settings(recipe=("coat",), steps=6, batch=4, seq=32, save_every=2,
+                                      resume=resume > 0, parallel="tp=2")  # fmt: skip
+            folder.metrics_path("coat").parent.mkdir(parents=True, exist_ok=True)
+            job = Job(Run(settings, CONFIG, text, world, folder), "coat")
+            if cuts and not resume:
+                if where == "writing":
+                    job_module.distributed.save = cut_writing
+                else:
+                    os.replace = cut_renaming
+            try:
+                found.append(job.train(Stop())[1])
+            except Killed:
+                dist.barrier()
+            finally:
+                job_module.distributed.save, os.replace = save, replace
+    return found
+
+
+@pytest.mark.parametrize("where", ["writing", "renaming"])
+def test_ranks_killed_between_the_parts_of_a_checkpoint_resume(tmp_path, where):
+    for whole, cut in run(2, killed_while_saving, str(tmp_path), where):
+        assert whole == cut and len(whole) == 6
 
 
 def test_the_flag_names_kinds_and_ranks():

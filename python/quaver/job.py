@@ -7,12 +7,14 @@ run that was killed continues with the same bits.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,12 @@ from torch import Tensor, nn
 from . import distributed, machine, models, recipe
 from .activations import saved_activations
 from .board import Board
+from .checkpoint import step_of
 from .comm.together import together
 from .convert import convert, convert_report
 from .data import Data
 from .errors import CheckpointError, UsageError
+from .files import sync
 from .grad import clip_grad_norm_
 from .memory import memory_report
 from .metrics import Metrics
@@ -32,13 +36,13 @@ from .optim import AdamW
 from .probe import Probe
 from .progress import Progress
 from .rundir import RunDir, differences
+from .schedule import learning_rate, parameter_groups
 from .schema import SchemaError, check
 from .settings import Settings
 
 __all__ = ["Interrupted", "Job", "Run", "finished", "learning_rate", "parameter_groups"]
 
 CLIP = 1.0
-WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.95)
 LAST = 0.05  # part of the steps over which the training loss is averaged
 NOTES = {"skipped": int, "metrics_crc32": int, "recipe": str, "configuration": dict}
@@ -46,23 +50,6 @@ NOTES = {"skipped": int, "metrics_crc32": int, "recipe": str, "configuration": d
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state."""
-
-
-def learning_rate(step: int, settings: Settings) -> float:
-    """The rate of step 1..steps: a linear warmup, then a cosine down to a tenth."""
-    if step <= settings.warmup:
-        return settings.lr * step / settings.warmup
-    progress = (step - settings.warmup) / (settings.steps - settings.warmup)
-    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-
-def parameter_groups(model: nn.Module) -> list[dict]:
-    """Weight decay for matrices alone: it pulls norms and biases to values that mean nothing."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 def _finite(value: float) -> float | None:
@@ -197,13 +184,20 @@ class Job:
         return result, [line["loss"] for line in metrics.lines]
 
     @property
-    def _checkpoint(self):
+    def _checkpoint(self) -> Path:
         tensor = self.world.tensor
         parts = () if tensor is None else (tensor.rank, tensor.size)
         return self.run.folder.checkpoint_path(self.recipe.name, *parts)
 
+    @property
+    def _next(self) -> Path:
+        """Where a part of a checkpoint waits until all ranks have written theirs."""
+        return self._checkpoint.with_suffix(".next.safetensors")
+
     def _save(self, step: int, metrics: Metrics) -> None:
         metrics.sync()
+        parts = self.world.tensor is not None
+        path = self._next if parts else self._checkpoint
         extra = {
             "skipped": metrics.lines[-1]["skipped"],
             "metrics_crc32": self.world.share(metrics.crc32)[0],  # of the file, which rank 0 writes
@@ -211,32 +205,51 @@ class Job:
             "configuration": self.run.configuration,
         }
         distributed.save(
-            self._checkpoint, self.model, self.optimizer,
-            parallel=self.parallel, step=step, extra=extra,
-        )  # fmt: skip
+            path, self.model, self.optimizer, parallel=self.parallel, step=step, extra=extra
+        )
+        if parts:
+            self.world.share(step)  # only when every rank has this step may the older one go
+            if self.world.data_rank == 0:
+                os.replace(path, self._checkpoint)
+                sync(path.parent)
+
+    def _saved(self) -> Path | None:
+        """The file to continue from; None to start. Of a checkpoint in parts, whose ranks may have
+        been killed between them, it is of the newest step that all ranks have."""
+        if self.world.tensor is None:
+            path = self._checkpoint
+            return path if any(self.world.share(path.exists())) else None
+        with together(self.world.transport, self.device):
+            paths = [path for path in (self._next, self._checkpoint) if path.exists()]
+            steps = {step_of(path): path for path in paths}
+        every = self.world.share([list(steps), self._checkpoint.exists()])
+        common = set(steps).intersection(*(found for found, _ in every))
+        if common:
+            return steps[max(common)]
+        if any(whole for _, whole in every):
+            parts = ", ".join(
+                str(step) for step in sorted({s for found, _ in every for s in found})
+            )
+            raise UsageError(
+                f"the parts of the checkpoint of {self.recipe.name} are of several steps: {parts}"
+            )
+        return None  # killed in the first save
 
     def _load(self) -> tuple[int, int, int] | None:
         """Restores the checkpoint, if there is one: its step, the steps skipped until then, and the
         checksum of their metrics. An error on one rank is one on all."""
-        if not any(self.world.share(self._checkpoint.exists())):
+        path = self._saved()
+        if path is None:
             return None
         with together(self.world.transport, self.device):
             try:
-                state = distributed.load(
-                    self._checkpoint, self.model, self.optimizer, parallel=self.parallel
-                )
+                state = distributed.load(path, self.model, self.optimizer, parallel=self.parallel)
                 self._check_notes(state["extra"])
             except CheckpointError as error:
                 hint = f"without the file {self.recipe.name} starts anew"
                 raise UsageError(f"{error}; {hint}") from None
-            step, extra = state["step"], state["extra"]
-        steps = self.world.share(step)
-        if len(set(steps)) > 1:
-            parts = ", ".join(map(str, sorted(set(steps))))
-            raise UsageError(
-                f"the parts of the checkpoint of {self.recipe.name} are of several steps: {parts}"
-            )
-        return step, extra["skipped"], extra["metrics_crc32"]
+            extra = state["extra"]
+        return state["step"], extra["skipped"], extra["metrics_crc32"]
 
     def _check_notes(self, extra: object) -> None:
         """The checkpoint must be of this run: same seed, data, rates and recipe."""

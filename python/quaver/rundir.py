@@ -42,7 +42,7 @@ SUMMARY = {"recipes": Each(RESULT), "machine": dict, "config": dict}
 OURS = {
     r"metrics\.jsonl": None,
     "checkpoint": {
-        r"state(-tp\d+of\d+)?\.safetensors": {
+        r"state(-tp\d+of\d+(\.next)?)?\.safetensors": {
             r"checkpoint\.json": None,
             r"\.lock": None,
             "[ab]": {r"shard-\d+-model-\d+-of-\d+\.safetensors": None},

@@ -27,7 +27,7 @@ from .loading import plan
 from .saving import collect
 
 __all__ = ["FORMAT", "VERSION", "CheckpointError", "check_document", "collect", "load", "plan",
-           "prepare", "save"]  # fmt: skip
+           "prepare", "save", "step_of"]  # fmt: skip
 
 
 def save(
@@ -74,6 +74,16 @@ def load(
     if optimizer is not None:
         rng.set_state(*prepared.generators)
     return prepared.state
+
+
+def step_of(path: str | os.PathLike) -> int:
+    """The step of what `save` wrote, from its header alone. Raises CheckpointError."""
+    try:
+        with opened(expanded(path)) as stream:
+            file = TensorFile(path, stream, FORMAT, VERSION)
+            return check_document(file.document, file.kinds)["step"]
+    except SchemaError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)
