@@ -96,7 +96,7 @@ class LinearBase(nn.Module):
             and not weight.is_transient
             and not weight.is_inference()  # it has no version by which a write would show
             and self.channel_amax is None
-            # The same of another process's writes.
+            # Another process's writes move no version here.
             and not (weight.device.type == "cpu" and weight.qdata.is_shared())
         )
         copies = weight.__dict__.get("fp8_weight")
