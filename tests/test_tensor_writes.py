@@ -260,3 +260,11 @@ def test_foreach_over_mixed_lists_and_repeated_tensors():
     torch._foreach_add_([t, u, t], [torch.ones(SHAPE)] * 3)
     assert_same(u, torch.ones(SHAPE))
     assert_same(t.dequantize(), qv.quantize(before + 2).dequantize())
+
+
+def test_an_op_over_several_tensors_writes_all_or_none():
+    whole, other = (qv.quantize(torch.ones(4, 4)) for _ in range(2))
+    with pytest.raises(ValueError, match=r"101\.0 does not fit into a part"):
+        torch._foreach_add_([other, whole[1:3]], 100.0)
+    for t in (whole, other):
+        assert_same(t.dequantize(), torch.ones(4, 4))

@@ -226,39 +226,39 @@ class ScaledTensor(Interchange):
         if not self.is_inference():
             torch.autograd.graph.increment_version(self)
 
-    @torch.no_grad()
-    def encode_(self, value: Tensor, seed: int | None = None, overwrite: bool = True):
-        """Overwrite the contents with `value` under a fresh just-in-time scale; a part of another
-        tensor keeps the scale.
-
-        Args:
-            seed: of stochastic rounding; None rounds to nearest.
-            overwrite: whether nothing of the earlier contents is left. Else an amax that was not
-                finite stays so, because the codes do not show it.
+    def encoded(self, value: Tensor, seed: int | None = None) -> ScaledTensor:
+        """`value` as this tensor would store it: under a just-in-time scale; for a part of another
+        tensor, under the scale that both have.
 
         Raises:
             ValueError: a value that does not fit into the scale of a part.
         """
         tied = self.scale if self.shares_scale else None
         new = encode(value.expand(self.shape), self.qlayout, self.dtype, tied, seed)
-        if tied is not None:
-            limit = self.scale.abs() * torch.finfo(self.qdata.dtype).max
-            if not (new.qdata.numel() == 0 or bool((new.amax <= limit).all())):
+        if tied is not None and self.numel():
+            limit = tied.abs() * torch.finfo(self.qdata.dtype).max
+            if not bool((new.amax <= limit).all()):
                 raise ValueError(
                     f"ScaledTensor: {new.amax.max().item()} does not fit into a part with scale "
-                    f"{self.scale.max().item()}, which the rest of the tensor has too; write to "
-                    "the whole tensor (whole[index] = value)"
+                    f"{tied.max().item()}, which the rest of the tensor has too; write to the "
+                    "whole tensor (whole[index] = value)"
                 )
+        return new
+
+    @torch.no_grad()
+    def write_(self, new: ScaledTensor, overwrite: bool = True) -> ScaledTensor:
+        """Take over what `encoded` made. Unless it is an `overwrite`, which leaves nothing of the
+        earlier contents, an amax that was not finite stays so: the codes do not show it."""
         if self.amax is not None and new.amax is not None:
             before = self.amax
-            if tied is not None:
+            if self.shares_scale:
                 self.amax.copy_(torch.maximum(new.amax, before))
             elif overwrite:
                 self.amax.copy_(new.amax)
             else:
                 self.amax.copy_(torch.where(before.isfinite(), new.amax, torch.nan))
         self.qdata.copy_(new.qdata)
-        if tied is None:
+        if not self.shares_scale:
             self.scale.copy_(new.scale)
         return self.refresh_copies()
 

@@ -63,9 +63,10 @@ def _decoded(func, args, kwargs):
     out = func(*args, **kwargs)
     if not targets:
         return _read_only(out) if is_view(func) else out
+    seeds = {k: None if func in ASSIGNMENTS else rounding_seed(t) for k, t in targets.items()}
+    new = {k: t.encoded(plain[k], seeds[k]) for k, t in targets.items()}  # all, or none is written
     for key, target in targets.items():
-        seed = None if func in ASSIGNMENTS else rounding_seed(target)
-        target.encode_(plain[key], seed, func in OVERWRITES)
+        target.write_(new[key], func in OVERWRITES)
         if not target.is_inference():  # fused ops leave the versions of what they write
             torch.autograd.graph.increment_version(target)
     results = {id(plain[key]): target for key, target in targets.items()}
@@ -209,7 +210,8 @@ def _copy_(func, target, source, non_blocking=False):
         and not (target.shares_scale and source.scale != target.scale)
     )
     if not same:
-        return target.encode_(source.to(target.device), rounding_seed(target))
+        new = target.encoded(source.to(target.device), rounding_seed(target))
+        return target.write_(new)
     target.qdata.copy_(source.qdata, non_blocking)
     target.scale.copy_(source.scale, non_blocking)
     if target.amax is not None:
@@ -286,7 +288,7 @@ def _accumulate_(func, target, other, *, alpha=1):
     if target.qlayout.format == "f32":
         value = other.float() if scale is None else other.float() * scale
         seen = target.amax if amax is None else torch.maximum(target.amax, amax)
-        target.encode_(target.dequantize(torch.float32) + value)
+        target.write_(target.encoded(target.dequantize(torch.float32) + value))
         target.amax.copy_(torch.where(seen.isfinite(), target.amax, torch.nan))
         return target
     torch.ops.quaver.accumulate_(target.qdata, target.scale, target.amax, other, scale, amax)
