@@ -221,14 +221,15 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+class _ArgumentsError(Exception):
+    """Arguments that argparse does not accept: the command and the reason."""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse prints its usage before an error; one line is enough, and --help is there."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
-        if self.prog == "quaver train":
-            announce(message)
-        raise SystemExit(2)
+        raise _ArgumentsError(self.prog, message)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -239,7 +240,14 @@ def main(arguments: list[str] | None = None) -> int:
     _add_train(commands)
     _add_info(commands)
     _add_bench(commands)
-    parsed = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        parsed = parser.parse_args(arguments)
+    except _ArgumentsError as error:
+        print("{}: error: {}".format(*error.args), file=sys.stderr, flush=True)
+        if arguments[:1] == ["train"]:
+            announce(error.args[1])
+        return 2
     name = f"quaver {parsed.command}"
     try:
         return parsed.call(parsed) or 0
