@@ -125,6 +125,44 @@ def test_finite_maxima_are_named_in_one_place():
     assert offences(paths, r"(?<![\w.])(448|57344)(?![\w])") == []
 
 
+def python_functions(path):
+    """(first line, last line) of every function, decorators left out."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.lineno, node.end_lineno
+
+
+def cpp_functions(path):
+    """(first line, last line) of every block of clang-formatted code but a type's or a namespace's,
+    from the line of its opening brace to the first closing one with no deeper an indent. The
+    library's schemas are a table, not a function."""
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        if re.match(r" *(namespace|class|struct|union|enum|extern|template|//|STABLE_TORCH)", line):
+            continue
+        if not line.endswith("{"):
+            continue
+        indent = len(line) - len(line.lstrip())
+        closing = re.compile(rf" {{0,{indent}}}\}}")
+        rest = enumerate(lines[number:], number + 1)
+        yield number, next((n for n, other in rest if closing.match(other)), number)
+
+
+def test_files_and_functions_are_short():
+    """What is longer than this holds two things and is split between them."""
+    paths = list(files("include", "csrc", "python"))
+    assert paths
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in paths}
+    assert {name: n for name, n in lengths.items() if n > 400} == {}
+    long = [
+        f"{path.relative_to(ROOT)}:{first} to {last}"
+        for path in paths
+        for first, last in (python_functions if path.suffix == ".py" else cpp_functions)(path)
+        if last - first >= 60
+    ]
+    assert long == []
+
+
 def test_versions_agree():
     declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     changelog = (ROOT / "CHANGELOG.md").read_text()
