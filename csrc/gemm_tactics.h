@@ -3,10 +3,10 @@
 //
 // The tiles are those that CUTLASS 4.2 compiles without a spill. Two accumulator sets (promoted
 // sums) do not fit beside a 128 x 256 tile, nor does that tile into one warpgroup (pingpong).
-// The pairs follow use: weights and activations are e4m3, gradients e5m2, and a gradient is the
-// first operand of both backward products. e4m3 x e5m2 serves callers with the other order.
-// Fast kernels of two-byte outputs take no addend, which leaves them more shared memory. Where no
-// fast kernel exists, a promoted one serves requests that permit fast sums.
+// The operand formats are the pairs that layers need: weights and activations are e4m3, gradients
+// e5m2, and a gradient is the first operand of both backward products. e4m3 x e5m2 serves callers
+// with the other order. Fast kernels of two-byte outputs take no addend, which leaves them more
+// shared memory. Where no fast kernel exists, a promoted one serves requests that permit fast sums.
 #pragma once
 
 // clang-format off

@@ -1,6 +1,6 @@
-// Whole groups of ordinary values to expanded codes in one pass, with the bits of codec.h's and
-// adam.h's functions one after the other: what they do for NaN, infinity and saturation cannot
-// happen here, and rounding is as in span.h's encode8.
+// One pass that encodes whole groups of ordinary values to expanded codes, with the bits that
+// codec.h's and adam.h's functions give one after the other. Ordinary values need none of their
+// branches for NaN, infinity and saturation. Rounding is as in span.h's encode8.
 //
 // For simd_adam.cpp only, which is compiled once per instruction set.
 #pragma once
@@ -75,7 +75,8 @@ QUAVER_INLINE Floats look_up(const uint8_t* codes, const float* values) {
   });
 }
 
-// What groups' scales are chosen from (GroupRange), and the scales with what expands by them.
+// The ranges of groups (GroupRange), from which their scales are chosen, and the scales with the
+// constants of their expansion.
 constexpr int64_t kGroups = kBlock / kGroup;
 
 struct GroupRanges {

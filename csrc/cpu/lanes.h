@@ -1,6 +1,6 @@
-// Four AVX2 vectors that go in step: 32 floats, 32 integers of 32 bits. A long chain of dependent
-// operations on one vector leaves most of the processor idle, and its window is too small to
-// overlap the chains of several.
+// Four AVX2 vectors that each operation processes together: 32 floats or 32 integers of 32 bits. A
+// long chain of dependent operations on one vector leaves most of the processor idle, and its
+// window is too small to overlap the chains of successive vectors.
 //
 // For simd*.cpp only, which are compiled once per instruction set.
 #pragma once

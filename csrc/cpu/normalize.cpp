@@ -9,7 +9,7 @@
 namespace quaver::cpu {
 namespace {
 
-// An optional [C] argument in f32: every row needs it.
+// An optional [C] argument as f32, converted once because every row reads it.
 class Channels {
  public:
   explicit Channels(const TensorView& v) : values_(v.data != nullptr ? v.numel() : 0) {

@@ -114,7 +114,7 @@ void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped) {
     const int64_t n = p.weight.values.numel();
     int64_t size = kGrain;
     if (p.fp8.data != nullptr) {
-      // Whole strips of rows, so that a piece can transpose its codes, and whole groups.
+      // A piece is whole strips of rows, so that it can transpose its codes, and whole groups.
       const int64_t strip = 2 * kTile * std::max<int64_t>(p.fp8.cols, 1);
       size = strip * std::max<int64_t>(1, kGrain / strip);
     }

@@ -1,6 +1,6 @@
-// Compiled once per instruction set (QUAVER_ISA = portable, avx2, avx512). The loops are plain C++
-// over the arithmetic of include/quaver, written so that the compiler vectorises them; span.h has
-// the conversions that they share. Tests compare the bits of all instruction sets.
+// The vector loops, compiled once per instruction set (QUAVER_ISA = portable, avx2, avx512). They
+// are plain C++ over the arithmetic of include/quaver, written so that the compiler vectorises
+// them; span.h has the conversions that they share. Tests compare the bits of all instruction sets.
 #include "simd.h"
 
 #include "quaver/grad.h"
@@ -117,7 +117,7 @@ inline void transpose_square(uint8_t* out, int64_t out_stride, const uint8_t* x,
 void transpose(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t stride, int64_t rows,
                int64_t cols) {
   const int64_t square_rows = rows - rows % kSquare, square_cols = cols - cols % kSquare;
-  // Columns outside: a run of `out` rows is then written from end to end.
+  // The outer loop is over columns, so that a run of `out` rows is written from end to end.
   for (int64_t col = 0; col < square_cols; col += kSquare)
     for (int64_t row = 0; row < square_rows; row += kSquare)
       transpose_square(out + col * out_stride + row, out_stride, x + row * stride + col, stride);

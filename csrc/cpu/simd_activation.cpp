@@ -1,5 +1,5 @@
-// The loops of simd_activation.h. Sums follow quaver/normalize.h; a lane of it is a place in the
-// buffer.
+// The loops of simd_activation.h. Sums follow quaver/normalize.h, each of whose lanes is a place in
+// the buffer.
 #include "simd_activation.h"
 
 #include "quaver/normalize.h"
@@ -10,7 +10,7 @@ namespace {
 
 static_assert(kRowLanes == kBlock, "a lane is a place in the buffer");
 
-// Each half of the lanes on the other, until one is left.
+// Adds the upper half of the lanes to the lower, until one lane is left.
 inline float tree_sum(float* lanes) {
   for (int half = kRowLanes / 2; half > 0; half /= 2) {
     QUAVER_SIMD
@@ -19,7 +19,7 @@ inline float tree_sum(float* lanes) {
   return lanes[0];
 }
 
-// The values as f32: those in memory, or decoded into the buffer.
+// The values as f32: read in place, or decoded into the buffer.
 inline const float* values_of(float* buffer, const void* x, DType type, int64_t n) {
   if (type == DType::f32) return static_cast<const float*>(x);
   load_any(buffer, x, type, n, 1.0f);
@@ -61,8 +61,8 @@ void normalize(float* __restrict out, const void* x, DType type, int64_t n, floa
   }
 }
 
-// Whole groups, and perhaps a short last one, at most kBlock values in all. A constant `block`
-// gives loops without remainders.
+// Encodes whole groups and perhaps a short last one, at most kBlock values in all. A constant
+// `block` gives loops without remainders.
 template <class Block>
 inline __attribute__((always_inline)) void save_few(e4m3* codes, uint8_t* scale,
                                                     const float* __restrict x, int64_t n,
@@ -85,7 +85,7 @@ inline __attribute__((always_inline)) void save_few(e4m3* codes, uint8_t* scale,
   store(codes, scaled, n, 1.0f);
 }
 
-// Blocks of any size up to kBlock, n <= kBlock values.
+// Encodes n <= kBlock values in blocks of any size up to kBlock.
 inline void save_few(const SavedRow& to, int64_t first, const float* x, int64_t n) {
   e4m3* codes = reinterpret_cast<e4m3*>(to.codes + first);
   uint8_t* scale = to.scale + first / to.block;
@@ -122,7 +122,7 @@ void save_groups(const SavedRow& to, const void* x, DType type, int64_t n) {
   }
 }
 
-// Columns first.. of a row, decoded.
+// Decodes the columns of a row from `first` on.
 void load_groups(float* __restrict out, const GroupedRow& row, int64_t first, int64_t n) {
   for (int64_t i = 0; i < n;) {
     const int64_t group = (first + i) / row.block;

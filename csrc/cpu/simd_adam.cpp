@@ -1,24 +1,24 @@
-// Adam and the grouped states, compiled once per instruction set as simd.cpp is. Everything goes
-// by runs of one group, through f32 buffers in the first-level cache: a run is decoded, updated and
-// encoded, and only the conversions know the storage types.
+// Adam and the grouped states, compiled once per instruction set as simd.cpp is. The loops
+// process runs of one group through f32 buffers in the first-level cache: a run is decoded, updated
+// and encoded, and only the conversions depend on the storage types.
 #include "simd_adam.h"
 
 #include "simd_philox.h"
 #include "span.h"
-// With AVX-512 the loops below are twice as wide, and stay until this is measured against them.
+// With AVX-512 the loops below, twice as wide, are used: expanded.h has no AVX-512 form yet.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define QUAVER_EXPANDED_LANES
 #include "expanded.h"
 #endif
 
-// gcc 12 reports the remainders that whole runs do not have.
+// gcc 12 warns of undefined behaviour in remainder loops, which whole runs never enter.
 #pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
 
-// Small enough that the processor overlaps the division and square root of one run with the
-// conversions of the next.
+// The length of a run: small enough that the processor overlaps the division and square root of one
+// run with the conversions of the next.
 constexpr int64_t kRun = kGroup;
 
 // Calls body(T{}) for a type that has a Format.
@@ -43,7 +43,7 @@ inline __attribute__((always_inline)) void with_count(int64_t count, Body body) 
   body(count < kRun ? count : kRun);
 }
 
-// Element i and the following, of a state.
+// Decodes elements i and the following of a state.
 void load_state(float* out, const StateSpan& s, int64_t i, int64_t count) {
   if (s.scaling == Scaling::expand) {
     const float scale = s.scales[i / kGroup];
@@ -76,7 +76,7 @@ void choose_scale(const StateSpan& s, int64_t i, GroupRange range) {
       s.type == DType::e4m3 ? group_scale<e4m3>(expands, range) : group_scale<e5m2>(expands, range);
 }
 
-// y = x in the format's domain.
+// Computes y, the values x in the format's domain, which are then rounded to codes.
 template <class T>
 inline void to_format(float* __restrict y, const float* __restrict x, const StateSpan& s, int64_t i,
                       int64_t n) {
@@ -189,7 +189,7 @@ void store_weight(const AdamSpan& p, int64_t i, const float* w, const uint32_t* 
   }
 }
 
-// Stores the moments of a run.
+// Encodes and stores the moments of a run.
 void store_moments(const AdamSpan& p, int64_t i, const float* m, const float* v, const float* g,
                    const uint32_t* random, int64_t count) {
   // Both ranges, then both scales: a scale is a long chain of dependent operations.
@@ -221,7 +221,7 @@ void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, f
 }
 
 #if defined(QUAVER_EXPANDED_LANES)
-// Whole groups whose moments are both expanded, as expanded.h does them.
+// Updates whole groups whose moments are both expanded, by expanded.h.
 template <class First, class Second>
 void adam_expanded(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, float* w,
                    int64_t groups) {
@@ -259,7 +259,7 @@ void adam_expanded(const AdamSpan& p, const AdamStep& s, int64_t i, const float*
 }
 #endif
 
-// The largest magnitude code of storage with one scale; the rest needs no amax.
+// The largest magnitude code of a state with one scale; other states need no amax.
 void collect(const StateSpan& s, int64_t i, int64_t n, uint32_t& result) {
   if (s.scaling != Scaling::tensor || s.type == DType::f32 || s.type == DType::bf16) return;
   const void* x = at(s.values, s.type, i);
@@ -310,7 +310,7 @@ void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_b
   const AdamStep s = step;
   const StateSpan* states[3] = {&p.weight, &p.exp_avg, &p.exp_avg_sq};
   uint32_t codes[3] = {0, 0, 0};
-  // f32 of scale 1 is used where it lies.
+  // Unscaled f32 is read in place.
   const bool plain_grad = p.grad_type == DType::f32 && p.grad_scale == 1.0f;
   const bool plain_weight = p.weight.type == DType::f32 && p.weight.scale == 1.0f;
   for (int64_t i = 0; i < n; i += kBlock) {
@@ -345,7 +345,7 @@ void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_b
     if (!plain_weight) store_weight(p, i, weights, random, count);
     for (int k = 0; k < 3; ++k) collect(*states[k], i, count, codes[k]);
     if (p.fp8 == nullptr) continue;
-    // From the stored codes, so that a reloaded weight gives the same copy.
+    // The copy is made from the stored codes, so that a reloaded weight gives the same copy.
     load(gradients, static_cast<const f16*>(p.weight.values) + i, count, 1.0f / kMasterToFp8);
     store(reinterpret_cast<e4m3*>(p.fp8) + i, gradients, count, 1.0f);
   }

@@ -1,5 +1,5 @@
-// Philox's words of a span of elements: those of random_bits, but a block is drawn once for its
-// four elements.
+// Philox's words of a span of elements, equal to random_bits; each block is drawn once for its four
+// elements.
 //
 // For simd*.cpp only, which are compiled once per instruction set.
 #pragma once
@@ -19,8 +19,8 @@ inline void random_words(uint32_t* __restrict out, uint64_t seed, uint64_t first
   for (int64_t j = 0; j < n; j += kDrawn) {
     const uint64_t block = (first + static_cast<uint64_t>(j)) / 4;
 #if defined(__AVX2__)
-    // Each 64-bit lane holds a block, in its lower half: the multiply reads only that. Two sets of
-    // blocks are in flight, so that one's multiplies hide the other's.
+    // Each 64-bit lane holds a block in its lower half, which is all that the multiply reads. Two
+    // sets of blocks are in flight, to hide the latency of the multiplies.
     constexpr int sets = kDrawn / 16;
     __m256i c0[sets], c1[sets], c2[sets], c3[sets];
     for (int s = 0; s < sets; ++s) {

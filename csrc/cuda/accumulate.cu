@@ -1,6 +1,6 @@
-// target += other in place, re-encoded with the just-in-time scale of the sum (MS-AMP's
-// add_to_fp8). An FP8 target is read twice: the scale must be known before the first code is
-// overwritten.
+// The kernels of target += other, in place, which re-encode target with the just-in-time scale of
+// the sum (MS-AMP's add_to_fp8). An FP8 target is read twice: the scale must be known before the
+// first code is overwritten.
 #include "../arguments.h"
 #include "dispatch.h"
 #include "runtime_type.h"

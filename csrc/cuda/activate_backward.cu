@@ -1,6 +1,6 @@
 // The gradients of an activation from its saved FP8 inputs, cast to both GEMM layouts from
 // registers (quaver/activate.h). A block computes a tile of both gradients. Where a scale is chosen
-// just in time a pass for the amaxes goes before.
+// just in time, an earlier pass computes the amaxes.
 #include "../arguments.h"
 #include "dispatch.h"
 #include "fused_cast.h"
@@ -19,7 +19,7 @@ struct Problem {
   bool aligned, aligned_scale;
 };
 
-// dx and dup of up to kVector values, zeros behind them.
+// Computes dx and dup of up to kVector values, with zeros behind them.
 template <class X, Activation kind>
 QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment& at, float (&dx)[kVector],
                              float (&dup)[kVector]) {
@@ -47,7 +47,8 @@ QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment& at, float (&dx
   }
 }
 
-// A pass that only collects amaxes is the same kernel without the cast, at half of the code.
+// The pass that only computes amaxes is the same kernel without the cast, which saves half the
+// code.
 template <class X, Activation kind>
 __global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> p, bool first) {
   __shared__ Tile tile, tile_up;

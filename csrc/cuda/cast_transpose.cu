@@ -1,6 +1,6 @@
-// Both GEMM layouts of a matrix from one read: q [rows, cols] and qt [cols, rows] in FP8, with the
-// amax beside them. A block casts a tile, stores its rows at once, and its columns through shared
-// memory.
+// The kernel that casts a matrix to both GEMM layouts from one read: q [rows, cols] and
+// qt [cols, rows] in FP8, and the amax. A block casts a tile, stores its rows directly and its
+// columns through shared memory.
 #include "../arguments.h"
 #include "dispatch.h"
 #include "tensor_scale.h"

@@ -1,7 +1,7 @@
-// The gradients of RMSNorm and LayerNorm from the saved FP8 input (quaver/normalize.h). A warp on
-// each row: its two sums, then dx. The gradients of weight and bias are sums over rows in a fixed
-// order, without atomics: a thread sums four columns of a piece of rows, then one the pieces of a
-// column.
+// The gradients of RMSNorm and LayerNorm from the saved FP8 input (quaver/normalize.h). One
+// warp a row computes two sums, then dx. The gradients of weight and bias are sums over rows in a
+// fixed order, without atomics: each thread sums four columns over a piece of rows, and a second
+// kernel sums the pieces of each column.
 #include "../arguments.h"
 #include "dispatch.h"
 #include "row_sum.h"

@@ -1,5 +1,5 @@
-// Group-quantised copies for blocks that do not fit the vectors of the kernel that computes
-// (quaver/cast.h): multiples of 16 that are no power of two, very large ones, odd ones.
+// The kernels of this file write the FP8 copy (quaver/cast.h) where a block does not fit the fused
+// kernel's vectors: its length is odd, very large, or a multiple of 16 but no power of two.
 #include "dispatch.h"
 #include "fused_cast.h"
 

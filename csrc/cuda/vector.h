@@ -1,7 +1,7 @@
 // Device functions that the memory-bound kernels share: vectors of 16 elements in registers, their
 // conversions, and reductions. The conversions give the bits of fp8.h; where the machine has an
-// instruction with those bits it is used, because integer arithmetic alone would not keep up with
-// the memory.
+// instruction with those bits they use it, because integer arithmetic alone is slower than the
+// memory.
 #pragma once
 
 #include "launch.h"
@@ -31,8 +31,8 @@ struct Packed {
   uint32_t word[4 * kSize];
 };
 
-// Loads n <= kVector elements of `size` <= kSize bytes, with zeros behind them. 16 bytes at a time
-// where the vector is whole and aligned; edges and odd views go element by element.
+// Loads n <= kVector elements of `size` <= kSize bytes, with zeros behind them. It reads 16 bytes
+// at a time where the vector is whole and aligned, and single elements at edges and of odd views.
 template <int kSize>
 QUAVER_DEVICE Packed<kSize> load(const void* from, int size, int64_t n, bool aligned) {
   Packed<kSize> v;
@@ -149,7 +149,7 @@ QUAVER_DEVICE uint32_t encode_word(const float* x) {
 }
 
 #if defined(__CUDA_ARCH__)
-// The same by instructions, for values of which none is NaN.
+// Encodes one word's values by instructions; none of them may be NaN.
 template <class T>
 QUAVER_DEVICE uint32_t convert_finite_word(const float* x) {
   [[maybe_unused]] uint32_t word;

@@ -77,8 +77,8 @@ inline Shape shape_of(const Tensor& t) {
   return shape;
 }
 
-// A large result is memory that the kernel has yet to map: by 4 KiB pages that takes longer than
-// writing it in FP8 does. Ask for huge pages before the first touch; a refusal changes nothing.
+// Requests huge pages for a large result before its first touch: mapping it by 4 KiB pages takes
+// longer than writing it in FP8. A refusal changes nothing.
 inline void prefer_huge_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr uintptr_t huge = uintptr_t(1) << 21;
@@ -96,7 +96,7 @@ inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
   return t;
 }
 
-// The one f32 of a scale, amax or norm.
+// The data of a scale, amax or norm: one f32.
 inline float* scalar(const char* op, const char* name, const Tensor& t) {
   QUAVER_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float, op, ": ", name,
                " must be one float32, got ", t.numel(), " of ",
@@ -105,7 +105,7 @@ inline float* scalar(const char* op, const char* name, const Tensor& t) {
   return static_cast<float*>(t.data_ptr());
 }
 
-// `count` f32 one behind the other; never null.
+// The data of `count` contiguous f32; never null.
 inline float* floats(const char* op, const char* name, const Tensor& t, int64_t count) {
   QUAVER_CHECK(t.numel() == count && t.scalar_type() == ScalarType::Float && t.is_contiguous(), op,
                ": ", name, " must be ", count, " contiguous float32, got ", t.numel(), " of ",
@@ -117,7 +117,7 @@ inline float* floats(const char* op, const char* name, const OptionalTensor& t, 
   return t.has_value() ? floats(op, name, *t, count) : nullptr;
 }
 
-// In a list, an empty tensor stands for "none".
+// An empty tensor in a list stands for none.
 inline float* optional_scalar(const char* op, const char* name, const Tensor& t) {
   return t.numel() == 0 ? nullptr : scalar(op, name, t);
 }

@@ -25,8 +25,8 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return index == b.get_device_index() && (index >= 0 || a.is_cpu() == b.is_cpu());
 }
 
-// Every op's tensors are on one device. An empty tensor of a list stands for "none", wherever it
-// is.
+// Every op's tensors are on one device. An empty tensor in a list stands for none, on any
+// device.
 inline void check_device(const char* op, const Tensor& first, const char* name, const Tensor& t) {
   QUAVER_CHECK(same_device(first, t) || t.numel() == 0, op, ": ", name, " must be on ",
                device_name(first), " like the rest, got ", device_name(t));
@@ -42,8 +42,8 @@ inline void check_device(const char* op, const Tensor& first, const char* name,
   for (const Tensor& t : list) check_device(op, first, name, t);
 }
 
-// Memory for one call, of the caching allocator: it may be used again as soon as the stream has
-// passed, which is what every kernel of the call needs.
+// Memory for one call, of the caching allocator, which may hand it out again after this call's
+// kernels: later work is ordered behind them in the same stream.
 inline Tensor workspace(const Tensor& like, int64_t bytes) {
   return empty(like, {bytes}, ScalarType::Byte);
 }

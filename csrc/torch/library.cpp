@@ -1,7 +1,8 @@
-// Schemas of torch.ops.quaver. Fake kernels and autograd are registered in python/quaver/ops.py.
+// Schemas of torch.ops.quaver. Fake kernels are registered in python/quaver/ops, autograd functions
+// are in python/quaver/nn.
 //
-// Scales are decode multipliers in f32: x ~= scale * q. In a list argument an empty tensor stands
-// for "none", and an empty list where it may be empty for none at all. `scalings` are values of
+// Scales are decode multipliers in f32: x ~= scale * q. An empty tensor in a list stands for none;
+// an empty list, where one is allowed, means that no parameter has one. `scalings` are values of
 // Scaling (codec.h); a seed >= 0 rounds a 16-bit weight stochastically. Each stage's binding
 // registers its kernels for the CPU (and CUDA) key.
 #include "quaver/cpu.h"

@@ -1,5 +1,5 @@
-// The stable ABI as the binding uses it: torch's own reason in every error, and strings that are
-// freed.
+// Wrappers of the stable ABI for the binding: they keep torch's own reason in every error, and free
+// its strings.
 #pragma once
 
 #include <torch/headeronly/util/shim_utils.h>
@@ -15,10 +15,10 @@ torch_exception_get_what_without_backtrace();
 
 namespace quaver::binding {
 
-// Throws for memory that torch could not give (quaver/check.h), or returns where nobody set how.
+// Throws for memory that torch could not give (quaver/check.h); returns where no handler is set.
 void throw_out_of_memory(const char* reason);
 
-// As RuntimeError, like torch's own.
+// Throws a RuntimeError, as torch does.
 [[noreturn]] inline void torch_failed(const char* call) {
   const char* reason = nullptr;
   if (torch_exception_get_what_without_backtrace != nullptr)

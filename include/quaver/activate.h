@@ -26,7 +26,7 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
 
 }  // namespace cpu
 
-// The same on the device, in `stream` (a cudaStream_t).
+// The same functions on the device, in `stream` (a cudaStream_t).
 namespace cuda {
 
 void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& up_saved,

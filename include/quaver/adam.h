@@ -9,7 +9,7 @@
 
 namespace quaver {
 
-// What one step of one tensor needs, computed once in f64.
+// The constants of one step of one tensor, computed once in f64.
 struct AdamStep {
   float beta1, one_minus_beta1;
   float beta2, one_minus_beta2;

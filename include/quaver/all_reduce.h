@@ -26,17 +26,17 @@ struct SharedScale {
 };
 
 // From the amaxes of all ranks, in rank order, `stride` apart. `scale` fits the largest (equation
-// 4: the smallest of the encode scales). `sum_scale` fits the sum of what can have been stored, so
-// that encoding the sum cannot overflow, whatever the values are: with no second message, and tight
-// where one rank has the outliers. With `mu`, partial sums are to stay in the format (equation 3):
-// both scales are those of mu * value, over mu.
+// 4: the smallest of the encode scales). `sum_scale` bounds the sum of all ranks' rounded values,
+// so encoding it cannot overflow and needs no second message; the bound is tight where one rank
+// holds the outliers. With `mu`, partial sums are to stay in the format (equation 3): both scales
+// are those of mu * value, over mu.
 QUAVER_HD SharedScale shared_scale(const float* amaxes, int64_t ranks, int64_t stride,
                                    float finite_max, const float* mu) {
   constexpr float largest_float = 3.40282347e38f;
   float largest = 0.0f;
   for (int64_t r = 0; r < ranks; ++r) {
     const float a = amaxes[r * stride];
-    if (!is_finite(a)) return {1.0f, 1.0f};  // the amax shows it; the codes no longer matter
+    if (!is_finite(a)) return {1.0f, 1.0f};  // reported by the amax; the codes are unused
     largest = largest < a ? a : largest;
   }
   if (mu != nullptr) {

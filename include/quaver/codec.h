@@ -25,9 +25,9 @@ struct TensorCodec {
   QUAVER_HD T encode(float x, float inverse_scale) { return encode_nearest<T>(x * inverse_scale); }
 };
 
-// What a group's scale is chosen from: bits of its largest magnitude, and of its smallest that is
-// not zero, minus 1. Zeros thus count as the largest `least`, and an infinity as the largest float;
-// NaN counts as zero, for it says nothing about the others.
+// The range of a group, from which its scale is chosen: `most` has the bits of the largest
+// magnitude, `least` those of the smallest, minus 1, so that a zero wraps to the maximum and is
+// never the least. An infinity counts as the largest float. NaN is ignored.
 struct GroupRange {
   uint32_t most = 0, least = 0xffffffffu;
 };
@@ -48,12 +48,12 @@ QUAVER_HD uint32_t range_bits(float x) {
 // k is in sixteenths, one byte, and sits in the low byte of the scale's own bits: the scale is the
 // smallest f32 with that low byte that the largest magnitude does not exceed, at most 2^-15 above.
 //
-// k >= 1: below, every element would be coarser than without expansion for the sake of the
-// smallest. k < 16 is what a byte holds; a constant group would ask for infinity.
+// With k < 1 every element would be coarser than without expansion, to keep the smallest. A
+// constant group would need k = infinity; a byte holds less than 16.
 constexpr uint32_t kPowerOne = 16, kPowerMost = 255, kPowerMask = 0xff;
 
-// What the paper's code lets the expanded ratio be: max^2 / 2, which puts the smallest element at
-// 2.3 times the format's smallest subnormal.
+// The ratio of largest to smallest element after expansion is max^2 / 2, as in the paper's code,
+// which puts the smallest element at 2.3 times the format's smallest subnormal.
 template <class T> struct Expansion;
 template <> struct Expansion<e4m3> {
   static constexpr float log2_max = 8.80735492f, log2_ratio = 2.0f * log2_max - 1.0f;
@@ -62,9 +62,10 @@ template <> struct Expansion<e5m2> {
   static constexpr float log2_max = 15.8073549f, log2_ratio = 2.0f * log2_max - 1.0f;
 };
 
-// log2 of a normal x > 0 and 2^x for |x| <= 120, to within 2^-18 absolute and relative: all that a
-// code of two or three bits of mantissa can show, for a third of the work of math.h's. Exact at
-// powers of two and at integers. Minimax polynomials of log2(1 + u) / u and (2^f - 1) / f.
+// log2 of a normal x > 0 and 2^x for |x| <= 120, to within 2^-18 absolute and relative: precise
+// enough for codes of two or three mantissa bits, at a third of math.h's cost. They are exact at
+// powers of two and at integers, and evaluate minimax polynomials of log2(1 + u) / u and
+// (2^f - 1) / f.
 QUAVER_HD float log2_coarse(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x) - 0x3f3504f3u;  // x = m * 2^e, m from sqrt(1/2)
   const float e = static_cast<float>(static_cast<int32_t>(bits) >> 23);
@@ -90,7 +91,8 @@ QUAVER_HD float exp2_coarse(float x) {
   return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
 }
 
-// Lifts small groups, so that the magnitudes that matter in them are normal.
+// The factor that makes the magnitudes of a small group normal numbers: 2^64 for groups below
+// 2^-64.
 QUAVER_HD float group_lift(float scale) {
   return bit_cast<float>(select(scale < 5.421010862e-20f, 0x5f800000u, 0x3f800000u));  // 2^-64
 }
@@ -107,7 +109,7 @@ QUAVER_HD uint32_t group_power(GroupRange r) {
   const bool fits = (ratio > 0.0f) & (wanted < float(kPowerMost));
   const float power = bit_cast<float>(
       select(fits, bit_cast<uint32_t>(wanted), bit_cast<uint32_t>(float(kPowerMost))));
-  // A subnormal has no bits to spare for a fine k.
+  // A subnormal scale has too few bits to hold k in its low byte.
   return select(r.most < 0x800000u, kPowerOne,
                 at_least_one(static_cast<uint32_t>(static_cast<int32_t>(power))));
 }
@@ -131,8 +133,8 @@ QUAVER_HD float power_of(float scale) {
   return static_cast<float>(static_cast<int32_t>(power)) / kPowerOne;
 }
 
-// The elements of one group to what is then rounded to codes, and back. Without expansion that is
-// a division, and a multiplication, by the scale.
+// The constants of one group's expansion, which maps its elements to the values that are rounded to
+// codes. Without expansion that map is a division by the scale.
 struct Expander {
   float lift, power, offset;
 };
@@ -143,7 +145,7 @@ QUAVER_HD Expander expander(float scale) {
   return {lift, power, Expansion<T>::log2_max - power * log2_coarse(scale * lift)};
 }
 
-// In two steps, for loops that would not overlap one long chain of dependent operations.
+// The expansion is split in two, so that a loop over elements overlaps the first halves.
 QUAVER_HD float log2_expanded(const Expander& e, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
   return fma(e.power, log2_coarse(bit_cast<float>(bits) * e.lift), e.offset);
@@ -160,9 +162,9 @@ QUAVER_HD float expanded(float log2_y, float x) {
 
 QUAVER_HD float expand(const Expander& e, float x) { return expanded(log2_expanded(e, x), x); }
 
-// What is not zero never rounds to zero: y, of x in the format's domain, is at least the smallest
-// subnormal. A second moment that vanished where the first did not would leave m / eps for a step;
-// one that is too large only makes the step smaller.
+// A value that is not zero never rounds to zero: y, which x became in the format's domain, is
+// raised to the smallest subnormal. A second moment that vanished where the first did not would
+// leave m / eps for a step; one that is too large only makes the step smaller.
 template <class T>
 QUAVER_HD float keep_nonzero(float y, float x) {
   const uint32_t least = bit_cast<uint32_t>(
@@ -173,7 +175,8 @@ QUAVER_HD float keep_nonzero(float y, float x) {
   return bit_cast<float>(select(zero, magnitude, kept) | (bits & 0x80000000u));
 }
 
-// log2(|code| / max) of a code without sign. Kept as a table of 128 by whoever decodes many.
+// log2(|code| / max) of a code without sign. Callers that decode many codes keep the 128
+// results in a table.
 template <class T>
 QUAVER_HD float log2_of_code(uint32_t code) {
   return log2_coarse(decode(T{static_cast<uint8_t>(code)})) - log2_coarse(Format<T>::finite_max);

@@ -47,8 +47,8 @@ namespace cpu {
 // If any grad_amax is not finite nothing changes but *skipped, which counts up.
 void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped);
 
-// Codes and scales of a state in groups from f32, f16 or bf16 values, to nearest, but that only
-// zeros become zero; and back to f32.
+// Conversions of f32, f16 or bf16 values to codes and scales of a state in groups, and back to f32.
+// Encoding rounds to nearest, except that only zeros become zero.
 void encode_state(const StateView& state, const TensorView& x);
 void decode_state(const TensorView& out, const StateView& state);
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .layout import FORMATS
 
-# Attributes that `rebuild` makes, and those that hold for one object only.
+# Attributes that copies and pickles leave out: `rebuild` makes them, or they belong to one object.
 OWN = ("qdata", "scale", "amax", "qlayout", "qt", "source", "shares_scale", "fp8_weight")
 
 

@@ -31,8 +31,8 @@ def transport(group: dist.ProcessGroup) -> Transport:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """The part of a matrix that a rank holds: of axis `dim`, a run of every one of `parts` (the
-    lengths, summing to the whole, of what is fused along it: q, k and v, say)."""
+    """The slice of a matrix that a rank holds along axis `dim`. `parts` are the lengths of the
+    matrices that are fused along it (q, k and v, say); the rank holds an equal run of each."""
 
     dim: int
     parts: tuple[int, ...]
@@ -168,7 +168,8 @@ def _local_norm(grads: list[Tensor], kind: float) -> Tensor:
 
 
 def like(t: Tensor, part: Tensor) -> Tensor:
-    """`part`, this rank's rows of something with a row for each of t's, sharded as `t` is."""
+    """Makes `part`, which has one row for each of this rank's rows of `t`, a DTensor sharded as `t`
+    is; returns `part` itself where `t` is not sharded."""
     if not is_sharded(t):
         return part
     from torch.distributed.tensor import (

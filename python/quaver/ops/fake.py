@@ -10,8 +10,8 @@ import torch
 def fake(name: str):
     """Registers a function as the fake kernel of quaver::`name`.
 
-    It raises RuntimeError for tensors on several devices, as the kernels do. In a list an empty
-    tensor stands for "none", wherever it is, except on meta: nothing would be computed.
+    It raises RuntimeError for tensors on several devices, as the kernels do. An empty tensor in a
+    list stands for none and may be on any device but meta, where nothing would be computed.
     """
 
     def register(kernel):

@@ -100,9 +100,9 @@ def encode_state(x: Tensor, codec: str) -> EncodedState:
 
     `codec` is a name of STATES: "f32", "e4m3" and "e5m2" (one scale for 128 flat elements),
     "e4m3-expand" and "e5m2-expand" (with COAT's dynamic range expansion), "e4m3-tensor",
-    "f16-tensor". Each value becomes the nearest that the codec has, but that in groups nothing else
-    than zero becomes zero; Adam's first moment rounds otherwise, see docs/numerics.md. Infinity
-    saturates, NaN stays NaN.
+    "f16-tensor". Each value becomes the nearest that the codec has; in groups only zero becomes
+    zero. Adam's first moment rounds otherwise, see docs/numerics.md. Infinity saturates, NaN stays
+    NaN.
 
     Raises:
         ValueError: an unknown codec.
