@@ -1,4 +1,4 @@
-"""A file is whole at every moment, whoever writes, dies or plants something at its path."""
+"""A file is whole at every moment, whatever others write or plant at its path, or die doing."""
 
 import fcntl
 import json

@@ -199,7 +199,7 @@ def test_every_kernel_is_chosen_and_right():
         m, n, k = shape
         a, b = operand(m, k, types[0], seed=1), operand(n, k, types[1], seed=2)
         on = to(a, "cuda"), to(b, "cuda")
-        if out == E4M3:  # without rounding, but for the format's own
+        if out == E4M3:  # no rounding except the format's own
             scale = torch.tensor(0.5, device="cuda")
             got = qv.gemm(*on, out, fast_accumulate=fast, out_scale=scale)
             allowed = tolerance(*on, F32, None, fast, "cuda")

@@ -206,7 +206,7 @@ def test_a_non_finite_norm_leaves_the_gradients_alone(bad):
         qv.clip_grad_norm_(ps, 1.0, error_if_nonfinite=True)
 
 
-def test_clipping_habits():
+def test_clipping_follows_torch():
     p = nn.Parameter(torch.ones(3))
     assert qv.clip_grad_norm_(p, 1.0).item() == 0.0  # no gradient at all
     p.grad = torch.full((3,), 2.0)

@@ -1,4 +1,4 @@
-"""AdamW against f64, in every habit."""
+"""AdamW against f64, with every option."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""AdamW over every state codec and every kind of weight: bits, habits, and coming to rest."""
+"""AdamW over every state codec and kind of weight: bits, options, and moments that get stuck."""
 
 import copy
 import dataclasses

@@ -138,8 +138,8 @@ def test_column_then_row(name, ranks, fp8_sum, regather):
     assert ((y - wanted_y).reshape(limit.shape).abs() <= limit).all()
     limit = bound(*backward, E5M2, E5M2 if fp8_sum else None)
     assert ((dx - wanted_dx).reshape(limit.shape).abs() <= limit).all()
-    # The products of one process, but for a rank's own scale, as in `bound`; e4m3 gradients besides
-    # err by half an ulp each, or half a step.
+    # The products are those of one process, except for a rank's own scale, as in `bound`. e4m3
+    # gradients may err by half an ulp each, or half a step, besides.
     act, hidden_grad = forward[-1], backward[-1]
     own_scale = {
         "up.weight": step_of(hidden_grad, E5M2) * X.abs().sum((0, 1)),
@@ -287,7 +287,7 @@ def one_rank_each(rank):
 
 
 def test_one_rank_is_no_parallelism():
-    """A group of one changes no bit, but that the embedding's gradient travels in bf16."""
+    """A group of one changes no bit, except that the embedding's gradient is sent in bf16."""
     _, _, wanted, alone, _ = trained(decoder("llama", "fp8lm-o2"), "fp8lm-o2")
     for _, _, logits, gradients, _ in run(2, one_rank_each):
         assert_same(logits, wanted)

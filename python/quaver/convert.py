@@ -1,4 +1,4 @@
-"""Make the parts of an unmodified model FP8 that have an FP8 form, and back."""
+"""Converts the parts of an unmodified model that have an FP8 form, and restores them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .nn.weight import convert_weight, set_dtype
 from .ops import FLOATS
 from .tensor import ScaledTensor, is_sharded
 
-HEAD = ("lm_head",)  # what `skip` is by default, for models that have one and for those without
+HEAD = ("lm_head",)  # the default of `skip`, allowed for models without such a layer too
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def convert(
 
 
 def _check_skip(model: nn.Module, skip: tuple[str, ...]) -> None:
-    """ValueError for a pattern that leaves nothing alone."""
+    """Raises ValueError for a pattern that matches no module, or only holders of linear layers."""
     for pattern in skip:
         found = [(n, m) for n, m in model.named_modules() if n and _matches(n, (pattern,))]
         if not found:
@@ -256,7 +256,7 @@ def _convert_mlps(model, chosen, skip, report) -> None:
 
 
 def _share_casts(model) -> None:
-    """Lets linear layers of one module share the cast of what they read alike."""
+    """Lets linear layers of one module share the FP8 cast of an input that they all read."""
     for module in model.modules():
         # In a Sequential each layer reads another input; lists and dicts have no forward.
         if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, Holder, MLP)):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whoever else writes or plants something at the path.
+"""Files that appear whole or not at all, whatever others write or plant at the path.
 
 A writer works in a temporary file of its own, .NAME.<32 hex digits>.quaver, which it holds locked.
 One that nobody holds belongs to a writer that was killed; the next writer of NAME removes it.

@@ -58,8 +58,8 @@ def _finite(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Run:
-    """What all recipes of a run share. `configuration` is kept in every checkpoint; `writer` makes
-    TensorBoard logs of a folder, if any are wanted."""
+    """The values that all recipes of a run share. `configuration` is kept in every checkpoint;
+    `writer` makes TensorBoard logs of a folder, if any are wanted."""
 
     settings: Settings
     model: models.Config
@@ -123,7 +123,7 @@ class Job:
         if self.recipe.linear is not None:
             distributed.fully_shard(model)
             return
-        # What FSDP2 does without FP8: weights and gradients travel in the autocast dtype.
+        # Without FP8, FSDP2 sends weights and gradients in the autocast dtype.
         from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import
 
         low = self.recipe.autocast == torch.bfloat16
@@ -139,7 +139,7 @@ class Job:
         return AdamW(groups, **options)
 
     def _connect(self) -> None:
-        """What averages gradients, unless FSDP2 does, and what counts the bytes."""
+        """Sets `parallel`, which averages gradients unless FSDP2 does, and `transport`."""
         if self._is_fsdp:
             self.transport = distributed.transport_of(self.model)
             return
@@ -214,8 +214,8 @@ class Job:
                 sync(path.parent)
 
     def _saved(self) -> Path | None:
-        """The file to continue from; None to start. Of a checkpoint in parts, whose ranks may have
-        been killed between them, it is of the newest step that all ranks have."""
+        """The file to continue from; None to start. Where each rank saves a part and some were
+        killed between the parts, it is of the newest step that all ranks have."""
         if self.world.tensor is None:
             path = self._checkpoint
             return path if any(self.world.share(path.exists())) else None

@@ -1,4 +1,4 @@
-"""What this machine offers, and which backend will run."""
+"""Facts of this machine, and the backend that will run on it."""
 
 import os
 import platform

@@ -26,7 +26,7 @@ def storages_of(value: Tensor | None) -> Storages:
 
 
 class SavedActivations:
-    """What a forward saved for its backward. Filled by `saved_activations`, valid after its block.
+    """The bytes that a forward saved for its backward, valid after `saved_activations`' block.
 
     bytes: of all storages, each once. linear_bytes: of those that Linear layers saved.
     by_module: {module name: bytes} for the Linear layers; a storage that several layers saved

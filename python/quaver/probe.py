@@ -1,4 +1,4 @@
-"""What FP8 does to the numbers of a training step, tensor by tensor, without changing a bit of it.
+"""Measures the errors of FP8 in a training step, tensor by tensor, without changing a bit of it.
 
     probe = Probe(model, optimizer)
     with probe.watching():
@@ -29,7 +29,7 @@ EXPANSION_MASK, EXPANSION_ONE = 0xFF, 16  # k of a group, in the low byte of its
 
 
 class Probe:
-    """Measures one step. Of each tensor that is stored or multiplied in a low-precision format:
+    """Measures these figures of one step, for each tensor in a low-precision format:
 
     snr_db: 10 log10 of the power of the values over that of their rounding errors; None where the
         values before the cast are gone (gradients that were accumulated in FP8) or not finite, or
@@ -98,7 +98,7 @@ class Probe:
     def _linear_hook(self, name):
         def hook(module, arguments, output):
             x = arguments[0].detach()
-            if not _is_ready(x):  # else whoever made it measures it
+            if not _is_ready(x):  # else the module that cast it measures it
                 self._cast(f"{name}.input", x, module.rule.input, module.input_history, module)
             if not output.requires_grad:
                 return

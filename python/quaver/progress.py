@@ -1,5 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, and the closing
-table."""
+"""The output of a run: a bar on a terminal, plain lines elsewhere, and the closing table."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ RESULT = {
 }
 SUMMARY = {"recipes": Each(RESULT), "machine": dict, "config": dict}
 
-# What a recipe's folder holds, by regular expressions: folders as dicts, files as None.
+# The contents of a recipe's folder, by regular expressions: folders as dicts, files as None.
 OURS = {
     r"metrics\.jsonl": None,
     "checkpoint": {

@@ -1,4 +1,4 @@
-"""What a JSON document must hold, as data, and the check that it does."""
+"""Schemas of JSON documents, as data, and the check that a document fits one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `quaver train` is asked to do."""
+"""The options of `quaver train`."""
 
 from __future__ import annotations
 

@@ -128,12 +128,12 @@ class ScaledTensor(Interchange):
         return self
 
     def description(self) -> dict:
-        """What `rebuild` needs beside the parts, as JSON values."""
+        """The JSON values that `rebuild` needs beside the parts."""
         return {"dtype": str(self.dtype).removeprefix("torch."), **asdict(self.qlayout)}
 
     @classmethod
     def rebuild(cls, parts: dict[str, Tensor], description: dict) -> ScaledTensor:
-        """The tensor of which `parts()` and `description()` came.
+        """The tensor that `parts()` and `description()` came from.
 
         Raises TypeError or ValueError where they do not describe a ScaledTensor.
         """

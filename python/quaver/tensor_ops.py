@@ -74,7 +74,7 @@ def _decoded(func, args, kwargs):
 
 
 def _read_only(out):
-    """Views of decoded values; plain inside a compiler's trace, which knows no such class."""
+    """Views of decoded values; plain ones inside a compiler's trace, which lacks the class."""
     traced = [t for t in torch.utils._pytree.tree_leaves(out) if type(t) is not Tensor]
     return out if traced else tree_map_only(Tensor, ReadOnlyTensor, out)
 

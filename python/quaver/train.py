@@ -42,7 +42,7 @@ def run(settings: Settings) -> dict:
 
 @contextmanager
 def _world(settings: Settings, device: torch.device) -> Iterator[distributed.World]:
-    """The ranks that --parallel asks for: torchrun has started this process as one of them."""
+    """The ranks of --parallel: torchrun has started this process as one of them."""
     parallel = settings.parallel
     started = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if started != parallel.ranks:

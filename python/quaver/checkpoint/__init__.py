@@ -105,7 +105,7 @@ class Prepared:
 def prepare(
     path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> Prepared:
-    """What `load` does, except that nothing changes yet."""
+    """The checks of `load`, which change nothing yet; the result applies them."""
     path = expanded(path)
     try:
         with opened(path) as stream:

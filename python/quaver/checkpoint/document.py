@@ -1,4 +1,4 @@
-"""What a checkpoint's description must hold, beside its tensors."""
+"""The schema of a checkpoint's description, which lies beside its tensors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ DOCUMENT = {
 
 
 def check_document(document: dict, entries: Collection[str]) -> dict:
-    """`document`, which describes the tensors called `entries`. Raises SchemaError naming what it
-    lacks or mistypes, or the entry that it wants and that is not there."""
+    """Returns `document`, which describes the tensors called `entries`. Raises SchemaError naming
+    a field that is missing or of the wrong type, or a described entry that is missing."""
     check(document, DOCUMENT, "description")
     if document["step"] < 0:
         raise SchemaError(f"description.step must be 0 or more, got {document['step']}")

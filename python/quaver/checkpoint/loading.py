@@ -31,7 +31,7 @@ def plan(
     tensors: Mapping[str, Tensor],
     document: dict,
 ) -> Restore:
-    """What puts `tensors`, named as `collect` named them, into the model and the optimizer."""
+    """The function that puts `tensors`, named as by `collect`, into the model and the optimizer."""
     aliases = {alias: tensors[name] for alias, name in document["aliases"].items()}
     values = {**tensors, **aliases}
     restore = _plan_model(model, values, document["scaled"])

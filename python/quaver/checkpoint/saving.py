@@ -87,7 +87,7 @@ def entries(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def memory(tensor: Tensor) -> tuple:
-    """What two tensors have in common exactly if they are one."""
+    """The identity of a tensor's memory: equal for two tensors exactly if they are one."""
     tensor = local(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
@@ -115,7 +115,7 @@ def _options(group: dict) -> dict:
 
 
 def recipe_of(optimizer: torch.optim.Optimizer) -> str | None:
-    """What decides how the optimizer stores its states; None for those of torch."""
+    """The optimizer's description of how it stores states; None for an optimizer of torch."""
     describe = getattr(optimizer, "describe", None)
     return None if describe is None else describe()
 

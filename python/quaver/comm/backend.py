@@ -49,8 +49,8 @@ class ProcessGroupBackend:
         return group
 
     def abort(self) -> None:
-        """From any thread: fails all messages of the group. A receive that times out does, because
-        gloo then closes the connections of the whole group; it offers no other way."""
+        """Fails all messages of the group; any thread may call it. Gloo has no abort, but closes
+        the group's connections when a receive times out, so this runs one that does."""
         group = self._group()
         if group is None:
             return
@@ -84,7 +84,7 @@ class ProcessGroupBackend:
 
 
 class _Passed:
-    """Waiting for it makes the current stream wait; the host goes on."""
+    """A work of which wait() makes the current stream wait and returns at once."""
 
     def __init__(self, event: torch.cuda.Event):
         self._event = event
@@ -172,7 +172,7 @@ def backend_of(group: dist.ProcessGroup | None):
     call connects them.
 
     Quaver's communicator where the group's backend is NCCL, else torch's process group.
-    QUAVER_COMMUNICATOR, "quaver" or "torch", says otherwise, and QUAVER_NCCL_LIBRARY names the
+    QUAVER_COMMUNICATOR, "quaver" or "torch", overrides this, and QUAVER_NCCL_LIBRARY names the
     library that is opened instead of libnccl.so.2. Over another backend than NCCL, whose tensors
     are the host's, that must be a library that moves host memory.
 

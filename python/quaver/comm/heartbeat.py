@@ -176,7 +176,7 @@ class Heartbeat:
         listener, hosts = listen(store, self.size)
         listener.setblocking(False)
         own = {"rank": self.rank, "hosts": hosts, "port": listener.getsockname()[1]}
-        own["token"] = secrets.token_hex()  # admits only those who can read the store
+        own["token"] = secrets.token_hex()  # admits only processes that can read the store
         # The first rank sets the key; all get what it set.
         found = store.compare_set(f"{KEY}/listener/{turn}", "", json.dumps(own))
         chosen = json.loads(found)

@@ -1,4 +1,4 @@
-"""How the processes that torchrun started find each other, within a deadline."""
+"""The rendezvous by which the processes of torchrun connect to each other, within a deadline."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Rendezvous:
 
 
 def in_thread(action: Callable) -> Future:
-    """Starts action() in a daemon thread: for calls of torch that nothing interrupts."""
+    """Starts action() in a daemon thread: torch has calls that no time-out interrupts."""
     future: Future = Future()
 
     def run() -> None:

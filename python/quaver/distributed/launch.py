@@ -81,13 +81,13 @@ def init(
 
 def announce(text: str) -> None:
     """Ends the other ranks of a command that this rank cannot start, because of `text`. Does
-    nothing where there are none, or where `init` was called: it tells them itself."""
+    nothing without other ranks, or after `init`, which reports its own errors to them."""
     if Rendezvous.used or int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return
     try:
         rendezvous = Rendezvous.of_environment(START_TIMEOUT)
         heartbeat = rendezvous.join()
-    except UsageError:  # no rank is there to be told
+    except UsageError:  # no other rank came
         return
     heartbeat.report(text, usage=True)
     heartbeat.stop(rendezvous.seconds_left())

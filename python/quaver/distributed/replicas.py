@@ -1,5 +1,5 @@
-"""What the replicas of a model have in common: their description, rank 0's values at the start, and
-at every step the amax histories of delayed scaling, so that all scale alike."""
+"""Replicas of a model agree on their description, start with rank 0's values, and merge the amax
+histories of delayed scaling at every step, so that all choose the same scales."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..tensor import ScaledTensor, plain_tensors
 
 
 def describe(tensors: Mapping[str, Tensor], model: nn.Module | None = None) -> dict[str, str]:
-    """What the ranks of a model must have in common, for `compare`: the name, shape, dtypes and
-    layer's rule of each tensor, by its place."""
+    """The properties of each tensor that `compare` compares between ranks, by its position: name,
+    shape, dtypes and its layer's rule."""
     modules = [] if model is None else model.modules()
     rules = {id(m.weight): str(m.rule) for m in modules if isinstance(m, LinearBase)}
     found = {}

@@ -1,4 +1,4 @@
-"""What both families share: attention, initialisation and the check of the input."""
+"""Code that both families share: attention, initialisation and the check of the input."""
 
 import math
 

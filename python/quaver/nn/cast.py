@@ -67,7 +67,7 @@ def transpose_codes(codes: Tensor) -> Tensor:
 
 
 def matrix(x: Tensor) -> Tensor:
-    """[..., C] as [R, C]. Not reshape(-1, C), which fails where C is 0."""
+    """x, of shape [..., C], as [R, C]. reshape(-1, C) would fail where C is 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
@@ -113,7 +113,7 @@ def check_devices(module: nn.Module, device: torch.device) -> None:
 
 
 def in_backward() -> bool:
-    """Whether a backward runs in this thread: a forward in it is activation checkpointing's."""
+    """Whether a backward runs in this thread; a forward inside it recomputes a checkpoint's."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -125,9 +125,9 @@ def new_history(device: torch.device) -> Tensor:
 def cast_history(module: nn.Module, history: Tensor | None) -> Tensor | None:
     """The history that a forward cast of `module` reads and updates.
 
-    Evaluation leaves no trace in it and casts just in time. Activation checkpointing runs a forward
-    again inside the backward: it reads the history as the forward found it, so that its codes are
-    the forward's, and leaves no second trace.
+    Evaluation casts just in time and does not change it. Activation checkpointing runs a forward
+    again inside the backward: that one reads a copy of the history from before the first forward,
+    so that both give the same codes and only the first is recorded.
     """
     history = history if module.training else None
     if history is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
@@ -139,7 +139,7 @@ def cast_history(module: nn.Module, history: Tensor | None) -> Tensor | None:
 
 
 def keep_f32(module: nn.Module, *histories: str) -> None:
-    """After a change of the module's dtype: amaxes are not rounded."""
+    """Makes amax histories float32 again after the module's dtype changed."""
     for name in histories:
         state = getattr(module, name)
         if state is not None and state.dtype != torch.float32:
@@ -172,7 +172,7 @@ class shared_casts:
 
 
 def reuse_cast(x: Tensor, key: tuple, make) -> Cast:
-    """`make()`, or what it gave for the same x and key before in this scope."""
+    """The result of `make()`, or the one that this scope keeps of the same x and key."""
     if torch.compiler.is_compiling() or not _thread.scopes or x.is_inference():
         return make()  # inference tensors have no version by which a write would show
     scope = _thread.scopes[-1]

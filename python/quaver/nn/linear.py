@@ -88,7 +88,7 @@ class LinearBase(nn.Module):
 
     def refresh(self) -> GemmWeight | None:
         """The FP8 copies of a master, encoded anew if it changed since. None where the weight is
-        cast at each use: a plain one, a shard, or what FSDP2 gathered."""
+        cast at each use: a plain weight, a shard, or a weight that FSDP2 gathered."""
         weight = self.weight
         kept = (
             self.rule.cache == "master"
@@ -96,7 +96,7 @@ class LinearBase(nn.Module):
             and not weight.is_transient
             and not weight.is_inference()  # it has no version by which a write would show
             and self.channel_amax is None
-            # Another process's writes move no version here.
+            # Another process's writes change no version here.
             and not (weight.device.type == "cpu" and weight.qdata.is_shared())
         )
         copies = weight.__dict__.get("fp8_weight")
@@ -113,8 +113,8 @@ class LinearBase(nn.Module):
         return copies
 
     def operands(self, channels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The weight's codes [N, K], their scale, and the transposed codes [K, N], or None where
-        backward is to cast the weight again."""
+        """The weight's codes [N, K], their scale, and the transposed codes [K, N]; None for those
+        where backward casts the weight again."""
         dtype = self.rule.weight
         copies = self.fp8_weight if torch.compiler.is_compiling() else self.refresh()
         if copies is not None:
@@ -138,8 +138,8 @@ class LinearBase(nn.Module):
 
     def channels(self) -> Tensor | None:
         """The powers of two [K] that divide the next input and multiply the weight's columns, from
-        the amaxes of the forwards before; None without Smooth-SwiGLU. Activation checkpointing runs
-        a forward again with those that it had."""
+        the amaxes of the forwards before; None without Smooth-SwiGLU. When
+        activation checkpointing runs a forward again, they are those of the first run."""
         if self.channel_amax is None:
             return None
         if in_backward() and self.channels_before is not None:
@@ -181,7 +181,7 @@ class LinearBase(nn.Module):
         check_devices(self, x.device)
 
     def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
-        """`channels`: what the producer of x has already divided it by (an FP8 MLP)."""
+        """`channels`: the factors by which x's producer, an FP8 MLP, has already divided it."""
         self.check_input(x)
         if channels is None and self._buffers["channel_amax"] is not None:
             channels = self.channels()
@@ -202,7 +202,7 @@ class LinearBase(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        # The dtype that the model has now: a weight that is bf16 by the recipe does not show it.
+        # plain_dtype follows the model's dtype, which a weight that is bf16 by the recipe hides.
         self.plain_dtype = fn(torch.empty(0, dtype=self.plain_dtype)).dtype
         keep_f32(self, "input_history", "grad_history", "channel_amax")
         copies = self.weight.__dict__.get("fp8_weight")
@@ -212,12 +212,12 @@ class LinearBase(nn.Module):
         return self
 
     def __getstate__(self):
-        """For copies and pickle, which has no storage of FP8: without the copies of the weight."""
+        """The state for copies and pickle, without the weight's FP8 copies: pickle has no FP8."""
         return {**self.__dict__, "fp8_weight": None}
 
     @property
     def weight_master_scale(self) -> Tensor:
-        """The state_dict's entry, where torch.distributed.checkpoint looks for it by its name."""
+        """The state_dict's entry, as the attribute that torch.distributed.checkpoint reads."""
         return master_scale(self.weight)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

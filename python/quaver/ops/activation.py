@@ -32,7 +32,7 @@ class Grouped(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """What `normalize` gives: both layouts of the result and what its backward needs."""
+    """The results of `normalize`: both layouts of y, and the tensors that its backward needs."""
 
     q: ScaledTensor
     qt: ScaledTensor
@@ -42,7 +42,7 @@ class Normalized(NamedTuple):
 
 
 class Activated(NamedTuple):
-    """What `activate` gives: both layouts of the result and what its backward needs."""
+    """The results of `activate`: both layouts of y, and the tensors that its backward needs."""
 
     q: ScaledTensor
     qt: ScaledTensor

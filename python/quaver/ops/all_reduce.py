@@ -1,4 +1,4 @@
-"""What the all-reduce computes: shared scales, buckets, sums of shards."""
+"""The local ops of the all-reduce: shared scales, buckets, sums of shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUCKET_ALIGNMENT = 16  # kBucketAlignment of all_reduce.h
 
 
 def bucket_length(numel: int) -> int:
-    """Places that a tensor takes in a bucket."""
+    """The elements of a bucket that a tensor of `numel` elements takes, padding included."""
     return -(-numel // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
 
 

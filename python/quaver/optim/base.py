@@ -1,4 +1,4 @@
-"""What optimizers of any kind share: collecting gradients, skipping a step, checking states."""
+"""The base of all optimizers: it collects gradients, skips steps and checks states."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def slots(self, p: Tensor) -> dict:
-        """What p's state holds beside its step, by key: of moments.py, with zeros and fits."""
+        """The slots of p's state beside its step: {key: object of moments.py}."""
         raise NotImplementedError
 
     def update(self, device: torch.device, items: list[Item], amaxes: Tensor) -> None:
@@ -67,7 +67,8 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def describe(self) -> str:
-        """What decides how states are stored, for checkpoints: equal where states fit."""
+        """The options that decide how states are stored: optimizers with equal ones can load each
+        other's states from checkpoints."""
         raise NotImplementedError
 
     def add_param_group(self, group: dict) -> None:

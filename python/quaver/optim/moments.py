@@ -1,4 +1,4 @@
-"""What an optimizer keeps of past gradients: the slots of AdamW."""
+"""The slots of an optimizer's state: moments of past gradients and the remainder of a weight."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ MIN_SCALE = 2.0**-126
 
 
 def scale_max(dtype: torch.dtype) -> float:
-    """The value that an amax is scaled to: the finite maximum; for f16, e4m3's times 2^7 (dtype.h)."""
+    """The value that an amax is scaled to: the finite maximum; of f16, e4m3's times 2^7."""
     return torch.finfo(E4M3).max * MASTER_TO_FP8 if dtype == F16 else torch.finfo(dtype).max
 
 

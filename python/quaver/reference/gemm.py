@@ -34,7 +34,7 @@ def gemm_tolerance(
 def tensor_core_tolerance(
     a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, promoted: bool
 ) -> Tensor:
-    """What Hopper's FP8 tensor cores may lose beside f32 rounding.
+    """The error that Hopper's FP8 tensor cores may add to f32 rounding.
 
     An instruction adds 32 products to the running sum. Every addend is cut to 13 bits below the
     leading bit of the largest one (DeepSeek-V3, arXiv 2412.19437, section 3.5.2: "about 14 bits"),

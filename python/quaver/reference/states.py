@@ -57,7 +57,7 @@ def expand(groups: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_format(x: Tensor, dtype: torch.dtype, expanded: bool) -> tuple[Tensor, Tensor]:
-    """What is rounded to codes, shaped like x, and the scale of each group."""
+    """The values that are rounded to codes, shaped like x, and the scale of each group."""
     groups = _groups(x)
     if expanded:
         scale = expanded_scale(groups, dtype)

@@ -65,7 +65,7 @@ class _Pipeline:
 
 
 class DataParallel:
-    """What `ddp` returns. The model stays itself: its names and its state_dict do not change.
+    """The handle that `ddp` returns. The model keeps its class, its names and its state_dict.
 
     Attributes:
         transport: `transport.traffic` counts the bytes that this rank sent, by kind.

@@ -147,7 +147,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         return int(self._skipped)
 
     def _replica(self, p: Tensor) -> torch.dtype:
-        """What a rank that does not own p stores of it."""
+        """The dtype in which a rank that does not own p stores it."""
         if not isinstance(p, ScaledTensor):
             return p.dtype
         return self.recipe.replica or p.qdata.dtype

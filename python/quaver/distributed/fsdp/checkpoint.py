@@ -292,7 +292,7 @@ def _kind(tensor: Tensor) -> dict:
 
 
 def _empty_tensors(model: nn.Module, document: dict) -> dict[str, Tensor]:
-    """What the shards are read into: all tensors, except the random generators of other ranks."""
+    """Empty tensors that the shards are read into: all but the random generators of other ranks."""
     parameters = dict(model.named_parameters())
     return {
         name: _empty(name, DTYPES[kind["dtype"]], kind["shape"], parameters)

@@ -32,7 +32,7 @@ def encode_e4m3(x: Tensor) -> Tensor:
 
 
 def decode_e4m3(message: Tensor, columns: int) -> Tensor:
-    """What `encode_e4m3` took, as f32."""
+    """The f32 values of a message of `encode_e4m3`."""
     q, exponent = message.split([columns, message.shape[1] - columns], 1)
     scale = (exponent.to(torch.int32) << MANTISSA).view(torch.float32)
     scale = torch.where(scale.isinf(), torch.nan, scale)

@@ -157,7 +157,7 @@ class Input:
 
 
 class _Column:
-    """What both column-parallel layers share; `tp_group` is set by the style that made them."""
+    """The base of both column-parallel layers; `tp_group` is set by the style that made them."""
 
     def gather(self, x: Tensor) -> Tensor:
         """The sequence of x [..., S / ranks, K], for this layer and all that share its input. Of an
