@@ -19,8 +19,6 @@ constexpr int64_t group_count(int64_t numel) { return (numel + kGroup - 1) / kGr
 // its reciprocal is exact. f32 and bf16 have scale 1.
 template <class T>
 struct TensorCodec {
-  using Storage = T;
-  static constexpr int bytes = sizeof(T);
   QUAVER_HD float decode(T code, float scale) { return quaver::decode(code) * scale; }
   QUAVER_HD T encode(float x, float inverse_scale) { return encode_nearest<T>(x * inverse_scale); }
 };
