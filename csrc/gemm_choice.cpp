@@ -53,7 +53,7 @@ double overhead(const GemmTactic& t, double waves) { return hides(t, waves) ? 96
 // one multiprocessor's share of the memory rate this is the same for every tile.
 constexpr double kSplitOverhead = 1536.0;
 
-// As CUTLASS rounds the number of tiles, so that bands of `swizzle` clusters are whole.
+// The number of tiles as CUTLASS rounds it up, so that bands of `swizzle` clusters are whole.
 int64_t padded_tiles(const GemmTactic& t, const GemmProblem& p, int swizzle) {
   return round_up(ceil_div(p.m, t.tile_m), int64_t(swizzle) * t.cluster_m) *
          round_up(ceil_div(p.n, t.tile_n), int64_t(swizzle) * t.cluster_n);

@@ -39,7 +39,7 @@ struct Communicator::State {
 
   explicit State(const Nccl& nccl) : api(nccl) {}
 
-  // With the mutex held.
+  // The caller holds the mutex.
   void abort() {
     if (comm != nullptr) api.CommAbort(comm);
     comm = nullptr;
@@ -83,7 +83,7 @@ Communicator::~Communicator() {
   state_->api.CommAbort(state_->comm);
 }
 
-// Waits until NCCL has taken in what was queued (connections are made then), not for the work.
+// Waits until NCCL has accepted the queued messages and made their connections, not until they ran.
 void Communicator::finish(const char* op) {
   const auto began = Clock::now();
   for (;;) {

@@ -87,7 +87,8 @@ struct GroupScales {
   float scale[kGroups], lift[kGroups], power[kGroups], offset[kGroups];
 };
 
-// Of all groups at once: one alone is a long chain of dependent operations.
+// Chooses the scales of all groups at once, because one alone is a long chain of dependent
+// operations.
 template <class T>
 inline GroupScales choose_scales(const GroupRanges& r) {
   GroupScales s;
@@ -171,7 +172,7 @@ inline void encode_exp_avg(uint8_t* out, const float* m, const float* grad, cons
   }
 }
 
-// Of values without sign.
+// Encodes second moments, which have no sign.
 template <class T>
 inline void encode_exp_avg_sq(uint8_t* out, const float* v, const Expander& e) {
   constexpr float least = 1.0f / (1 << (Format<T>::bias - 1 + Format<T>::mantissa));

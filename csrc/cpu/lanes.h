@@ -100,7 +100,7 @@ QUAVER_INLINE Ints shifted_right(const Ints& x) {  // keeps the sign
   return each<Ints>([&](int k) { return _mm256_srai_epi32(x.of[k], n); });
 }
 
-// Of eight unsigned integers.
+// The largest of eight unsigned integers.
 QUAVER_INLINE uint32_t largest(__m256i x) {
   __m128i y = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   y = _mm_max_epu32(y, _mm_shuffle_epi32(y, 0x4e));

@@ -8,7 +8,7 @@
 #include "quaver/codec.h"
 
 #if defined(__SSE2__)
-// gcc 12 takes the "undefined" operand inside its own intrinsics for a mistake.
+// gcc 12 warns of the "undefined" operand inside its own intrinsics.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #endif
@@ -18,13 +18,13 @@ namespace {
 
 #define QUAVER_SIMD _Pragma("omp simd")
 
-// Asks for what a stream needs 4 KiB later: the loops here end every few hundred values, where the
+// Prefetches 4 KiB ahead of a stream: the loops here end every few hundred values, where the
 // hardware's own prefetch starts anew. Beyond the end of the data it does nothing.
 inline void prefetch(const void* p) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + 4096));
 }
 
-// The same for all of some bytes.
+// Prefetches ahead of a whole range of bytes.
 inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(p) + i);
 }

@@ -28,7 +28,7 @@ struct Problem {
   int64_t* skipped;
 };
 
-// One block. A gradient that is not finite anywhere skips the step everywhere.
+// Runs in one block. A gradient that is not finite anywhere skips the step everywhere.
 __global__ void __launch_bounds__(kThreads) begin_kernel(Problem p) {
   bool bad = false;
   for (int64_t i = threadIdx.x; i < p.count; i += kThreads)
@@ -131,7 +131,7 @@ QUAVER_DEVICE void encode_weight(const Entry& e, const Plan& p, const float (&w)
   }
 }
 
-// A moment of the whole warp.
+// Encodes a moment. All threads of a warp must call it.
 QUAVER_DEVICE void encode_moment(const Entry& e, const Plan& p, int k, const float (&x)[kQuad],
                                  const float (&grad)[kQuad], const uint32_t (&random)[kQuad],
                                  Loaded& l) {
@@ -184,7 +184,7 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, const Logarithms& l
     seen[k] = max_bits(seen[k], amax_bits(x[k]));
   }
   if (e.fp8 == nullptr) return 0;
-  // From the new codes, so that a reload gives the same copy.
+  // The copy is made from the new codes, so that a reload gives the same one.
   decode_any(DType::f16, l.state[0], 0, 1.0f / kMasterToFp8, x[0]);
   AnyQuad codes = {{convert_word<e4m3>(x[0])}};
   store_quad(e.fp8, DType::e4m3, l.i, codes, l.n, e.aligned);
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(Problem p) {
   for (int k = 0; k < kStates; ++k) block_atomic_max(&plan.amax[k], seen[k]);
 }
 
-// One block.
+// Runs in one block.
 __global__ void __launch_bounds__(kThreads) end_kernel(Problem p) {
   if (*p.skip) return;
   for (int64_t i = threadIdx.x; i < p.count; i += kThreads) {
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) end_kernel(Problem p) {
   }
 }
 
-// What is left to transpose after the update.
+// Appends the transposition of a copy whose update did not write the transpose itself.
 void add_transposition(const Entry& e, std::vector<TransposeEntry>* list, int64_t* tiles) {
   if (e.fp8 == nullptr || e.tiled) return;
   const bool aligned = is_aligned(e.fp8) && e.tiles.cols % kVector == 0;

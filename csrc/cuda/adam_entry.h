@@ -1,4 +1,5 @@
-// What the kernels of adam.cu read of a parameter, and what its step takes, computed once.
+// The table entry of a parameter that adam.cu's kernels read, and the plan of its step, computed
+// once.
 #pragma once
 
 #include "../arguments.h"
@@ -37,7 +38,7 @@ struct Entry {
   bool stochastic, stochastic_exp_avg, tiled, aligned, aligned_t;
 };
 
-// What a step of one parameter needs, computed once.
+// The constants of one step of one parameter, computed once.
 struct Plan {
   AdamStep step;
   float scale[kStates], grad_scale;  // decode, as stored

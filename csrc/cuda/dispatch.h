@@ -1,4 +1,4 @@
-// From the types and sizes that are known at run time to kernels.
+// Dispatch to kernel templates by types and sizes that are known at run time.
 #pragma once
 
 #include <algorithm>

@@ -312,7 +312,7 @@ struct Gemm {
   }
 };
 
-// Named by its tactic, so that a profile and the table of `make cuda` can be read.
+// The kernel, a template of its tactic, by which profiles and the table of `make cuda` name it.
 template <class Tactic>
 __global__ void __launch_bounds__(Tactic::Kernel::MaxThreadsPerBlock,
                                   Tactic::Kernel::MinBlocksPerMultiprocessor)

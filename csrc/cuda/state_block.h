@@ -15,7 +15,7 @@ struct Logarithms {
   float of[2][128];
 };
 
-// By all threads of the block, which must synchronise before the first use.
+// Fills the table; all threads of the block call it, and synchronise before the first use.
 QUAVER_DEVICE void fill(Logarithms& t, int thread) {
   static_assert(kThreads == 256, "one entry for each thread");
   const uint32_t code = thread % 128;

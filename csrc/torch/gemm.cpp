@@ -101,8 +101,9 @@ Tensor multiply(const Tensor& a, const Tensor& b) {
 // The stable ABI has no add; subtracting with alpha = -1 is the same.
 Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
 
-// On any device: an f32 product of the codes, then scales, bias and addend in f32, as the kernels'
-// epilogue has it, and one rounding. Codes are exact in TF32 and bf16 too, should torch use them.
+// The product on any device: torch multiplies the codes in f32, then scales, bias and addend follow
+// in f32 and in the order of the kernels' epilogue, then one rounding. Codes are exact in TF32 and
+// bf16 too, which torch may use.
 void compose(Call& c) {
   const Tensor a = decode_codes(c.a, ScalarType::Float);
   const Tensor b = decode_codes(c.b, ScalarType::Float);
@@ -138,8 +139,9 @@ void run_cpu(Call& c) {
   if (type == ScalarType::BFloat16 && !bf16_products) return compose(c);
   const bool plain = type == ScalarType::Float || type == ScalarType::BFloat16;
   if (!plain || c.scale_a.numel() != 1 || c.scale_b.numel() != 1) return compose(c);
-  // In f32: a product that overflows is infinite, where torch would refuse a double beyond f32.
-  // BLAS ignores an alpha that is NaN, and operands where alpha is 0, NaN and infinity included.
+  // The scales are multiplied in f32, whose overflow is infinity; torch refuses a double beyond
+  // f32. BLAS ignores an alpha that is NaN, and operands where alpha is 0, NaN and infinity
+  // included.
   const float alpha = *scalar("gemm", "scale_a", c.scale_a) * *scalar("gemm", "scale_b", c.scale_b);
   if (!is_finite(alpha) || alpha == 0.0f) return compose(c);
   const Tensor addend = c.bias.has_value() ? torch::stable::to(*c.bias, type) : c.out;

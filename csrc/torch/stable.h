@@ -8,8 +8,8 @@
 
 #include "quaver/check.h"
 
-// Since torch 2.13. Weak, so that the library loads on an older torch, where the reason is on
-// stderr only.
+// torch has this function since 2.13. It is weak, so that the library loads on an older torch,
+// which writes the reason to stderr only.
 extern "C" __attribute__((weak, visibility("default"))) const char*
 torch_exception_get_what_without_backtrace();
 

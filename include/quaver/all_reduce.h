@@ -25,11 +25,11 @@ struct SharedScale {
   float scale, sum_scale;
 };
 
-// From the amaxes of all ranks, in rank order, `stride` apart. `scale` fits the largest (equation
-// 4: the smallest of the encode scales). `sum_scale` bounds the sum of all ranks' rounded values,
-// so encoding it cannot overflow and needs no second message; the bound is tight where one rank
-// holds the outliers. With `mu`, partial sums are to stay in the format (equation 3): both scales
-// are those of mu * value, over mu.
+// The scales from the amaxes of all ranks, in rank order, `stride` apart. `scale` fits the largest
+// (equation 4: the smallest of the encode scales). `sum_scale` bounds the sum of all ranks' rounded
+// values, so encoding it cannot overflow and needs no second message; the bound is tight where one
+// rank holds the outliers. With `mu`, partial sums are to stay in the format (equation 3): both
+// scales are those of mu * value, over mu.
 QUAVER_HD SharedScale shared_scale(const float* amaxes, int64_t ranks, int64_t stride,
                                    float finite_max, const float* mu) {
   constexpr float largest_float = 3.40282347e38f;

@@ -103,7 +103,7 @@ QUAVER_HD uint32_t group_power(GroupRange r) {
   const float most = bit_cast<float>(r.most), lift = group_lift(most);
   const float ratio = log2_coarse(most * lift) - log2_coarse(bit_cast<float>(r.least + 1u) * lift);
   const float wanted = Expansion<T>::log2_ratio * kPowerOne / ratio;
-  // Not above 0 for a constant group.
+  // The ratio of a constant group is not above 0.
   const bool fits = (ratio > 0.0f) & (wanted < float(kPowerMost));
   const float power = bit_cast<float>(
       select(fits, bit_cast<uint32_t>(wanted), bit_cast<uint32_t>(float(kPowerMost))));

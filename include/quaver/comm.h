@@ -45,7 +45,8 @@ class Communicator {
   void all_gather(const void* send, void* recv, int64_t bytes, void* stream);
   // `data` becomes that of rank `root`.
   void broadcast(void* data, int64_t bytes, int root, void* stream);
-  // In place, in NCCL's own order and rounding; FP8 re-rounds at every hop and needs NCCL 2.24.
+  // Reduces in place, in NCCL's own order and rounding; FP8 rounds at every hop and needs
+  // NCCL 2.24.
   void all_reduce(void* values, int64_t count, DType type, Reduction reduction, void* stream);
 
   bool sums_fp8() const;

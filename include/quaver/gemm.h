@@ -23,7 +23,7 @@ struct GemmArguments {
 enum class GemmOut : int8_t { half, f32, fp8 };
 // Two warpgroups share a tile, or take turns at one each.
 enum class GemmSchedule : int8_t { cooperative, pingpong };
-// Whole tiles, or work cut along K and reduced in a fixed order.
+// The units of work: whole tiles, or parts of them along K, reduced in a fixed order.
 enum class GemmScheduler : int8_t { persistent, stream_k };
 
 constexpr int kGemmTileK = 128;

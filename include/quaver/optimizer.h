@@ -59,8 +59,8 @@ namespace cuda {
 // Device memory, 16-byte aligned, that one call needs while it runs.
 int64_t adam_workspace_bytes(int64_t count);
 
-// As the CPU's. Everything that decides is on the device, so a captured graph stays right: the
-// host reads shapes and pointers only.
+// The CPU's step on the device. The host reads shapes and pointers only, and every decision is
+// taken on the device, so a captured graph stays right.
 void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped, void* workspace,
           void* stream);
 

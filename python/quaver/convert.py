@@ -258,7 +258,7 @@ def _convert_mlps(model, chosen, skip, report) -> None:
 def _share_casts(model) -> None:
     """Lets linear layers of one module share the FP8 cast of an input that they all read."""
     for module in model.modules():
-        # In a Sequential each layer reads another input; lists and dicts have no forward.
+        # Layers of a Sequential read different inputs; lists and dicts have no forward.
         if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, Holder, MLP)):
             continue
         widths = [child.in_features for child in _held(module) if is_converted(child)]

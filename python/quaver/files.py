@@ -94,7 +94,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         sync(path.parent)
     except OSError as error:
         if error.filename is None or str(error.filename).endswith(SUFFIX):
-            error.filename, error.filename2 = str(path), None  # the temporary name helps nobody
+            error.filename, error.filename2 = str(path), None  # the temporary name would not help
         raise
     finally:
         if temporary is not None:

@@ -88,7 +88,7 @@ class Interchange(torch.Tensor):
         if missing:  # the last ranks hold fewer rows, or none
             padding = (0, 0) * (codes.dim() - 1) + (0, missing)
             codes = F.pad(codes.view(torch.uint8), padding).view(codes.dtype)
-        # As bytes: gloo gathers no FP8.
+        # FP8 is sent as bytes, because gloo does not gather FP8.
         sent = codes.view(torch.uint8) if codes.element_size() == 1 else codes
         return (sent,), (scale, codes.dtype)
 

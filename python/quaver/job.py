@@ -191,7 +191,7 @@ class Job:
 
     @property
     def _next(self) -> Path:
-        """Where a part of a checkpoint waits until all ranks have written theirs."""
+        """The path of a checkpoint's part until all ranks have written theirs."""
         return self._checkpoint.with_suffix(".next.safetensors")
 
     def _save(self, step: int, metrics: Metrics) -> None:

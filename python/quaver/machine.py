@@ -63,7 +63,7 @@ def _driver():
 
 
 def why_not_cuda():
-    """Why the CUDA backend cannot run here, in a few words; None if it can."""
+    """The reason why the CUDA backend cannot run here, in a few words; None if it can."""
     if not qv.build_info()["cuda"]:
         return "this build of quaver has no CUDA backend (build with QUAVER_CUDA=on)"
     if torch.version.cuda is None:
@@ -102,7 +102,7 @@ def backends():
 class F32Products(TorchDispatchMode):
     """While it is entered, bf16 matrix products on the CPU are taken in f32 and rounded once.
 
-    That is what a bf16 product with f32 accumulation is, up to the order of the sum.
+    A bf16 product with f32 accumulation gives the same, up to the order of the sum.
     """
 
     PRODUCTS = frozenset((torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm))

@@ -54,7 +54,7 @@ class Metrics:
             self.file.flush()
 
     def sync(self) -> None:
-        """Makes the lines durable: before a checkpoint that counts on them."""
+        """Makes the lines durable; called before a checkpoint, which records their CRC-32."""
         if self.file is not None:
             os.fsync(self.file.fileno())
 

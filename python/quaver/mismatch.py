@@ -83,7 +83,7 @@ def _warn_of_other_recipe(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _rules(p: nn.Parameter, recipe: Recipe) -> tuple[str, ...]:
-    """How `recipe` stores the moments of p and rounds p."""
+    """The rules by which `recipe` stores the moments of p and rounds p."""
     scaled = isinstance(local(p), ScaledTensor)
     low = scaled or recipe.plain_moments
     moments = (recipe.exp_avg, recipe.exp_avg_sq) if low else ("f32", "f32")

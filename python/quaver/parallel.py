@@ -1,4 +1,4 @@
-"""How the processes of a run share its work, as frozen data."""
+"""The parallelism of a run, parsed from --parallel into frozen data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Parallel:
 
     @classmethod
     def parse(cls, text: str | Parallel | None) -> Parallel:
-        """From `--parallel`: "dp=4", "zero=4", "fsdp=4", "tp=2", or one of the first two with the
+        """Parses `--parallel`: "dp=4", "zero=4", "fsdp=4", "tp=2", or one of the first two with the
         last, "dp=2,tp=2" for four ranks. None is one process. Raises UsageError naming the part
         that is wrong."""
         if text is None or isinstance(text, Parallel):

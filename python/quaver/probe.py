@@ -64,7 +64,7 @@ class Probe:
                 handle.remove()
 
     def before_update(self):
-        """To be called when the gradients are complete, before the optimizer's step."""
+        """Measures gradients; call it when they are complete, before the optimizer's step."""
         for name, p in self.model.named_parameters():
             if isinstance(p.grad, ScaledTensor):
                 self._measure(f"{name}.grad", p.grad)

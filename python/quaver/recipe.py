@@ -8,15 +8,15 @@ import torch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
-# How optimizer states may be stored; optim/states.py implements each.
+# The storage of optimizer states, by name; optim/states.py implements each.
 STATES = ("f32", "e4m3", "e5m2", "e4m3-expand", "e5m2-expand", "e4m3-tensor", "f16-tensor")
 
 
 def _check(recipe, **choices) -> None:
-    """ValueError naming the first field of `recipe` whose value is none of its choices."""
+    """Raises ValueError naming the first field of `recipe` whose value is none of its choices."""
     for field, allowed in choices.items():
         value = getattr(recipe, field)
-        # By type too: True == 1, and a tensor compares elementwise.
+        # Types are compared too: True == 1, and a tensor compares elementwise.
         if not any(type(value) is type(a) and value == a for a in allowed):
             raise ValueError(
                 f"{type(recipe).__name__}: {field} must be one of "
@@ -26,7 +26,7 @@ def _check(recipe, **choices) -> None:
 
 @dataclass(frozen=True)
 class LinearRecipe:
-    """How a linear layer multiplies.
+    """The formats and scaling of a linear layer's products.
 
     Args:
         input, weight, grad_output: float8_e4m3fn or float8_e5m2 of the products' operands. CUDA

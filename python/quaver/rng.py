@@ -75,7 +75,8 @@ def _check_words(name: str, words: list[int], position: int) -> None:
 
 def _check_torch(state: Tensor) -> None:
     _try("torch", torch.Generator().set_state, state)
-    # Of the CPU generator: seed, words left, seeded, next word. torch checks each bound alone.
+    # The CPU generator's state is seed, words left, seeded, next word; torch does not check the
+    # bounds of the two counts together.
     left, _, position = struct.unpack("<iiq", bytes(state[8:24].tolist()))
     if not 0 <= position <= WORDS or (left > 1 and left + position > WORDS + 1):
         raise SchemaError(f"random generator torch: word {position} of {WORDS}, {left} left")

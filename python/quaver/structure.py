@@ -42,7 +42,7 @@ class NormForm:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """By its type, or as one that carries a weight vector and an epsilon and nothing else."""
+    """Whether a module is a norm: by its type, or by a weight vector and an epsilon alone."""
     if type(module) in (nn.RMSNorm, nn.LayerNorm):
         return True
     own = dict(module.named_parameters(recurse=False))
@@ -98,7 +98,7 @@ def norm_form(module: nn.Module) -> NormForm:
 
 
 def _probed_form(module: nn.Module) -> NormForm:
-    """By comparison on a copy with random parameters, on the CPU in f32."""
+    """The form found by comparison on a copy with random parameters, on the CPU in f32."""
     width, eps = module.weight.numel(), _epsilon(module)
     twin = copy.deepcopy(module).to_empty(device="cpu").float()
     random = torch.Generator().manual_seed(0)
@@ -312,8 +312,8 @@ def _kind(module: nn.Module, node) -> str | None:
 
 
 def check_readers(parent: nn.Module, name: str, width: int) -> None:
-    """That the result of the norm `name` goes to converted linear layers alone, directly or inside
-    a child of `parent` that has some for this width. Raises NotRecognized otherwise."""
+    """Raises NotRecognized unless the result of the norm `name` goes to converted linear layers
+    alone, directly or inside a child of `parent` that has some of this width."""
     try:
         graph = steps(parent)
     except NotRecognized as why:

@@ -198,7 +198,7 @@ class ScaledTensor(Interchange):
         return found
 
     def refresh_copies(self) -> ScaledTensor:
-        """To be called after the contents changed: a weight's FP8 copies follow it."""
+        """Brings a weight's FP8 copies up to date; call it after the contents changed."""
         for changed in self.sources():
             changed.qt = None
             copies = changed.__dict__.get("fp8_weight")

@@ -48,7 +48,7 @@ def _implements(*ops):
 
 @_implements("any")
 def _decoded(func, args, kwargs):
-    """On the decoded values, encoded again where the op writes."""
+    """Runs an op on decoded values and encodes those that it writes: all of them, or none."""
     targets = {id(t): t for t in written(func, args, kwargs) if isinstance(t, ScaledTensor)}
     if targets:
         _refuse_writes(func)
@@ -124,7 +124,7 @@ def _view(func, x, *args, **kwargs):
     codes = func(x.qdata, *args, **kwargs)
     if not isinstance(codes, Tensor):
         return [x.view_of_codes(q) for q in codes]
-    # With the last axis whole, and the leading ones split or joined, it is the same matrix.
+    # A view that keeps the last axis, and splits or joins the others, is the same matrix.
     whole = func in _KEEP_ROWS and codes.shape[-1:] == x.shape[-1:]
     out = x.view_of_codes(codes, x.qt if whole else None)
     if func is aten.slice.Tensor and x.owned_rows is not None:
@@ -236,8 +236,8 @@ def _zero_(func, x):
 
 @_implements(aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar)
 def _scale_(func, x, factor):
-    """By one positive number: the codes stay, the scale takes it. Clipping an FP8 gradient costs
-    nothing."""
+    """Multiplies the scale by one positive number and leaves the codes, so that clipping an FP8
+    gradient costs nothing."""
     if not isinstance(x, ScaledTensor) or x.qlayout.expand or x.shares_scale:
         return NotImplemented
     if isinstance(factor, Tensor):
@@ -296,7 +296,7 @@ def _accumulate_(func, target, other, *, alpha=1):
 
 
 def _place(t: ScaledTensor) -> tuple:
-    """Where its codes lie."""
+    """The place of a tensor's codes in memory."""
     return t.qdata.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()
 
 

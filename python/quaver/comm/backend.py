@@ -109,7 +109,8 @@ class NcclBackend:
         self.rank, self.size = rank, size
         self._nccl = Nccl(store, rank, size, name=f"{name}/{made}", library=library, host=host)
         self._stream = None if host else torch.cuda.Stream()
-        # On all ranks or none. Makes the connections too, so that a failure is one of the start.
+        # FP8 sums are used on all ranks or none. This message also makes the connections, so
+        # that one that fails does so at the start.
         unable = torch.tensor(
             [float(not self._nccl.sums_fp8)],
             dtype=torch.float32,

@@ -52,7 +52,8 @@ class RankFailure(RuntimeError):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why all ranks end: `text` names the rank that failed first, `usage` is RankFailure's."""
+    """The reason why all ranks end: `text` names the rank that failed first; `usage` as in
+    RankFailure."""
 
     text: str
     usage: bool = False
@@ -111,7 +112,7 @@ class Heartbeat:
         self._post(failure=[f"rank {self.rank}: {text}", usage])
 
     def reason(self) -> Failure | None:
-        """Why a message failed: waits for it, up to REASON_DELAY. None where no rank is gone."""
+        """Waits up to REASON_DELAY for the reason why a message failed; None if no rank is gone."""
         with self._changed:
             self._changed.wait_for(lambda: self.failure, REASON_DELAY)
             if self.failure is None and self._gone:

@@ -97,7 +97,7 @@ class Nccl:
         _ops.comm_check(self._open("check"))
 
     def abort(self) -> None:
-        """From any thread: ends what waits for a rank that is gone. The peers see an error."""
+        """Ends calls that wait for a lost rank; any thread may call it. Peers get errors."""
         if self._number is not None:
             number, self._number = self._number, None
             _ops.comm_abort(number)

@@ -161,7 +161,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @torch.no_grad()
 def _gathered(optimizer: ZeroAdamW, transport: Transport):
-    """On rank 0 the optimizer with the states of all ranks, those of others on the host."""
+    """On rank 0, returns the optimizer with the states of all ranks, those of others on the CPU."""
     if transport.size == 1:
         return optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -79,7 +79,8 @@ class Product(FirstOrder):
         )
         recast = w_qt is None and ctx.needs_input_grad[0]
         ctx.save_for_backward(kept, kept_scale, weight if recast else None)
-        # Not saved tensors: copies are written in place with the weight, whose version is checked.
+        # Copies are not saved tensors, because they are written in place with the weight; backward
+        # checks the weight's version instead.
         copied = w_qt is not None and ctx.needs_input_grad[0]
         ctx.weight, ctx.version = (weight, weight._version) if copied else (None, None)
         ctx.w_format, ctx.w_scale, ctx.w_qt = w_q.dtype, w_scale, w_qt

@@ -93,7 +93,7 @@ class AdamW(Optimizer):
         return slots | ({"remainder": REMAINDER} if self._rounding(p) == "remainder" else {})
 
     def _rounding(self, p: Tensor) -> str:
-        """How p takes its update: "nearest", "stochastic" or "remainder"."""
+        """The rounding of p's update: "nearest", "stochastic" or "remainder"."""
         if isinstance(local(p), ScaledTensor):
             return self.recipe.master_rounding
         rule = self.recipe.bf16_master

@@ -28,7 +28,7 @@ class Item(NamedTuple):
 class Optimizer(torch.optim.Optimizer):
     """Updates all parameters that have a gradient, or none where a gradient is not finite.
 
-    Of FSDP2's parameters each rank steps its shard, and all ranks skip alike. A subclass gives
+    Under FSDP2 each rank steps its shards, and all ranks skip the same steps. A subclass gives
     `check_options`, `slots`, `update` and `describe`.
 
     Args:
@@ -165,12 +165,12 @@ class Optimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but a state keeps the dtype and codes it was saved with. Raises ValueError,
-        and changes nothing, where a state is not one of this recipe for its parameter."""
+        """Loads as torch does, except that states keep the dtype and codes they were saved with.
+        Raises ValueError, and changes nothing, where a state does not fit recipe and parameter."""
         saved = state_dict["state"]
         ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
-        if len(ids) == len(params):  # else torch says what is wrong
+        if len(ids) == len(params):  # else torch raises the error
             for i, p in zip(ids, params, strict=True):
                 if saved.get(i):
                     self._check_saved(i, saved[i], p)

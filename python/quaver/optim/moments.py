@@ -45,7 +45,7 @@ class Remainder:
     is_flat = False
 
     def zeros(self, p: Tensor) -> Tensor:
-        """Of a parameter that is its own master."""
+        """The remainder before the first step: none, the parameter is its own master."""
         return torch.zeros(p.shape, dtype=torch.int16, device=p.device)
 
     def fits(self, value: object, p: Tensor) -> bool:
@@ -58,5 +58,5 @@ class Remainder:
 
 REMAINDER = Remainder()
 
-# By the names that recipes give them.
+# The moments by the names that recipes use.
 MOMENTS: dict[str, Ema] = {name: Ema(name) for name in STATES}

@@ -69,7 +69,7 @@ STATES: dict[str, Codec] = {
 
 
 def scaling(state: Tensor) -> int:
-    """How `state` is scaled, as adam_ takes it."""
+    """The scaling of `state`, as adam_ takes it."""
     if not isinstance(state, ScaledTensor):
         return SCALINGS["tensor", False]
     return SCALINGS[state.qlayout.grain, state.qlayout.expand]

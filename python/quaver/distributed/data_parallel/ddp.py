@@ -39,7 +39,7 @@ class _Bucket:
 
 
 class _Pipeline:
-    """The protocols that run. `advance` takes each one message further, the oldest first."""
+    """The running protocols. `advance` starts the next message of each, the oldest first."""
 
     def __init__(self):
         self._active: list[list] = []
@@ -140,7 +140,7 @@ class DataParallel:
         return {"mu": mu}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes over what `state_dict` gave, as far as the names are here; clamped to the rule."""
+        """Loads mu of the names that exist here from a `state_dict`, within the rule's range."""
         for b in self._buckets:
             if b.auto_scale is None:
                 continue
@@ -206,7 +206,7 @@ class DataParallel:
         return kinds
 
     def _agree(self, named, optimizer, bucket_bytes) -> None:
-        """Ranks must start the same messages: a difference is an error now, not a hang later."""
+        """Compares the ranks' messages: a difference is an error now, not a hang later."""
         mine = {
             "ddp": f"{self.algorithm} in {self.dtype}, buckets of {bucket_bytes} bytes, "
             f"fp8_gradients={self.fp8_gradients}",
@@ -235,7 +235,7 @@ class DataParallel:
 
     @contextlib.contextmanager
     def _beside(self):
-        """The stream of messages, and of what they need, which runs beside backward's."""
+        """The stream of messages and their kernels, which runs beside backward's."""
         if self._stream is None:
             yield
             return

@@ -129,7 +129,7 @@ class ZeroAdamW(torch.optim.Optimizer):
             self.state[p] = state  # the inner optimizer's own dict, so that both are restored
 
     def describe(self) -> str:
-        """As qv.AdamW's: what decides how states are stored."""
+        """The options that decide how states are stored, as qv.AdamW's."""
         return self._inner.describe()
 
     def owns(self, p: Tensor) -> bool:

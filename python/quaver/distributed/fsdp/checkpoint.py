@@ -175,7 +175,7 @@ def _collective(path: Path) -> Iterator[None]:
 
 
 def _reshard(model) -> None:
-    """After a forward without backward the outermost unit still holds gathered weights."""
+    """Reshards all units: after a forward without backward the outermost holds gathered weights."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -42,12 +42,12 @@ def decode_e4m3(message: Tensor, columns: int) -> Tensor:
 
 
 class ReduceScatter:
-    """For FSDPModule.set_custom_reduce_scatter of `unit`: converted weights' gradients go as
-    `gradient`, the others as bf16, or f32 where that is f32."""
+    """The argument of FSDPModule.set_custom_reduce_scatter of `unit`: converted weights' gradients
+    are sent as `gradient`, the others as bf16, or f32 where that is f32."""
 
     def __init__(self, unit: nn.Module, gradient: str):
         self.gradient = gradient
-        # In the order in which FSDP2 lays gradients side by side; read late, for frozen ones.
+        # The order is FSDP2's of gradients in a message. Whether one is frozen is read later.
         converted = {id(m.weight) for m in unit.modules() if isinstance(m, LinearBase)}
         self.parameters = [(p, id(p) in converted) for p in _own_parameters(unit)]
 
@@ -88,7 +88,7 @@ class ReduceScatter:
             if converted:
                 spans.append((at, at + width))
             at += width
-        # A parameter without a gradient is left out of the columns, and nothing says which.
+        # FSDP2 leaves parameters without a gradient out of the columns, and does not report which.
         return spans if at == columns else []
 
 

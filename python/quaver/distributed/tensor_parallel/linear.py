@@ -77,7 +77,7 @@ class RegatherCache(Exchange):
 
 
 class _RowExchange(Exchange):
-    """Of a row-parallel layer: partial outputs are summed, output gradients gathered."""
+    """A row-parallel layer's messages: it sums partial outputs and gathers output gradients."""
 
     def __init__(self, group: TPGroup):
         self.tp_group = group
@@ -246,7 +246,7 @@ class RowParallelLinear(Linear):
 
 
 class PlainColumnParallelLinear(_Column, nn.Linear):
-    """As ColumnParallelLinear, of an nn.Linear: in the autocast dtype, or the input's."""
+    """ColumnParallelLinear without FP8, of an nn.Linear: in the autocast dtype, or the input's."""
 
     def _gather(self, x, dtype):
         x = x.to(dtype)
@@ -263,7 +263,7 @@ class PlainColumnParallelLinear(_Column, nn.Linear):
 
 
 class PlainRowParallelLinear(nn.Linear):
-    """As RowParallelLinear, of an nn.Linear: in the autocast dtype, or the input's."""
+    """A RowParallelLinear without FP8, of an nn.Linear: in the autocast dtype, or the input's."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = _SumScatter.apply(F.linear(x, self.weight), self.tp_group.transport)
