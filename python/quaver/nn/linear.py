@@ -86,6 +86,20 @@ class LinearBase(nn.Module):
             )
         self.__dict__["_is_fsdp_managed_module"] = value
 
+    @property
+    def _distribute_module_applied(self) -> bool:
+        # parallelize_module of torch reads this on every rank before it sends the weight.
+        if isinstance(self.weight, ScaledTensor):
+            raise ValueError(
+                f"parallelize_module: torch cannot scatter the f16 master of a "
+                f"{type(self).__name__}; use quaver.distributed.parallelize"
+            )
+        return self.__dict__.get("_distribute_module_applied", False)
+
+    @_distribute_module_applied.setter
+    def _distribute_module_applied(self, value: bool) -> None:
+        self.__dict__["_distribute_module_applied"] = value
+
     def refresh(self) -> GemmWeight | None:
         """The FP8 copies of a master, encoded anew if it changed since. None where the weight is
         cast at each use: a plain weight, a shard, or a weight that FSDP2 gathered."""
