@@ -36,8 +36,8 @@ def test_what_reads_gets_the_decoded_values(kind):
     wanted = t.dequantize()
     assert_same(torch.from_numpy(np.array(t)), wanted)
     assert_same(torch.from_numpy(t.numpy().copy()), wanted)
-    assert_same(torch.from_dlpack(t), wanted)
-    assert_same(torch.from_numpy(np.from_dlpack(t).copy()), wanted)
+    assert_same(torch.from_dlpack(t, copy=True), wanted)
+    assert_same(torch.from_numpy(np.from_dlpack(t, copy=True)), wanted)
     assert_same(torch.tensor(t.tolist()), wanted)
     assert_same(torch.zeros(6, 8).set_(t), wanted)
     with pytest.raises(ValueError, match="read-only"):
@@ -71,6 +71,20 @@ def test_safetensors_refuses_before_a_byte_is_written(tmp_path):
     with pytest.raises(RuntimeError, match="ScaledTensor"):
         safetensors.torch.save_file({"a": torch.ones(3), "t": KINDS["f16"]()}, tmp_path / "x")
     assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("kind", [*KINDS, "value"])
+@pytest.mark.parametrize("take", [torch.from_dlpack, np.from_dlpack])
+def test_dlpack_hands_out_copies_only_where_they_are_asked_for(kind, take):
+    """A write to a copy that nobody asked for would be lost."""
+    if kind == "value":
+        t = qv.nn.Linear(8, 6, recipe="fp8lm-o2").state_dict()["weight"]
+    else:
+        t = KINDS[kind]().detach()
+    for asked in ({}, {"copy": False}):
+        with pytest.raises(BufferError, match=r"__dlpack__: .*ScaledTensor.*copy=True"):
+            take(t, **asked)
+    take(t, copy=True)[0] = 1.0
+
+
 
 
 def saved(t, **options):

@@ -65,7 +65,14 @@ class Interchange(torch.Tensor):
     def tolist(self):
         return self.detach().dequantize().tolist()
 
-    def __dlpack__(self, **kwargs):
+    def __dlpack__(self, *, copy=None, **kwargs):
+        """A copy of the decoded values where one is asked for. Raises BufferError otherwise: torch
+        hands out memory that can be written even where the exporter marks it read-only."""
+        if copy is not True:
+            raise BufferError(
+                "__dlpack__: a ScaledTensor has no memory that others can write; pass its decoded "
+                "values, t.dequantize(), or ask for a copy: from_dlpack(t, copy=True)"
+            )
         return self.detach().dequantize().__dlpack__(**kwargs)
 
     def share_memory_(self) -> Tensor:

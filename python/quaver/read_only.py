@@ -97,7 +97,14 @@ class ReadOnlyTensor(torch.Tensor):
         array.flags.writeable = False
         return array
 
-    def __dlpack__(self, **kwargs):
+    def __dlpack__(self, *, copy=None, **kwargs):
+        """A copy where one is asked for. Raises BufferError otherwise: torch hands out memory that
+        can be written even where the exporter marks it read-only."""
+        if copy is not True:
+            raise BufferError(
+                "__dlpack__: these are decoded values of a ScaledTensor, which others must not "
+                "write; pass a clone(), or ask for a copy: from_dlpack(t, copy=True)"
+            )
         return self.values.clone().__dlpack__(**kwargs)
 
     def __copy__(self):

@@ -88,7 +88,10 @@ def test_gradients_come_back(recipe, way):
 def test_dlpack_reads_values(recipe):
     model, _ = trained(recipe)
     for name, p in model.named_parameters():
-        assert torch.equal(plain(torch.from_dlpack(p.detach())), values(model)[name])
+        assert torch.equal(plain(torch.from_dlpack(p.detach(), copy=True)), values(model)[name])
+        if isinstance(p, qv.ScaledTensor):
+            with pytest.raises(BufferError, match="__dlpack__: a ScaledTensor"):
+                torch.from_dlpack(p.detach())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
