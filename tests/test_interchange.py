@@ -53,7 +53,11 @@ def test_what_reads_gets_the_decoded_values(kind):
     [
         (lambda t: t.data_ptr(), "data_ptr: a ScaledTensor .* use t.qdata.data_ptr"),
         (lambda t: t.storage(), "storage: a ScaledTensor"),
-        (lambda t: t.untyped_storage().data_ptr(), "access the data pointer"),
+        (lambda t: t.untyped_storage().data_ptr(), r"untyped_storage\(\).data_ptr: a Scaled.* use"),
+        (lambda t: t.untyped_storage()[0], "a ScaledTensor .* t.qdata, t.dequantize"),
+        (lambda t: t.untyped_storage().fill_(0), "a ScaledTensor .* t.qdata, t.dequantize"),
+        (lambda t: t.untyped_storage().resize_(0), "a ScaledTensor .* t.qdata, t.dequantize"),
+        (lambda t: copy.deepcopy(t.untyped_storage()), "a ScaledTensor .* t.qdata, t.dequantize"),
         (lambda t: torch.Tensor.data_ptr(t), "Cannot access data pointer"),
         (lambda t: torch.utils.dlpack.to_dlpack(t), "Cannot access data pointer"),
         (lambda t: safetensors.torch.save({"t": t}), "ScaledTensor .* or the state_dict"),
@@ -67,10 +71,6 @@ def test_what_wants_an_address_is_refused_by_name(kind, ask, message):
         ask(t)
 
 
-def test_safetensors_refuses_before_a_byte_is_written(tmp_path):
-    with pytest.raises(RuntimeError, match="ScaledTensor"):
-        safetensors.torch.save_file({"a": torch.ones(3), "t": KINDS["f16"]()}, tmp_path / "x")
-    assert not list(tmp_path.iterdir())
 @pytest.mark.parametrize("kind", [*KINDS, "value"])
 @pytest.mark.parametrize("take", [torch.from_dlpack, np.from_dlpack])
 def test_dlpack_hands_out_copies_only_where_they_are_asked_for(kind, take):
@@ -85,6 +85,17 @@ def test_dlpack_hands_out_copies_only_where_they_are_asked_for(kind, take):
     take(t, copy=True)[0] = 1.0
 
 
+def test_safetensors_refuses_before_a_byte_is_written(tmp_path):
+    with pytest.raises(RuntimeError, match="ScaledTensor"):
+        safetensors.torch.save_file({"a": torch.ones(3), "t": KINDS["f16"]()}, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_storage_has_a_size_and_an_identity():
+    t, other = KINDS["weight"](), KINDS["weight"]()
+    assert t.untyped_storage().nbytes() == 6 * 8 * 4
+    assert t.untyped_storage()._cdata == t.untyped_storage()._cdata
+    assert t.untyped_storage()._cdata != other.untyped_storage()._cdata
 
 
 def saved(t, **options):

@@ -29,11 +29,25 @@ def rebuild(cls, parts: dict, description: dict, requires_grad: bool, attributes
 def _refused(name: str, remedy: str):
     def refuse(self, *args, **kwargs):
         raise RuntimeError(
-            f"{name}: a ScaledTensor is stored as codes and a scale and has no memory of "
-            f"{self.dtype}; {remedy}"
+            f"{name}: a ScaledTensor is stored as codes and a scale and has no memory of its "
+            f"logical dtype; {remedy}"
         )
 
     return refuse
+
+
+class NoMemory(torch.UntypedStorage):
+    """The storage of a ScaledTensor: a size and an identity, by which others size files and find
+    tied weights. Raises RuntimeError where its memory is wanted."""
+
+
+for _name in (
+    "data_ptr", "mutable_data_ptr", "copy_", "fill_", "clone", "tolist", "cpu", "cuda", "to",
+    "share_memory_", "pin_memory", "byteswap", "__getitem__", "__setitem__", "_write_file",
+    "resize_",
+):  # fmt: skip
+    _remedy = "use those of t.qdata, t.dequantize() or the state_dict()"
+    setattr(NoMemory, _name, _refused(f"untyped_storage().{_name}", _remedy))
 
 
 class Interchange(torch.Tensor):
@@ -45,6 +59,11 @@ class Interchange(torch.Tensor):
     map_ = _refused("map_", "use t.copy_(t.dequantize().map_(other, f))")
     map2_ = _refused("map2_", "use t.copy_(t.dequantize().map2_(a, b, f))")
     __dlpack_c_exchange_api__ = None  # would hand out torch's own view of the memory
+
+    def untyped_storage(self) -> NoMemory:
+        storage = super().untyped_storage()
+        storage.__class__ = NoMemory
+        return storage
 
     @property
     def data(self) -> Tensor:
