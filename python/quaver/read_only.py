@@ -1,4 +1,4 @@
-"""ReadOnlyTensor: decoded values, of which every write is refused because it would be lost."""
+"""ReadOnlyTensor: decoded values; a write that would be lost is refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
 
 
 def is_view(func) -> bool:
@@ -35,7 +37,7 @@ def _refusal(op: str) -> str:
     return (
         f"{op}: these are decoded values of a ScaledTensor, and writing to them would not change "
         "it. Write to the parameter (param.copy_(x), param[i] = x; state_dict(keep_vars=True) has "
-        "the parameters), or to a clone()"
+        "the parameters), copy_ to the whole value of a state_dict, or write to a clone()"
     )
 
 
@@ -53,8 +55,12 @@ class ReadOnlyTensor(torch.Tensor):
     It reads as a plain tensor, results of ops on it are plain, its views are read-only too.
     Copies, pickles and files of it are plain tensors.
 
+    One write takes effect, since others load models by it: copy_ to the whole of a value whose
+    `source` is a ScaledTensor writes to both. The source rounds it as by source.copy_; the value
+    has the numbers as they were given, so that load_state_dict finds the codes that were saved.
+
     Raises:
-        RuntimeError: a write, named with the op.
+        RuntimeError: another write, named with the op.
     """
 
     values: Tensor
@@ -71,12 +77,26 @@ class ReadOnlyTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        target = args[0] if func is aten.copy_.default else None
+        if isinstance(target, ReadOnlyTensor) and target.source is not None:
+            return target.assign_(*_values(args[1:]), **kwargs)
         if any(isinstance(t, ReadOnlyTensor) for t in written(func, args, kwargs)):
             raise RuntimeError(_refusal(func.name()))
         out = func(*_values(args), **_values(kwargs))
         if not is_view(func):
             return out
-        return tree_map_only(Tensor, ReadOnlyTensor, out)
+        whole = func in (aten.detach.default, aten.alias.default)
+        source = args[0].source if whole else None
+        return tree_map_only(Tensor, lambda t: ReadOnlyTensor(t, source), out)
+
+    @torch.no_grad()
+    def assign_(self, value: Tensor, non_blocking: bool = False) -> ReadOnlyTensor:
+        """Copy `value` to the source, and here if that succeeded."""
+        self.source.copy_(value, non_blocking)
+        if not self.source.is_inference():  # torch counts no writes below autograd
+            torch.autograd.graph.increment_version(self.source)
+        self.values.copy_(value, non_blocking)
+        return self
 
     apply_, map_, map2_ = _refused("apply_"), _refused("map_"), _refused("map2_")
     __dlpack_c_exchange_api__ = None  # would hand out memory that can be written
