@@ -1,4 +1,4 @@
-"""Loads libquaver.so, or says in one error what was looked for and what to do."""
+"""Loads libquaver.so, or raises one error that names the file and the remedy."""
 
 from pathlib import Path
 

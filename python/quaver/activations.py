@@ -29,7 +29,7 @@ def _kind(module: nn.Module) -> str | None:
 
 
 class _Places:
-    """Which layer and kind a running module is: by its position and by what is around it."""
+    """The layer and kind of a running module, by its position and by the modules around it."""
 
     def __init__(self, model: nn.Module):
         self.kinds = {name: _kind(module) for name, module in model.named_modules()}

@@ -91,7 +91,7 @@ def _add_task(p: argparse.ArgumentParser, default: train.Settings) -> None:
 
 
 def _add_run(p: argparse.ArgumentParser, default: train.Settings) -> None:
-    """The flags that say where and how it runs."""
+    """The flags of where and how a run runs, none of which changes its numbers."""
     p.add_argument("--out", default=default.out, help="folder for metrics and checkpoints")
     p.add_argument(
         "--save-every",

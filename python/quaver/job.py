@@ -252,7 +252,7 @@ class Job:
         return state["step"], extra["skipped"], extra["metrics_crc32"]
 
     def _check_notes(self, extra: object) -> None:
-        """The checkpoint must be of this run: same seed, data, rates and recipe."""
+        """Checks that the checkpoint is of this run: same seed, data, rates and recipe."""
         try:
             check(extra, NOTES, "extra")
         except SchemaError as error:
@@ -265,7 +265,7 @@ class Job:
             raise UsageError(f"--resume: {self._checkpoint} is of a run with {', '.join(found)}")
 
     def _agree(self, line: dict, stop: threading.Event) -> bool:
-        """Makes the loss that of all ranks; whether one of them was asked to stop."""
+        """Replaces the loss by the mean over ranks; returns whether any of them is to stop."""
         found = self.world.share([line["loss"], stop.is_set()])
         losses = [loss for loss, _ in found]
         line["loss"] = None if None in losses else statistics.fmean(losses)

@@ -1,4 +1,4 @@
-"""Which rank holds the rest of a tensor, and what those ranks must agree on.
+"""The ranks that hold the parts of a tensor, and the values on which they must agree.
 
 A parameter is whole on every rank, or a DTensor (FSDP2), or has a `Shard` (tensor parallelism), and
 ZeRO gives it an `Owner`. Optimizers, clipping and checkpoints depend on ranks through this alone.

@@ -27,7 +27,7 @@ def _duration(seconds: float) -> str:
 
 class Progress:
     """Shows steps `start`+1..`steps` of one recipe. On a terminal a tqdm bar; otherwise a line for
-    the first and last step and every ten seconds between. One that is not `shown` says nothing."""
+    the first and last step and every ten seconds between. One that is not `shown` prints none."""
 
     def __init__(self, name: str, start: int, steps: int, shown: bool = True):
         self.name, self.start, self.steps, self.quiet = name, start, steps, not shown

@@ -289,7 +289,7 @@ def _halves(first: fx.Node, second: fx.Node, used: list) -> fx.Node:
 
 
 def _kind(module: nn.Module, node) -> str | None:
-    """Which activation a step is, by what it computes."""
+    """The activation that a step computes."""
     if not isinstance(node, fx.Node) or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     if node.op == "call_module" and not any(True for _ in _target(module, node).parameters()):

@@ -1,8 +1,8 @@
 """ScaledTensor: the one low-precision tensor. x ~= scale * q.
 
-Weights, weight gradients and optimizer states are ScaledTensors. To autograd, `.grad`,
-`state_dict` and `torch.compile` it is a tensor of its logical dtype; an op that does not know it
-gets its decoded value.
+Optimizer states of 8 and 16 bits are ScaledTensors, and under fp8lm-* weights of linear layers and
+their gradients. To autograd, `.grad` and `torch.compile` it is a tensor of its logical dtype; an op
+without a handler for it gets decoded values.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class ScaledTensor(Interchange):
 
     def store_(self, qdata: Tensor, scale: Tensor, amax: Tensor | None) -> ScaledTensor:
         """Replace the tensors that it is stored as: the same shape and grain in another format or
-        other memory. Its FP8 copies are the caller's to rewrite."""
+        other memory. The caller rewrites its FP8 copies."""
         self.qlayout = replace(self.qlayout, format=Layout.of(qdata.dtype).format)
         self.qdata, self.scale, self.amax, self.qt = qdata, scale, amax, None
         return self
@@ -247,8 +247,8 @@ class ScaledTensor(Interchange):
 
     @torch.no_grad()
     def write_(self, new: ScaledTensor, overwrite: bool = True) -> ScaledTensor:
-        """Take over what `encoded` made. Unless it is an `overwrite`, which leaves nothing of the
-        earlier contents, an amax that was not finite stays so: the codes do not show it."""
+        """Writes the codes and scale that `encoded` made. Unless it is an `overwrite` of all contents,
+        an amax that was not finite stays so, because the codes do not show it."""
         if self.amax is not None and new.amax is not None:
             before = self.amax
             if self.shares_scale:

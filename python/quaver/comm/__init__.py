@@ -1,1 +1,1 @@
-"""Messages between ranks: the transport, what carries it, and the heartbeat."""
+"""Messages between ranks: the transport, its backends, and the heartbeat."""

@@ -1,8 +1,8 @@
 """Messages between the ranks of a group, counted by kind.
 
-Everything above needs five of them: gather, exchange, shift along the ring, maximum, and where its
-carrier (backend.py) can add FP8, a sum. The others move bytes, so FP8 travels over any backend. A
-message returns at once with a Pending; waiting for it gives the tensor.
+There are five kinds: gather, exchange, shift along the ring, maximum, and, where the backend
+(backend.py) can add FP8, a sum. The others move bytes, so every backend can send FP8. A message
+returns at once with a Pending; waiting for it gives the tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small Llama and GPT models: what `quaver train`, the tests and the benches run."""
+"""Small Llama and GPT models for `quaver train`, the tests and the benches."""
 
 from .config import PRESETS, Config, ConfigError, load
 from .gpt import GPT

@@ -14,8 +14,8 @@ REFUSAL = (
 
 
 class FirstOrder(torch.autograd.Function):
-    """A Function that raises RuntimeError where another derivative is asked of it than that of one
-    backward, instead of a gradient that lacks terms."""
+    """A Function with one derivative, by backward(). Any other raises RuntimeError, because its
+    gradient would lack terms."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

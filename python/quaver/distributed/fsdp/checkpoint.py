@@ -230,7 +230,7 @@ def _checksum(path: Path) -> dict[str, int]:
 
 
 def _check_files(folder: Path, files: dict) -> None:
-    """The shards must be the files of the folder. The ranks share the checksums out."""
+    """Checks that the folder holds exactly the shards; each rank checks the checksums of some."""
     found = os.listdir(folder) if folder.is_dir() and not folder.is_symlink() else []
     missing, foreign = files.keys() - set(found), set(found) - files.keys()
     if missing:
