@@ -84,7 +84,7 @@ struct Sink {
 
 // produce(strip, first, sink) computes the values of a strip and gives all of them to sink.put, in
 // any order, and their columns to sink.finish. It is called for every strip once or, where some
-// scale is chosen just in time or was forecast badly, twice: `first` says which.
+// scale is chosen just in time or was forecast badly, twice: `first` is true in the first pass.
 template <class Produce>
 void cast_both(const GemmCast* outputs, int count, int64_t rows, int64_t cols, Produce produce) {
   CastState state[kMaxOutputs];

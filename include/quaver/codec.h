@@ -186,8 +186,8 @@ QUAVER_HD float contract(uint32_t code, uint32_t max_code, float log2_code, floa
   return bit_cast<float>(select(code == 0u, 0u, select(code > max_code, 0x7fc00000u, x)));
 }
 
-// An f32 in a bf16 and 16 further bits, exactly. The bf16 is the nearest one, ties away from zero:
-// to even, an f32 halfway between two bf16 could not be told from its neighbour's.
+// An exact f32 in a bf16 and 16 further bits. The bf16 is the nearest one, ties away from zero:
+// with ties to even, the halfway f32 on both sides of an even bf16 would have the same bits.
 QUAVER_HD float join_master(bf16 high, uint16_t low) {
   return bit_cast<float>((uint32_t(high.bits) << 16) + low - (uint32_t(low & 0x8000u) << 1));
 }

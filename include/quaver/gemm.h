@@ -49,8 +49,8 @@ struct GemmDevice {
 };
 GemmDevice gemm_device();
 
-// The Hopper kernel of gemm_tactics()[tactic]. The workspace is as large as its candidate says and
-// may be dirty.
+// The Hopper kernel of gemm_tactics()[tactic]. The workspace has the size that its candidate gives
+// and may be dirty.
 void gemm(const GemmArguments& arguments, int tactic, const GemmLaunch& launch);
 
 }  // namespace cuda

@@ -4,7 +4,7 @@ __all__ = ["CheckpointError", "FileError", "UsageError"]
 
 
 class UsageError(ValueError):
-    """A mistake of the caller in a flag, a file or a configuration. The text is the whole message."""
+    """A mistake of the caller: a flag, a file, a configuration. The text is the whole message."""
 
 
 class FileError(UsageError):

@@ -122,7 +122,7 @@ class Recipe:
         master_rounding: how an f16 master takes its update, "stochastic" or "nearest".
         replica: what distributed.ZeroAdamW leaves of a converted weight on every rank, beside the
             master of its owner; None leaves copies of the master.
-        fp8_sum: under tensor parallelism partial sums travel in FP8, as gathered activations do.
+        fp8_sum: under tensor parallelism partial sums are sent in FP8, as gathered activations are.
 
     Raises:
         ValueError: a field with a value that is none of its choices.

@@ -57,7 +57,7 @@ class ScaledTensor(Interchange):
 
     Args:
         qdata: codes of a layout's dtype, of any shape.
-        scale: float32 decode multipliers, shaped as `layout.scale_shape` says.
+        scale: float32 decode multipliers, of the shape that `layout.scale_shape` gives.
         amax: float32 largest magnitude of the values that were encoded, shaped like scale, or None.
             Encoding saturates, so a non-finite amax is the only trace of an infinity.
         dtype: the logical dtype that other code sees.
@@ -77,9 +77,9 @@ class ScaledTensor(Interchange):
     amax: Tensor | None
     qlayout: Layout
     qt: Tensor | None
-    grad_format = "bf16"  # what a second micro-batch turns FP8 codes into; or "f32"
+    grad_format = "bf16"  # of the sum, once a second micro-batch adds to FP8 codes; or "f32"
     shares_scale = False  # a part of another ScaledTensor, which has the same scale
-    owned_rows = None  # of memory that FSDP2 pads: how many rows its shard has
+    owned_rows = None  # the rows of FSDP2's shard, in memory that it pads
     source: ScaledTensor | None = None  # the tensor whose codes this one shares
     is_transient = False  # FSDP2 frees and refills the codes of an all-gathered weight
     sequence_input = None  # tensor_parallel/linear.py's Input, on a gathered activation
@@ -247,8 +247,8 @@ class ScaledTensor(Interchange):
 
     @torch.no_grad()
     def write_(self, new: ScaledTensor, overwrite: bool = True) -> ScaledTensor:
-        """Writes the codes and scale that `encoded` made. Unless it is an `overwrite` of all contents,
-        an amax that was not finite stays so, because the codes do not show it."""
+        """Writes the codes and scale that `encoded` made. Unless it is an `overwrite` of all
+        contents, an amax that was not finite stays so, because the codes do not show it."""
         if self.amax is not None and new.amax is not None:
             before = self.amax
             if self.shares_scale:
@@ -263,8 +263,8 @@ class ScaledTensor(Interchange):
         return self.refresh_copies()
 
     def __setitem__(self, index, value) -> None:
-        """Decode, write and encode anew, to nearest. torch's own writes to a part of the tensor,
-        which would have to keep the scale."""
+        """Decodes, writes and encodes anew, to nearest. torch's own would write to a part of the
+        tensor, which would have to keep the scale."""
         plain = self.detach().dequantize()
         plain[index] = value
         tied = self.shares_scale

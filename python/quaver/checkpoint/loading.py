@@ -250,7 +250,7 @@ def _set_options(group: dict, options: dict) -> None:
 def _check_state(
     optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, state: dict
 ) -> None:
-    """An optimizer of quaver says whether a new state is one of its own for `parameter`."""
+    """Raises CheckpointError where an optimizer of quaver refuses a new state of `parameter`."""
     check_saved = getattr(optimizer, "_check_saved", None)
     if check_saved is None or not state or is_sharded(parameter):
         return

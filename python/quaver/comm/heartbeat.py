@@ -43,7 +43,7 @@ KEY = "quaver/heartbeat"
 
 class RankFailure(RuntimeError):
     """Another rank has failed, so that a message cannot arrive; the text names that rank. `usage`:
-    it was given something wrong, such as a flag or a file."""
+    whether its flags or files were wrong."""
 
     def __init__(self, text: str, usage: bool = False):
         super().__init__(text)
@@ -229,7 +229,8 @@ class Heartbeat:
         for peer in list(self._silence):
             peer.send({"rank": self.rank})
             self._silence[peer] += 1
-            # Counted in beats of our own: where this process was stopped, the others were not.
+            # Silence is counted in own beats, so that no peer seems silent after this process was
+            # stopped.
             if self._silence[peer] * PERIOD > TIMEOUT:
                 self._remove(peer)
                 if peer.rank is not None:
@@ -240,7 +241,7 @@ class Heartbeat:
             self._woken.recv(1)
             self._take(self._posted.get())
         elif source is self._listener:
-            with contextlib.suppress(OSError):  # gone again
+            with contextlib.suppress(OSError):  # the connection is gone again
                 self._add(Peer(self._listener.accept()[0]))
         else:
             self._receive(source)

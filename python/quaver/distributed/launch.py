@@ -190,8 +190,8 @@ class World:
         return self.transport.share(value, self.device)
 
     def first(self, action: Callable):
-        """Runs action() on rank 0 alone; returns its result there, None elsewhere. An error there is
-        raised on every rank."""
+        """Runs action() on rank 0 alone; returns its result there, None elsewhere. An error there
+        is raised on every rank."""
         with together(self.transport, self.device):
             return action() if self.rank == 0 else None
 

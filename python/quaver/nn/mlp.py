@@ -101,7 +101,7 @@ class MLP(Swapped):
         if channels is None:
             return down(y)
         result = down(y, channels=channels)
-        # A forward that is run again inside a backward leaves no second trace.
+        # A forward that checkpointing runs again inside a backward is not recorded twice.
         if self.training and not in_backward():
             down.record_channels(channel_amax)
         return result

@@ -1,4 +1,4 @@
-"""A linear layer's weight in FP8: cast where it is used, or kept where every write is ours.
+"""A linear layer's weight in FP8: cast at each use, or kept where every write is intercepted.
 
 Any code may write a plain parameter without a trace (`.data`, fused optimizers, collectives,
 NumPy), so nothing made of one outlives a forward and its backward. A ScaledTensor sees each write.

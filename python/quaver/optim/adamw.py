@@ -23,8 +23,8 @@ class AdamW(Optimizer):
     Converted weights (ScaledTensors) have their moments in the recipe's codecs and are themselves
     the master weight; their FP8 GEMM copies are written in the same pass. All other parameters
     (norms, biases, embeddings) keep f32 moments, unless the recipe has `plain_moments`, as "coat"
-    does: a model needs no conversion for that. f16 masters take their update as the recipe's
-    `master_rounding` says, bf16 and f16 parameters as its `bf16_master` does; the 16 bits of
+    does: a model needs no conversion for that. f16 masters round their update by the recipe's
+    `master_rounding`, bf16 and f16 parameters by its `bf16_master`; the 16 bits of
     "remainder" are a state of that name. Stochastic rounding draws by Philox of (index of the
     parameter, step, element): a run has the same bits on every machine and number of ranks. A step
     with a non-finite gradient changes nothing and is counted in `skipped`. Of FSDP2's parameters

@@ -1,4 +1,4 @@
-"""Auto-scaling: how much room a ring's partial sums get (FP8-LM, arXiv 2310.18313, equation 3).
+"""Auto-scaling: the headroom of a ring's partial sums (FP8-LM, arXiv 2310.18313, equation 3).
 
 Only the `ring` has it: its sums are FP8 all the way. `two_shot` sums in f32 and cannot overflow.
 """

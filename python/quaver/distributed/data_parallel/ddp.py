@@ -117,8 +117,8 @@ class DataParallel:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards inside leave their gradients where they are, to be averaged by the first one
-        after: all micro-batches of a step but the last."""
+        """Backwards inside accumulate gradients on this rank; the next one outside averages them.
+        For all micro-batches of a step except the last."""
         before, self._sync = self._sync, False
         try:
             yield

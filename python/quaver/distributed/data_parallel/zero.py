@@ -47,7 +47,7 @@ def zero_partition(sizes: Iterable[int], world_size: int) -> list[int]:
 
 
 class _Owned(AdamW):
-    """AdamW over the tensors of this rank. Whether a step is skipped all ranks decide together, so
+    """AdamW over the tensors of this rank. All ranks decide together whether a step is skipped, so
     the gradients' amaxes come from outside."""
 
     amaxes: Tensor
