@@ -30,8 +30,8 @@ NcclType type_of(DType type) {
 
 }  // namespace
 
-// The mutex makes each call to NCCL whole, so that an abort from another thread never takes the
-// communicator away under one. No call blocks, so it is never held for long.
+// The mutex serialises calls to NCCL, so that an abort from another thread never frees the
+// communicator during one. No call blocks, so it is never held for long.
 struct Communicator::State {
   const Nccl& api;
   NcclComm* comm = nullptr;  // null once aborted

@@ -103,8 +103,8 @@ inline GroupScales choose_scales(const GroupRanges& r) {
   return s;
 }
 
-// One step of group k: w is updated, m and v are what is to be encoded. Returns whether the
-// functions below may do that.
+// One step of group k: w is updated; m and v become the values to encode. Returns whether the
+// encoders below can take them.
 inline bool adam_group(const AdamStep& s, float* w, float* m, float* v, const float* grad,
                        const uint8_t* exp_avg, float exp_avg_scale, const float* exp_avg_values,
                        const uint8_t* exp_avg_sq, float exp_avg_sq_scale,

@@ -59,7 +59,7 @@ uint32_t quantize_pass(const TensorView& q, const TensorView& x, const QuantizeO
                        float scale, bool see) {
   AtomicAmax amax;
   auto body = [&](int64_t begin, int64_t end) {
-    // After a pass for the amax, from the back: what that pass read last is still in the cache.
+    // After a pass for the amax this one runs from the back, whose values are still in the cache.
     for (int64_t left = see ? begin : end; left > begin;) {
       const int64_t n = std::min(kGrain, left - begin);
       left -= n;

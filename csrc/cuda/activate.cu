@@ -40,7 +40,8 @@ QUAVER_DEVICE void scale_channels(const float* channel_scale, bool aligned, Colu
   for (int i = 0; i < kVector; ++i) v[i] *= scale[i];
 }
 
-// A pass that only collects the amax is the same kernel without the cast, at half of the code.
+// The pass that only computes the amax is the same kernel without the cast, which saves half the
+// code.
 template <class X, Activation kind>
 __global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p, bool first) {
   __shared__ Columns columns;

@@ -136,7 +136,8 @@ CUTLASS_DEVICE void add(Array<float, kSize>& y, const Array<Bits, kSize>& source
   for (int i = 0; i < kSize; ++i) y[i] += wide[i];
 }
 
-// The root: (sum, scale_a, scale_b, bias, source) to what is stored, with one rounding.
+// The root node computes the stored value of (sum, scale_a, scale_b, bias, source), with one
+// rounding.
 template <GemmOut kOut>
 struct Finish : Node<FinishArguments> {
   using Node<FinishArguments>::Node;
@@ -356,7 +357,7 @@ void run(const GemmArguments& p, const GemmLaunch& l) {
 }  // namespace gemm_sm90
 }  // namespace quaver::cuda
 
-// One translation unit: a row of csrc/gemm_tactics.h.
+// Instantiates a row of csrc/gemm_tactics.h, in a translation unit of its own.
 #define QUAVER_GEMM_UNIT(NAME, A, B, OUT, SUMS, ADDEND, TILE_M, TILE_N, CLUSTER_M, CLUSTER_N,  \
                          SCHEDULE, SCHEDULER)                                                  \
   namespace quaver::cuda::gemm_sm90 {                                                          \

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) normalize_backward_kernel(Problem p)
   }
 }
 
-// Thread: four columns of one piece of rows.
+// Each thread sums four columns of one piece of rows.
 __global__ void __launch_bounds__(kThreads) normalize_pieces_kernel(Problem p) {
   const int64_t across = ceil_div(p.cols, kQuad);
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;

@@ -1,5 +1,5 @@
-// Many tensors into one bucket, one cast each (FP8-LM, equation 5): a block takes a chunk of one
-// tensor.
+// The kernel that packs many tensors into one bucket, each by one cast (FP8-LM, equation 5). A
+// block casts a chunk of one tensor.
 #include <vector>
 
 #include "../arguments.h"

@@ -1,4 +1,5 @@
-// The scales that all ranks encode with, from everybody's amaxes: a thread a tensor.
+// The kernel that computes the scales that all ranks encode with, from the amaxes of all ranks. One
+// thread computes one tensor's.
 #include "../arguments.h"
 #include "vector.h"
 

@@ -50,7 +50,7 @@ QUAVER_DEVICE float scale_of_warp(DType type, bool expand, const float (&x)[kQua
   return type == DType::e4m3 ? group_scale<e4m3>(expand, range) : group_scale<e5m2>(expand, range);
 }
 
-// y = x in the format's domain.
+// Computes y, the values x in the format's domain, which are then rounded to codes.
 QUAVER_DEVICE void to_format(DType type, bool expands, float scale, const float (&x)[kQuad],
                              float (&y)[kQuad]) {
   if (!expands) {

@@ -1,5 +1,5 @@
-// NCCL communicators as torch ops. A communicator is a number, which names nothing any more after
-// comm_abort or comm_close.
+// NCCL communicators as torch ops. A communicator is a number, which is invalid after comm_abort
+// or comm_close.
 #include "quaver/comm.h"
 
 #include <cstring>

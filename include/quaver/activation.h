@@ -18,7 +18,7 @@ struct Gate {
   float slope;  // x * G'(x)
 };
 
-// 1 / (1 + e^-x) within 4 ulp, 0 below -88.7; and what it leaves to 1, without cancellation.
+// 1 / (1 + e^-x) within 4 ulp, 0 below -88.7; and 1 minus it, without cancellation.
 struct Sigmoid {
   float value, rest;
 };

@@ -6,7 +6,7 @@
 
 namespace quaver {
 
-// The GEMM wants both axes in multiples of this; what is beyond the values is zero.
+// The GEMM wants both axes in multiples of this; the padding beyond the values is zero.
 constexpr int64_t kGemmAlign = 16;
 
 constexpr int64_t gemm_padded(int64_t n) { return (n + kGemmAlign - 1) / kGemmAlign * kGemmAlign; }

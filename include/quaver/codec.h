@@ -97,7 +97,7 @@ QUAVER_HD float group_lift(float scale) {
 
 QUAVER_HD uint32_t at_least_one(uint32_t power) { return power > kPowerOne ? power : kPowerOne; }
 
-// k of a group, in sixteenths. Without branches, so that loops over groups vectorise.
+// k of a group, in sixteenths. It has no branches, so that loops over groups vectorise.
 template <class T>
 QUAVER_HD uint32_t group_power(GroupRange r) {
   const float most = bit_cast<float>(r.most), lift = group_lift(most);

@@ -1,7 +1,7 @@
 """The command `quaver`: train, info, bench.
 
-Exit status: 0 done, 2 a mistake in what was asked (one line on stderr), 1 the system failed us (one
-line), 130 stopped by a signal.
+Exit status: 0 done, 2 a mistake in flags or files (one line on stderr), 1 a failure of the system
+(one line), 130 stopped by a signal.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def convert(
 
     Those are nn.Linear and transformers' Conv1D. Under a recipe with FP8 activations ("coat"),
     norms that feed those layers alone and MLPs of the forms in nn/mlp.py become FP8 too. They are
-    found by what they compute, so that models of any library convert unmodified; what is not
-    recognised stays as it is, and `convert_report` gives the reason.
+    found by what they compute, so that models of any library convert unmodified; modules that are
+    not recognised stay as they are, and `convert_report` gives the reason.
 
     Modules keep their identity, class (except for their forward), names, hooks and mode;
     `state_dict` keeps its keys, and gains the amax histories of delayed scaling. Parameters stay

@@ -18,7 +18,7 @@ LINE = {"step": int, "loss": Maybe(float), "tokens_per_s": float, "skipped": int
 
 class Metrics:
     """The file of metrics `path`. Opened at `step` it keeps exactly the lines 1..step that an
-    earlier process wrote: what came after the checkpoint is trained, and written, again. Of
+    earlier process wrote: steps after the checkpoint are trained, and written, again. Of
     several ranks only the first `writes`.
 
     `crc32` is that of the lines kept, as the checkpoint has it. Raises UsageError if some of them

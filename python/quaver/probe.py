@@ -159,7 +159,7 @@ class Probe:
         return [*handles, getattr(module, plan.down).register_forward_pre_hook(product)]
 
     def _groups(self, name, x, block):
-        """The cast of what is saved for backward, again."""
+        """Repeats the cast of an input that is saved for backward."""
         q, scale, _ = _ops.quantize(
             x, torch.float8_e4m3fn, None, None, "block", block, True, False, 0
         )

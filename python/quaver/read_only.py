@@ -19,8 +19,8 @@ def is_view(func) -> bool:
 
 
 def written(func, args: tuple, kwargs: dict) -> Iterator[Tensor]:
-    """The tensors that an op writes. torch's collectives declare none: there it is the first
-    argument of each but `send`."""
+    """The tensors that an op writes. torch's collectives declare none; all except `send` write
+    their first argument."""
     if func.namespace == "c10d":
         yield from () if "send" in func._schema.name else tree_leaves(args[0])
         return

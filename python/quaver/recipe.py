@@ -1,4 +1,4 @@
-"""Recipes: the one table of what is FP8. Frozen data; nothing branches on a recipe's name."""
+"""Recipes: the one table of FP8 choices, as frozen data. No code branches on a recipe's name."""
 
 from __future__ import annotations
 

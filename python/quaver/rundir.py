@@ -98,7 +98,7 @@ class RunDir:
     def check(self, config: dict, resume: bool = False, overwrite: bool = False) -> None:
         """Refuses to start a run of `config` here where that would lose or mix up results.
 
-        `data` may differ on resumption: it names where the text lies, its fingerprint what it is.
+        `data` may differ on resumption: it is the text's path; the fingerprint identifies the text.
         """
         out = self.path
         if out.exists() and not out.is_dir():

@@ -1,6 +1,6 @@
 """Finds the norms and MLPs of a model of any library, and the readers of a norm.
 
-A norm is recognised by what it computes, an MLP and the readers of a norm by the operations that
+A norm is recognised by its result, an MLP and the readers of a norm by the operations that
 `torch.fx` records of their forward, with child modules as single steps. Modules that do
 anything else are not recognised, and `convert_report` gives the reason.
 """

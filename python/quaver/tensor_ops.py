@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 FP8 = ("e4m3", "e5m2")
 
-# Ops that leave nothing of what was there.
+# Ops that overwrite all earlier contents.
 OVERWRITES = {aten.copy_.default, aten.fill_.Scalar, aten.fill_.Tensor}
 
 # Ops that write values as they are given: to the nearest code. Results of arithmetic round
@@ -67,7 +67,7 @@ def _decoded(func, args, kwargs):
     new = {k: t.encoded(plain[k], seeds[k]) for k, t in targets.items()}  # all, or none is written
     for key, target in targets.items():
         target.write_(new[key], func in OVERWRITES)
-        if not target.is_inference():  # fused ops leave the versions of what they write
+        if not target.is_inference():  # fused ops do not change the versions
             torch.autograd.graph.increment_version(target)
     results = {id(plain[key]): target for key, target in targets.items()}
     return tree_map_only(Tensor, lambda t: results.get(id(t), t), out)

@@ -156,7 +156,7 @@ def activate(
 ) -> Activated:
     """f(x) * up (SwiGLU and GeGLU, arXiv 2002.05202), or f(x), cast to FP8 in both layouts.
 
-    Computed in f32 from the exact x and up; what is saved for backward are their FP8 copies (COAT,
+    Computed in f32 from the exact x and up, whose FP8 copies are kept for backward (COAT,
     arXiv 2410.19313, section 4). q and qt are as `normalize` gives them.
 
     Args:

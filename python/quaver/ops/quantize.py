@@ -16,8 +16,8 @@ _ops = torch.ops.quaver
 def check_scale(op: str, scale: Tensor | None) -> None:
     """Raises ValueError unless every decode scale is positive and finite.
 
-    Of scales on the CPU: those on a GPU are not waited for. Inside layers a scale may be NaN, so
-    that what was not finite spreads; the layers call torch.ops.quaver."""
+    Checks scales on the CPU only: reading one on a GPU would wait for it. Layers call
+    torch.ops.quaver instead, where a scale may be NaN, so that a non-finite value spreads."""
     if not isinstance(scale, Tensor) or torch.compiler.is_compiling() or is_fake(scale):
         return
     if scale.device.type == "cpu" and not bool(((scale > 0) & (scale < torch.inf)).all()):

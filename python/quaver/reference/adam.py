@@ -74,11 +74,11 @@ def adamw_fp8(
     """Step t of AdamW on stored (codes, scale, amax) of weight, exp_avg and exp_avg_sq.
 
     FP8-LM, section 2.2, in one pass: each new scale comes from a bound of the new amax that is
-    known before (adam.h), and the amax of what was stored is what the next starts from. f32, in
-    the order of adam.h, so that every bit can be compared. Unscaled states have scale 1. States of
-    grain "flat" and "expand" (flat, expanded) have the scales of their blocks, from what they now
-    hold. With a `seed` an f16 weight, and an FP8 first moment that is not expanded, round
-    stochastically, by the words of flat elements from `first`.
+    known before (adam.h), and the next bound starts from the amax of the stored values. All is f32,
+    in the order of adam.h, so that every bit can be compared. Unscaled states have scale 1. States
+    of grain "flat" and "expand" (flat, expanded) get a scale for each block from its new values.
+    With a `seed` an f16 weight, and an FP8 first moment that is not expanded, round stochastically,
+    by the words of flat elements from `first`.
     """
     f32 = functools.partial(torch.tensor, dtype=torch.float32)
     w, m, v = (

@@ -45,7 +45,7 @@ def expanded_scale(groups: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def expand(groups: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """sign(x) * finite_max * (|x| / scale)^k, what is then rounded (COAT, arXiv 2410.19313)."""
+    """sign(x) * finite_max * (|x| / scale)^k, which is then rounded (COAT, arXiv 2410.19313)."""
     power, lift = _power(scale), torch.where(scale < 2.0**-64, LIFT, 1.0)
     log2_max = torch.tensor(math.log2(scale_max(dtype)), dtype=torch.float32)
     offset = log2_max - power * log2_coarse(scale * lift)

@@ -175,7 +175,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         places = {
             p: [reserve(p, p.numel() * self._replica(p).itemsize, ALIGNMENT)] for p in parameters
         }
-        for p in parameters:  # behind all codes: a scale, and the amax of what is its own master
+        for p in parameters:  # behind all codes: scales, and amaxes of weights that are masters
             if isinstance(p, ScaledTensor):
                 places[p] += [reserve(p, 4, 4) for _ in range(2)]
         lengths = [-(-end // ALIGNMENT) * ALIGNMENT for end in ends]

@@ -1,4 +1,4 @@
-"""FSDP2's reduce-scatter of gradients in FP8: each rank encodes what it has for each other rank,
+"""FSDP2's reduce-scatter of gradients in FP8: each rank encodes its part for each other rank,
 all-to-all, and the receiver decodes and sums in f32, in rank order.
 
 One rounding, no scale to agree on, the same bits whatever the timing. Scales are powers of two, one

@@ -80,7 +80,7 @@ def _sum_gradients(parameters, transport: Transport) -> None:
 class ColumnParallel:
     """A linear layer's output features over the ranks. Its input is a sequence shard, which it
     gathers itself, unless `gathers` is false: then a GatherInput around it does, once for all
-    layers that share the input. `parts`: lengths of what is fused along the output (q, k and v;
+    layers that share the input. `parts`: lengths of the fused outputs (q, k and v;
     gate and up), each of which is spread."""
 
     parts: tuple[int, ...] | None = None
