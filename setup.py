@@ -16,7 +16,7 @@ BUILD = ROOT / "build" / "release"
 
 class FreshBuild(build):
     def run(self):
-        # What an earlier build left there would be packed too.
+        # Files of an earlier build would be packed too.
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 

@@ -1,4 +1,4 @@
-"""What a training step keeps in memory: the saved activations of one Llama block, and everything
+"""The memory of a training step: the saved activations of one Llama block, and everything
 (weights, gradients, states, activations) of a whole model, each recipe against bf16.
 
 Counted from the storages that exist (quaver.memory_report), so the figures do not depend on the

@@ -39,7 +39,7 @@ def gradients(ranks, noise, shape, seed):
 
 
 def two_shot(values):
-    """What the protocol computes, without its messages."""
+    """The result of the protocol, computed without messages."""
     ranks, n = len(values), values[0].numel()
     amaxes = torch.stack([ops.amaxes([v]) for v in values])
     scales, sum_scales = ops.share_scales(amaxes, E4M3)
@@ -49,7 +49,7 @@ def two_shot(values):
 
 
 def errors(ranks, noise, seed):
-    """Of each way over all tensors: the norm of the error over that of the mean."""
+    """The norm of each way's error over all tensors, over that of the mean."""
     ways = {
         "two_shot": two_shot,
         "ring": lambda v: reference.ring_mean(v, E4M3, 1 / math.sqrt(ranks)),
@@ -98,7 +98,7 @@ def accuracy(seed):
 
 
 def speed(pairs):
-    """What a rank computes: the encoding of its bucket, and the sum of the shards of 8."""
+    """The computations of a rank: the encoding of its bucket, and the sum of the shards of 8."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks, n = 8, 2**24 if device == "cuda" else 2**22
     grads = [torch.randn(n // 16, device=device).bfloat16() for _ in range(16)]

@@ -22,7 +22,7 @@ SIZES = {  # elements of a shard; rows; width of the model and of its MLP
 
 
 class Bench:
-    """Where and at what size everything is built."""
+    """The device and the sizes of all cases."""
 
     def __init__(self, device):
         self.device = gpu.DEVICE if device == "cuda" else "cpu"

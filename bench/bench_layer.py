@@ -22,7 +22,7 @@ MODEL = {"cuda": "7b", "cpu": "tiny"}
 
 
 class Bench:
-    """Where and at what size everything is built."""
+    """The device and the sizes of all cases."""
 
     def __init__(self, device):
         self.device, self.length = device, LENGTH[device]

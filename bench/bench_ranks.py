@@ -164,7 +164,7 @@ def run(victim=None, moment=None, number=signal.SIGKILL, changes=(), everyone=()
 
 
 def judge(found, victim, status, text):
-    """What is wrong with how the ranks other than `victim` ended; "" where nothing is."""
+    """The fault in the way that the ranks other than `victim` ended; "" for none."""
     wrong = []
     for rank, (ended, seconds, errors) in enumerate(found):
         if rank == victim:

@@ -1,4 +1,4 @@
-"""How well codecs keep Adam's moments: the mean squared error of m / sqrt(v), and their bytes.
+"""The precision of codecs of Adam's moments: the mean squared error of m / sqrt(v), and bytes.
 
 The states are those of a model trained here; the table is COAT's (arXiv 2410.19313, table 1).
 
@@ -17,7 +17,7 @@ from quaver.optim import encode_state
 EPS = 1e-8
 FORMATS = ("e4m3", "e5m2")
 PAIRS = [(m, v) for m in FORMATS for v in FORMATS]
-# Of the expanded pair e4m3/e4m3, at most, over the pairs without expansion.
+# The largest error of the expanded pair e4m3/e4m3 over that of the pairs without expansion.
 BARS = {("e4m3", "e4m3"): 0.45, ("e5m2", "e5m2"): 0.15}
 
 BYTES_BAR = ("at most", 2.19)

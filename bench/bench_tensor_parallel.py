@@ -32,7 +32,7 @@ MODES = [
 
 
 def spawn(size, function, *args):
-    """What rank 0's function(rank, *args) returns."""
+    """The result of function(rank, *args) on rank 0."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29783"}
     with mp.get_context("spawn").Manager() as manager:
         out = manager.dict()

@@ -1,4 +1,4 @@
-"""How every bench measures: baseline and candidate in one process, by turns, medians of ratios.
+"""The method of every bench: baseline and candidate in one process, by turns, medians of ratios.
 
 A shared machine drifts by tens of percent over seconds. Two runs next to each other see the same
 machine, so the ratio of a pair is steady where the times are not.
@@ -58,7 +58,7 @@ class Case:
 
 
 def machine():
-    """What a figure must be read with."""
+    """The facts with which a figure must be read."""
     import quaver
 
     def git(*args):

@@ -43,7 +43,7 @@ class Clock:
 
 
 def protocol():
-    """What `common.compare` takes for one row on a GPU."""
+    """The arguments of `common.compare` for one row on a GPU."""
     return {"clock": Clock(), "turn": TURN, "most_calls": CALLS_AHEAD}
 
 

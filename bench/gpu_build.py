@@ -61,7 +61,7 @@ def commit():
 
 
 def missing_tools():
-    """What this machine lacks to build the CUDA backend."""
+    """The tools that this machine lacks to build the CUDA backend."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     missing = [
         tool for tool in ("cmake", "ninja", "make", "c++") if not shutil.which(tool, path=path)

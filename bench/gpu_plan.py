@@ -1,4 +1,4 @@
-"""What `make gpu-report` does, in order: the list of its steps.
+"""The steps of `make gpu-report`, in order.
 
 A step may use the seconds that are its own and what the steps before it left over, so the sum is
 the most that the report takes. {python} is the interpreter, {work} the folder for what the steps

@@ -130,7 +130,7 @@ def _listed_targets(output):
 
 
 def ask_gpu():
-    """What torch says of the GPU. Exits, with nothing written, where there is none that will do."""
+    """Torch's description of the GPU. Exits, with nothing written, if there is no suitable one."""
     command = [sys.executable, "-c", ASK_GPU]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:

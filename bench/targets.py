@@ -1,4 +1,4 @@
-"""What the CUDA backend is to reach on one H100 or H200, and whether measured rows reach it.
+"""The targets of the CUDA backend on one H100 or H200, and the check of measured rows.
 
 The ratios are times faster than the baseline, measured by the protocol of gpu.py: random data,
 baseline and candidate by turns in one process, at the clocks that the machine sustains. "Of a

@@ -1,4 +1,4 @@
-"""What the tests share."""
+"""Helpers of all tests."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ import torch
 from quaver import _C, ScaledTensor
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# What an op's refusal arrives as; the stable ABI of some torch versions keeps the C++ type.
+# The types of an op's refusal; the stable ABI of some torch versions keeps the C++ type.
 REFUSAL = (RuntimeError, ValueError)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

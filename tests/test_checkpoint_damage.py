@@ -52,7 +52,7 @@ def forged(origin, tmp_path):
 
 
 def paths_of(value, prefix=()):
-    """Where the values of a document lie; of long lists and objects the first few."""
+    """The places of a document's values; of long lists and objects the first few."""
     items = {dict: lambda: value.items(), list: lambda: enumerate(value)}.get(type(value), list)
     for key, inner in list(items())[: 2 if len(prefix) > 1 else 9]:
         yield (*prefix, key)
@@ -185,7 +185,7 @@ def test_another_layout_of_the_same_shapes(forged):
 
 
 def test_a_description_that_no_tensor_has(origin, forged):
-    """Where no state is there yet, its layout is the file's word."""
+    """Without a state in memory its layout comes from the file."""
     model = origin[1]
     fresh = qv.AdamW(model.parameters(), lr=1e-2, recipe="fp8lm-o2")
 

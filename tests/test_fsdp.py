@@ -287,7 +287,7 @@ def _refusal(function, *args, **kwargs):
 
 
 def _refusals(rank, size, folder):
-    """What every rank says to what it cannot do. None of them may hang."""
+    """The errors of every rank for calls that it must refuse. None of them may hang."""
     shard = qv.distributed.fully_shard
     found = {
         "plain": _refusal(shard, Model()),
@@ -347,7 +347,7 @@ def _everything(rank, size, folder):
 
 @pytest.fixture(scope="module", params=WORLDS)
 def world(request, tmp_path_factory):
-    """What each rank found; a list, one entry a rank."""
+    """The findings of the ranks: a list, one entry a rank."""
     folder = tmp_path_factory.mktemp("fsdp")
     return ranks.run(request.param, _everything, request.param, folder, timeout=120)
 

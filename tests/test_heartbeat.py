@@ -38,7 +38,7 @@ def await_failure(beat, seconds=10):
 
 
 def gather(beats, timeout=10, padding=None):
-    """What `gather` gives or raises on every rank, of its number and `padding`."""
+    """The result or error of `gather` on every rank, of its number and `padding`."""
     found = [None] * len(beats)
 
     def run(i):

@@ -150,7 +150,7 @@ def cpp_functions(path):
 
 
 def test_files_and_functions_are_short():
-    """What is longer than this holds two things and is split between them."""
+    """A longer file or function holds two things and is split between them."""
     paths = list(files("include", "csrc", "python"))
     assert paths
     lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in paths}

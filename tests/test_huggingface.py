@@ -73,7 +73,7 @@ def test_llama_trains_saves_loads_and_goes_back(name, tmp_path):
         assert type(value) is torch.Tensor
         assert torch.equal(value, decoded[key])
 
-    # What was trained in FP8 is an ordinary model that the library saves and loads.
+    # A model trained in FP8 is an ordinary model that the library saves and loads.
     model.save_pretrained(tmp_path / "plain")
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain")
     assert all(type(m) is nn.Linear for m in again.modules() if isinstance(m, nn.Linear))

@@ -1,4 +1,4 @@
-"""What depends on this machine's CPU."""
+"""Choices that depend on this machine's CPU."""
 
 import pytest
 import torch

@@ -97,7 +97,7 @@ def test_saved_activations_of_a_plain_model():
 
 
 def test_saved_activations_under_autocast_leave_out_the_cast_weights():
-    # As many rows as outputs: shapes alone would not tell the input from the weight.
+    # As many rows as outputs: shapes alone could not distinguish the input from the weight.
     model = nn.Sequential(nn.Linear(IN, OUT))
     x = torch.randn(OUT, IN)
     with qv.saved_activations(model) as saved, torch.autocast("cpu", torch.bfloat16):

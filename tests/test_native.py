@@ -1,4 +1,4 @@
-"""What no argument of a native op may do: read or write outside, hide a value, lose a reason."""
+"""No argument of a native op may read or write outside, hide a value or lose an error's reason."""
 
 import contextlib
 import itertools

@@ -39,7 +39,7 @@ void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) fail(what, ": ", cudaGetErrorString(status));
 }
 
-// What a kernel reads or writes: normal values, or `bytes` where they are given.
+// Memory that a kernel reads or writes: normal values, or `bytes` where they are given.
 struct Operand {
   DType type = DType::f32;
   int64_t rows = 1, cols = 1;
@@ -397,7 +397,7 @@ int run(const Arguments& a) {
       good = agrees(k, stream) && good;
     else
       rows += (rows.empty() ? "" : ",\n") + measure(k, 8192, 4096, a.pairs, stream);
-    // What is measured so far, should the rest not come.
+    // The rows measured so far are written, in case the rest fails.
     if (!a.json.empty() && !rows.empty())
       std::ofstream(a.json) << "{\"rows\": [\n" << rows << "\n]}\n";
   }

@@ -35,11 +35,12 @@ class LinearRecipe:
             time for 16 casts, then from the maximum of the last 16 amaxes).
         master: storage of the weight itself. "as-is" leaves the parameter alone, "bf16" makes it a
             plain bf16 parameter, "f16-tensor" a ScaledTensor: f16 codes with one scale.
-        weight_grad: what backward leaves in `.grad`. "f32" and "bf16" are the product's format; a
-            plain parameter's gradient is then a plain tensor of the parameter's dtype. "e4m3" is a
-            ScaledTensor of 1 byte a value, also for a plain parameter, so that only code that
-            takes ScaledTensors may read it.
-        grad_accumulate: "bf16" or "f32", what a second micro-batch turns an e4m3 gradient into.
+        weight_grad: the gradient that backward leaves in `.grad`. "f32" and "bf16" are the
+            product's format; a plain parameter's gradient is then a plain tensor of the parameter's
+            dtype. "e4m3" is a ScaledTensor of 1 byte a value, also for a plain parameter, so that
+            only code that takes ScaledTensors may read it.
+        grad_accumulate: "bf16" or "f32", the format of an e4m3 gradient once a second micro-batch
+            is added.
         cache: "none" casts a weight where it is used; "master" keeps the two FP8 copies of an
             "f16-tensor" weight (2 bytes a value), which every write of the weight writes too. A
             plain weight has no such copies, because any code may write it unnoticed.
@@ -116,10 +117,10 @@ class Recipe:
             without FP8 linear layers nothing is FP8 between them.
         exp_avg, exp_avg_sq: names of STATES for converted weights, and with `plain_moments` for
             all other parameters too.
-        bf16_master: how a bf16 parameter takes its update: "nearest", "stochastic" (unbiased, no
-            further bytes) or "remainder" (16 more bits in the optimizer's state, which make it an
-            exact f32 master).
-        master_rounding: how an f16 master takes its update, "stochastic" or "nearest".
+        bf16_master: the rounding of a bf16 parameter's update: "nearest", "stochastic" (unbiased,
+            no further bytes) or "remainder" (16 more bits in the optimizer's state, which make
+            it an exact f32 master).
+        master_rounding: the rounding of an f16 master's update, "stochastic" or "nearest".
         replica: what distributed.ZeroAdamW leaves of a converted weight on every rank, beside the
             master of its owner; None leaves copies of the master.
         fp8_sum: under tensor parallelism partial sums are sent in FP8, as gathered activations are.

@@ -1,4 +1,4 @@
-"""What a call must return: the plain-torch reference's bits, where arithmetic defines them."""
+"""The expected results of calls: the plain-torch reference's bits where arithmetic defines them."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def leaves(value):
 
 
 def results(op: str, args: list, out) -> list:
-    """What an op returns, or writes if it returns nothing."""
+    """The results of an op, or the tensors it wrote if it returns nothing."""
     import torch
 
     if out is None:

@@ -12,7 +12,7 @@ _ops = torch.ops.quaver
 
 
 def none_like(t: Tensor) -> Tensor:
-    """The empty tensor that stands for "none" in list arguments."""
+    """The empty tensor that stands for none in list arguments."""
     return t.new_empty(0, dtype=torch.float32)
 
 

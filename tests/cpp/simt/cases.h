@@ -1,4 +1,4 @@
-// What the tests of the CUDA kernels share: buffers with guards, awkward values, every order.
+// Helpers of the CUDA kernels' tests: buffers with guards, awkward values, every order.
 #pragma once
 
 #include <functional>

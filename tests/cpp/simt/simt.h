@@ -39,7 +39,7 @@ extern dim3 thread_index, block_index, block_size, grid_size;
 enum class Order { ascending, descending, shuffled };
 void set_order(Order order);
 
-// What a test may ask of launches: grids as large as a real device's need not run whole.
+// Options of a test for launches: grids as large as a real device's need not run whole.
 struct Control {
   std::function<std::vector<int64_t>(int64_t blocks)> chosen;  // blocks that run; empty: all
   std::function<void(const char* op, int64_t blocks)> seen;    // called for each launch

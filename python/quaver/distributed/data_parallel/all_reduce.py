@@ -9,7 +9,7 @@ the exchange and gather: ColossalAI's FP8 communication, pull request 5928.)
 
 `ring`: the paper's form. Partial sums pass the ring in FP8 and are rounded, and saturated, at
 every hop; mu makes room for them. Where in the ring an element's sum begins depends on its place in
-the bucket. NCCL's own FP8 sum where the carrier has it, in NCCL's order.
+the bucket. NCCL's own FP8 sum where the backend has it, in NCCL's order.
 
 A protocol is a generator: it yields each Pending message and is sent the result, so the same code
 serves blocking calls and overlap with backward.
