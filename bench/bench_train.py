@@ -16,7 +16,7 @@ from quaver.job import Job, Run
 
 BARS = {
     "loss_percent": ("within", 1.0),
-    "bytes_per_param": ("at most", 6.05),
+    "bytes_per_param": ("at most", 6.07),
     "activation_ratio": ("at most", 0.55),
     "speed_ratio": ("at least", 0.6),
 }
