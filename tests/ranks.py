@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 60  # seconds: a hang fails
+TIMEOUT = 180  # seconds: a hang fails, a busy machine does not
 
 _context = multiprocessing.get_context("forkserver")
 # What a rank would take seconds to import: converting a model brings the compiler.

@@ -86,7 +86,7 @@ def command(rank, arguments, die=None, how=signal.SIGKILL):
 
 
 def start(size, arguments, *more):
-    return ranks.Ranks(size, command, arguments, *more, timeout=100, init=False)
+    return ranks.Ranks(size, command, arguments, *more, timeout=300, init=False)
 
 
 def finish(size, arguments):
@@ -141,7 +141,7 @@ def test_quavers_own_communicator_trains_the_same(flags, tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({**BIG, "kv_heads": 2}))
     options = "fp8lm-o3", "--parallel", "zero=2,tp=2"
     finish(4, flags("group", *options))
-    own = ranks.Ranks(4, _carried, tmp_path, flags("own", *options), timeout=100, init=False)
+    own = ranks.Ranks(4, _carried, tmp_path, flags("own", *options), timeout=300, init=False)
     assert [status for status, _, _ in own.results()] == [0] * 4
     assert losses(tmp_path / "own", "fp8lm-o3") == losses(tmp_path / "group", "fp8lm-o3")
     sent = [summary(tmp_path / out, "fp8lm-o3")["communication"] for out in ("own", "group")]

@@ -181,7 +181,7 @@ def test_strided_operands():
 
 REFUSED = [
     (lambda a, b: qv.gemm(a, operand(4, 9)), r"must share K, got \[4, 8\] and \[4, 9\]"),
-    (lambda a, b: qv.gemm(a, operand(1, 8)[0]), "b must be a ScaledTensor, got Tensor"),
+    (lambda a, b: qv.gemm(a, b.dequantize()), "b must be a ScaledTensor, got Tensor"),
     (
         lambda a, b: qv.gemm(a, qv.ScaledTensor(b.qdata[0], b.scale)),
         "must be matrices, got 2 and 1",
