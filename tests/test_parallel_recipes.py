@@ -24,6 +24,8 @@ REFUSED = {
     ("coat", "fsdp=2"): "--parallel fsdp=2: fully_shard: FSDP2 takes parameters of one dtype",
 }
 
+pytestmark = pytest.mark.slow
+
 
 def _run(settings, whole=None):
     """`quaver train` on the ranks of the pool. With `whole`, the run's folder as it was after step
