@@ -52,11 +52,16 @@ QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment& at, float (&dx
 template <class X, Activation kind>
 __global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> p, bool first) {
   __shared__ Tile tile, tile_up;
+  __shared__ Divisor by, by_up;  // in registers they would spill on sm_100
   const bool gated = p.up.codes != nullptr;
   const CastPass of = cast_pass(p.dx.scale, first);
   const CastPass of_up = gated ? cast_pass(p.dup.scale, first) : CastPass{false, false, 1.0f};
   if (!of.encode && !of.collect && !of_up.encode && !of_up.collect) return;
-  const Divisor by = divisor(of.scale), by_up = divisor(of_up.scale);
+  if (threadIdx.x == 0) {
+    by = divisor(of.scale);
+    by_up = divisor(of_up.scale);
+  }
+  __syncthreads();
   uint32_t seen = 0, seen_up = 0;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
