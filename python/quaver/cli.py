@@ -269,8 +269,9 @@ def main(arguments: list[str] | None = None) -> int:
 def command() -> NoReturn:
     """Runs the command line as a process of its own, and ends it with the exit status."""
     status = main()
-    if status and "RANK" in os.environ:
-        # Threads may still wait for a rank that is gone, and Python would wait for them or abort.
+    if "RANK" in os.environ:
+        # A thread of a process group that outlives the interpreter aborts the process, and one that
+        # waits for a rank that is gone holds it up. All files are closed by now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
