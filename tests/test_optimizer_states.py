@@ -128,7 +128,7 @@ def test_the_split_of_a_master_is_exact_for_every_float():
     assert ((high.float() - x).abs() <= 2**-8 * x.abs())[ordinary].all()
 
 
-def test_stochastic_rounding_is_philox_and_unbiased():
+def test_stochastic_rounding_is_the_oracles_and_unbiased():
     start = randn(40, 33, dtype=torch.bfloat16)
     other = nn.Parameter(torch.zeros(3))
     other.grad = torch.zeros(3)
@@ -159,6 +159,29 @@ def test_stochastic_rounding_is_philox_and_unbiased():
     qv.AdamW([p], lr=2**-12, weight_decay=0.0, recipe=chosen).step()
     moved = 1 - p.detach().double().mean().item()
     assert abs(moved / 2**-12 - 1) < 5 * 4 / math.sqrt(100_000)  # up by 2^-8 with chance 1/16
+
+
+def test_rounding_errors_of_successive_steps_cancel():
+    """A bf16 weight beside the same steps of an f32 one. With independent noise the errors are a
+    random walk: their variance grows by ulp |update| a step, for updates below an ulp."""
+    lr, steps = 1e-5, 400
+    start = (randn(20_000).abs() * 0.001 + 0.02).bfloat16()  # of one binade: ulp 2^-13
+    exact, rounded = nn.Parameter(start.float()), nn.Parameter(start.clone())
+    options = {"lr": lr, "betas": HYPER[1:3], "weight_decay": 0.0}
+    optimizers = [
+        qv.AdamW([exact], **options, recipe="f32"),
+        qv.AdamW([rounded], **options, recipe=with_states("f32", bf16_master="stochastic")),
+    ]
+    walk = 0.0
+    for t in range(steps):
+        exact.grad = randn(20_000, seed=t) + 0.2
+        rounded.grad = exact.grad.bfloat16()
+        before = exact.detach().clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        walk += 2**-13 * (exact.detach() - before).abs().mean().item()
+    error = (rounded.detach().float() - exact.detach()).square().mean().sqrt().item()
+    assert error < 0.7 * math.sqrt(walk)
 
 
 @pytest.mark.parametrize("name", ["e4m3-expand", "e5m2-expand", "e4m3", "e5m2", "e4m3-tensor"])

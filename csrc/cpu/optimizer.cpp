@@ -50,8 +50,7 @@ void prepare(const AdamParameter& p, Plan* plan) {
   s.remainder = p.remainder;
   s.stochastic = p.stochastic;
   s.stochastic_exp_avg = rounds_exp_avg(p);
-  s.seed = p.seed;
-  s.offset = static_cast<uint64_t>(*p.step);
+  s.dither = make_dither(p.seed, static_cast<uint64_t>(*p.step));
   s.first = static_cast<uint64_t>(p.first_element);
 }
 

@@ -3,7 +3,6 @@
 // and encoded, and only the conversions depend on the storage types.
 #include "simd_adam.h"
 
-#include "simd_philox.h"
 #include "span.h"
 // With AVX-512 the loops below, twice as wide, are used: expanded.h has no AVX-512 form yet.
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -107,22 +106,22 @@ void store_plain(const StateSpan& s, int64_t i, const float* x, int64_t count) {
   });
 }
 
-// `random` is null for nearest rounding.
+// `starts` is null for nearest rounding.
 void store_exp_avg(const StateSpan& s, int64_t i, const float* x, const float* grad,
-                   const uint32_t* random, int64_t count) {
+                   const Dither& dither, const uint32_t* starts, int64_t count) {
   if (s.type == DType::f32) return store_plain(s, i, x, count);
   alignas(64) float y[kRun];
   with_count(count, [&](int64_t n) {
     with_format(s.type, [&](auto format) {
       using T = decltype(format);
       to_format<T>(y, x, s, i, n);
-      if (random == nullptr) {
+      if (starts == nullptr) {
         QUAVER_SIMD
         for (int64_t j = 0; j < n; ++j) y[j] = settle_exp_avg<T>(y[j], x[j], grad[j], false, 0);
       } else {
         QUAVER_SIMD
         for (int64_t j = 0; j < n; ++j)
-          y[j] = settle_exp_avg<T>(y[j], x[j], grad[j], true, random[j]);
+          y[j] = settle_exp_avg<T>(y[j], x[j], grad[j], true, exp_avg_noise(dither, starts[j]));
       }
       store(static_cast<T*>(s.values) + i, y, n, 1.0f);
     });
@@ -156,27 +155,33 @@ void load_weight(float* w, const AdamSpan& p, int64_t i, int64_t n) {
   for (int64_t j = 0; j < n; ++j) w[j] = join_master(high[j], low[j]);
 }
 
-// The random words of elements i and the following, in a buffer of kBlock + kDrawn.
-const uint32_t* draw(uint32_t* words, const AdamSpan& p, int64_t i, int64_t n) {
+// The starts of the noise of elements i and the following.
+void dither_starts(uint32_t* __restrict out, const AdamSpan& p, int64_t i, int64_t n) {
+  const Dither d = p.dither;
   const uint64_t first = p.first + static_cast<uint64_t>(i);
-  const uint64_t inside = first % 4;  // of its Philox block
-  random_words(words, p.seed, first - inside, p.offset, n + static_cast<int64_t>(inside));
-  return words + inside;
+  const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
+  QUAVER_SIMD
+  for (int64_t j = 0; j < n; ++j) {
+    const uint32_t element = low + static_cast<uint32_t>(j);
+    out[j] = dither_start(d, element, high + (element < low));
+  }
 }
 
 template <class T>
-void store_stochastic(const AdamSpan& p, int64_t i, const float* w, const uint32_t* random,
+void store_stochastic(const AdamSpan& p, int64_t i, const float* w, const uint32_t* starts,
                       int64_t n) {
+  const Dither d = p.dither;
   auto* out = static_cast<T*>(p.weight.values) + i;
   const float inverse = 1.0f / p.weight.new_scale;
   QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) out[j] = encode_weight_stochastic<T>(w[j] * inverse, random[j]);
+  for (int64_t j = 0; j < n; ++j)
+    out[j] = encode_weight_stochastic<T>(w[j] * inverse, weight_noise(d, starts[j]));
 }
 
-void store_weight(const AdamSpan& p, int64_t i, const float* w, const uint32_t* random, int64_t n) {
+void store_weight(const AdamSpan& p, int64_t i, const float* w, const uint32_t* starts, int64_t n) {
   if (p.stochastic)
-    return p.weight.type == DType::bf16 ? store_stochastic<bf16>(p, i, w, random, n)
-                                        : store_stochastic<f16>(p, i, w, random, n);
+    return p.weight.type == DType::bf16 ? store_stochastic<bf16>(p, i, w, starts, n)
+                                        : store_stochastic<f16>(p, i, w, starts, n);
   if (p.remainder == nullptr)
     return store_any(at(p.weight.values, p.weight.type, i), p.weight.type, w, n,
                      1.0f / p.weight.new_scale);
@@ -191,7 +196,7 @@ void store_weight(const AdamSpan& p, int64_t i, const float* w, const uint32_t* 
 
 // Encodes and stores the moments of a run.
 void store_moments(const AdamSpan& p, int64_t i, const float* m, const float* v, const float* g,
-                   const uint32_t* random, int64_t count) {
+                   const uint32_t* starts, int64_t count) {
   // Both ranges, then both scales: a scale is a long chain of dependent operations.
   const bool group_m = p.exp_avg.scaling != Scaling::tensor;
   const bool group_v = p.exp_avg_sq.scaling != Scaling::tensor;
@@ -199,12 +204,12 @@ void store_moments(const AdamSpan& p, int64_t i, const float* m, const float* v,
   const GroupRange range_v = group_v ? range_of(v, count) : GroupRange{};
   if (group_m) choose_scale(p.exp_avg, i, range_m);
   if (group_v) choose_scale(p.exp_avg_sq, i, range_v);
-  store_exp_avg(p.exp_avg, i, m, g, p.stochastic_exp_avg ? random : nullptr, count);
+  store_exp_avg(p.exp_avg, i, m, g, p.dither, p.stochastic_exp_avg ? starts : nullptr, count);
   store_exp_avg_sq(p.exp_avg_sq, i, v, count);
 }
 
 void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, float* w,
-              const uint32_t* random, int64_t count) {
+              const uint32_t* starts, int64_t count) {
   alignas(64) float m[kRun], v[kRun];
   load_state(m, p.exp_avg, i, count);
   load_state(v, p.exp_avg_sq, i, count);
@@ -217,7 +222,7 @@ void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, f
       v[j] = e.exp_avg_sq;
     }
   });
-  store_moments(p, i, m, v, g, random, count);
+  store_moments(p, i, m, v, g, starts, count);
 }
 
 #if defined(QUAVER_EXPANDED_LANES)
@@ -305,7 +310,7 @@ void decode_groups(float* out, const StateSpan& s, int64_t n) {
 
 void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
   alignas(64) float gradients[kBlock], weights[kBlock];
-  alignas(64) uint32_t words[kBlock + kDrawn];
+  alignas(64) uint32_t starts[kBlock];
   const AdamSpan p = span;
   const AdamStep s = step;
   const StateSpan* states[3] = {&p.weight, &p.exp_avg, &p.exp_avg_sq};
@@ -328,7 +333,7 @@ void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_b
       w = static_cast<float*>(p.weight.values) + i;
     else
       load_weight(weights, p, i, count);
-    const uint32_t* random = p.stochastic ? draw(words, p, i, count) : words;
+    if (p.stochastic) dither_starts(starts, p, i, count);
     int64_t done = 0;
 #if defined(QUAVER_EXPANDED_LANES)
     if (p.exp_avg.scaling == Scaling::expand && p.exp_avg_sq.scaling == Scaling::expand) {
@@ -341,8 +346,8 @@ void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_b
     }
 #endif
     for (int64_t j = done; j < count; j += kRun)
-      adam_run(p, s, i + j, g + j, w + j, random + j, count - j < kRun ? count - j : kRun);
-    if (!plain_weight) store_weight(p, i, weights, random, count);
+      adam_run(p, s, i + j, g + j, w + j, starts + j, count - j < kRun ? count - j : kRun);
+    if (!plain_weight) store_weight(p, i, weights, starts, count);
     for (int k = 0; k < 3; ++k) collect(*states[k], i, count, codes[k]);
     if (p.fp8 == nullptr) continue;
     // The copy is made from the stored codes, so that a reloaded weight gives the same copy.

@@ -5,6 +5,7 @@
 
 #include "quaver/adam.h"
 #include "quaver/codec.h"
+#include "quaver/dither.h"
 
 namespace quaver::cpu {
 
@@ -30,7 +31,8 @@ struct AdamSpan {
   uint16_t* remainder;  // of a bf16 weight, or null
   bool stochastic;      // of a 16-bit weight
   bool stochastic_exp_avg;
-  uint64_t seed, offset, first;  // Philox: of the weight, the step, the first element
+  Dither dither;
+  uint64_t first;  // element, of the whole tensor
 };
 
 // contract() of all 256 codes of a format, signs included, for a scale that holds this power.

@@ -87,33 +87,26 @@ QUAVER_DEVICE void decode_weight(const Entry& e, const Loaded& l, float (&w)[kQu
                        static_cast<uint16_t>(half_of(l.remainder, j)));
 }
 
-// random_bits of four elements, which may lie in two blocks of Philox: a tile's rows, and a shard,
-// begin anywhere.
-QUAVER_DEVICE void draw(uint64_t seed, uint64_t index, uint64_t offset, uint32_t (&word)[kQuad]) {
-  const Philox4 block = philox4x32(seed, index / kQuad, offset);
-  uint32_t w[2 * kQuad] = {block.word[0], block.word[1], block.word[2], block.word[3]};
-  const unsigned shift = index % kQuad;
-  if (shift != 0) {
-    const Philox4 next = philox4x32(seed, index / kQuad + 1, offset);
+QUAVER_DEVICE void dither_starts(const Dither& d, uint64_t index, uint32_t (&start)[kQuad]) {
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) w[kQuad + j] = next.word[j];
+  for (int j = 0; j < kQuad; ++j) {
+    const uint64_t element = index + j;
+    start[j] = dither_start(d, static_cast<uint32_t>(element), uint32_t(element >> 32));
   }
-#pragma unroll
-  for (int j = 0; j + 1 < 2 * kQuad; ++j) w[j] = shift & 1 ? w[j + 1] : w[j];
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) word[j] = shift & 2 ? w[j + 2] : w[j];
 }
 
 template <class T>
 QUAVER_DEVICE void encode_stochastic(const Plan& p, const float (&w)[kQuad],
-                                     const uint32_t (&random)[kQuad], Loaded& l) {
+                                     const uint32_t (&start)[kQuad], Loaded& l) {
 #pragma unroll
   for (int j = 0; j < kQuad; ++j)
-    put_half(l.state[0], j, encode_weight_stochastic<T>(w[j] * p.inverse[0], random[j]).bits);
+    put_half(
+        l.state[0], j,
+        encode_weight_stochastic<T>(w[j] * p.inverse[0], weight_noise(p.dither, start[j])).bits);
 }
 
 QUAVER_DEVICE void encode_weight(const Entry& e, const Plan& p, const float (&w)[kQuad],
-                                 const uint32_t (&random)[kQuad], Loaded& l) {
+                                 const uint32_t (&start)[kQuad], Loaded& l) {
   if (e.remainder != nullptr) {
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
@@ -123,9 +116,9 @@ QUAVER_DEVICE void encode_weight(const Entry& e, const Plan& p, const float (&w)
     store_quad(e.remainder, DType::bf16, l.i, l.remainder, l.n, e.aligned);
   } else if (e.stochastic) {
     if (e.state[0].type == DType::bf16)
-      encode_stochastic<bf16>(p, w, random, l);
+      encode_stochastic<bf16>(p, w, start, l);
     else
-      encode_stochastic<f16>(p, w, random, l);
+      encode_stochastic<f16>(p, w, start, l);
   } else {
     encode_any(e.state[0].type, w, p.inverse[0], 0, l.state[0]);
   }
@@ -133,7 +126,7 @@ QUAVER_DEVICE void encode_weight(const Entry& e, const Plan& p, const float (&w)
 
 // Encodes a moment. All threads of a warp must call it.
 QUAVER_DEVICE void encode_moment(const Entry& e, const Plan& p, int k, const float (&x)[kQuad],
-                                 const float (&grad)[kQuad], const uint32_t (&random)[kQuad],
+                                 const float (&grad)[kQuad], const uint32_t (&start)[kQuad],
                                  Loaded& l) {
   const State& s = e.state[k];
   float y[kQuad];
@@ -146,10 +139,14 @@ QUAVER_DEVICE void encode_moment(const Entry& e, const Plan& p, int k, const flo
     if (l.n > 0 && threadIdx.x % kWarp == 0) s.scale[l.i / kGroup] = scale;
     to_format(s.type, expands, scale, x, y);
   }
-  if (k == 1)
-    settle_first(s.type, x, grad, e.stochastic_exp_avg, random, y);
-  else if (is_fp8(s.type))
+  if (k == 1) {
+    uint32_t noise[kQuad];
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) noise[j] = exp_avg_noise(p.dither, start[j]);
+    settle_first(s.type, x, grad, e.stochastic_exp_avg, noise, y);
+  } else if (is_fp8(s.type)) {
     keep_nonzero(s.type, x, y);
+  }
   encode_any(s.type, y, 1.0f, 0, l.state[k]);
 }
 
@@ -170,11 +167,11 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, const Logarithms& l
     x[1][j] = element.exp_avg;
     x[2][j] = element.exp_avg_sq;
   }
-  uint32_t random[kQuad] = {};
-  if (e.stochastic) draw(e.seed, static_cast<uint64_t>(e.first_element + l.i), p.offset, random);
-  encode_weight(e, p, x[0], random, l);
+  uint32_t start[kQuad] = {};
+  if (e.stochastic) dither_starts(p.dither, static_cast<uint64_t>(e.first_element + l.i), start);
+  encode_weight(e, p, x[0], start, l);
 #pragma unroll
-  for (int k = 1; k < kStates; ++k) encode_moment(e, p, k, x[k], grad, random, l);
+  for (int k = 1; k < kStates; ++k) encode_moment(e, p, k, x[k], grad, start, l);
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
     const State& s = e.state[k];

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../arguments.h"
+#include "quaver/dither.h"
 #include "state_block.h"
 #include "transpose.h"
 
@@ -32,7 +33,7 @@ struct Entry {
   int64_t* step;
   const double* hyper;
   int64_t numel, first;   // elements, and the first block of this parameter
-  int64_t first_element;  // for the random bits
+  int64_t first_element;  // for the noise
   Tiles tiles;
   DType grad_type;
   bool stochastic, stochastic_exp_avg, tiled, aligned, aligned_t;
@@ -45,14 +46,14 @@ struct Plan {
   float new_scale[kStates];          // decode, to be stored
   float inverse[kStates];            // 1 / new_scale
   float amax[kStates];
-  uint64_t offset;  // of the random bits: steps taken before
+  Dither dither;
 };
 
 QUAVER_DEVICE void plan_step(const Entry& e, Plan* plan) {
   Plan p;
   const double* h = e.hyper;
   p.step = adam_step(h[0], h[1], h[2], h[3], h[4], next_step(*e.step));
-  p.offset = static_cast<uint64_t>(*e.step);
+  p.dither = make_dither(e.seed, static_cast<uint64_t>(*e.step));
   p.grad_scale = e.grad_scale != nullptr ? *e.grad_scale : 1.0f;
   float amax[kStates];
 #pragma unroll

@@ -198,16 +198,16 @@ QUAVER_HD uint16_t master_low(float x) { return static_cast<uint16_t>(bit_cast<u
 
 // A 16-bit weight over its scale, rounded up with the probability of the bits that the format
 // lacks: steps far below half an ulp then move it in expectation, and nearest rounding would lose
-// them all.
+// them all. `noise` is uniform; its upper bits decide.
 template <class T>
-QUAVER_HD T encode_weight_stochastic(float y, uint32_t random) {
+QUAVER_HD T encode_weight_stochastic(float y, uint32_t noise) {
   if constexpr (std::is_same<T, bf16>::value) {
     const uint32_t bits = bit_cast<uint32_t>(y);
-    const uint32_t up = bits + (random & 0xffffu);
+    const uint32_t up = bits + (noise >> 16);
     const bool special = (bits & 0x7f800000u) == 0x7f800000u;
     return bf16{static_cast<uint16_t>(select(special, encode_bf16(y).bits, up >> 16))};
   } else {
-    return encode_stochastic<T>(y, random);
+    return encode_stochastic<T>(y, noise >> (9 + Format<T>::mantissa));
   }
 }
 

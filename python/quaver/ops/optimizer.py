@@ -85,10 +85,10 @@ def adam_(
             receive the GEMM copies of a float16 ScaledTensor weight; None for none.
         remainders: n int16 tensors of the weights' shapes: the low bits of float32 masters whose
             high bits are bfloat16 weights; None for none.
-        seeds: n Philox keys for stochastic rounding of bfloat16 and float16 weights by (seed, step,
-            element); -1 rounds to nearest.
+        seeds: n keys of the noise by which bfloat16 and float16 weights round stochastically, a
+            function of (seed, step, element); -1 rounds to nearest.
         first_elements: n flat indices of the weights' first elements in whole tensors of which
-            they are shards, for the random bits. Default: all 0.
+            they are shards, for the noise. Default: all 0.
 
     Raises:
         RuntimeError or ValueError: lists of different lengths, mixed devices, another dtype, a

@@ -25,11 +25,11 @@ class AdamW(Optimizer):
     (norms, biases, embeddings) keep f32 moments, unless the recipe has `plain_moments`, as "coat"
     does: a model needs no conversion for that. f16 masters round their update by the recipe's
     `master_rounding`, bf16 and f16 parameters by its `bf16_master`; the 16 bits of
-    "remainder" are a state of that name. Stochastic rounding draws by Philox of (index of the
-    parameter, step, element): a run has the same bits on every machine and number of ranks. A step
-    with a non-finite gradient changes nothing and is counted in `skipped`. Of FSDP2's parameters
-    each rank steps its shard, with the scales of the whole tensor: the codes of all shards are
-    those of one process, and all ranks skip alike.
+    "remainder" are a state of that name. The noise of stochastic rounding is a function of (index
+    of the parameter, step, element), in which errors of successive steps cancel: a run has the same
+    bits on every machine and number of ranks. A step with a non-finite gradient changes nothing and
+    is counted in `skipped`. Of FSDP2's parameters each rank steps its shard, with the scales of the
+    whole tensor: the codes of all shards are those of one process, and all ranks skip alike.
 
     A CUDA graph may capture `step()`: its number and hyperparameters are read on the device. After
     a change of hyperparameters call `write_hyper()` before the next replay.

@@ -34,6 +34,7 @@ from .formats import (
     FORMATS,
     MASTER_TO_FP8,
     MIN_SCALE,
+    dither_noise,
     encode,
     encode_stochastic,
     magnitudes,

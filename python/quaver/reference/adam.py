@@ -13,10 +13,10 @@ from .formats import (
     E5M2,
     FORMATS,
     MASTER_TO_FP8,
+    dither_noise,
     encode,
     encode_stochastic,
     magnitudes,
-    random_words,
     scale_from_amax,
 )
 from .states import decode_state, keep_nonzero, to_format
@@ -53,15 +53,15 @@ def toward_zero(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def settle_exp_avg(
-    y: Tensor, m: Tensor, g: Tensor, dtype: torch.dtype, words: Tensor | None = None
+    y: Tensor, m: Tensor, g: Tensor, dtype: torch.dtype, noise: Tensor | None = None
 ) -> Tensor:
     """A first moment m, y in the format's domain: toward zero below the normal range, and where
     the gradient is below an eighth of it; else nearest rounding could hold it up for ever. With
-    random `words` the others round stochastically by their upper bits."""
+    `noise` the others round stochastically by its upper bits."""
     down = (y.abs() < torch.finfo(dtype).tiny) | (8 * g.abs() < m.abs())
-    if words is not None:
+    if noise is not None:
         dropped = 23 - FORMATS[dtype][1]
-        noise = (words >> 32 - dropped).reshape(y.shape).masked_fill(down | ~y.isfinite(), 0)
+        noise = (noise >> 32 - dropped).reshape(y.shape).masked_fill(down | ~y.isfinite(), 0)
         bits = y.abs().view(torch.int32).to(torch.int64) + noise >> dropped << dropped
         y = bits.to(torch.int32).view(torch.float32).copysign(y)
     return torch.where(down, toward_zero(y, dtype), y)
@@ -78,7 +78,7 @@ def adamw_fp8(
     in the order of adam.h, so that every bit can be compared. Unscaled states have scale 1. States
     of grain "flat" and "expand" (flat, expanded) get a scale for each block from its new values.
     With a `seed` an f16 weight, and an FP8 first moment that is not expanded, round stochastically,
-    by the words of flat elements from `first`.
+    by the noise of flat elements from `first`.
     """
     f32 = functools.partial(torch.tensor, dtype=torch.float32)
     w, m, v = (
@@ -99,6 +99,7 @@ def adamw_fp8(
         b1 * states[1][2] + r1 * top,
         b2 * states[2][2] + r2 * (top * top),
     ]
+    noise = (None, None) if seed is None else dither_noise(w.numel(), seed, t - 1, first)
     stored = []
     for i, (value, (codes, scale, _)) in enumerate(zip((w, m, v), states, strict=True)):
         dtype, kind = codes.dtype, grains[i]
@@ -111,13 +112,14 @@ def adamw_fp8(
         else:
             y, scale = to_format(value, dtype, kind == "expand")
         if i == 1:
-            random = seed is not None and dtype in (E4M3, E5M2) and kind != "expand"
-            words = random_words(y.numel(), seed, t - 1, first) if random else None
-            y = settle_exp_avg(y, m, g, dtype, words)
+            random = dtype in (E4M3, E5M2) and kind != "expand"
+            y = settle_exp_avg(y, m, g, dtype, noise[1] if random else None)
         if i == 2 and dtype in (E4M3, E5M2):
             y = keep_nonzero(y, v, dtype)
-        drawn = i == 0 and seed is not None
-        codes = encode_stochastic(y, dtype, seed, t - 1, first) if drawn else encode(y, dtype)
+        if i == 0 and seed is not None:
+            codes = encode_stochastic(y, dtype, words=noise[0] >> 9 + FORMATS[dtype][1])
+        else:
+            codes = encode(y, dtype)
         amax = (
             (codes.float() * scale).abs().amax() if codes.numel() and kind == "tensor" else f32(0.0)
         )
@@ -138,10 +140,10 @@ def join_master(high: Tensor, low: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def stochastic_bf16(x: Tensor, seed: int, offset: int, first: int = 0) -> Tensor:
-    """Up with the probability of the dropped 16 bits: Philox of (seed, offset, flat index)."""
-    words = random_words(x.numel(), seed, offset, first)
-    bits = x.view(torch.int32).to(torch.int64).flatten() + (words & 0xFFFF)
+def stochastic_bf16(x: Tensor, seed: int, step: int, first: int = 0) -> Tensor:
+    """Up with the probability of the dropped 16 bits, by dither_noise."""
+    noise, _ = dither_noise(x.numel(), seed, step, first)
+    bits = x.view(torch.int32).to(torch.int64).flatten() + (noise >> 16)
     return (bits >> 16).to(torch.int16).view(torch.bfloat16).reshape(x.shape)
 
 

@@ -91,20 +91,41 @@ def philox(seed: int, counter: Tensor, high: int = 0) -> Tensor:
     return torch.stack(c, -1)
 
 
-def random_words(count: int, seed: int, offset: int = 0, first: int = 0) -> Tensor:
-    """One Philox word for each flat index from `first`, int64 [count]."""
+def random_words(count: int, seed: int) -> Tensor:
+    """One Philox word for each flat index, int64 [count]."""
+    index = torch.arange(count)
+    return philox(seed, index // 4).gather(1, (index % 4)[:, None])[:, 0]
+
+
+def dither_noise(count: int, seed: int, step: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """32 bits of noise for the weight, and for its first moment, of each flat index from `first` in
+    a step: Weyl sequences over the steps, which start at a hash of seed and index (dither.h)."""
+    mask = 0xFFFFFFFF
+
+    def times(x, constant):  # mod 2^32; int64 holds 32 x 16 bits
+        return (x * (constant & 0xFFFF) + ((x * (constant >> 16) & 0xFFFF) << 16)) & mask
+
+    def mix(x):  # MurmurHash3's finalizer
+        x = times(x ^ x >> 16, 0x85EBCA6B)
+        x = times(x ^ x >> 13, 0xC2B2AE35)
+        return x ^ x >> 16
+
+    key = mix((seed & mask) + mix(seed >> 32 & mask) & mask)
     index = torch.arange(first, first + count)
-    return philox(seed, index // 4, offset).gather(1, (index % 4)[:, None])[:, 0]
+    start = mix(index & mask ^ key) + times(index >> 32, 0xC13FA9A9) & mask
+    weight = start + times(step & mask, 0x9E3779B9) & mask
+    return weight, times(start, 0xC2B2AE35) + times(step & mask, 0x91E10DA5) & mask
 
 
 def encode_stochastic(
-    x: Tensor, dtype: torch.dtype, seed: int, offset: int = 0, first: int = 0
+    x: Tensor, dtype: torch.dtype, seed: int = 0, words: Tensor | None = None
 ) -> Tensor:
-    """Up with the probability of the dropped fraction, by random_words."""
+    """Up with the probability of the dropped fraction, by the low bits of `words`, or of
+    random_words."""
     _, mantissa, bias = FORMATS[dtype]
     dropped = 23 - mantissa  # bits of an f32 that the format lacks
     flat = x.double().abs().flatten()
-    words = random_words(flat.numel(), seed, offset, first)
+    words = random_words(flat.numel(), seed) if words is None else words
     _, exponent = torch.frexp(flat)
     ulp = torch.ldexp(torch.ones_like(flat), exponent.clamp(min=2 - bias) - 1 - mantissa)
     known = torch.floor(flat / ulp * 2.0**dropped)  # finer than that is lost, in subnormals only
