@@ -39,7 +39,7 @@ def _messages(transport):
         transport.max(torch.tensor([float(rank), -float(rank)]), "scale").wait(),
         transport.gather_rows(rows, "weight").wait(),
         torch.cat(rows),
-        torch.tensor(transport.share({"rank": rank})[-1]["rank"]),
+        torch.tensor(transport.all_gather_object({"rank": rank})[-1]["rank"]),
     ]
     plain = torch.full((2, 2), float(rank))
     transport.broadcast([plain])

@@ -386,7 +386,7 @@ def _joins_twice(rank):
                 UsageError, match=r"wanted a group .* \('gloo', \d, 2\) exists already"
             ):
                 init("cuda")
-            found.append(world.share(rank))
+            found.append(world.all_gather(rank))
             world.transport.max(torch.ones(3), "scale").wait()
         assert not dist.is_initialized()
         del world

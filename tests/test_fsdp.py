@@ -359,7 +359,7 @@ def test_gathered_codes_are_those_of_one_process(world):
             if isinstance(module, qv.nn.Linear):
                 copies = module.refresh()
                 row, scale = found["gathered"][name]
-                assert_same(row, copies.row, name)
+                assert_same(row, copies.q, name)
                 assert_same(scale, copies.scale, name)
 
 

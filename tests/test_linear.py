@@ -296,7 +296,7 @@ def test_inference_mode_and_training_after_it():
     optimizer = qv.AdamW(fresh.parameters())
     fresh.train()(x).sum().backward()
     optimizer.step()
-    assert_same(bits(fresh.refresh().row), bits(weight_codes(fresh)[0]))
+    assert_same(bits(fresh.refresh().q), bits(weight_codes(fresh)[0]))
 
 
 def test_an_infinity_is_not_saturated_away():

@@ -378,8 +378,8 @@ def test_the_weights_gemm_copies_follow_every_step():
             copies = layer.refresh()
             n, k = layer.weight.shape
             row, scale = reference.fp8_weight(layer.weight.qdata, layer.weight.scale)
-            assert_same(copies.row[:n, :k].contiguous(), row)
-            assert_same(copies.col[:k, :n].contiguous(), row.t().contiguous())
+            assert_same(copies.q[:n, :k].contiguous(), row)
+            assert_same(copies.qt[:k, :n].contiguous(), row.t().contiguous())
             assert_same(copies.scale, scale)
 
 
@@ -390,8 +390,8 @@ def test_a_recipe_with_e5m2_weights_keeps_its_copies_e5m2():
     optimizer = qv.AdamW(net.parameters(), lr=1e-2, recipe=chosen)
     train(net, optimizer, 2)
     copies, weight = net[0].refresh(), net[0].weight.dequantize()
-    assert copies.row.dtype == torch.float8_e5m2
-    torch.testing.assert_close(copies.row.float() * copies.scale, weight, rtol=2**-3, atol=1e-6)
+    assert copies.q.dtype == torch.float8_e5m2
+    torch.testing.assert_close(copies.q.float() * copies.scale, weight, rtol=2**-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["f32", "tensorwise", *FP8_RECIPES])

@@ -329,8 +329,8 @@ def test_converted_weights_have_coats_moments_too():
     copies = layer.refresh()
     row, _ = reference.fp8_weight(layer.weight.qdata, layer.weight.scale)
     n, k = layer.weight.shape
-    assert_same(copies.row[:n, :k].contiguous(), row)
-    assert_same(copies.col[:k, :n].contiguous(), row.t().contiguous())
+    assert_same(copies.q[:n, :k].contiguous(), row)
+    assert_same(copies.qt[:k, :n].contiguous(), row.t().contiguous())
 
 
 @pytest.mark.parametrize("shape", [(300, 144), (64, 48), (129, 96)])

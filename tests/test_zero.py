@@ -252,8 +252,8 @@ def test_padded_weights_follow_their_masters():
         outputs.append(model(torch.randn(8, 20)).detach())
     assert_same(*outputs)
     p = model.first.weight
-    assert_same(p.qdata, model.first.refresh().row[:35, :20])
-    assert_same(p.qdata.t().contiguous(), model.first.refresh().col[:20, :35])
+    assert_same(p.qdata, model.first.refresh().q[:35, :20])
+    assert_same(p.qdata.t().contiguous(), model.first.refresh().qt[:20, :35])
 
 
 def test_bad_arguments_are_named():

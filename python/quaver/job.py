@@ -179,7 +179,7 @@ class Job:
                     progress.say(f"{name} stopped after step {step}; --resume continues")
                     raise Interrupted
         result = self._result(metrics)
-        if any(self.world.share(stop.is_set())):
+        if any(self.world.all_gather(stop.is_set())):
             raise Interrupted
         return result, [line["loss"] for line in metrics.lines]
 
@@ -200,7 +200,7 @@ class Job:
         path = self._next if parts else self._checkpoint
         extra = {
             "skipped": metrics.lines[-1]["skipped"],
-            "metrics_crc32": self.world.share(metrics.crc32)[0],  # of the file, which rank 0 writes
+            "metrics_crc32": self.world.all_gather(metrics.crc32)[0],  # rank 0 writes the file
             "recipe": self.recipe.name,
             "configuration": self.run.configuration,
         }
@@ -208,7 +208,7 @@ class Job:
             path, self.model, self.optimizer, parallel=self.parallel, step=step, extra=extra
         )
         if parts:
-            self.world.share(step)  # only when every rank has this step may the older one go
+            self.world.all_gather(step)  # only when every rank has this step may the older one go
             if self.world.data_rank == 0:
                 os.replace(path, self._checkpoint)
                 sync(path.parent)
@@ -218,11 +218,11 @@ class Job:
         killed between the parts, it is of the newest step that all ranks have."""
         if self.world.tensor is None:
             path = self._checkpoint
-            return path if any(self.world.share(path.exists())) else None
+            return path if any(self.world.all_gather(path.exists())) else None
         with together(self.world.transport, self.device):
             paths = [path for path in (self._next, self._checkpoint) if path.exists()]
             steps = {step_of(path): path for path in paths}
-        every = self.world.share([list(steps), self._checkpoint.exists()])
+        every = self.world.all_gather([list(steps), self._checkpoint.exists()])
         common = set(steps).intersection(*(found for found, _ in every))
         if common:
             return steps[max(common)]
@@ -266,7 +266,7 @@ class Job:
 
     def _agree(self, line: dict, stop: threading.Event) -> bool:
         """Replaces the loss by the mean over ranks; returns whether any of them is to stop."""
-        found = self.world.share([line["loss"], stop.is_set()])
+        found = self.world.all_gather([line["loss"], stop.is_set()])
         losses = [loss for loss, _ in found]
         line["loss"] = None if None in losses else statistics.fmean(losses)
         return any(asked for _, asked in found)
@@ -358,7 +358,8 @@ class Job:
             inputs, targets = batches[i]
             found[str(i)] = (self._loss(inputs, targets).item() * len(inputs), len(inputs))
         self.model.train()
-        everywhere = {int(i): pair for part in self.world.share(found) for i, pair in part.items()}
+        parts = self.world.all_gather(found)
+        everywhere = {int(i): pair for part in parts for i, pair in part.items()}
         pairs = [everywhere[i] for i in range(len(everywhere))]
         return _finite(sum(total for total, _ in pairs) / sum(count for _, count in pairs))
 
@@ -393,5 +394,5 @@ class Job:
             "steps": len(lines),
             "skipped": lines[-1]["skipped"],
             "nonfinite_losses": sum(line["loss"] is None for line in lines),
-            "metrics_crc32": self.world.share(metrics.crc32)[0],
+            "metrics_crc32": self.world.all_gather(metrics.crc32)[0],
         }

@@ -75,7 +75,7 @@ class _Ledger:
 def fp8_copies(module: nn.Module) -> list[Tensor]:
     """The cached FP8 forms of a Linear's weight."""
     cached = getattr(module, "fp8_weight", None)
-    return [] if cached is None else [cached.row, cached.col]
+    return [] if cached is None else [cached.q, cached.qt]
 
 
 def memory_report(

@@ -77,7 +77,7 @@ def _run(settings: Settings, world: distributed.World, writer: Callable | None) 
     run = Run(settings, model, text, world, RunDir(settings.out), config, writer)
     show = print if run.writes else lambda *args: None
     with ExitStack() as stack, _stop_signals() as stop:
-        results = world.share(world.first(lambda: _open(run, stack)))[0]
+        results = world.all_gather(world.first(lambda: _open(run, stack)))[0]
         _show_data(run, show)
         parallel = None if world.size == 1 else str(settings.parallel)
         summary = {

@@ -31,7 +31,7 @@ def together(
     except Exception as error:
         failure = error
     reason = None if failure is None else str(failure) or type(failure).__name__
-    reasons = transport.share(reason, device)
+    reasons = transport.all_gather_object(reason, device)
     if failure is not None:
         raise failure
     for rank, reason in enumerate(reasons):

@@ -159,7 +159,7 @@ class Transport:
     def _ring_bytes(self, x: Tensor) -> int:
         return math.ceil(2 * (self.size - 1) / self.size * x.numel() * x.element_size())
 
-    def share(self, value, device: torch.device | str = "cpu") -> list:
+    def all_gather_object(self, value, device: torch.device | str = "cpu") -> list:
         """The JSON values of all ranks, in rank order. Not counted: for agreements at the start."""
         if self.size == 1:
             return [value]

@@ -52,7 +52,7 @@ def save(
         return sharded.save(path, model, optimizer, step=step, extra=extra)
     transport, device = _transport(optimizer, parallel), _device(model)
     notes = {
-        "random": transport.share(_random(), device),
+        "random": transport.all_gather_object(_random(), device),
         "parallel": None if parallel is None else parallel.state_dict(),
     }
     whole = _gathered(optimizer, transport) if isinstance(optimizer, ZeroAdamW) else optimizer
@@ -176,7 +176,11 @@ def _gathered(optimizer: ZeroAdamW, transport: Transport):
                 },
             }
     device = parameters[0].device
-    kinds = {int(i): kind for part in transport.share(mine, device) for i, kind in part.items()}
+    kinds = {
+        int(i): kind
+        for part in transport.all_gather_object(mine, device)
+        for i, kind in part.items()
+    }
     states = {}
     for i, p in enumerate(parameters):
         if optimizer.owns(p):

@@ -183,11 +183,11 @@ class World:
     def agree(self, settings: dict) -> None:
         """Raises UsageError naming the first of `settings`, JSON values, in which a rank differs
         from rank 0."""
-        _agree(self.share(settings))
+        _agree(self.all_gather(settings))
 
-    def share(self, value) -> list:
+    def all_gather(self, value) -> list:
         """The JSON values of all ranks."""
-        return self.transport.share(value, self.device)
+        return self.transport.all_gather_object(value, self.device)
 
     def first(self, action: Callable):
         """Runs action() on rank 0 alone; returns its result there, None elsewhere. An error there
@@ -198,7 +198,7 @@ class World:
     def mean(self, value):
         """The mean over ranks of a number, or of every number in a dict, where an entry that a rank
         lacks counts as 0. Whole numbers stay whole."""
-        rows = self.share(value)
+        rows = self.all_gather(value)
         return rows[0] if self.size == 1 else _mean(rows)
 
 

@@ -117,7 +117,7 @@ class LinearBase(nn.Module):
         if not kept:
             copies = None
             weight.__dict__.pop("fp8_weight", None)
-        elif copies is None or copies.row.device != weight.device:
+        elif copies is None or copies.q.device != weight.device:
             copies = weight.fp8_weight = GemmWeight.of(weight, self.rule.weight)
         elif copies.version != weight._version:
             with torch.inference_mode(False):
@@ -132,7 +132,7 @@ class LinearBase(nn.Module):
         dtype = self.rule.weight
         copies = self.fp8_weight if torch.compiler.is_compiling() else self.refresh()
         if copies is not None:
-            q, scale, qt = copies.row, copies.scale, copies.col
+            q, scale, qt = copies.q, copies.scale, copies.qt
             return (qt, scale, q) if self.input_major else (q, scale, qt)
 
         def make():

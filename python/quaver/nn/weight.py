@@ -64,12 +64,12 @@ def shard_codes(shard: ScaledTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 @dataclass(eq=False)
 class GemmWeight:
-    """The FP8 copies of a ScaledTensor master, a pure function of it and so never saved: `row` as
-    the weight lies, `col` its transpose. The optimizer writes them in place with the master; any
+    """The FP8 copies of a ScaledTensor master, a pure function of it and so never saved: `q` as
+    the weight lies, `qt` its transpose. The optimizer writes them in place with the master; any
     other write of the master is found by its version."""
 
-    row: Tensor
-    col: Tensor
+    q: Tensor
+    qt: Tensor
     scale: Tensor
     version: int
 
@@ -83,8 +83,8 @@ class GemmWeight:
     @torch.no_grad()
     def rewrite(self, weight: ScaledTensor) -> None:
         """Encode the changed weight into the same tensors: compiled graphs hold on to them."""
-        q, scale, qt, _ = cast_weight(weight, self.row.dtype, both=True)
-        for mine, value in zip((self.row, self.col, self.scale), (q, qt, scale), strict=True):
+        q, scale, qt, _ = cast_weight(weight, self.q.dtype, both=True)
+        for mine, value in zip((self.q, self.qt, self.scale), (q, qt, scale), strict=True):
             mine.copy_(value)
         self.version = weight._version
 

@@ -120,7 +120,7 @@ class AdamW(Optimizer):
             hyper=self._hyper.on(device, wholes, [_row(item.group) for item in items]),
             skipped=self._skipped[device],
             scalings=[scaling(t) for t in (*params, *firsts, *seconds)],
-            copies=[None if c is None else (c.row, c.col, c.scale) for c in copies],
+            copies=[None if c is None else (c.q, c.qt, c.scale) for c in copies],
             remainders=[s.get("remainder") for s in states] if "remainder" in rounding else (),
             seeds=[
                 item.ordinal if how == "stochastic" else -1
@@ -151,8 +151,8 @@ def _row(group: dict) -> list[float]:
 def _fused_copies(p: Tensor):
     """Copies that adam_ can write: e4m3, unpadded, and up to date."""
     copies = p.__dict__.get("fp8_weight")
-    if copies is None or not isinstance(p, ScaledTensor) or copies.row.shape != p.shape:
+    if copies is None or not isinstance(p, ScaledTensor) or copies.q.shape != p.shape:
         return None
-    if copies.row.dtype != torch.float8_e4m3fn:
+    if copies.q.dtype != torch.float8_e4m3fn:
         return None
     return copies if copies.version == p._version else None

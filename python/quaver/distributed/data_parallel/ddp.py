@@ -213,7 +213,7 @@ class DataParallel:
             "optimizer": f"{type(optimizer).__name__} {getattr(optimizer, 'recipe', None)}",
             **describe(named, self.model),
         }
-        compare("ddp", self.transport.share(mine, next(iter(named.values())).device))
+        compare("ddp", self.transport.all_gather_object(mine, next(iter(named.values())).device))
 
     def _arrived(self, name: str) -> None:
         """A gradient is complete."""

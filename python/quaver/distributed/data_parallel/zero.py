@@ -104,7 +104,7 @@ class ZeroAdamW(torch.optim.Optimizer):
                 )
         mine = {"options": f"stage {stage}, {self.recipe}"}
         mine |= describe({str(i): p for i, p in enumerate(parameters)})
-        compare("ZeroAdamW", self.transport.share(mine, device))
+        compare("ZeroAdamW", self.transport.all_gather_object(mine, device))
         broadcast_values(parameters, self.transport)
         sizes = [p.numel() * self._replica(p).itemsize for p in parameters]
         self.owners = dict(zip(parameters, zero_partition(sizes, self.transport.size), strict=True))
@@ -206,23 +206,23 @@ class ZeroAdamW(torch.optim.Optimizer):
             for mine, old in ((codes, p.qdata), (scale, p.scale), (amax, p.amax)):
                 mine.copy_(old)
             return p.store_(codes, scale, amax)
-        if copies is None or copies.row.dtype != codes.dtype:
+        if copies is None or copies.q.dtype != codes.dtype:
             raise ValueError(
                 f"ZeroAdamW: recipe {self.recipe.name!r} needs weights of converted Linear layers "
                 f"with {codes.dtype} copies"
             )
         master = nn.Parameter(ScaledTensor(p.qdata, p.scale, p.amax, p.dtype), requires_grad=True)
         rows, cols = p.shape
-        codes.copy_(copies.row[:rows, :cols])
+        codes.copy_(copies.q[:rows, :cols])
         scale.copy_(copies.scale)
         p.store_(codes, scale, None)
         copies.scale = scale
-        if copies.row.shape == p.shape:
-            copies.row = codes  # the weight is its own copy
+        if copies.q.shape == p.shape:
+            copies.q = codes  # the weight is its own copy
         torch.autograd.graph.increment_version(p)
         copies.version = p._version
         # The step writes the model's weight and its transpose along with the master.
-        master.fp8_weight = GemmWeight(copies.row, copies.col, scale, master._version)
+        master.fp8_weight = GemmWeight(copies.q, copies.qt, scale, master._version)
         return master
 
     def _update_groups(self) -> None:
@@ -266,7 +266,7 @@ class ZeroAdamW(torch.optim.Optimizer):
 
     def _write_back(self, p: nn.Parameter, master: nn.Parameter) -> None:
         """A weight with padded copies is a part of them."""
-        row = master.fp8_weight.row
+        row = master.fp8_weight.q
         if row.shape != p.shape:
             rows, cols = p.shape
             p.qdata.copy_(row[:rows, :cols])

@@ -147,7 +147,7 @@ def _ranks() -> int:
 
 def _gather(value) -> list:
     """Every rank's JSON value."""
-    return Transport().share(value, _device())
+    return Transport().all_gather_object(value, _device())
 
 
 def _device() -> torch.device:

@@ -150,7 +150,7 @@ def _checked_mesh(
         f"checksum of {name} (were all ranks seeded alike?)": _checksums(p)
         for name, p in parameters.items()
     }
-    compare("fully_shard", group.share(mine, device))
+    compare("fully_shard", group.all_gather_object(mine, device))
     return mesh
 
 

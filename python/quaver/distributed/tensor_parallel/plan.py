@@ -93,7 +93,7 @@ def parallelize(
     state = model.state_dict(keep_vars=True)
     mine = {"options": f"fp8_sum={fp8_sum}, regather={regather}"}
     mine |= {f"style {i}": f"{name}: {style}" for i, (name, _, style) in enumerate(styles)}
-    compare("parallelize", transport.share(mine | describe(state, model), device))
+    compare("parallelize", transport.all_gather_object(mine | describe(state, model), device))
     broadcast_values(state.values(), transport)
     for _, module, style in styles:
         style.apply(module, group)

@@ -247,7 +247,7 @@ def _change_argument(module: nn.Module, name: str, change) -> None:
 def _check_same_input(x: Tensor, transport: Transport) -> None:
     """Raises on all ranks where they were given other shapes or values."""
     digest = hashlib.sha256(x.contiguous().view(torch.uint8).cpu().numpy()).hexdigest()
-    every = transport.share((list(x.shape), digest), x.device)
+    every = transport.all_gather_object((list(x.shape), digest), x.device)
     for rank, (shape, other) in enumerate(every):
         if shape != every[0][0]:
             raise ValueError(
