@@ -23,9 +23,7 @@ BENCHES = (
     "kernels",
     "layer",
     "optimizer",
-    "states",
     "gemm",
-    "all_reduce",
 )
 BAR = 0.97  # a row may be 3 % slower
 
