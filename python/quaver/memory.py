@@ -12,6 +12,7 @@ from .tensor import is_sharded, plain_tensors
 
 __all__ = ["ACTIVATION_KINDS", "KINDS", "SavedActivations", "activation_by_kind", "memory_report"]
 
+PARTS = {"remainder": "master", "basis": "exp_avg", "counts": "exp_avg"}  # of other kinds
 KINDS = ("weight", "weight_fp8", "master", "grad", "exp_avg", "exp_avg_sq")
 ACTIVATION_KINDS = ("linear", "norm", "mlp", "attention", "other")
 
@@ -122,7 +123,7 @@ def memory_report(
         book("grad", parameter.grad, parameter)
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
-                key = "master" if key == "remainder" else key
+                key = PARTS.get(key, key)
                 book(key if key in KINDS else "other", value, parameter)
     for module in model.modules():
         for copy in fp8_copies(module):

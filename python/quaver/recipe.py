@@ -108,6 +108,82 @@ class ActivationRecipe:
 
 
 @dataclass(frozen=True)
+class SubsetNorm:
+    """Adam's second moment with one value for each subset of a parameter (arXiv 2411.07120,
+    section 3): the moving average of the subset's sum of squared gradients. A sum and not a mean:
+    the learning rate is about ten times Adam's.
+
+    Args:
+        size: of a subset of consecutive elements; None takes the smaller axis of a matrix, so that
+            there is one value for each index of the larger.
+        dtype: float32 or bfloat16, of the stored values.
+
+    Raises:
+        ValueError: a field with a value that is none of its choices.
+    """
+
+    size: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self):
+        _check(self, dtype=(torch.float32, torch.bfloat16))
+        if self.size is not None:
+            _check_count(self, "size")
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Momentum in a subspace of a matrix, and none in its complement (arXiv 2411.07120, section 4).
+
+    The smaller axis of a matrix, of length d, is projected on `rank` directions. The first moment
+    is kept of the projected gradient alone; the update's numerator is that moment, projected back,
+    plus the part of the gradient that the projection loses.
+
+    Args:
+        rank: of the subspace; where it is above d, d.
+        every: steps after which the subspace is chosen anew, from the gradient of that step.
+        projector: "svd" takes the leading singular vectors of the gradient, "topk" its rows (or
+            columns) of largest norm, "srht" a subsampled randomized Hadamard transform (a cosine
+            transform where d is no power of two), "random" an orthonormal basis of Gaussian
+            vectors. The last two depend on the parameter's place and the count of refreshes alone.
+        refresh: "reset" starts the moment and its bias correction anew, "carry" projects the moment
+            on the new subspace.
+        paper_bias: divides the whole numerator by 1 - beta1^t, the complement too, as the authors'
+            code does; by default the moment alone.
+        dtype: float32 or bfloat16, of the stored moment and basis.
+
+    Raises:
+        ValueError: a field with a value that is none of its choices.
+    """
+
+    rank: int = 128
+    every: int = 200
+    projector: str = "svd"
+    refresh: str = "reset"
+    paper_bias: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self):
+        _check(
+            self,
+            projector=("svd", "srht", "topk", "random"),
+            refresh=("reset", "carry"),
+            paper_bias=(True, False),
+            dtype=(torch.float32, torch.bfloat16),
+        )
+        _check_count(self, "rank")
+        _check_count(self, "every")
+
+
+def _check_count(recipe, field: str) -> None:
+    value = getattr(recipe, field)
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ValueError(
+            f"{type(recipe).__name__}: {field} must be an int from 1 to 2^31 - 1, got {value!r}"
+        )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The linear layers, activations and optimizer states that a model trains with.
 
@@ -116,7 +192,8 @@ class Recipe:
         linear, activation: None leaves linear layers, or what lies between them, as they are;
             without FP8 linear layers nothing is FP8 between them.
         exp_avg, exp_avg_sq: names of STATES for converted weights, and with `plain_moments` for
-            all other parameters too.
+            all other parameters too. Or a Subspace and a SubsetNorm, for the matrices among plain
+            parameters; beside one of them the other moment is "f32" or "bf16".
         bf16_master: the rounding of a bf16 parameter's update: "nearest", "stochastic" (unbiased,
             no further bytes) or "remainder" (16 more bits in the optimizer's state, which make
             it an exact f32 master).
@@ -133,8 +210,8 @@ class Recipe:
     autocast: torch.dtype | None = torch.bfloat16
     linear: LinearRecipe | None = None
     activation: ActivationRecipe | None = None
-    exp_avg: str = "f32"
-    exp_avg_sq: str = "f32"
+    exp_avg: str | Subspace = "f32"
+    exp_avg_sq: str | SubsetNorm = "f32"
     plain_moments: bool = False
     bf16_master: str = "nearest"
     master_rounding: str = "stochastic"
@@ -154,14 +231,29 @@ class Recipe:
         _check(
             self,
             autocast=(None, torch.bfloat16, torch.float16),
-            exp_avg=STATES,
-            exp_avg_sq=STATES,
             plain_moments=flags,
             bf16_master=("nearest", "stochastic", "remainder"),
             master_rounding=("stochastic", "nearest"),
             replica=(None, E4M3, E5M2),
             fp8_sum=flags,
         )
+        self._check_moments()
+
+    @property
+    def composed(self) -> bool:
+        """Whether a moment is not one value for each element."""
+        return isinstance(self.exp_avg, Subspace) or isinstance(self.exp_avg_sq, SubsetNorm)
+
+    def _check_moments(self) -> None:
+        named = ("f32", "bf16") if self.composed else STATES
+        for field, kind in (("exp_avg", Subspace), ("exp_avg_sq", SubsetNorm)):
+            if not isinstance(getattr(self, field), kind):
+                _check(self, **{field: named})
+        if self.composed and self.linear is not None:
+            raise ValueError(
+                "Recipe: a Subspace or SubsetNorm is for plain parameters: linear must be None, "
+                f"got {self.linear!r}"
+            )
 
 
 _FP8LM = LinearRecipe(scaling="delayed", weight_grad="e4m3", master="f16-tensor", cache="master")
@@ -197,7 +289,18 @@ _RECIPES = {
 }
 
 
+# Of AdamW alone: a model needs no conversion for them.
+_STEPS = {
+    r.name: r
+    for r in (
+        Recipe("subset-norm", exp_avg_sq=SubsetNorm(), bf16_master="stochastic"),
+        Recipe("snsm", exp_avg=Subspace(), exp_avg_sq=SubsetNorm(), bf16_master="stochastic"),
+    )
+}
+
+
 def names() -> list[str]:
+    """The recipes by which a model trains."""
     return list(_RECIPES)
 
 
@@ -208,6 +311,7 @@ def get(recipe: str | Recipe) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe not in _RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}; there are {', '.join(_RECIPES)}")
-    return _RECIPES[recipe]
+    known = _RECIPES | _STEPS
+    if recipe not in known:
+        raise ValueError(f"unknown recipe {recipe!r}; there are {', '.join(known)}")
+    return known[recipe]

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import ops, placement
-from ..recipe import Recipe
+from ..recipe import Recipe, SubsetNorm, Subspace
 from ..tensor import ScaledTensor, is_sharded, local
+from . import subspace
 from .base import Item, Optimizer
+from .composed import ComposedStep
 from .hyper import HyperTable
-from .moments import MOMENTS, REMAINDER, Ema, Remainder
+from .moments import MOMENTS, REMAINDER, Remainder
 from .states import scaling
+from .subset import SubsetSums
 
 EMAS = ("exp_avg", "exp_avg_sq")
 
@@ -63,11 +66,22 @@ class AdamW(Optimizer):
             if value:
                 raise ValueError(f"AdamW: {option}={value} is not supported; leave it out")
         self._hyper = HyperTable()
+        self._whole: dict[Tensor, bool] = {}  # parameters that keep a value for each element
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, recipe)
+        self._composed = ComposedStep(self.recipe)
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_hyper": HyperTable()}
+        mine = {"_hyper": HyperTable(), "_composed": ComposedStep(self.recipe)}
+        return {**super().__getstate__(), **mine, "_whole": self._whole}
+
+    def add_param_group(self, group: dict) -> None:
+        if not group.get("compress", True):
+            params = group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)
+            group = {**group, "params": params}
+            self._whole |= dict.fromkeys(params, True)
+        super().add_param_group(group)
 
     def check_options(self, group: dict) -> None:
         lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -79,6 +93,14 @@ class AdamW(Optimizer):
             raise ValueError(f"AdamW: eps must be >= 0, got {group['eps']}")
         if not group["weight_decay"] >= 0:
             raise ValueError(f"AdamW: weight_decay must be >= 0, got {group['weight_decay']}")
+        if type(group.get("compress", True)) is not bool:
+            raise ValueError(f"AdamW: compress must be True or False, got {group['compress']!r}")
+        rule = self.recipe.exp_avg_sq
+        if isinstance(rule, SubsetNorm) and rule.dtype == torch.bfloat16 and beta2 > 1 - 2**-8:
+            raise ValueError(
+                f"AdamW: a SubsetNorm in bfloat16 needs beta2 <= {1 - 2**-8}, got {beta2}: a value "
+                "that changes by less than half an ulp stays where it is; wanted dtype=float32"
+            )
 
     def describe(self) -> str:
         r = self.recipe
@@ -87,10 +109,45 @@ class AdamW(Optimizer):
 
     # States
 
-    def slots(self, p: Tensor) -> dict[str, Ema | Remainder]:
+    def _is_composed(self, p: Tensor) -> bool:
+        """Whether a moment of p is not one value for each element."""
+        matrix = self.recipe.composed and p.dim() > 1 and p.numel() > 0
+        return matrix and not self._whole.get(p, False)
+
+    def slots(self, p: Tensor) -> dict:
+        if self._is_composed(p):
+            return self._composed_slots(p)
+        if self.recipe.composed:
+            return dict.fromkeys(EMAS, MOMENTS["f32"]) | self._remainder(p)
         low = isinstance(local(p), ScaledTensor) or self.recipe.plain_moments
         slots = {key: MOMENTS[getattr(self.recipe, key) if low else "f32"] for key in EMAS}
-        return slots | ({"remainder": REMAINDER} if self._rounding(p) == "remainder" else {})
+        return slots | self._remainder(p)
+
+    def _composed_slots(self, p: Tensor) -> dict:
+        first, second = self.recipe.exp_avg, self.recipe.exp_avg_sq
+        slots = (
+            subspace.slots(first) if isinstance(first, Subspace) else {"exp_avg": MOMENTS[first]}
+        )
+        composed = isinstance(second, SubsetNorm)
+        slots["exp_avg_sq"] = SubsetSums(second) if composed else MOMENTS[second]
+        return slots | self._remainder(p)
+
+    def _remainder(self, p: Tensor) -> dict[str, Remainder]:
+        return {"remainder": REMAINDER} if self._rounding(p) == "remainder" else {}
+
+    def _check_parameter(self, p: Tensor) -> None:
+        super()._check_parameter(p)
+        if not self._is_composed(p):
+            return
+        if isinstance(local(p), ScaledTensor) or placement.shard_of(p) is not None:
+            raise ValueError(
+                f"AdamW: recipe {self.recipe.name} is for plain parameters that are whole on a "
+                "rank; got a converted weight or a shard of tensor parallelism"
+            )
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._composed.forget()
 
     def _rounding(self, p: Tensor) -> str:
         """The rounding of p's update: "nearest", "stochastic" or "remainder"."""
@@ -103,6 +160,34 @@ class AdamW(Optimizer):
     # The step
 
     def update(self, device: torch.device, items: list[Item], amaxes: Tensor) -> None:
+        composed = [item for item in items if self._is_composed(item.parameter)]
+        if composed:
+            return self._update_composed(device, items, amaxes)
+        table = self._hyper.on(
+            device, [item.parameter for item in items], [_row(item.group) for item in items]
+        )
+        self._update_fused(device, items, amaxes, table)
+
+    def _update_composed(self, device: torch.device, items: list[Item], amaxes: Tensor) -> None:
+        """Steps the parameters whose moments the fused step knows, and then the others."""
+        order = sorted(range(len(items)), key=lambda i: self._is_composed(items[i].parameter))
+        items = [items[i] for i in order]
+        table = self._hyper.on(
+            device, [item.parameter for item in items], [_row(item.group) for item in items]
+        )
+        fused = sum(not self._is_composed(item.parameter) for item in items)
+        usable = amaxes.isfinite().all()
+        if fused:
+            amaxes = torch.stack([amaxes[i] for i in order[:fused]])
+            amaxes = torch.where(usable, amaxes, torch.inf)
+            self._update_fused(device, items[:fused], amaxes, table[:fused])
+        else:
+            self._skipped[device] += ~usable
+        for item, row in zip(items[fused:], table[fused:], strict=True):
+            self._composed.step(item, usable, row, self._rounding(item.parameter))
+
+    def _update_fused(self, device: torch.device, items: list[Item], amaxes: Tensor,
+                      hyper: Tensor) -> None:  # fmt: skip
         wholes = [item.parameter for item in items]
         sharded = any(is_sharded(p) for p in wholes)
         params = [local(p) for p in wholes]
@@ -117,7 +202,7 @@ class AdamW(Optimizer):
             [local(item.grad) for item in items],
             grad_amax=amaxes,
             steps=[s["step"] for s in states],
-            hyper=self._hyper.on(device, wholes, [_row(item.group) for item in items]),
+            hyper=hyper,
             skipped=self._skipped[device],
             scalings=[scaling(t) for t in (*params, *firsts, *seconds)],
             copies=[None if c is None else (c.q, c.qt, c.scale) for c in copies],

@@ -39,6 +39,24 @@ class Ema:
 
 
 @dataclass(frozen=True)
+class PlainEma:
+    """A moving average with one bfloat16 value for each element, beside a moment that is none."""
+
+    is_flat = False
+
+    def zeros(self, p: Tensor) -> Tensor:
+        """The moment of a parameter before its first step."""
+        return torch.zeros(p.shape, dtype=torch.bfloat16, device=p.device)
+
+    def fits(self, value: object, p: Tensor) -> bool:
+        """Whether `value` is such a moment of p."""
+        return isinstance(value, Tensor) and (value.dtype, value.shape) == (torch.bfloat16, p.shape)
+
+    def __str__(self) -> str:
+        return "bf16"
+
+
+@dataclass(frozen=True)
 class Remainder:
     """The 16 low bits of a float32 master whose high bits are a bf16 parameter."""
 
@@ -59,4 +77,4 @@ class Remainder:
 REMAINDER = Remainder()
 
 # The moments by the names that recipes use.
-MOMENTS: dict[str, Ema] = {name: Ema(name) for name in STATES}
+MOMENTS: dict[str, Ema | PlainEma] = {name: Ema(name) for name in STATES} | {"bf16": PlainEma()}

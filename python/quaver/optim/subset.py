@@ -1,0 +1,59 @@
+"""Subset-Norm: a second moment with one value for each subset of a parameter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import recipe
+
+
+@dataclass(frozen=True)
+class SubsetSums:
+    """The slot of a SubsetNorm's values: float32 or bfloat16, [R, 1] or [1, C] of a parameter whose
+    matrix is [R, C], or [subsets]."""
+
+    rule: recipe.SubsetNorm
+    is_flat = True
+
+    def shape(self, p: Tensor) -> tuple[int, ...]:
+        if self.rule.size is not None:
+            return (math.ceil(p.numel() / self.rule.size),)
+        rows, cols = matrix_shape(p)
+        return (rows, 1) if rows >= cols else (1, cols)
+
+    def zeros(self, p: Tensor) -> Tensor:
+        """The values of a parameter before its first step."""
+        return torch.zeros(self.shape(p), dtype=self.rule.dtype, device=p.device)
+
+    def fits(self, value: object, p: Tensor) -> bool:
+        """Whether `value` is such a moment of p."""
+        wanted = (self.rule.dtype, torch.Size(self.shape(p)))
+        return isinstance(value, Tensor) and (value.dtype, value.shape) == wanted
+
+    def update_(self, value: Tensor, grad: Tensor, keep: Tensor, add: Tensor) -> Tensor:
+        """value <- keep * value + add * sums of grad^2. Returns the new values in float32, so that
+        they broadcast with the gradient's matrix [R, C]."""
+        square = grad.square()
+        if self.rule.size is None:
+            sums = square.sum(value.shape.index(1), keepdim=True)
+        else:
+            padded = square.flatten()
+            padded = torch.nn.functional.pad(padded, (0, -padded.numel() % self.rule.size))
+            sums = padded.view(-1, self.rule.size).sum(1)
+        new = keep * value.float() + add * sums
+        value.copy_(new)
+        if self.rule.size is None:
+            return new
+        return new.repeat_interleave(self.rule.size)[: grad.numel()].view(grad.shape)
+
+    def __str__(self) -> str:
+        return f"subset sums in {str(self.rule.dtype).removeprefix('torch.')}"
+
+
+def matrix_shape(p: Tensor) -> tuple[int, int]:
+    """[R, C] of a parameter seen as a matrix: the first axis and all others."""
+    return p.shape[0], math.prod(p.shape[1:])
