@@ -14,7 +14,7 @@ from .grad import clip_grad_norm_  # noqa: E402
 from .memory import memory_report  # noqa: E402
 from .nn import cached_weights  # noqa: E402
 from .ops import cast_transpose, dequantize, gemm, quantize  # noqa: E402
-from .optim import AdamW  # noqa: E402
+from .optim import AdamW, release_gradients  # noqa: E402
 from .tensor import ScaledTensor  # noqa: E402
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "optim",
     "quantize",
     "recipe",
+    "release_gradients",
     "restore",
     "save",
     "saved_activations",

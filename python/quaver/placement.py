@@ -14,12 +14,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import ops
 from .comm.transport import Transport
 from .tensor import ScaledTensor, is_sharded, local
 
 _transport_of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # must not keep groups alive
+
+_reducers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # see set_reducer
 
 
 def transport(group: dist.ProcessGroup) -> Transport:
@@ -73,6 +76,21 @@ def shard_of(parameter: Tensor) -> Shard | None:
 
 def owner_of(parameter: Tensor) -> Owner | None:
     return parameter.__dict__.get("owner")
+
+
+def set_reducer(parameter: Tensor, reducer: object | None) -> None:
+    """Records the DataParallel that replaces the gradient by the mean over ranks, or that none
+    does. The record keeps nothing alive."""
+    if reducer is None:
+        _reducers.pop(parameter, None)
+    else:
+        _reducers[parameter] = weakref.ref(reducer)
+
+
+def reducer_of(parameter: Tensor):
+    """The DataParallel of `set_reducer`, or None."""
+    found = _reducers.get(parameter)
+    return None if found is None else found()
 
 
 def mesh_transports(t: Tensor, only_sharded: bool = False) -> tuple[Transport, ...]:

@@ -1,5 +1,15 @@
 from ..recipe import SubsetNorm, Subspace
 from .adamw import AdamW
+from .release import Release, release_gradients
 from .states import STATES, EncodedState, encode_state
 
-__all__ = ["STATES", "AdamW", "EncodedState", "SubsetNorm", "Subspace", "encode_state"]
+__all__ = [
+    "STATES",
+    "AdamW",
+    "EncodedState",
+    "Release",
+    "SubsetNorm",
+    "Subspace",
+    "encode_state",
+    "release_gradients",
+]

@@ -47,11 +47,13 @@ class Optimizer(torch.optim.Optimizer):
         self.recipe = recipes.get(recipe)
         self._skipped: dict[torch.device, Tensor] = {}
         self._seen: dict[Tensor, tuple[torch.dtype, torch.Size]] = {}
+        self._places: dict[Tensor, tuple[dict, int]] | None = None  # see step_parameter
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict:  # torch's has the groups and states only; for deepcopy
         mine = ("recipe", "_skipped", "_seen")
-        return {**super().__getstate__(), **{k: getattr(self, k) for k in mine}}
+        kept = {k: getattr(self, k) for k in mine}
+        return {**super().__getstate__(), **kept, "_places": None}
 
     def check_options(self, group: dict) -> None:
         """Raises ValueError, naming the option, where one of a group's is out of range."""
@@ -73,6 +75,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, group: dict) -> None:
         super().add_param_group(group)
+        self.forget_places()
         added = self.param_groups[-1]
         try:
             self.check_options(added)
@@ -117,27 +120,53 @@ class Optimizer(torch.optim.Optimizer):
         for item in self._collect():
             by_device.setdefault(item.parameter.device, []).append(item)
         for device, items in by_device.items():
-            if device not in self._skipped:
-                self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-            amaxes = self._amaxes([local(item.grad) for item in items])
-            amaxes = placement.agree(amaxes, [item.parameter for item in items])
-            self.update(device, items, amaxes)
+            self._update_or_skip(device, items)
         return loss
 
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor, usable: Tensor | None = None) -> None:
+        """Steps p alone by its gradient, as `step` does, for release_gradients. Where the gradient
+        is not finite, or `usable` (bool, 0-D, on its device) is false, nothing changes and
+        `skipped` counts up.
+
+        Raises:
+            KeyError: p is none of the optimizer's parameters.
+            RuntimeError: as `step`.
+        """
+        if self._places is None:
+            ordinals = self._ordinals()
+            pairs = [(q, g) for g in self.param_groups for q in g["params"]]
+            self._places = {q: (g, ordinals[q]) for q, g in pairs}
+        group, ordinal = self._places[p]
+        self._update_or_skip(p.device, [self._item(p, group, ordinal)], usable)
+
+    def forget_places(self) -> None:
+        """Lets `step_parameter` look for the parameters' groups anew, after groups have changed."""
+        self._places = None
+
+    def _update_or_skip(self, device: torch.device, items: list[Item],
+                        usable: Tensor | None = None) -> None:  # fmt: skip
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+        amaxes = self._amaxes([local(item.grad) for item in items])
+        amaxes = placement.agree(amaxes, [item.parameter for item in items])
+        if usable is not None:
+            amaxes = torch.where(usable, amaxes, torch.inf)
+        self.update(device, items, amaxes)
+
     def _collect(self) -> list[Item]:
-        ordinals, items = self._ordinals(), []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(f"{self.name}: sparse gradients are not supported")
-                if p.grad.device != p.device:
-                    raise RuntimeError(
-                        f"{self.name}: a gradient on {p.grad.device} for a parameter on {p.device}"
-                    )
-                items.append(Item(p, p.grad, self.state_of(p), group, ordinals[p]))
-        return items
+        ordinals = self._ordinals()
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        return [self._item(p, g, ordinals[p]) for p, g in pairs if p.grad is not None]
+
+    def _item(self, p: Tensor, group: dict, ordinal: int) -> Item:
+        if p.grad.is_sparse:
+            raise RuntimeError(f"{self.name}: sparse gradients are not supported")
+        if p.grad.device != p.device:
+            raise RuntimeError(
+                f"{self.name}: a gradient on {p.grad.device} for a parameter on {p.device}"
+            )
+        return Item(p, p.grad, self.state_of(p), group, ordinal)
 
     def _ordinals(self) -> dict[Tensor, int]:
         params = [p for group in self.param_groups for p in group["params"]]
@@ -175,6 +204,7 @@ class Optimizer(torch.optim.Optimizer):
                 if saved.get(i):
                     self._check_saved(i, saved[i], p)
         super().load_state_dict(state_dict)
+        self.forget_places()
         self._seen.clear()
         for i, p in zip(ids, params, strict=True):
             if i not in saved:

@@ -9,13 +9,14 @@ timing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ... import placement
 from ...comm.transport import Transport, compare
 from ...nn.cast import nan_unless_finite
 from ...nn.linear import LinearBase
@@ -110,10 +111,13 @@ class DataParallel:
         self._device = next(iter(named.values())).device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._hooks = []
+        # Each is called with a parameter once its `.grad` is the mean over ranks.
+        self.mean_listeners: list[Callable[[Tensor], None]] = []
         if self.transport.size > 1:
             for name, p in named.items():
                 hook = p.register_post_accumulate_grad_hook(lambda p, n=name: self._arrived(n))
                 self._hooks.append(hook)
+                placement.set_reducer(p, self)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -129,7 +133,9 @@ class DataParallel:
         """Undoes `ddp`."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self.mean_listeners = [], []
+        for p in (p for b in self._buckets for p in b.parameters):
+            placement.set_reducer(p, None)
 
     def state_dict(self) -> dict:
         """Plain numbers: mu by the parameter's name; empty except for `ring`."""
@@ -281,6 +287,13 @@ class DataParallel:
         if b.auto_scale is not None:
             amax = torch.stack([t.amax for t in reduced.tensors])
             b.auto_scale.update(reduced.saturated, amax.isfinite())
+        # Whether some rank used the others is known at the end.
+        self._notify(p for n, p in zip(b.names, b.parameters, strict=True) if n not in b.waiting)
+
+    def _notify(self, parameters: Iterable[Tensor]) -> None:
+        for p in parameters:
+            for listener in self.mean_listeners if p.grad is not None else ():
+                listener(p)
 
     def _finish(self) -> None:
         """The end of backward: finishes all buckets, and drops gradients that no rank has."""
@@ -295,6 +308,9 @@ class DataParallel:
         with torch.no_grad(), self._beside():
             self._pipeline.finish()
             self._share_usage(used)
+            for b in self._buckets:
+                pairs = zip(b.names, b.parameters, strict=True)
+                self._notify(p for n, p in pairs if n in b.waiting)
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
