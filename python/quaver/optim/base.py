@@ -12,6 +12,7 @@ from .. import ops, placement
 from .. import recipe as recipes
 from ..recipe import Recipe
 from ..tensor import ScaledTensor, is_sharded, local
+from .moments import Ema
 
 
 class Item(NamedTuple):
@@ -90,11 +91,13 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"{self.name}: parameters must be float32, bfloat16 or float16, got {p.dtype}"
             )
-        flat = [key for key, slot in self.slots(p).items() if slot.is_flat]
-        if flat and is_sharded(p):
+        cut = [(key, slot) for key, slot in self.slots(p).items() if slot.is_flat]
+        if cut and is_sharded(p):
+            key, slot = cut[0]
+            how = "in groups of flat elements" if isinstance(slot, Ema) else f"as {slot}"
             raise ValueError(
-                f"{self.name}: recipe {self.recipe.name} keeps {flat[0]} in groups of flat "
-                "elements, which FSDP2's shards would cut; wanted f32 or one scale a tensor"
+                f"{self.name}: recipe {self.recipe.name} keeps {key} {how}, which FSDP2's shards "
+                "would cut; wanted f32 or one scale a tensor"
             )
 
     @property
