@@ -89,6 +89,10 @@ def rename_shard(name):
         (lambda d: d["tensors"]["model.1.bias"].update(dtype="int32"), "float32 [16] here"),
         (lambda d: d["tensors"]["model.1.bias"].update(shape=[15]), "model.1.bias"),
         (lambda d: d["tensors"].pop("model.1.bias"), "lacks model.1.bias"),
+        (
+            lambda d: d["tensors"].pop(next(n for n in d["tensors"] if n.endswith(".amax"))),
+            "the shards hold",
+        ),
         (lambda d: d["tensors"].pop("rng.0.torch"), "torch's is missing"),
         (lambda d: d["tensors"].pop("rng.0.plain"), "rng.0.plain must be bytes"),
         (lambda d: d.update(step="3"), "step must be a whole number"),

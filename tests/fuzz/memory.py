@@ -32,12 +32,20 @@ def expanded(t: Tensor) -> Tensor:
     return rows
 
 
-def clone(value):
-    """A copy of an argument with the same strides at the same place of memory of its own."""
+def clone(value, made=None):
+    """A copy of arguments with the same strides at the same place of memory of their own. A tensor
+    that is there twice is so in the copy."""
+    made = {} if made is None else made
     if isinstance(value, (list, tuple)):
-        return [clone(v) for v in value]
+        return [clone(v, made) for v in value]
     if not isinstance(value, Tensor):
         return value
+    if id(value) not in made:
+        made[id(value)] = _clone_tensor(value)
+    return made[id(value)]
+
+
+def _clone_tensor(value):
     if not hasattr(value, "memory"):
         return value.clone()
     memory = torch.frombuffer(bytearray(value.memory.numpy().tobytes()), dtype=torch.uint8)

@@ -125,6 +125,7 @@ def load(
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
         generators = _generators(tensors)
         restore = plan(model, optimizer, tensors, document)
+        _check_all_named(folder, document)
     with torch.no_grad():
         for apply in restore:
             apply()
@@ -242,6 +243,21 @@ def _check_files(folder: Path, files: dict) -> None:
             raise CheckpointError(f"{folder.name}/{name} is damaged: its checksum does not match")
 
 
+def _check_all_named(folder: Path, document: dict) -> None:
+    """Checks that the shards hold no tensor that the document leaves out."""
+    claimed, held = _claimed(document), sum(_tensor_bytes(folder / n) for n in document["files"])
+    if claimed != held:
+        raise CheckpointError(
+            f"{DOCUMENT} names tensors of {claimed} bytes, the shards hold {held}"
+        )
+
+
+def _tensor_bytes(path: Path) -> int:
+    """The bytes of a safetensors file that follow its header, whose length comes first."""
+    with opened(path, follow=False) as file:
+        return max(path.stat().st_size - 8 - int.from_bytes(file.read(8), "little"), 0)
+
+
 # The document
 
 
@@ -275,16 +291,21 @@ def _check_index(document: dict) -> None:
     for name in document["files"]:
         if not re.fullmatch(SHARD, name):
             raise SchemaError(f"{name!r} is no name of a shard")
-    claimed = 0
     for name, kind in document["tensors"].items():
         if kind["dtype"] not in DTYPES:
             raise SchemaError(f"{name} has the unknown dtype {kind['dtype']!r}")
         if any(n < 0 for n in kind["shape"]):
             raise SchemaError(f"{name} has shape {kind['shape']}")
-        claimed += math.prod(kind["shape"]) * DTYPES[kind["dtype"]].itemsize
+    claimed = _claimed(document)
     held = sum(file["bytes"] for file in document["files"].values())
     if claimed > held:
         raise SchemaError(f"its tensors have {claimed} bytes, its files {held}")
+
+
+def _claimed(document: dict) -> int:
+    """The bytes of all tensors that the document names."""
+    kinds = document["tensors"].values()
+    return sum(math.prod(kind["shape"]) * DTYPES[kind["dtype"]].itemsize for kind in kinds)
 
 
 def _kind(tensor: Tensor) -> dict:
