@@ -241,6 +241,30 @@ def test_training_resumes_to_the_same_bits(tmp_path, how):
         assert_same(a.detach(), b.detach())
 
 
+@pytest.mark.parametrize("how", ["load", "in place"])
+def test_a_run_goes_back_to_its_checkpoint(tmp_path, how):
+    """Into the optimizer that wrote it: the refreshes are those of the checkpoint."""
+    run = fresh()
+    train(*run, range(6))
+    qv.save(tmp_path / "c.safetensors", *run, step=6)
+    states = [{k: v.clone() for k, v in s.items()} for s in run[1].state.values()]
+    weights = [p.detach().clone() for p in run[0].parameters()]
+    train(*run, range(6, 11))
+    wanted = [p.detach().clone() for p in run[0].parameters()]
+    if how == "load":
+        qv.load(tmp_path / "c.safetensors", *run)
+    else:  # as torch.distributed.checkpoint does
+        with torch.no_grad():
+            for p, kept in zip(run[0].parameters(), weights, strict=True):
+                p.copy_(kept)
+        for state, kept in zip(run[1].state.values(), states, strict=True):
+            for key, value in kept.items():
+                state[key].copy_(value)
+    train(*run, range(6, 11))
+    for a, b in zip(wanted, run[0].parameters(), strict=True):
+        assert_same(a, b.detach())
+
+
 def test_states_of_another_recipe_are_refused():
     model, optimizer = fresh()
     train(model, optimizer, range(2))

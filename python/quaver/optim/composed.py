@@ -24,7 +24,8 @@ class ComposedStep:
 
     def __init__(self, rules: recipe.Recipe):
         self.rules = rules
-        # Host copies of `counts`, which are on the device: they decide when a refresh is due.
+        # Host copies of the age and refreshes in `counts`, which the device has: they decide when
+        # a refresh is due, and hold for one version of one tensor, since loading writes others.
         self._due: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def forget(self) -> None:
@@ -68,7 +69,6 @@ class ComposedStep:
         basis, moment, counts = state["basis"], state["exp_avg"], state["counts"]
         projected = subspace.project(basis, grad)
         average = _average_(moment, projected, usable, beta1)
-        counts[subspace.UPDATES] += usable
         correction = (1 - beta1 ** counts[subspace.UPDATES].clamp(min=1).double()).float()
         if rule.paper_bias:
             correction = (1 - beta1**t).float()
@@ -82,10 +82,9 @@ class ComposedStep:
                 "AdamW: a step with a Subspace moment cannot be captured, because the host decides "
                 "when the subspace is chosen anew"
             )
-        if p not in self._due:
+        version, age, refreshes = self._due.get(counts, (None, 0, 0))
+        if version != counts._version:
             age, _, refreshes = counts.tolist()
-            self._due[p] = (age, refreshes)
-        age, refreshes = self._due[p]
         if age % rule.every == 0 and bool(usable):
             subspace.refresh_(rule, item.state, grad, item.ordinal, refreshes)
             age, refreshes = 1, refreshes + 1
@@ -94,7 +93,8 @@ class ComposedStep:
         # Filled, because a copy from the host would wait for the device.
         counts[subspace.AGE].fill_(age)
         counts[subspace.REFRESHES].fill_(refreshes)
-        self._due[p] = (age, refreshes)
+        counts[subspace.UPDATES] += usable
+        self._due[counts] = (counts._version, age, refreshes)
 
 
 def _weights(usable: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
