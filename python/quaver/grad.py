@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import placement
+from .rows import Rows
 from .tensor import ScaledTensor, local
 
 
@@ -47,5 +48,6 @@ def clip_by_norm_(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     scaled = [g for g in grads if isinstance(g, ScaledTensor)]
     plain = [g for g in grads if not isinstance(g, ScaledTensor)]
+    plain = [g.values if isinstance(g, Rows) else g for g in plain]
     factors = [g.scale for g in scaled] + [g.amax for g in scaled if g.amax is not None]
     torch._foreach_mul_(factors + plain, factor)

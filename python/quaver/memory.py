@@ -12,7 +12,13 @@ from .tensor import is_sharded, plain_tensors
 
 __all__ = ["ACTIVATION_KINDS", "KINDS", "SavedActivations", "activation_by_kind", "memory_report"]
 
-PARTS = {"remainder": "master", "basis": "exp_avg", "counts": "exp_avg"}  # of other kinds
+PARTS = {
+    "remainder": "master",
+    "basis": "exp_avg",
+    "counts": "exp_avg",
+    "rows": "exp_avg",
+    "factors": "exp_avg",
+}  # of other kinds
 KINDS = ("weight", "weight_fp8", "master", "grad", "exp_avg", "exp_avg_sq")
 ACTIVATION_KINDS = ("linear", "norm", "mlp", "attention", "other")
 

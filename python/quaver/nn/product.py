@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..recipe import E4M3
+from ..rows import Rows
 from ..tensor import ScaledTensor
 from .cast import Cast, cast, matrix, quantized
 from .first_order import FirstOrder
+from .rows import chosen_rows
 from .weight import cast_weight
 
 _ops = torch.ops.quaver
@@ -88,7 +90,7 @@ class Product(FirstOrder):
         ctx.grad_dtype, ctx.weight_grad, ctx.input_major = grad_dtype, weight_grad, input_major
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.low_weight, ctx.grad_accumulate = isinstance(weight, ScaledTensor), grad_accumulate
-        ctx.n = n
+        ctx.n, ctx.chosen = n, chosen_rows(weight)
         return exchange.reduce_output(y)
 
     @staticmethod
@@ -154,6 +156,8 @@ def _weight_gradient(ctx, g: Cast, xt: Tensor, x_scale: Tensor) -> Tensor:
     rows, cols = ctx.n, ctx.x_shape[-1]
     if ctx.input_major:
         a, b, rows, cols = b, a, cols, rows
+    if ctx.chosen is not None:
+        return _chosen_rows(ctx, a, b, product, rows, cols)
     dw = _ops.gemm(*a, *b, None, product, False)[:rows, :cols]
     if ctx.channels is not None:
         dw = dw * ctx.channels.to(dw.dtype)
@@ -168,3 +172,16 @@ def _weight_gradient(ctx, g: Cast, xt: Tensor, x_scale: Tensor) -> Tensor:
         amax = dw.abs().amax().float()
         return ScaledTensor(dw, torch.ones_like(amax), amax, ctx.weight_dtype)
     return dw.to(ctx.weight_dtype)
+
+
+def _chosen_rows(ctx, a, b, product: torch.dtype, rows: int, cols: int) -> Rows:
+    """The rows of the weight's gradient that an optimizer has chosen: those of `a` are gathered
+    before the product (Grass, arXiv 2406.17660)."""
+    q, scale = a
+    count = ctx.chosen.numel()
+    taken = q.view(torch.uint8).index_select(0, ctx.chosen)
+    taken = F.pad(taken, (0, 0, 0, -count % 16)).view(q.dtype)
+    dw = _ops.gemm(taken, scale, *b, None, product, False)[:count, :cols]
+    if ctx.channels is not None:
+        dw = dw * ctx.channels.to(dw.dtype)
+    return Rows(dw.to(ctx.weight_dtype).contiguous(), ctx.chosen, rows)

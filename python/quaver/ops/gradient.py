@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rows import Rows
 from ..tensor import ScaledTensor
 from .fake import fake
 
@@ -20,6 +21,7 @@ def parts(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tenso
     """Values, scales and amaxes of plain and scaled tensors, as the list ops take them."""
     if not tensors:
         return [], [], []
+    tensors = [t.values if isinstance(t, Rows) else t for t in tensors]
     first = tensors[0]
     none = none_like(first.qdata if isinstance(first, ScaledTensor) else first)
     low = [isinstance(t, ScaledTensor) for t in tensors]

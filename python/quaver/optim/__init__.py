@@ -1,5 +1,6 @@
 from ..recipe import SubsetNorm, Subspace
 from .adamw import AdamW
+from .grass import Grass
 from .release import Release, release_gradients
 from .states import STATES, EncodedState, encode_state
 
@@ -7,6 +8,7 @@ __all__ = [
     "STATES",
     "AdamW",
     "EncodedState",
+    "Grass",
     "Release",
     "SubsetNorm",
     "Subspace",

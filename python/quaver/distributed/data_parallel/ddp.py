@@ -20,6 +20,8 @@ from ... import placement
 from ...comm.transport import Transport, compare
 from ...nn.cast import nan_unless_finite
 from ...nn.linear import LinearBase
+from ...nn.rows import chosen_rows
+from ...rows import Rows
 from ...tensor import ScaledTensor, plain_tensors
 from ..replicas import broadcast_values, describe, histories, stack_histories, unstack_histories_
 from .all_reduce import ALGORITHMS, FP8, Protocol, Reduced, reduce_to_owners, ring, two_shot, upload
@@ -274,16 +276,23 @@ class DataParallel:
     @staticmethod
     def _gradient(name: str, p: nn.Parameter) -> Tensor:
         """p's gradient, or the zeros of a parameter that this rank did not use."""
-        grad = p.grad
+        grad, index = p.grad, chosen_rows(p)
         if grad is None:
-            return torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+            shape = p.shape if index is None else (index.numel(), *p.shape[1:])
+            return torch.zeros(shape, dtype=p.dtype, device=p.device)
+        if isinstance(grad, Rows):
+            return grad.values
         if grad.is_sparse:
             raise RuntimeError(f"ddp: the gradient of {name} is sparse, which is not supported")
         return grad
 
     def _take(self, b: _Bucket, reduced: Reduced) -> None:
         for p, mean in zip(b.parameters, reduced.tensors, strict=True):
-            p.grad = _plain(mean, p.dtype) if b.decode and mean is not None else mean
+            mean = _plain(mean, p.dtype) if b.decode and mean is not None else mean
+            index = p.grad.index if isinstance(p.grad, Rows) else None
+            index = chosen_rows(p) if p.grad is None else index
+            some = mean is not None and index is not None
+            p.grad = Rows(mean, index, p.shape[0]) if some else mean
         if b.auto_scale is not None:
             amax = torch.stack([t.amax for t in reduced.tensors])
             b.auto_scale.update(reduced.saturated, amax.isfinite())
