@@ -235,6 +235,22 @@ inline void check_moment(const char* name, const StateView& s, int64_t numel) {
   check_state(name, s, numel);
 }
 
+// Subset-Norm's second moment (arXiv 2411.07120, section 3).
+inline void check_subsets(const AdamParameter& p) {
+  const int64_t n = p.weight.values.numel(), width = p.subsets.width;
+  const StateView& s = p.exp_avg_sq;
+  QUAVER_CHECK(width > 0 && (!p.subsets.strided || n % width == 0),
+               "adam_: subsets must be positive, or minus a divisor of the weight's ", n,
+               " elements, got ", p.subsets.strided ? -width : width);
+  QUAVER_CHECK(s.values.dtype == DType::f32 && s.scaling == Scaling::tensor && s.scale == nullptr,
+               "adam_: an exp_avg_sq of subsets must be f32 without a scale, got ",
+               name_of(s.values.dtype));
+  check_aligned("exp_avg_sq", s.values.data, s.values.dtype);
+  const int64_t wanted = subset_count(p.subsets, n);
+  QUAVER_CHECK(s.values.numel() == wanted, "adam_: exp_avg_sq has ", s.values.numel(),
+               " values, its weight ", wanted, " subsets");
+}
+
 inline void check_weight(const AdamParameter& p) {
   const StateView& w = p.weight;
   check_aligned("weight", w.values.data, w.values.dtype);
@@ -260,7 +276,10 @@ inline void check_adam(const AdamParameter& p) {
   check_weight(p);
   check_aligned("grad", p.grad.data, p.grad.dtype);
   check_moment("exp_avg", p.exp_avg, n);
-  check_moment("exp_avg_sq", p.exp_avg_sq, n);
+  if (p.subsets.width != 0)
+    check_subsets(p);
+  else
+    check_moment("exp_avg_sq", p.exp_avg_sq, n);
   QUAVER_CHECK(p.grad.numel() == n, "adam_: grad has ", p.grad.numel(), " values, its parameter ",
                n);
   QUAVER_CHECK(p.grad_amax != nullptr && p.step != nullptr && p.hyper != nullptr,

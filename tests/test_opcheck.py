@@ -36,7 +36,7 @@ def adam(n=2):
         torch.zeros((), dtype=torch.int64),
         each(lambda: torch.zeros(shape).to(E4M3))
         + each(lambda: torch.zeros(shape[::-1]).to(E4M3)) + each(ONE.clone),
-        [], [], [3, -1], [5, 0],
+        [], [], [3, -1], [5, 0], [0, 0],
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def adam_in_groups(n=2):
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
         torch.zeros((), dtype=torch.int64), [],
         [torch.zeros(shape, dtype=torch.int16), *nones[1:]], [0, 0, 1, 2, 1, 2], [-1, 7],
-        [0, 1],
+        [0, 1], [],
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_same, randn
+from helpers import assert_same, everywhere, randn
 from torch import nn
 
 import quaver as qv
@@ -352,3 +352,51 @@ def test_a_small_problem_is_learnt():
     assert loss_of("subset-norm", 1e-2) < 1.2 * adam
     chosen = dataclasses.replace(recipe.get("snsm"), exp_avg=Subspace(rank=16, every=50))
     assert loss_of(chosen, 1e-2) < 1.5 * adam
+
+
+# The fused step
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (300, 700), (700, 300), (3, 5, 7), (1, 1)])
+@pytest.mark.parametrize("size", [None, 1, 100, 1000, 10**7])
+def test_the_fused_step_is_the_composed_one(monkeypatch, shape, size):
+    """And has the same bits on every instruction set and number of threads."""
+    rule = rules(second=SubsetNorm(size=size))
+    found = everywhere(lambda: [*_values(*steps(rule, shape, count=3))])
+    monkeypatch.setattr(qv.AdamW, "_is_composed", qv.AdamW._has_rules)
+    for a, b in zip(found, _values(*steps(rule, shape, count=3)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
+
+
+def _values(w, state):
+    return w, state["exp_avg"], state["exp_avg_sq"]
+
+
+@pytest.mark.parametrize("how", ["nearest", "stochastic", "remainder"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fused_step_takes_every_rounding(how, dtype):
+    rule = rules(second=SubsetNorm(), bf16_master=how)
+    start = randn(40, 33).to(dtype)
+    found = everywhere(lambda: [steps(rule, start=start, shape=(40, 33), count=3)[0]])[0]
+    exact = steps(rules(second=SubsetNorm()), start=start.float(), shape=(40, 33), count=3)[0]
+    assert (found.float() - exact).abs().max() < 0.03
+
+
+def test_native_subsets_are_checked():
+    def call(width, count):
+        w, m, v = torch.zeros(6, 4), torch.zeros(6, 4), torch.zeros(count)
+        qv.ops.adam_(
+            [w], [m], [v], [torch.ones(6, 4)], grad_amax=torch.ones(1),
+            steps=[torch.zeros((), dtype=torch.int64)],
+            hyper=torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.0]], dtype=torch.float64),
+            skipped=torch.zeros((), dtype=torch.int64), subsets=[width],
+        )  # fmt: skip
+
+    call(4, 6), call(-4, 4), call(5, 5), call(10**18, 1)
+    for width, count, message in (
+        (4, 5, "exp_avg_sq has 5 values, its weight 6 subsets"),
+        (-5, 5, "minus a divisor of the weight's 24 elements, got -5"),
+        (-(2**63), 5, "subsets must be above -2\\^63"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            call(width, count)

@@ -14,6 +14,8 @@ namespace {
 struct Plan {
   AdamStep step;
   AdamSpan span;  // pointers to the first element
+  SubsetSpan subsets;
+  std::vector<float> rates;  // of the subsets
   AtomicAmax amax[3];
 };
 
@@ -50,13 +52,28 @@ void prepare(const AdamParameter& p, Plan* plan) {
   s.remainder = p.remainder;
   s.stochastic = p.stochastic;
   s.stochastic_exp_avg = rounds_exp_avg(p);
+  s.subsets = p.subsets;
+  if (p.subsets.width != 0) {
+    plan->rates.resize(p.exp_avg_sq.values.numel());
+    s.rates = plan->rates.data();
+    plan->subsets = {s.grad,
+                     s.grad_type,
+                     s.grad_scale,
+                     p.weight.values.numel(),
+                     p.exp_avg_sq.values.as<float>(),
+                     plan->rates.data(),
+                     p.subsets,
+                     step};
+  }
   s.dither = make_dither(p.seed, static_cast<uint64_t>(*p.step));
   s.first = static_cast<uint64_t>(p.first_element);
 }
 
 void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
   AdamSpan s = plan.span;
+  s.begin = begin;
   for (StateSpan* state : {&s.weight, &s.exp_avg, &s.exp_avg_sq}) {
+    if (state == &s.exp_avg_sq && s.rates != nullptr) continue;
     state->values = static_cast<char*>(state->values) + begin * size_of(state->type);
     if (state->scales != nullptr) state->scales += begin / kGroup;
   }
@@ -75,6 +92,29 @@ void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
       simd().transpose(p.fp8_t.as<uint8_t>() + c * rows + r, rows,
                        p.fp8.as<uint8_t>() + r * cols + c, cols, std::min(kTile, last - r),
                        std::min(kTile, cols - c));
+}
+
+// Updates the second moments of subsets, before the pass over the elements.
+void sum_subsets(const AdamParameter* parameters, const std::vector<Plan>& plans) {
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < plans.size(); ++i) {
+    const AdamParameter& p = parameters[i];
+    if (p.subsets.width == 0) continue;
+    const int64_t n = p.weight.values.numel(), count = p.exp_avg_sq.values.numel();
+    const int64_t each = p.subsets.strided ? n / p.subsets.width : p.subsets.width;
+    // Columns at least a block at a time: a row of fewer is too short a stream.
+    const int64_t least = p.subsets.strided ? kBlock : 1;
+    const int64_t size = std::max(kGrain / std::max<int64_t>(each, 1), least);
+    for (int64_t begin = 0; begin < count; begin += size)
+      pieces.push_back({static_cast<int64_t>(i), begin, std::min(size, count - begin)});
+  }
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const Piece& piece = pieces[k];
+      simd().subset_sums(plans[piece.parameter].subsets, piece.begin, piece.begin + piece.n);
+    }
+  };
+  if (!pieces.empty()) parallel_for(static_cast<int64_t>(pieces.size()), 1, body);
 }
 
 void finish(const AdamParameter& p, const Plan& plan) {
@@ -120,6 +160,7 @@ void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped) {
     for (int64_t begin = 0; begin < n; begin += size)
       pieces.push_back({i, begin, std::min(size, n - begin)});
   }
+  sum_subsets(parameters, plans);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
       run(parameters[pieces[k].parameter], plans[pieces[k].parameter], pieces[k].begin,

@@ -179,7 +179,7 @@ uint32_t add(void* out, DType out_type, float scale, const void* a, DType a_type
 }  // namespace
 
 extern const Simd table;
-const Simd table = {amax, cast,          cast_stochastic, transpose, sum_squares,
-                    add,  encode_groups, decode_groups,   adam};
+const Simd table = {amax, cast,          cast_stochastic, transpose,   sum_squares,
+                    add,  encode_groups, decode_groups,   subset_sums, adam};
 
 }  // namespace quaver::cpu::QUAVER_ISA

@@ -30,6 +30,7 @@ struct Simd {
   void (*encode_groups)(const StateSpan& state, const void* x, DType type, int64_t n);
   void (*decode_groups)(float* out, const StateSpan& state, int64_t n);
   // One AdamW step of n elements; amax bits of the stored weight, exp_avg and exp_avg_sq.
+  void (*subset_sums)(const SubsetSpan& span, int64_t begin, int64_t end);
   void (*adam)(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax[3]);
 };
 

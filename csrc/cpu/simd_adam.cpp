@@ -3,6 +3,8 @@
 // and encoded, and only the conversions depend on the storage types.
 #include "simd_adam.h"
 
+#include <algorithm>
+
 #include "span.h"
 // With AVX-512 the loops below, twice as wide, are used: expanded.h has no AVX-512 form yet.
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -41,6 +43,8 @@ inline __attribute__((always_inline)) void with_count(int64_t count, Body body) 
   if (count == kRun) return body(kRun);
   body(count < kRun ? count : kRun);
 }
+
+bool is_plain(const StateSpan& s) { return s.type == DType::f32 && s.scaling == Scaling::tensor; }
 
 // Decodes elements i and the following of a state.
 void load_state(float* out, const StateSpan& s, int64_t i, int64_t count) {
@@ -109,7 +113,7 @@ void store_plain(const StateSpan& s, int64_t i, const float* x, int64_t count) {
 // `starts` is null for nearest rounding.
 void store_exp_avg(const StateSpan& s, int64_t i, const float* x, const float* grad,
                    const Dither& dither, const uint32_t* starts, int64_t count) {
-  if (s.type == DType::f32) return store_plain(s, i, x, count);
+  if (is_plain(s)) return;  // updated where it lies
   alignas(64) float y[kRun];
   with_count(count, [&](int64_t n) {
     with_format(s.type, [&](auto format) {
@@ -129,6 +133,7 @@ void store_exp_avg(const StateSpan& s, int64_t i, const float* x, const float* g
 }
 
 void store_exp_avg_sq(const StateSpan& s, int64_t i, const float* x, int64_t count) {
+  if (is_plain(s)) return;
   if (!is_fp8(s.type)) return store_plain(s, i, x, count);
   alignas(64) float y[kRun];
   with_count(count, [&](int64_t n) {
@@ -199,20 +204,53 @@ void store_moments(const AdamSpan& p, int64_t i, const float* m, const float* v,
                    const uint32_t* starts, int64_t count) {
   // Both ranges, then both scales: a scale is a long chain of dependent operations.
   const bool group_m = p.exp_avg.scaling != Scaling::tensor;
-  const bool group_v = p.exp_avg_sq.scaling != Scaling::tensor;
+  const bool group_v = p.exp_avg_sq.scaling != Scaling::tensor;  // then v is not null
   const GroupRange range_m = group_m ? range_of(m, count) : GroupRange{};
   const GroupRange range_v = group_v ? range_of(v, count) : GroupRange{};
   if (group_m) choose_scale(p.exp_avg, i, range_m);
   if (group_v) choose_scale(p.exp_avg_sq, i, range_v);
   store_exp_avg(p.exp_avg, i, m, g, p.dither, p.stochastic_exp_avg ? starts : nullptr, count);
-  store_exp_avg_sq(p.exp_avg_sq, i, v, count);
+  if (v != nullptr) store_exp_avg_sq(p.exp_avg_sq, i, v, count);
+}
+
+// The values of a state from element i on: where they lie, if that is as f32, else in `buffer`.
+float* in_place(float* buffer, const StateSpan& s, int64_t i, int64_t count) {
+  if (is_plain(s)) return static_cast<float*>(s.values) + i;
+  load_state(buffer, s, i, count);
+  return buffer;
+}
+
+// The rates of elements i and the following, each its subset's.
+void spread_rates(float* out, const AdamSpan& p, int64_t i, int64_t count) {
+  const int64_t first = p.begin + i, width = p.subsets.width;
+  for (int64_t j = 0; j < count;) {
+    const int64_t inside = (first + j) % width;
+    const int64_t n = std::min(count - j, width - inside);  // up to the next row
+    if (p.subsets.strided)
+      std::copy_n(p.rates + inside, n, out + j);
+    else
+      std::fill_n(out + j, n, p.rates[(first + j) / width]);
+    j += n;
+  }
 }
 
 void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, float* w,
               const uint32_t* starts, int64_t count) {
-  alignas(64) float m[kRun], v[kRun];
-  load_state(m, p.exp_avg, i, count);
-  load_state(v, p.exp_avg_sq, i, count);
+  alignas(64) float first[kRun], second[kRun];
+  float* m = in_place(first, p.exp_avg, i, count);
+  if (p.rates != nullptr) {
+    spread_rates(second, p, i, count);
+    with_count(count, [&](int64_t n) {
+      QUAVER_SIMD
+      for (int64_t j = 0; j < n; ++j) {
+        const AdamElement e = subset_adamw(s, {w[j], m[j], 0.0f}, g[j], second[j]);
+        w[j] = e.weight;
+        m[j] = e.exp_avg;
+      }
+    });
+    return store_moments(p, i, m, nullptr, g, starts, count);
+  }
+  float* v = in_place(second, p.exp_avg_sq, i, count);
   with_count(count, [&](int64_t n) {
     QUAVER_SIMD
     for (int64_t j = 0; j < n; ++j) {

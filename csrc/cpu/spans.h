@@ -6,6 +6,7 @@
 #include "quaver/adam.h"
 #include "quaver/codec.h"
 #include "quaver/dither.h"
+#include "quaver/optimizer.h"
 
 namespace quaver::cpu {
 
@@ -32,7 +33,22 @@ struct AdamSpan {
   bool stochastic;      // of a 16-bit weight
   bool stochastic_exp_avg;
   Dither dither;
+  const float* rates;  // of the whole parameter's subsets, or null
+  Subsets subsets;
+  int64_t begin;   // of the span in the parameter
   uint64_t first;  // element, of the whole tensor
+};
+
+// A gradient of n values, and the second moment of its subsets.
+struct SubsetSpan {
+  const void* grad;
+  DType grad_type;
+  float grad_scale;
+  int64_t n;
+  float* values;
+  float* rates;
+  Subsets subsets;
+  AdamStep step;
 };
 
 // contract() of all 256 codes of a format, signs included, for a scale that holds this power.

@@ -282,6 +282,8 @@ void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped, void
   int64_t chunks = 0, tiles = 0;
   for (int64_t i = 0; i < count; ++i) {
     check_adam(parameters[i]);
+    QUAVER_CHECK(parameters[i].subsets.width == 0,
+                 "adam_: second moments of subsets are of the CPU alone, got subsets on CUDA");
     entries.push_back(make_entry(parameters[i], chunks));
     chunks += chunk_count(entries.back());
     add_transposition(entries.back(), &transpositions, &tiles);

@@ -54,7 +54,7 @@ constexpr const char* kSchemas[] = {
     "adam_(Tensor(a!)[] values, Tensor(b!)[] scales, Tensor(c!)[] amaxes, Tensor[] grads, "
     "Tensor[] grad_scales, Tensor grad_amax, Tensor(d!)[] steps, Tensor hyper, "
     "Tensor(e!) skipped, Tensor(f!)[] copies, Tensor(g!)[] remainders, int[] scalings=[], "
-    "int[] seeds=[], int[] first_elements=[]) -> ()",
+    "int[] seeds=[], int[] first_elements=[], int[] subsets=[]) -> ()",
     "encode_state(Tensor x, ScalarType dtype, bool expand) -> (Tensor q, Tensor scale)",
     "decode_state(Tensor q, Tensor scale, bool expand) -> Tensor",
     "comm_id_(Tensor(a!) id, str library) -> ()",

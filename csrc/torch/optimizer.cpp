@@ -61,7 +61,7 @@ struct Arguments {
   const Tensors& steps;
   const Tensor &hyper, &skipped;
   const Tensors &copies, &remainders;
-  const Ints &scalings, &seeds, &first_elements;
+  const Ints &scalings, &seeds, &first_elements, &subsets;
 };
 
 template <class List>
@@ -91,6 +91,7 @@ void check(const Arguments& a) {
   check_length("scalings", a.scalings, kStates * n, true);
   check_length("seeds", a.seeds, n, true);
   check_length("first_elements", a.first_elements, n, true);
+  check_length("subsets", a.subsets, n, true);
   if (n == 0) return;
   check_device("adam_", a.values[0], "grad_amax", a.grad_amax);
   check_device("adam_", a.values[0], "hyper", a.hyper);
@@ -117,6 +118,11 @@ AdamParameter parameter(const Arguments& a, size_t i, const Tensor& grad, const 
   if (!a.remainders.empty()) p.remainder = remainder(a.remainders[i], p.weight.values.numel());
   p.stochastic = !a.seeds.empty() && a.seeds[i] >= 0;
   p.seed = p.stochastic ? static_cast<uint64_t>(a.seeds[i]) : 0;
+  if (!a.subsets.empty()) {
+    const int64_t width = a.subsets[i];
+    QUAVER_CHECK(width > INT64_MIN, "adam_: subsets must be above -2^63, got ", width);
+    p.subsets = {width < 0 ? -width : width, width < 0};
+  }
   p.first_element = a.first_elements.empty() ? 0 : a.first_elements[i];
   p.grad = view("adam_", "grad", grad);
   p.grad_scale = optional_scalar("adam_", "grad_scale", a.grad_scales[i]);
@@ -135,9 +141,10 @@ void adam_(const Tensors& values, const Tensors& scales, const Tensors& amaxes,
            const Tensors& grads, const Tensors& grad_scales, const Tensor& grad_amax,
            const Tensors& steps, const Tensor& hyper, Tensor skipped, const Tensors& copies,
            const Tensors& remainders, const Ints& scalings, const Ints& seeds,
-           const Ints& first_elements) {
-  const Arguments a = {values, scales,  amaxes, grads,      grad_scales, grad_amax, steps,
-                       hyper,  skipped, copies, remainders, scalings,    seeds,     first_elements};
+           const Ints& first_elements, const Ints& subsets) {
+  const Arguments a = {values,     scales,   amaxes, grads,          grad_scales,
+                       grad_amax,  steps,    hyper,  skipped,        copies,
+                       remainders, scalings, seeds,  first_elements, subsets};
   check(a);
   const size_t n = steps.size();
   if (n == 0) return;

@@ -64,6 +64,18 @@ QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
   return e;
 }
 
+// The learning rate of a subset whose elements share the second moment v (Subset-Norm).
+QUAVER_HD float subset_rate(const AdamStep& s, float v) {
+  return s.step_size / (::sqrtf(v) * s.inverse_sqrt_c2 + s.eps);
+}
+
+// One step under such a rate; the second moment is left as it is.
+QUAVER_HD AdamElement subset_adamw(const AdamStep& s, AdamElement e, float grad, float rate) {
+  e.exp_avg = s.beta1 * e.exp_avg + s.one_minus_beta1 * grad;
+  e.weight = s.decay * e.weight - rate * e.exp_avg;
+  return e;
+}
+
 // An FP8 first moment y = m / scale, or m expanded, as it will be rounded to codes of type T:
 // toward zero below the format's normal range, and wherever the gradient is small beside the
 // moment. To nearest, beta1 * y can round back to y (for the smallest codes always, for all where

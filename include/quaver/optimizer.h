@@ -20,10 +20,28 @@ inline bool is_scaled(const StateView& s) {
   return s.scale != nullptr && s.scaling == Scaling::tensor;
 }
 
+// Which elements share a value of a second moment: `width` that follow each other or, `strided`,
+// every width-th. Of a matrix [R, C] width C is one value for each row, and strided one for each
+// column. Width 0: each element has its own.
+struct Subsets {
+  int64_t width = 0;
+  bool strided = false;
+};
+
+QUAVER_HD int64_t subset_of(const Subsets& s, int64_t element) {
+  return s.strided ? element % s.width : element / s.width;
+}
+QUAVER_HD int64_t subset_count(const Subsets& s, int64_t elements) {
+  return s.strided ? s.width : elements / s.width + (elements % s.width != 0);
+}
+
+constexpr int64_t kPartialSums = 32;  // of a subset of consecutive elements, in a fixed order
+
 struct AdamParameter {
   StateView weight;      // f32, bf16 or f16, or f16 with scale
   StateView exp_avg;     // f32, f16 with scale, or FP8 of any scaling
-  StateView exp_avg_sq;  // likewise
+  StateView exp_avg_sq;  // likewise, or f32 with a value for each subset
+  Subsets subsets;
   TensorView grad;
   const float* grad_scale = nullptr;  // null: 1
   const float* grad_amax = nullptr;   // of the decoded gradient; non-finite skips the whole step

@@ -324,15 +324,16 @@ class Generator:
             [p[name][k] for k in range(3) for p in each]
             for name in ("values", "scales", "amaxes", "copies", "scalings")
         )
-        grads, grad_scales, steps, remainders, seeds, first = (
+        grads, grad_scales, steps, remainders, seeds, first, subsets = (
             [p[name] for p in each]
-            for name in ("grad", "grad_scale", "step", "remainder", "seed", "first")
+            for name in ("grad", "grad_scale", "step", "remainder", "seed", "first", "subsets")
         )
         hyper = torch.tensor([[1e-3, 0.9, self.pick((0.95, 0.999)), 1e-8, 0.1]] * count).double()
         skipped = self.tensor(torch.zeros((), dtype=torch.int64), written=True)
         return (
             values, scales, amaxes, grads, grad_scales, self.floats(count), steps,
             self.tensor(hyper, written=True), skipped, copies, remainders, scalings, seeds, first,
+            subsets,
         )  # fmt: skip
 
     def parameter(self) -> dict:
@@ -349,9 +350,16 @@ class Generator:
             copies.append(self.scales(written=True))
         exact = dtype == torch.bfloat16 and self.chance(0.5)
         rounded = dtype != torch.float32 and not exact and self.chance(0.5)
+        shapes, subsets = [shape] * 3, self.subsets(shape) if self.chance(0.3) else 0
+        if subsets:
+            kinds[2] = (torch.float32, 0)
+            shapes[2] = (-subsets if subsets < 0 else -(-math.prod(shape) // subsets),)
         scaled = [grain == 0 and stored in CODES for stored, grain in kinds]
         return {
-            "values": [self.tensor(self.numbers(shape, stored), True) for stored, _ in kinds],
+            "values": [
+                self.tensor(self.numbers(size, stored), True)
+                for size, (stored, _) in zip(shapes, kinds, strict=True)
+            ],
             "scales": [
                 self.scales(blocks, written=True) if grain
                 else self.scales(written=True) if one else none
@@ -366,7 +374,14 @@ class Generator:
             "remainder": self.tensor(self.bits(shape, torch.int16), True) if exact else none,
             "seed": self.random.randrange(2**31) if rounded else -1,
             "first": self.pick((0, 0, 128, 2**40)),
+            "subsets": subsets,
         }  # fmt: skip
+
+    def subsets(self, shape) -> int:
+        """How elements of a matrix share a second moment: by rows, by columns, or in runs."""
+        rows, cols = shape
+        found = self.pick((cols, -cols, self.pick((1, 7, 100, 10**6))))
+        return found if rows * cols and found else 0
 
 
 def scale_shape(shape, grain: str, block: int):

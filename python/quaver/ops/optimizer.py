@@ -60,6 +60,7 @@ def adam_(
     remainders: Sequence[Tensor | None] = (),
     seeds: Sequence[int] = (),
     first_elements: Sequence[int] = (),
+    subsets: Sequence[int] = (),
 ) -> None:
     """One AdamW step of n parameters in place, each state read and written once.
 
@@ -89,6 +90,9 @@ def adam_(
             function of (seed, step, element); -1 rounds to nearest.
         first_elements: n flat indices of the weights' first elements in whole tensors of which
             they are shards, for the noise. Default: all 0.
+        subsets: n counts by which elements share values of a second moment that is float32 without
+            a scale: k for every k elements that follow each other, -k for every k-th element (a
+            column of a matrix with k), 0 for none. Default: all 0.
 
     Raises:
         RuntimeError or ValueError: lists of different lengths, mixed devices, another dtype, a
@@ -113,6 +117,7 @@ def adam_(
         scalings,
         seeds,
         first_elements,
+        subsets,
     )
 
 

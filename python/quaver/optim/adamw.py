@@ -109,13 +109,22 @@ class AdamW(Optimizer):
 
     # States
 
-    def _is_composed(self, p: Tensor) -> bool:
+    def _has_rules(self, p: Tensor) -> bool:
         """Whether a moment of p is not one value for each element."""
         matrix = self.recipe.composed and p.dim() > 1 and p.numel() > 0
         return matrix and not self._whole.get(p, False)
 
+    def _is_composed(self, p: Tensor) -> bool:
+        """Whether the fused step does not know p's moments."""
+        first, second = self.recipe.exp_avg, self.recipe.exp_avg_sq
+        fused = first == "f32" and isinstance(second, SubsetNorm) and second.dtype == torch.float32
+        return self._has_rules(p) and not (fused and p.device.type == "cpu")
+
+    def _subsets(self, p: Tensor) -> int:
+        return SubsetSums(self.recipe.exp_avg_sq).width(p) if self._has_rules(p) else 0
+
     def slots(self, p: Tensor) -> dict:
-        if self._is_composed(p):
+        if self._has_rules(p):
             return self._composed_slots(p)
         if self.recipe.composed:
             return dict.fromkeys(EMAS, MOMENTS["f32"]) | self._remainder(p)
@@ -137,7 +146,7 @@ class AdamW(Optimizer):
 
     def _check_parameter(self, p: Tensor) -> None:
         super()._check_parameter(p)
-        if not self._is_composed(p):
+        if not self._has_rules(p):
             return
         if isinstance(local(p), ScaledTensor) or placement.shard_of(p) is not None:
             raise ValueError(
@@ -212,6 +221,7 @@ class AdamW(Optimizer):
                 for item, how in zip(items, rounding, strict=True)
             ],
             first_elements=[placement.first_element(p) for p in wholes] if sharded else (),
+            subsets=[self._subsets(p) for p in wholes] if self.recipe.composed else (),
         )
         if sharded:
             moments = [item.state[key] for item in items for key in EMAS]

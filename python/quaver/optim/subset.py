@@ -25,6 +25,13 @@ class SubsetSums:
         rows, cols = matrix_shape(p)
         return (rows, 1) if rows >= cols else (1, cols)
 
+    def width(self, p: Tensor) -> int:
+        """The subsets as `ops.adam_` takes them."""
+        if self.rule.size is not None:
+            return self.rule.size
+        rows, cols = matrix_shape(p)
+        return cols if rows >= cols else -cols
+
     def zeros(self, p: Tensor) -> Tensor:
         """The values of a parameter before its first step."""
         return torch.zeros(self.shape(p), dtype=self.rule.dtype, device=p.device)
