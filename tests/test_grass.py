@@ -1,6 +1,7 @@
 """Grass (arXiv 2406.17660): rows of gradients, their choice, and Adam on them."""
 
 import copy
+import gc
 
 import pytest
 import ranks
@@ -324,6 +325,66 @@ def test_a_resumed_run_has_the_same_bits(recipe, select, stop, tmp_path):
     third[1].load_state_dict(copy.deepcopy(first[1].state_dict()))
     train(*third, range(stop, 8))
     same(straight, third)
+
+
+def test_another_optimizer_of_the_same_model():
+    model, optimizer = build()
+    train(model, optimizer, range(1))
+    adam = qv.AdamW(model.parameters(), **HYPER, recipe="bf16")
+    with pytest.raises(RuntimeError, match=r"the rows that a Grass chose; call that"):
+        train(model, adam, range(1))
+    model.zero_grad()
+    loss = loss_of(model, 1)
+    second = qv.Grass(model, **HYPER, rank=8)
+    loss.backward()  # of a forward before
+    with pytest.raises(RuntimeError, match="this optimizer did not choose"):
+        second.step()
+    model.zero_grad()
+    train(model, second, range(2))
+    second.remove()
+    train(model, adam, range(2))
+
+
+def test_going_back_to_an_older_checkpoint(tmp_path):
+    run = build(select="sample")
+    train(*run, range(2))
+    qv.save(tmp_path / "run", *run)
+    losses = train(*run, range(2, 8))
+    wanted = everything(*run)
+    for more in range(1, 4):  # another place in the three steps between choices each time
+        train(*run, range(more))
+        qv.load(tmp_path / "run", *run)
+        assert train(*run, range(2, 8)) == losses
+        for a, b in zip(everything(*run), wanted, strict=True):
+            assert_same(a, b)
+
+
+def test_copies_form_rows_and_end_with_their_optimizer():
+    run = build()
+    train(*run, range(1))
+    copied = copy.deepcopy(run)
+    for model, _ in (run, copied):
+        loss_of(model, 1).backward()
+        assert isinstance(model.second.weight.grad, Rows)
+    model, run = run[0], None
+    model.zero_grad()
+    gc.collect()
+    loss_of(model, 1).backward()
+    assert not isinstance(model.second.weight.grad, Rows)
+
+
+def test_a_gradient_scaler_unscales_rows():
+    plain, scaled = build(), build()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    train(*plain, range(4))
+    for step in range(4):
+        scaler.scale(loss_of(scaled[0], step)).backward()
+        scaler.unscale_(scaled[1])
+        scaler.step(scaled[1])
+        scaler.update()
+        scaled[1].zero_grad()
+    for p, q in zip(plain[0].parameters(), scaled[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
 def test_misuse_is_named():

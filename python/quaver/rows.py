@@ -75,30 +75,32 @@ class Rows(torch.Tensor):
                 f"{func}: not for Rows, a gradient of which {len(_first(args).index)} rows exist; "
                 "use its .values and .index, or to_dense()"
             )
-        given = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Rows)]
-        first = given[0]
-        if any(a.index is not first.index for a in given):
-            raise RuntimeError(
-                f"{func}: these gradients have rows that were chosen at different times; call "
-                "optimizer.step() between backwards of graphs older than the last choice"
-            )
-        plain = [a for a in (args, kwargs) if a]
-        if func in _SUMS and any(not isinstance(a, Rows) for a in args[:2]):
-            raise RuntimeError(
-                f"{func}: a gradient of chosen rows and a whole one meet in one .grad; wanted the "
-                "same weight in linear layers alone, and optimizer.step() after each micro-batch "
-                "that refreshes the rows"
-            )
-        del plain
+        first = _first(args)
+        if func in _SUMS:
+            _check_sum(func, *args[:2])
         if func is aten.copy_.default and not isinstance(args[1], Rows):
             raise RuntimeError("copy_: wanted Rows for Rows, got a whole gradient")
         values = tree_map_only(Rows, lambda r: r.values, (args, kwargs))
         out = func(*values[0], **values[1])
         if func in _IN_PLACE:
-            return args[0]
+            return first if args[0] is first else None  # the ops on lists return nothing
         if isinstance(out, Tensor) and out.shape == first.values.shape:
             return first.around(out)
         return out
+
+
+def _check_sum(func, a: Tensor, b: Tensor) -> None:
+    if not (isinstance(a, Rows) and isinstance(b, Rows)):
+        raise RuntimeError(
+            f"{func}: a gradient of chosen rows and a whole one meet in one .grad; wanted the "
+            "weight in linear layers alone, and no optimizer.step() between the forward and the "
+            "backward of a micro-batch"
+        )
+    if a.index is not b.index:
+        raise RuntimeError(
+            f"{func}: these gradients have rows that were chosen at different times; wanted no "
+            "optimizer.step() between the forward and the backward of a micro-batch"
+        )
 
 
 def _first(args) -> Rows:
@@ -108,11 +110,13 @@ def _first(args) -> Rows:
 _SUMS = {aten.add.Tensor, aten.add_.Tensor}
 _IN_PLACE = {
     aten.add_.Tensor, aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar,
-    aten.zero_.default, aten.copy_.default,
+    aten.zero_.default, aten.copy_.default, aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar,
+    aten._amp_foreach_non_finite_check_and_unscale_.default,
 }  # fmt: skip
 _BY_VALUE = _IN_PLACE | {
     aten.add.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar,
     aten.neg.default, aten.detach.default, aten.clone.default, aten._to_copy.default,
     aten.zeros_like.default, aten.linalg_vector_norm.default, aten.abs.default, aten.isnan.default,
     aten.isinf.default, aten.isfinite.default, aten.norm.Scalar,
+    aten._foreach_norm.Scalar,
 }  # fmt: skip

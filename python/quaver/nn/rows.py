@@ -7,6 +7,9 @@ instead of the whole product: its compute and memory are r / m of it.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,21 +19,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..rows import Rows
 from .swap import Swapped, swap, swap_back, swapped_class
 
-_chosen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight: its index
+_choosers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight: a weak method
 
 
-def choose_rows(weight: Tensor, index: Tensor | None) -> None:
-    """Lets backward form the rows `index` (int64 [r]) of the weight's gradient, as Rows in `.grad`,
-    from the next forward on; None: all of it, as a plain tensor."""
-    if index is None:
-        _chosen.pop(weight, None)
+def choose_rows(weight: Tensor, chooser: Callable[[Tensor], Tensor | None] | None) -> None:
+    """Lets backward form the rows `chooser(weight)` (a method; int64 [r]) of the weight's gradient,
+    as Rows in `.grad`; all of it, as a plain tensor, where that is None or the method's object is
+    gone. It is called in each forward, so that it may depend on a state that others load."""
+    if chooser is None:
+        _choosers.pop(weight, None)
     else:
-        _chosen[weight] = index
+        _choosers[weight] = weakref.WeakMethod(chooser)
 
 
 def chosen_rows(weight: Tensor) -> Tensor | None:
-    """The index of `choose_rows`."""
-    return _chosen.get(weight)
+    """The index that the chooser of `choose_rows` gives now."""
+    found = _choosers.get(weight)
+    chooser = None if found is None else found()
+    return None if chooser is None else chooser(weight)
 
 
 class RowsLinear(Swapped):
@@ -38,8 +44,9 @@ class RowsLinear(Swapped):
     dicts stay as they were."""
 
     def forward(self, x: Tensor) -> Tensor:
-        index = _chosen.get(self.weight)
-        if index is None or not (torch.is_grad_enabled() and self.weight.requires_grad):
+        learns = torch.is_grad_enabled() and self.weight.requires_grad
+        index = chosen_rows(self.weight) if learns else None
+        if index is None:
             return super().forward(x)
         kind, dtype = x.device.type, None
         if torch.is_autocast_enabled(kind):

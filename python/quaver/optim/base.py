@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops, placement
 from .. import recipe as recipes
 from ..recipe import Recipe
+from ..rows import Rows
 from ..tensor import ScaledTensor, is_sharded, local
 from .moments import Ema
 
@@ -43,6 +44,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     name: str  # of the optimizer, in errors
+    takes_rows = False  # whether a gradient may be Rows
 
     def __init__(self, params, defaults: dict, recipe: str | Recipe):
         self.recipe = recipes.get(recipe)
@@ -165,6 +167,11 @@ class Optimizer(torch.optim.Optimizer):
     def _item(self, p: Tensor, group: dict, ordinal: int) -> Item:
         if p.grad.is_sparse:
             raise RuntimeError(f"{self.name}: sparse gradients are not supported")
+        if isinstance(p.grad, Rows) and not self.takes_rows:
+            raise RuntimeError(
+                f"{self.name}: a gradient has the rows that a Grass chose; call that optimizer's "
+                "remove() before another takes its parameters"
+            )
         if p.grad.device != p.device:
             raise RuntimeError(
                 f"{self.name}: a gradient on {p.grad.device} for a parameter on {p.device}"

@@ -122,7 +122,8 @@ class Grass(AdamW):
     sends the values) take it; any other op raises NotImplementedError. In the steps that choose
     anew, the first and then one in `every`, it is the whole plain gradient, of the mean over ranks
     under ddp: all ranks choose the same rows. Such a step waits for the device once; the others
-    do not. `remove()` gives the layers back.
+    do not. `remove()` gives the layers back. A compiled model cannot form rows: torch.compile fails
+    on the plain layers, and converted ones form whole gradients there.
 
     Given parameters or groups there are no layers: each matrix (except in groups with
     `"compress": False`, where embeddings belong) is projected from its whole gradient, which saves
@@ -146,6 +147,7 @@ class Grass(AdamW):
     """
 
     name = "Grass"
+    takes_rows = True
 
     def __init__(self, model: nn.Module | Iterable, lr=3e-4, betas=(0.9, 0.999), eps=1e-8,
                  weight_decay=0.0, *, rank: int = 128, every: int = 200, select: str = "top",
@@ -153,7 +155,8 @@ class Grass(AdamW):
                  skip: Iterable[str] = ("lm_head",)):  # fmt: skip
         _check(rank, every, select, scale)
         self.rank, self.every, self.select, self.scale = rank, every, select, float(scale)
-        # Host copies of `counts`: (steps since the choice, choices).
+        # Host copies of `counts`: their version, steps since the choice, choices. Checkpoints are
+        # loaded into the states, which changes the version.
         self._due: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._layers: list[nn.Module] | None = None
         self._projected: set[Tensor] = set()
@@ -167,6 +170,7 @@ class Grass(AdamW):
         for layer in self._layers or ():
             if type(layer) is nn.Linear:
                 layers.enable_rows(layer)
+        self._teach()
         if self._layers is None:
             warnings.warn(
                 "Grass: given parameters, it projects whole gradients and saves no gradient "
@@ -178,6 +182,10 @@ class Grass(AdamW):
         mine = ("rank", "every", "select", "scale", "_layers", "_projected")
         kept = {k: getattr(self, k) for k in mine}
         return {**super().__getstate__(), **kept, "_due": WeakTensorKeyDictionary()}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._teach()
 
     def remove(self) -> None:
         """Gives the layers back: backward forms whole gradients, which `step` projects."""
@@ -219,22 +227,24 @@ class Grass(AdamW):
                 )
         super()._check_parameter(p)
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        self._due.clear()
+    def _teach(self) -> None:
+        """Lets the layers ask for the rows that the next step takes."""
         for layer in self._layers or ():
-            self._announce(layer.weight, self.state.get(layer.weight))
+            layers.choose_rows(layer.weight, self._wanted_rows)
 
-    def _announce(self, p: Tensor, state: dict | None) -> None:
-        """Lets p's layers form the rows that the next step takes."""
-        whole = not state or self._ages(p, state)[0] % self.every == 0
-        layers.choose_rows(p, None if whole else state["rows"])
+    def _wanted_rows(self, p: Tensor) -> Tensor | None:
+        """The rows of p's gradient that the next step takes; None for all."""
+        state = self.state.get(p)
+        return None if not state or self._ages(state)[0] % self.every == 0 else state["rows"]
 
-    def _ages(self, p: Tensor, state: dict) -> tuple[int, int]:
-        if p not in self._due:
-            age, _, refreshes = state["counts"].tolist()
-            self._due[p] = (age, refreshes)
-        return self._due[p]
+    def _ages(self, state: dict) -> tuple[int, int]:
+        counts = state["counts"]
+        version, *ages = self._due.get(counts, (None, 0, 0))
+        if version != counts._version:
+            age, _, refreshes = counts.tolist()
+            ages = (age, refreshes)
+            self._due[counts] = (counts._version, *ages)
+        return tuple(ages)
 
     # The step
 
@@ -253,16 +263,22 @@ class Grass(AdamW):
         else:
             self._skipped[device] += ~usable
         for item, row in zip(items[plain:], table[plain:], strict=True):
-            self._refresh(item, usable)
+            ages = self._refresh(item, usable)
             self._step_rows(item, usable, row)
-            if self._layers and item.parameter in self._projected:
-                self._announce(item.parameter, item.state)
+            counts = item.state["counts"]  # whose version the step has changed
+            self._due[counts] = (counts._version, *ages)
 
-    def _refresh(self, item: Item, usable: Tensor) -> None:
-        """Chooses rows by a whole gradient, where that is due and the step is not skipped."""
+    def _refresh(self, item: Item, usable: Tensor) -> tuple[int, int]:
+        """Chooses rows by a whole gradient, where that is due and the step is not skipped. Returns
+        the steps since the choice, this one included, and the choices."""
         p, state, grad = item.parameter, item.state, item.grad
-        age, refreshes = self._ages(p, state)
-        if age % self.every or isinstance(grad, Rows):
+        age, refreshes = self._ages(state)
+        if isinstance(grad, Rows) and (grad.index is not state["rows"] or age % self.every == 0):
+            raise RuntimeError(
+                "Grass: a gradient has rows that this optimizer did not choose; wanted one Grass "
+                "for a model (remove() the other), and backward before the next step()"
+            )
+        if age % self.every:
             age += 1
         else:
             if p.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -271,7 +287,7 @@ class Grass(AdamW):
                     "whether it is skipped"
                 )
             if not bool(usable):
-                return
+                return age, refreshes
             norms = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32)
             index, rho = select_rows(norms, self.rank, self.select, item.ordinal, refreshes)
             places = torch.zeros(p.shape[0], device=p.device)
@@ -285,7 +301,7 @@ class Grass(AdamW):
         # Filled, because a copy from the host would wait for the device.
         state["counts"][AGE].fill_(age)
         state["counts"][REFRESHES].fill_(refreshes)
-        self._due[p] = (age, refreshes)
+        return age, refreshes
 
     def _step_rows(self, item: Item, usable: Tensor, row: Tensor) -> None:
         p, state, grad = item.parameter, item.state, item.grad
@@ -299,8 +315,14 @@ class Grass(AdamW):
         remainder = state.get("remainder")
         low = None if remainder is None else remainder.index_select(0, index)
         old = rounding.master(kept, low)
-        new = decay * old + update * (self.scale * factor)[:, None]
-        rounding.store_(kept, torch.where(usable, new, old), how, low, item.ordinal, state["step"])
+        new = torch.where(usable, decay * old + update * (self.scale * factor)[:, None], old)
+        if self.select != "top":  # all places of a row write what its first place has
+            first = torch.searchsorted(index, index)
+            new = new.index_select(0, first)
+        rounding.store_(kept, new, how, low, item.ordinal, state["step"])
+        if self.select != "top":
+            kept = kept.index_select(0, first)
+            low = None if low is None else low.index_select(0, first)
         p.index_copy_(0, index, kept)
         if low is not None:
             remainder.index_copy_(0, index, low)
