@@ -191,10 +191,16 @@ QUAVER_HD float contract(uint32_t code, uint32_t max_code, float log2_code, floa
 QUAVER_HD float join_master(bf16 high, uint16_t low) {
   return bit_cast<float>((uint32_t(high.bits) << 16) + low - (uint32_t(low & 0x8000u) << 1));
 }
-QUAVER_HD bf16 master_high(float x) {
-  return bf16{static_cast<uint16_t>((bit_cast<uint32_t>(x) + 0x8000u) >> 16)};
+// The bits of a master: every NaN has the same, because the payload that an operation on two NaNs
+// leaves depends on the compiler.
+QUAVER_HD uint32_t master_bits(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return select((bits & 0x7fffffffu) > 0x7f800000u, 0x7fc00000u, bits);
 }
-QUAVER_HD uint16_t master_low(float x) { return static_cast<uint16_t>(bit_cast<uint32_t>(x)); }
+QUAVER_HD bf16 master_high(float x) {
+  return bf16{static_cast<uint16_t>((master_bits(x) + 0x8000u) >> 16)};
+}
+QUAVER_HD uint16_t master_low(float x) { return static_cast<uint16_t>(master_bits(x)); }
 
 // A 16-bit weight over its scale, rounded up with the probability of the bits that the format
 // lacks: steps far below half an ulp then move it in expectation, and nearest rounding would lose

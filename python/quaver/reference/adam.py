@@ -129,7 +129,7 @@ def adamw_fp8(
 
 def split_master(x: Tensor) -> tuple[Tensor, Tensor]:
     """An f32 master as its nearest bf16, ties away from zero, and its low 16 bits as int16."""
-    bits = x.view(torch.int32).to(torch.int64)
+    bits = torch.where(x.isnan(), 0x7FC00000, x.view(torch.int32).to(torch.int64))
     high = (bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
     return high, bits.to(torch.int16)
 
