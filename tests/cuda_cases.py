@@ -257,6 +257,51 @@ def adam_arguments_in_groups(shapes):
     ]  # fmt: skip
 
 
+def micro_adam_arguments(shapes, dtype=torch.float32, error_block=64, alpha=0.0, move=lambda t: t):
+    """Arguments of micro_adam_ that keep one element of 50 for 3 steps, every second bf16 weight
+    with a remainder and the other 16-bit weights rounded stochastically."""
+    none, exact = torch.empty(0), dtype == torch.bfloat16
+    sizes = [torch.Size(s).numel() for s in shapes]
+    rows = [n // 4096 * 82 + (n % 4096 + 49) // 50 for n in sizes]
+
+    def zeros(lengths, dtype, *more):
+        return [move(torch.zeros(*more, n, dtype=dtype)) for n in lengths]
+
+    return [
+        [move(values(s, dtype, i)) for i, s in enumerate(shapes)],
+        zeros(rows, torch.int16, 3), zeros(rows, torch.bfloat16, 3),
+        zeros([(n + 1) // 2 for n in sizes], torch.uint8),
+        [torch.zeros(-(-n // error_block), 2, dtype=torch.bfloat16) for n in sizes],
+        [move(values(s, torch.bfloat16, 100 + i)) for i, s in enumerate(shapes)],
+        [none for _ in shapes], torch.full((len(shapes),), 8192.0),
+        [torch.zeros((), dtype=torch.int64) for _ in shapes],
+        torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 0.1, alpha]] * len(shapes), dtype=torch.float64),
+        torch.zeros((), dtype=torch.int64),
+        [torch.zeros(s, dtype=torch.int16) if exact and i % 2 else none
+         for i, s in enumerate(shapes)],
+        [82 if n >= 4096 else 0 for n in sizes], [error_block] * len(shapes),
+        [-1 if dtype == torch.float32 or (exact and i % 2) else i for i in range(len(shapes))],
+    ]  # fmt: skip
+
+
+@cases("micro_adam_")
+def micro_adam():
+    shapes = ((1, 1), (63, 65), (1000, 33), (512, 768), (16, 256), (0, 5))
+    for dtype, (block, alpha) in itertools.product(
+        FLOATS, ((64, 0.0), (4096, 0.25), (4112, 0.0), (100_000, 0.5))
+    ):
+        for steps in (0, 4):
+            args = micro_adam_arguments(shapes, dtype, block, alpha)
+            for _ in range(steps):
+                ops.micro_adam_(*args)
+            yield f"{dtype}, error_block {block}, {alpha=}, after {steps} steps", args
+    bad = micro_adam_arguments(shapes)
+    bad[7][2] = float("inf")
+    yield "a step that is skipped", bad
+    yield "misaligned", micro_adam_arguments(((96, 160),), move=misaligned)
+    yield "many", micro_adam_arguments(tuple((i % 4 + 1, i % 9 + 1) for i in range(300)))
+
+
 @cases("encode_state")
 def encode_state():
     for shape, dtype, to in itertools.product(SHAPES, FLOATS, FP8):

@@ -57,6 +57,23 @@ def adam_in_groups(n=2):
     )  # fmt: skip
 
 
+def micro_adam(error_block=64):
+    """A bf16 weight with a remainder and one that rounds stochastically, of a block and a rest."""
+    shapes, none = ((4100,), (10, 20)), torch.empty(0)
+    return (
+        [randn(*s).bfloat16() for s in shapes],
+        [torch.zeros(3, k, dtype=torch.int16) for k in (42, 5)],
+        [torch.zeros(3, k, dtype=torch.bfloat16) for k in (42, 5)],
+        [torch.zeros(k, dtype=torch.uint8) for k in (2050, 100)],
+        [torch.zeros(-(-n // error_block), 2, dtype=torch.bfloat16) for n in (4100, 200)],
+        [randn(*s) for s in shapes], [none] * 2, torch.ones(2),
+        [torch.zeros((), dtype=torch.int64) for _ in range(2)],
+        torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 0.1, 0.5]] * 2, dtype=torch.float64),
+        torch.zeros((), dtype=torch.int64),
+        [torch.zeros(4100, dtype=torch.int16), none], [41, 0], [error_block] * 2, [-1, 7],
+    )  # fmt: skip
+
+
 A, B = qv.quantize(randn(16, 32)), qv.quantize(randn(48, 32), E5M2)
 GEMM = (A.qdata, A.scale, B.qdata, B.scale)
 LAYOUT = [("tensor", 1, (8, 40)), ("row", 1, (3, 5, 40)), ("block", 16, (8, 40)), ("row", 1, ())]
@@ -115,6 +132,8 @@ CASES = [
                          E4M3)),
     (ops.reduce_shards, (randn(3, 32), None, None, [5, 9], 16, torch.float32)),
     (ops.adam_, adam_in_groups()),
+    (ops.micro_adam_, micro_adam()),
+    (ops.micro_adam_, micro_adam(4112)),
     (ops.encode_state, (randn(10, 20).bfloat16(), E5M2, True)),
     (ops.encode_state, (randn(20, 10).t(), E4M3, False)),
     (ops.decode_state, (*ops.encode_state(randn(10, 20), E4M3, True), True)),

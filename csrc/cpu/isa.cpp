@@ -5,21 +5,25 @@
 #include "quaver/check.h"
 #include "simd.h"
 #include "simd_activation.h"
+#include "simd_microadam.h"
 
 namespace quaver::cpu {
 
 namespace portable {
 extern const Simd table;
 extern const ActivationSimd activation_table;
+extern const MicroAdamSimd micro_adam_table;
 }  // namespace portable
 #if defined(QUAVER_HAVE_X86_ISA)
 namespace avx2 {
 extern const Simd table;
 extern const ActivationSimd activation_table;
+extern const MicroAdamSimd micro_adam_table;
 }  // namespace avx2
 namespace avx512 {
 extern const Simd table;
 extern const ActivationSimd activation_table;
+extern const MicroAdamSimd micro_adam_table;
 }  // namespace avx512
 #endif
 
@@ -29,6 +33,7 @@ struct Isas {
   const char* names[3];
   const Simd* tables[3];
   const ActivationSimd* activation_tables[3];
+  const MicroAdamSimd* micro_adam_tables[3];
   int count = 0;
   std::atomic<int> current{0};
 
@@ -39,13 +44,15 @@ struct Isas {
                           __builtin_cpu_supports("f16c");
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      push("avx512", &avx512::table, &avx512::activation_table);
-    if (has_avx2) push("avx2", &avx2::table, &avx2::activation_table);
+      push("avx512", &avx512::table, &avx512::activation_table, &avx512::micro_adam_table);
+    if (has_avx2) push("avx2", &avx2::table, &avx2::activation_table, &avx2::micro_adam_table);
 #endif
-    push("portable", &portable::table, &portable::activation_table);
+    push("portable", &portable::table, &portable::activation_table, &portable::micro_adam_table);
   }
-  void push(const char* name, const Simd* table, const ActivationSimd* activation_table) {
+  void push(const char* name, const Simd* table, const ActivationSimd* activation_table,
+            const MicroAdamSimd* micro_adam_table) {
     names[count] = name;
+    micro_adam_tables[count] = micro_adam_table;
     activation_tables[count] = activation_table;
     tables[count++] = table;
   }
@@ -66,6 +73,10 @@ const Simd& simd() { return *isas().tables[isas().current.load(std::memory_order
 
 const ActivationSimd& activation_simd() {
   return *isas().activation_tables[isas().current.load(std::memory_order_relaxed)];
+}
+
+const MicroAdamSimd& micro_adam_simd() {
+  return *isas().micro_adam_tables[isas().current.load(std::memory_order_relaxed)];
 }
 
 const char* const* available_isas(int* count) {

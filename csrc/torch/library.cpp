@@ -55,8 +55,15 @@ constexpr const char* kSchemas[] = {
     "Tensor[] grad_scales, Tensor grad_amax, Tensor(d!)[] steps, Tensor hyper, "
     "Tensor(e!) skipped, Tensor(f!)[] copies, Tensor(g!)[] remainders, int[] scalings=[], "
     "int[] seeds=[], int[] first_elements=[], int[] subsets=[]) -> ()",
+    "micro_adam_(Tensor(a!)[] weights, Tensor(b!)[] indices, Tensor(c!)[] values, "
+    "Tensor(d!)[] errors, Tensor(e!)[] ranges, Tensor[] grads, Tensor[] grad_scales, "
+    "Tensor grad_amax, Tensor(f!)[] steps, Tensor hyper, Tensor(g!) skipped, "
+    "Tensor(h!)[] remainders, int[] kept, int[] error_blocks, int[] seeds=[]) -> ()",
     "encode_state(Tensor x, ScalarType dtype, bool expand) -> (Tensor q, Tensor scale)",
     "decode_state(Tensor q, Tensor scale, bool expand) -> Tensor",
+};
+
+constexpr const char* kCommSchemas[] = {
     "comm_id_(Tensor(a!) id, str library) -> ()",
     "comm_create(Tensor id, int rank, int size, float timeout, str library, bool host) -> int",
     "comm_all_to_all_(int comm, Tensor send, int[] send_bytes, Tensor(a!) recv, int[] "
@@ -74,6 +81,7 @@ constexpr const char* kSchemas[] = {
 
 STABLE_TORCH_LIBRARY(quaver, m) {
   for (const char* schema : kSchemas) m.def(schema);
+  for (const char* schema : kCommSchemas) m.def(schema);
 }
 
 namespace {

@@ -14,13 +14,21 @@ from .grad import clip_grad_norm_  # noqa: E402
 from .memory import memory_report  # noqa: E402
 from .nn import cached_weights  # noqa: E402
 from .ops import cast_transpose, dequantize, gemm, quantize  # noqa: E402
-from .optim import AdamW, Grass, SubsetNorm, Subspace, release_gradients  # noqa: E402
+from .optim import (  # noqa: E402
+    AdamW,
+    Grass,
+    MicroAdam,
+    SubsetNorm,
+    Subspace,
+    release_gradients,
+)
 from .tensor import ScaledTensor  # noqa: E402
 
 __all__ = [
     "AdamW",
     "CheckpointError",
     "Grass",
+    "MicroAdam",
     "ScaledTensor",
     "SubsetNorm",
     "Subspace",

@@ -18,6 +18,7 @@ PARTS = {
     "counts": "exp_avg",
     "rows": "exp_avg",
     "factors": "exp_avg",
+    **dict.fromkeys(("index", "value", "error", "error_range"), "exp_avg"),  # MicroAdam's
 }  # of other kinds
 KINDS = ("weight", "weight_fp8", "master", "grad", "exp_avg", "exp_avg_sq")
 ACTIVATION_KINDS = ("linear", "norm", "mlp", "attention", "other")
@@ -96,7 +97,8 @@ def memory_report(
         (f32 weights under bf16 autocast, f16 weights under O2); weight holds what has a separate
         master or is not trained. Without an optimizer everything is weight.
     weight_fp8: cached FP8 copies for the matrix products, a function of the weights.
-    grad: what `.grad` holds now. exp_avg, exp_avg_sq: optimizer states of these names.
+    grad: what `.grad` holds now. exp_avg, exp_avg_sq: optimizer states of these names; all
+        states of MicroAdam count as exp_avg.
     other: buffers and all further optimizer states.
     activation, activation_linear: from `activations`, see `saved_activations`; 0 without.
     activation_by_layer: {layer: {kind: bytes}}, which add up to `activation`; {} without.

@@ -336,6 +336,39 @@ class Generator:
             subsets,
         )  # fmt: skip
 
+    def micro_adam_(self):
+        each = [self.micro_parameter() for _ in range(self.pick((1, 2, 3)))]
+        lists = [list(x) for x in zip(*each, strict=True)]
+        tensors, (remainders, kept, blocks, seeds) = lists[:8], lists[8:]
+        row = [1e-3, 0.9, self.pick((0.95, 0.999)), 1e-8, 0.1, self.pick((0.0, 0.5))]
+        hyper = self.tensor(torch.tensor([row] * len(each)).double(), written=True)
+        skipped = self.tensor(torch.zeros((), dtype=torch.int64), written=True)
+        return (*tensors[:7], self.floats(len(each)), tensors[7], hyper, skipped, remainders, kept,
+                blocks, seeds)  # fmt: skip
+
+    def micro_parameter(self) -> tuple:
+        """One parameter's weight, ring, error, gradient and step; its remainder and options."""
+        shape = self.pick((self.matrix(), (4096,), (3, 1400)))
+        n, block = math.prod(shape), self.pick((16, 64, 4096, 4112))
+        kept = self.pick((1, 41, 4096)) if n >= 4096 else 0
+        rest = n % 4096
+        ring = (self.pick((1, 3)), n // 4096 * kept + (self.pick((1, rest)) if rest else 0))
+        dtype = self.pick(FLOATS)
+        exact = dtype == torch.bfloat16 and self.chance(0.5)
+        rounded = dtype != torch.float32 and not exact and self.chance(0.5)
+        state = [(ring, torch.int16), (ring, torch.bfloat16), (((n + 1) // 2,), torch.uint8),
+                 ((-(-n // block), 2), torch.bfloat16)]  # fmt: skip
+        none = torch.empty(0)
+        return (
+            self.tensor(self.numbers(shape, dtype), True),
+            *(self.tensor(self.bits(*part), True) for part in state),
+            self.tensor(self.numbers(shape, self.pick(ANY))),
+            self.scales() if self.chance(0.5) else none,
+            self.tensor(torch.tensor(self.pick((0, 1, 1000, 2**62, 2**63 - 2))), True),
+            self.tensor(self.bits(shape, torch.int16), True) if exact else none,
+            kept, block, self.random.randrange(2**31) if rounded else -1,
+        )  # fmt: skip
+
     def parameter(self) -> dict:
         """One parameter's weight, moments and gradient; an empty tensor stands for none."""
         shape, none = self.matrix(), torch.empty(0)

@@ -17,6 +17,7 @@ from .activation import (
 from .all_reduce import bucket_length, pack, reduce_shards, share_scales
 from .gemm import gemm
 from .gradient import amaxes, grad_norm, none_like, parts
+from .microadam import micro_adam_
 from .optimizer import adam_, encode_state
 from .quantize import cast_transpose, dequantize, quantize
 
@@ -37,6 +38,7 @@ __all__ = [
     "encode_state",
     "gemm",
     "grad_norm",
+    "micro_adam_",
     "none_like",
     "normalize",
     "normalize_backward",

@@ -1,6 +1,7 @@
 from ..recipe import SubsetNorm, Subspace
 from .adamw import AdamW
 from .grass import Grass
+from .microadam import MicroAdam
 from .release import Release, release_gradients
 from .states import STATES, EncodedState, encode_state
 
@@ -9,6 +10,7 @@ __all__ = [
     "AdamW",
     "EncodedState",
     "Grass",
+    "MicroAdam",
     "Release",
     "SubsetNorm",
     "Subspace",

@@ -1,0 +1,316 @@
+// MicroAdam over all parameters (Modoranu et al., arXiv 2405.15593, algorithm 1). A block of
+// threads steps 4096 flat elements of one parameter: it finds the largest of the gradient with its
+// feedback, encodes the rest in 4 bits, sums the ring's rows in shared memory and writes the
+// weight. Error blocks that are no part of 4096 elements take two launches, between which their
+// ranges are joined in the workspace. Whether the step is skipped, its number and its
+// hyperparameters are read on the device.
+#include <vector>
+
+#include "../check_microadam.h"
+#include "microadam_block.h"
+#include "tensor_list.h"
+
+namespace quaver::cuda {
+namespace {
+
+// The table entry of a parameter.
+struct Entry {
+  MicroAdamParameter p;
+  Range* joined;  // of each error block, where those cross top blocks
+  int64_t numel;
+  int64_t first;  // block of this parameter, of its table
+  bool aligned, error_aligned;
+};
+
+struct Plan {
+  MicroAdamStep step;
+  Dither dither;
+  float grad_scale;
+};
+
+struct Problem {
+  const Entry* table;
+  Plan* plans;
+  int* skip;
+  int64_t count;
+  int64_t* skipped;
+};
+
+enum class Part { keep, store, all };
+
+// Runs in one block. A gradient that is not finite anywhere skips the step everywhere.
+__global__ void __launch_bounds__(kThreads) begin_kernel(Problem p) {
+  bool bad = false;
+  for (int64_t i = threadIdx.x; i < p.count; i += kThreads)
+    bad = bad || !is_finite(*p.table[i].p.grad_amax);
+  bad = __syncthreads_or(bad);
+  if (threadIdx.x == 0) {
+    *p.skip = bad;
+    if (bad) ++*p.skipped;
+  }
+  if (bad) return;
+  for (int64_t i = threadIdx.x; i < p.count; i += kThreads) {
+    const MicroAdamParameter& m = p.table[i].p;
+    Plan& plan = p.plans[i];
+    plan.step = micro_adam_step(m.hyper, m.window, next_step(*m.step));
+    plan.dither = make_dither(m.seed, static_cast<uint64_t>(*m.step));
+    plan.grad_scale = m.grad_scale != nullptr ? *m.grad_scale : 1.0f;
+  }
+}
+
+// The elements of this thread: `n` from `i` on, none where n <= 0, in block `b` of the parameter.
+struct Place {
+  int64_t b, i, n;
+};
+
+QUAVER_DEVICE void add_feedback(const Entry& e, const Plan& plan, const Place& at,
+                                float (&a)[kVector]) {
+  const MicroAdamParameter& p = e.p;
+  const bool any = at.n > 0;
+  const bf16* range = p.range + (any ? 2 * (at.i / p.error_block) : 0);
+  const ErrorCodec codec = any ? error_codec(range[0], range[1]) : ErrorCodec{0.0f, 0.0f};
+  const Codes codes = load_codes(p.error, at.i, at.n, e.error_aligned);
+  const AnyPacked grad = load_any(p.grad.data, p.grad.dtype, at.i, at.n, e.aligned);
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    float g[kQuad];
+    decode_any(p.grad.dtype, grad, q, plan.grad_scale, g);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      const float error = decode_error(codec, code_at(codes, q * kQuad + j));
+      a[q * kQuad + j] = with_feedback(plan.step, g[j], error);
+    }
+  }
+}
+
+// Subtracts the row that the launch before has kept.
+QUAVER_DEVICE void subtract_kept(float (&a)[kVector], float* dense, const int16_t* index,
+                                 const bf16* value, int64_t kept) {
+  for (int k = threadIdx.x; k < kPadded; k += kThreads) dense[k] = 0.0f;
+  __syncthreads();
+  for (int64_t k = threadIdx.x; k < kept; k += kThreads)
+    dense[padded(index[k] & (int(kTopBlock) - 1))] = decode(value[k]);
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) a[j] -= dense[padded(int(threadIdx.x) * kVector + j)];
+  __syncthreads();  // `dense` may be used again
+}
+
+// The range of the values' error block, whole where it lies inside of this block; else it is joined
+// with those of other blocks in memory.
+QUAVER_DEVICE void join_ranges(const Entry& e, const Place& at, const Range& mine) {
+  const int64_t first = at.b * kTopBlock / e.p.error_block;
+  const int64_t block = at.n > 0 ? at.i / e.p.error_block : -1;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {  // an error block is longer, so that at most two meet here
+    const bool here = block == first + k;
+    const uint32_t low = block_max(here ? mine.low : 0), high = block_max(here ? mine.high : 0);
+    if (threadIdx.x != 0 || (low == 0 && high == 0)) continue;
+    atomicMax(&e.joined[first + k].low, low);
+    atomicMax(&e.joined[first + k].high, high);
+  }
+}
+
+// Sums the rows of the ring. Every thread may meet every place, so rows take turns.
+QUAVER_DEVICE void sum_rows(const Entry& e, const MicroAdamStep& s, const Place& at, int64_t kept,
+                            float* first, float* second) {
+  for (int k = threadIdx.x; k < kPadded; k += kThreads) first[k] = second[k] = 0.0f;
+  __syncthreads();
+  for (int64_t r = 0; r < s.rows; ++r) {
+    const RowWeight weight = row_weight(s, r);
+    const int64_t row = r * e.p.row + at.b * e.p.kept;
+    for (int64_t k = threadIdx.x; k < kept; k += kThreads) {
+      const int i = padded(e.p.index[row + k] & (int(kTopBlock) - 1));
+      const SparseMoments z = add_value({first[i], second[i]}, weight, decode(e.p.value[row + k]));
+      first[i] = z.first;
+      second[i] = z.second;
+    }
+    __syncthreads();
+  }
+}
+
+QUAVER_DEVICE uint32_t half_of(const AnyPacked& v, int j) {
+  return v.word[j / 2] >> j % 2 * 16 & 0xffff;
+}
+QUAVER_DEVICE void put_half(AnyPacked& v, int j, uint32_t bits) {
+  v.word[j / 2] = (v.word[j / 2] & ~(0xffffu << j % 2 * 16)) | bits << j % 2 * 16;
+}
+
+QUAVER_DEVICE uint32_t rounded_half(const Entry& e, const Plan& plan, float w, uint64_t element) {
+  const uint32_t noise = weight_noise(
+      plan.dither,
+      dither_start(plan.dither, static_cast<uint32_t>(element), uint32_t(element >> 32)));
+  return e.p.weight.dtype == DType::bf16 ? encode_weight_stochastic<bf16>(w, noise).bits
+                                         : encode_weight_stochastic<f16>(w, noise).bits;
+}
+
+QUAVER_DEVICE void update_weight(const Entry& e, const Plan& plan, const Place& at,
+                                 const ErrorCodec& codec, const Codes& codes, const float* first,
+                                 const float* second) {
+  const MicroAdamParameter& p = e.p;
+  const MicroAdamStep& s = plan.step;
+  const DType type = p.weight.dtype;
+  AnyPacked weight = load_any(p.weight.data, type, at.i, at.n, e.aligned), low = {};
+  if (p.remainder != nullptr) low = load_any(p.remainder, DType::bf16, at.i, at.n, e.aligned);
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    float w[kQuad];
+    decode_any(type, weight, q, 1.0f, w);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      const int k = q * kQuad + j, place = padded(int(threadIdx.x) * kVector + k);
+      if (p.remainder != nullptr)
+        w[j] = join_master(bf16{static_cast<uint16_t>(half_of(weight, k))},
+                           static_cast<uint16_t>(half_of(low, k)));
+      const float update = sparse_update(s, {first[place], second[place]});
+      const float error = s.feedback != 0.0f ? decode_error(codec, code_at(codes, k)) : 0.0f;
+      w[j] = micro_adam_weight(s, w[j], update, error);
+      if (p.remainder != nullptr) {
+        put_half(weight, k, master_high(w[j]).bits);
+        put_half(low, k, master_low(w[j]));
+      } else if (p.stochastic) {
+        put_half(weight, k, rounded_half(e, plan, w[j], static_cast<uint64_t>(at.i + k)));
+      }
+    }
+    if (p.remainder == nullptr && !p.stochastic) encode_any(type, w, 1.0f, q, weight);
+  }
+  const int64_t bytes = size_of(type);
+  store(static_cast<char*>(p.weight.data) + at.i * bytes, weight, int(bytes), at.n, e.aligned);
+  if (p.remainder != nullptr) store(p.remainder + at.i, low, 2, at.n, e.aligned);
+}
+
+template <Part kPart>
+__global__ void __launch_bounds__(kThreads, 2) block_kernel(Problem p) {
+  __shared__ float first[kPadded], second[kPadded];
+  if (*p.skip) return;
+  const int64_t owner = owner_of(p.table, p.count, blockIdx.x);
+  const Entry& e = p.table[owner];
+  const Plan& plan = p.plans[owner];
+  const int64_t numel = e.numel;
+  Place at;
+  at.b = blockIdx.x - e.first;
+  at.i = at.b * kTopBlock + int64_t(threadIdx.x) * kVector;
+  at.n = numel - at.i;
+  const int64_t kept = kept_of(numel, e.p.row, e.p.kept, at.b);
+  const int64_t row = plan.step.slot * e.p.row + at.b * e.p.kept;
+  float a[kVector];
+  add_feedback(e, plan, at, a);
+  if (kPart == Part::store)
+    subtract_kept(a, first, e.p.index + row, e.p.value + row, kept);
+  else
+    keep_largest(a, at.n, e.p.index + row, e.p.value + row, static_cast<uint32_t>(kept));
+  if (kPart == Part::keep) return join_ranges(e, at, range_of(a, at.n));
+  const int64_t block = at.n > 0 ? at.i / e.p.error_block : 0;
+  Range range;
+  if (kPart == Part::all) {
+    const int threads = int(e.p.error_block) / kVector;
+    range = range_of_block(range_of(a, at.n), threads);
+    if (at.n > 0 && int(threadIdx.x) % threads == 0) {
+      e.p.range[2 * block] = low_of(range);
+      e.p.range[2 * block + 1] = high_of(range);
+    }
+  } else {
+    range = e.joined[block];
+  }
+  const ErrorCodec codec = error_codec(low_of(range), high_of(range));
+  const Codes codes = encode_codes(codec, a, at.n);
+  store_codes(e.p.error, at.i, codes, at.n, e.error_aligned);
+  sum_rows(e, plan.step, at, kept, first, second);
+  update_weight(e, plan, at, codec, codes, first, second);
+}
+
+// Stores the joined ranges: a thread has one top block, in which at most one error block begins.
+__global__ void __launch_bounds__(kThreads) range_kernel(Problem p, int64_t blocks) {
+  if (*p.skip) return;
+  const int64_t chunk = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (chunk >= blocks) return;
+  const Entry& e = p.table[owner_of(p.table, p.count, chunk)];
+  const int64_t begin = (chunk - e.first) * kTopBlock, size = e.p.error_block;
+  const int64_t block = begin / size + (begin % size != 0);
+  if (block * size >= begin + kTopBlock || block * size >= e.numel) return;
+  e.p.range[2 * block] = low_of(e.joined[block]);
+  e.p.range[2 * block + 1] = high_of(e.joined[block]);
+}
+
+// Runs in one block.
+__global__ void __launch_bounds__(kThreads) end_kernel(Problem p) {
+  if (*p.skip) return;
+  for (int64_t i = threadIdx.x; i < p.count; i += kThreads)
+    *p.table[i].p.step = next_step(*p.table[i].p.step);
+}
+
+Entry make_entry(const MicroAdamParameter& p, int64_t first, Range* joined) {
+  Entry e = {};
+  e.p = p;
+  e.joined = joined;
+  e.numel = p.weight.numel();
+  e.first = first;
+  e.aligned = is_aligned(p.weight.data) && is_aligned(p.grad.data) && is_aligned(p.remainder);
+  e.error_aligned = is_aligned(p.error);
+  return e;
+}
+
+int64_t rounded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
+
+int64_t joined_bytes(const MicroAdamParameter& p) {
+  if (is_inside(p.error_block)) return 0;
+  return rounded(error_block_count(p.weight.numel(), p.error_block) * int64_t(sizeof(Range)));
+}
+
+}  // namespace
+
+int64_t micro_adam_workspace_bytes(const MicroAdamParameter* parameters, int64_t count) {
+  int64_t bytes =
+      16 + rounded(count * int64_t(sizeof(Entry))) + rounded(count * int64_t(sizeof(Plan)));
+  for (int64_t i = 0; i < count; ++i) bytes += joined_bytes(parameters[i]);
+  return bytes;
+}
+
+void micro_adam(const MicroAdamParameter* parameters, int64_t count, int64_t* skipped,
+                void* workspace, void* stream) {
+  const char* op = "micro_adam_";
+  if (count == 0) return;
+  auto* table = static_cast<char*>(workspace);
+  char* skip = table + rounded(count * int64_t(sizeof(Entry)));
+  char* plans = skip + 16;
+  char* joined = plans + rounded(count * int64_t(sizeof(Plan)));
+  char* end = joined;
+  std::vector<Entry> inside, crossing;
+  int64_t inside_blocks = 0, crossing_blocks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const MicroAdamParameter& p = parameters[i];
+    check_micro_adam(p);
+    const bool is_crossing = !is_inside(p.error_block);
+    int64_t& blocks = is_crossing ? crossing_blocks : inside_blocks;
+    auto* ranges = reinterpret_cast<Range*>(end);
+    (is_crossing ? crossing : inside).push_back(make_entry(p, blocks, ranges));
+    blocks += top_block_count(p.weight.numel());
+    end += joined_bytes(p);
+  }
+  const auto first_crossing = static_cast<int64_t>(inside.size());
+  inside.insert(inside.end(), crossing.begin(), crossing.end());
+  upload(op, table, inside.data(), count * int64_t(sizeof(Entry)), stream);
+  clear(op, joined, end - joined, stream);
+  Problem p;
+  p.table = reinterpret_cast<const Entry*>(table);
+  p.skip = reinterpret_cast<int*>(skip);
+  p.plans = reinterpret_cast<Plan*>(plans);
+  p.count = count;
+  p.skipped = skipped;
+  launch(op, begin_kernel, 1, kThreads, stream, p);
+  Problem part = p;
+  part.count = first_crossing;
+  if (inside_blocks > 0) launch(op, block_kernel<Part::all>, inside_blocks, kThreads, stream, part);
+  part.table += first_crossing;
+  part.plans += first_crossing;
+  part.count = count - first_crossing;
+  if (crossing_blocks > 0) {
+    launch(op, block_kernel<Part::keep>, crossing_blocks, kThreads, stream, part);
+    launch(op, block_kernel<Part::store>, crossing_blocks, kThreads, stream, part);
+    launch(op, range_kernel, ceil_div(crossing_blocks, kThreads), kThreads, stream, part,
+           crossing_blocks);
+  }
+  launch(op, end_kernel, 1, kThreads, stream, p);
+}
+
+}  // namespace quaver::cuda

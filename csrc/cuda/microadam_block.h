@@ -1,0 +1,181 @@
+// What one block of threads does for MicroAdam with its 4096 elements, 16 a thread: it finds the
+// largest, and reads and writes 4-bit errors.
+#pragma once
+
+#include "quaver/microadam.h"
+#include "runtime_type.h"
+
+namespace quaver::cuda {
+
+static_assert(kTopBlock == kBlockSpan && kErrorUnit == kVector, "a thread has one error's range");
+
+// Places in shared memory, one word free of each 17, so that threads meet in no bank.
+constexpr int kPadded = int(kTopBlock) + kThreads;
+QUAVER_DEVICE int padded(int place) { return place + place / kVector; }
+
+// The sum of the values of all threads before this one. All threads must call it.
+QUAVER_DEVICE uint32_t sum_before(uint32_t value) {
+  __shared__ uint32_t warps[kThreads / kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  uint32_t sum = value;
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) {
+    const uint32_t other = __shfl_sync(kAllLanes, sum, lane < d ? lane : lane - d);
+    if (lane >= d) sum += other;
+  }
+  if (lane == kWarp - 1) warps[warp] = sum;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) sum += warps[w];
+  __syncthreads();  // `warps` may be used again
+  return sum - value;
+}
+
+// Magnitudes in their order as integers from 1; 0 of an element beyond the tensor.
+QUAVER_DEVICE uint32_t key_of(float x, bool inside) { return inside ? magnitude_bits(x) + 1 : 0; }
+
+// Every key above `above` is kept, and the first `ties` that equal it.
+struct Threshold {
+  uint32_t above;
+  uint32_t ties;
+};
+
+// Finds the `kept`-th largest key of the block by its digits of 8 bits. All threads must call it.
+QUAVER_DEVICE Threshold find_threshold(const float (&a)[kVector], int64_t n, uint32_t kept) {
+  __shared__ int32_t histogram[kThreads];
+  __shared__ Threshold found;
+  Threshold t = {0, kept};
+#pragma unroll 1
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    histogram[threadIdx.x] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      const uint32_t key = key_of(a[j], j < n);
+      const uint32_t upper = shift == 24 ? 0 : key >> (shift + 8);
+      if (upper == (shift == 24 ? 0 : t.above >> (shift + 8)))
+        atomicAdd(&histogram[key >> shift & 255], 1);
+    }
+    __syncthreads();
+    const auto digit = static_cast<uint32_t>(kThreads - 1 - threadIdx.x);
+    const auto count = static_cast<uint32_t>(histogram[digit]);
+    const uint32_t before = sum_before(count);
+    if (before < t.ties && t.ties <= before + count)
+      found = {t.above | digit << shift, t.ties - before};
+    __syncthreads();
+    t = found;
+    __syncthreads();  // `found` may be written again
+  }
+  return t;
+}
+
+// Writes the row of the ring, in the order of places, and leaves in `a` what is not kept.
+QUAVER_DEVICE void keep_largest(float (&a)[kVector], int64_t n, int16_t* index, bf16* value,
+                                uint32_t kept) {
+  const Threshold t = find_threshold(a, n, kept);
+  uint32_t counts = 0;  // of keys above in the low half, of ties in the high half
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    const uint32_t key = key_of(a[j], j < n);
+    counts += uint32_t(key > t.above) + (uint32_t(key == t.above) << 16);
+  }
+  const uint32_t before = sum_before(counts);
+  uint32_t above = before & 0xffffu, ties = before >> 16;
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    const uint32_t key = key_of(a[j], j < n);
+    const bool tie = key == t.above;
+    if (key > t.above || (tie && ties < t.ties)) {
+      const uint32_t at = above + (ties < t.ties ? ties : t.ties);
+      const bf16 stored = encode_nearest<bf16>(a[j]);
+      index[at] = static_cast<int16_t>(threadIdx.x * kVector + j);
+      value[at] = stored;
+      a[j] -= decode(stored);
+    }
+    above += key > t.above;
+    ties += tie;
+  }
+}
+
+// The 16 codes of a thread, 4 bits each.
+using Codes = uint2;
+
+QUAVER_DEVICE uint32_t code_at(const Codes& c, int j) {
+  return (j < 8 ? c.x >> 4 * (j % 8) : c.y >> 4 * (j % 8)) & 15u;
+}
+
+QUAVER_DEVICE Codes load_codes(const uint8_t* error, int64_t i, int64_t n, bool aligned) {
+  if (aligned && n >= kVector) return *reinterpret_cast<const uint2*>(error + i / 2);
+  Codes c = {0, 0};
+#pragma unroll
+  for (int b = 0; b < kVector / 2; ++b) {
+    if (2 * b >= n) continue;
+    const uint32_t byte = uint32_t(error[i / 2 + b]) << b % 4 * 8;
+    if (b < 4)
+      c.x |= byte;
+    else
+      c.y |= byte;
+  }
+  return c;
+}
+
+QUAVER_DEVICE void store_codes(uint8_t* error, int64_t i, const Codes& c, int64_t n, bool aligned) {
+  if (aligned && n >= kVector) {
+    *reinterpret_cast<uint2*>(error + i / 2) = c;
+    return;
+  }
+#pragma unroll
+  for (int b = 0; b < kVector / 2; ++b)
+    if (2 * b < n) error[i / 2 + b] = static_cast<uint8_t>((b < 4 ? c.x : c.y) >> b % 4 * 8);
+}
+
+QUAVER_DEVICE Codes encode_codes(const ErrorCodec& codec, const float (&a)[kVector], int64_t n) {
+  Codes c = {0, 0};
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    const uint32_t code = j < n ? encode_error(codec, a[j]) << 4 * (j % 8) : 0;
+    if (j < 8)
+      c.x |= code;
+    else
+      c.y |= code;
+  }
+  return c;
+}
+
+// The range of a thread's values, as unsigned integers that grow with `high` and with -`low`: 0 of
+// none, so that memory that was cleared holds no range.
+struct Range {
+  uint32_t low, high;
+};
+
+QUAVER_DEVICE Range range_of(const float (&a)[kVector], int64_t n) {
+  Range r = {0, 0};
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    if (j >= n) continue;
+    const uint32_t order = static_cast<uint32_t>(order_of(a[j])) ^ 0x80000000u;
+    r = {max_bits(r.low, ~order), max_bits(r.high, order)};
+  }
+  return r;
+}
+
+QUAVER_DEVICE bf16 low_of(const Range& r) {
+  return bf16_below(at_order(static_cast<int32_t>(~r.low ^ 0x80000000u)));
+}
+QUAVER_DEVICE bf16 high_of(const Range& r) {
+  return bf16_above(at_order(static_cast<int32_t>(r.high ^ 0x80000000u)));
+}
+
+// The range of the error block that a thread's values belong to, where `threads` make one.
+QUAVER_DEVICE Range range_of_block(const Range& mine, int threads) {
+  __shared__ Range all[kThreads];
+  all[threadIdx.x] = mine;
+  __syncthreads();
+  Range r = {0, 0};
+  const int first = threadIdx.x / threads * threads;
+  for (int k = first; k < first + threads; ++k)
+    r = {max_bits(r.low, all[k].low), max_bits(r.high, all[k].high)};
+  __syncthreads();  // `all` may be used again
+  return r;
+}
+
+}  // namespace quaver::cuda
