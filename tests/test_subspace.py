@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -220,7 +221,7 @@ def train(model, optimizer, batches):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("how", ["state_dict", "save", "deepcopy"])
+@pytest.mark.parametrize("how", ["state_dict", "save", "deepcopy", "pickle"])
 def test_training_resumes_to_the_same_bits(tmp_path, how):
     whole = fresh()
     train(*whole, range(11))
@@ -228,6 +229,8 @@ def test_training_resumes_to_the_same_bits(tmp_path, how):
     train(*first, range(6))
     if how == "deepcopy":
         second = copy.deepcopy(first)
+    elif how == "pickle":
+        second = pickle.loads(pickle.dumps(first))
     elif how == "save":
         second = fresh()
         qv.save(tmp_path / "c.safetensors", *first, step=6)

@@ -22,6 +22,9 @@ class ComposedStep:
     """Steps parameters by a recipe whose moments are a Subspace, a SubsetNorm, or f32 and bf16
     averages."""
 
+    def __reduce__(self):  # without the host's counts, which are read again
+        return ComposedStep, (self.rules,)
+
     def __init__(self, rules: recipe.Recipe):
         self.rules = rules
         # Host copies of the age and refreshes in `counts`, which the device has: they decide when
