@@ -181,10 +181,11 @@ class Grass(AdamW):
     def __getstate__(self) -> dict:
         mine = ("rank", "every", "select", "scale", "_layers", "_projected")
         kept = {k: getattr(self, k) for k in mine}
-        return {**super().__getstate__(), **kept, "_due": WeakTensorKeyDictionary()}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self._due = WeakTensorKeyDictionary()
         self._teach()
 
     def remove(self) -> None:
