@@ -89,15 +89,14 @@ struct Threshold {
   int64_t ties;
 };
 
-Threshold threshold_of(const int32_t* bits, int64_t n, int64_t kept) {
+// By bisection. `low` must have `kept` magnitudes or more above it.
+Threshold threshold_of(const int32_t* bits, int64_t n, int64_t kept, int32_t low) {
   int32_t high = 0;
   _Pragma("omp simd reduction(max : high)") for (int64_t j = 0; j < n; ++j) high =
       high < bits[j] ? bits[j] : high;
-  // More than `kept` magnitudes are above `low` and fewer above `high`.
-  int64_t above_high = 0;
-  if (kept == n) return {-1, 0};
-  for (int32_t low = -1; high - low > 1;) {
-    const int32_t middle = low + (high - low) / 2;
+  int64_t above_high = 0;  // fewer than `kept`
+  while (low + 1 < high) {
+    const auto middle = static_cast<int32_t>((int64_t(low) + high) >> 1);
     const int64_t above = count_above(bits, n, middle);
     if (above == kept) return {middle, 0};
     if (above > kept) {
@@ -110,21 +109,60 @@ Threshold threshold_of(const int32_t* bits, int64_t n, int64_t kept) {
   return {high, kept - above_high};
 }
 
-// Writes the row of the ring and leaves in `a` what is not kept.
-void keep_largest(float* __restrict a, int16_t* __restrict index, bf16* __restrict value, int64_t n,
-                  int64_t kept) {
+// A block's magnitudes, and the largest of each strip.
+struct Magnitudes {
   alignas(64) int32_t bits[kTopBlock];
+  alignas(64) int32_t most[kTopBlock / kStrip];
+  int64_t n, strips;
+};
+
+void read_magnitudes(Magnitudes& m, const float* __restrict a, int64_t n) {
+  m.n = n;
+  m.strips = (n + kStrip - 1) / kStrip;
   QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) bits[j] = magnitude(a[j]);
-  Threshold t = threshold_of(bits, n, kept);
+  for (int64_t j = 0; j < n; ++j) m.bits[j] = magnitude(a[j]);
+  for (int64_t j = n; j < m.strips * kStrip; ++j) m.bits[j] = -1;
+  for (int64_t k = 0; k < m.strips; ++k) {
+    int32_t most = -1;
+    const int32_t* bits = m.bits + k * kStrip;
+    _Pragma("omp simd reduction(max : most)") for (int64_t j = 0; j < kStrip; ++j) most =
+        most < bits[j] ? bits[j] : most;
+    m.most[k] = most;
+  }
+}
+
+// As many strips as values are kept have their largest above the bound that these give, so that
+// the threshold is not below it, and few magnitudes have to be searched.
+Threshold threshold_of(const Magnitudes& m, int64_t kept) {
+  if (kept == m.n) return {-1, 0};
+  if (kept > m.strips) return threshold_of(m.bits, m.n, kept, -1);
+  const Threshold of_strips = threshold_of(m.most, m.strips, kept, -1);
+  const int32_t bound = of_strips.above - (of_strips.ties > 0);
+  alignas(64) int32_t candidates[kTopBlock + 1];
+  int64_t count = 0;
+  for (int64_t k = 0; k < m.strips; ++k) {
+    if (m.most[k] <= bound) continue;
+    for (int64_t j = k * kStrip; j < (k + 1) * kStrip; ++j) {
+      candidates[count] = m.bits[j];
+      count += m.bits[j] > bound;
+    }
+  }
+  return threshold_of(candidates, count, kept, bound);
+}
+
+// Writes the row of the ring.
+void keep_largest(const float* __restrict a, int16_t* __restrict index, bf16* __restrict value,
+                  int64_t n, int64_t kept) {
+  Magnitudes m;
+  read_magnitudes(m, a, n);
+  Threshold t = threshold_of(m, kept);
   const int32_t least = t.above + (t.ties == 0);
   int64_t at = 0;
-  for (int64_t i = 0; i < n && at < kept; i += kStrip) {
-    const int64_t end = i + kStrip < n ? i + kStrip : n;
-    if (end - i == kStrip && count_above(bits + i, kStrip, least - 1) == 0) continue;
-    for (int64_t j = i; j < end; ++j) {
-      if (bits[j] < least) continue;
-      if (bits[j] == t.above && t.ties-- <= 0) continue;
+  for (int64_t k = 0; k < m.strips && at < kept; ++k) {
+    if (m.most[k] < least) continue;
+    for (int64_t j = k * kStrip; j < (k + 1) * kStrip && j < n; ++j) {
+      if (m.bits[j] < least) continue;
+      if (m.bits[j] == t.above && t.ties-- <= 0) continue;
       index[at] = static_cast<int16_t>(j);
       value[at++] = encode_nearest<bf16>(a[j]);
     }
@@ -159,10 +197,16 @@ void find_ranges(const float* a, const MicroAdamSpan& s, int64_t begin, int64_t 
   });
 }
 
-// Steps of a block's elements from the ring, 0 of those in no row.
-void sum_rows(float* __restrict update, const MicroAdamSpan& s, int64_t at, int64_t kept) {
-  alignas(64) float second[kTopBlock];
-  memset(update, 0, sizeof(second));
+// Steps of a block's elements that are in a row of the ring, each once.
+struct SparseSteps {
+  alignas(64) float step[kTopBlock];
+  int32_t place[kTopBlock];
+  int64_t count = 0;
+};
+
+void sum_rows(SparseSteps& steps, const MicroAdamSpan& s, int64_t at, int64_t kept) {
+  alignas(64) float first[kTopBlock], second[kTopBlock], sums[kTopBlock + 1];
+  memset(first, 0, sizeof(first));
   memset(second, 0, sizeof(second));
   for (int64_t r = 0; r < s.step.rows; ++r) {
     const RowWeight weight = row_weight(s.step, r);
@@ -170,26 +214,28 @@ void sum_rows(float* __restrict update, const MicroAdamSpan& s, int64_t at, int6
     const bf16* value = s.p.value + r * s.p.row + at;
     for (int64_t k = 0; k < kept; ++k) {
       const int64_t i = index[k] & (kTopBlock - 1);
-      const SparseMoments z = add_value({update[i], second[i]}, weight, decode(value[k]));
-      update[i] = z.first;
+      const SparseMoments z = add_value({first[i], second[i]}, weight, decode(value[k]));
+      first[i] = z.first;
       second[i] = z.second;
     }
   }
-  if (s.step.rows * kept >= kTopBlock) {
-    QUAVER_SIMD
-    for (int64_t j = 0; j < kTopBlock; ++j)
-      update[j] = sparse_update(s.step, {update[j], second[j]});
-    return;
-  }
+  constexpr float taken = -1.0f;  // no sum of squares
+  int64_t count = 0;
   for (int64_t r = 0; r < s.step.rows; ++r) {
     const int16_t* index = s.p.index + r * s.p.row + at;
     for (int64_t k = 0; k < kept; ++k) {
-      const int64_t i = index[k] & (kTopBlock - 1);
-      if (second[i] < 0.0f) continue;  // an earlier row had it
-      update[i] = sparse_update(s.step, {update[i], second[i]});
-      second[i] = -1.0f;
+      const int32_t i = index[k] & (kTopBlock - 1);
+      if (second[i] == taken) continue;
+      steps.place[count] = i;
+      steps.step[count] = first[i];
+      sums[count++] = second[i];
+      second[i] = taken;
     }
   }
+  const MicroAdamStep step = s.step;
+  QUAVER_SIMD
+  for (int64_t j = 0; j < count; ++j) steps.step[j] = sparse_update(step, {steps.step[j], sums[j]});
+  steps.count = count;
 }
 
 template <class T>
@@ -234,18 +280,28 @@ void store_weight(const MicroAdamSpan& s, const float* __restrict w, int64_t beg
 // w of a block; `a` is used as memory.
 void update_weight(float* __restrict a, const MicroAdamSpan& s, int64_t begin, int64_t n,
                    int64_t at, int64_t kept) {
-  alignas(64) float update[kTopBlock], w[kTopBlock];
+  alignas(64) float dense[kTopBlock], w[kTopBlock];
+  SparseSteps steps;
   const MicroAdamStep step = s.step;
-  const bool feeds_back = step.feedback != 0.0f;
-  sum_rows(update, s, at, kept);
+  sum_rows(steps, s, at, kept);
+  if (s.p.weight.dtype == DType::f32 && step.decay == 1.0f && step.feedback == 0.0f) {
+    float* weight = s.p.weight.as<float>() + begin;  // only these change
+    for (int64_t k = 0; k < steps.count; ++k) {
+      const int64_t i = steps.place[k];
+      if (i < n) weight[i] = micro_adam_weight(step, weight[i], steps.step[k], 0.0f);
+    }
+    return;
+  }
+  memset(dense, 0, sizeof(dense));
+  for (int64_t k = 0; k < steps.count; ++k) dense[steps.place[k]] = steps.step[k];
   load_weight(w, s, begin, n);
-  if (feeds_back) decode_errors(a, s, s.range, begin, n);
-  if (feeds_back) {
+  if (step.feedback != 0.0f) {
+    decode_errors(a, s, s.range, begin, n);
     QUAVER_SIMD
-    for (int64_t j = 0; j < n; ++j) w[j] = micro_adam_weight(step, w[j], update[j], a[j]);
+    for (int64_t j = 0; j < n; ++j) w[j] = micro_adam_weight(step, w[j], dense[j], a[j]);
   } else {
     QUAVER_SIMD
-    for (int64_t j = 0; j < n; ++j) w[j] = micro_adam_weight(step, w[j], update[j], 0.0f);
+    for (int64_t j = 0; j < n; ++j) w[j] = micro_adam_weight(step, w[j], dense[j], 0.0f);
   }
   store_weight(s, w, begin, n);
 }

@@ -33,6 +33,7 @@ class Copy {
     fill(&weight, l.weight, l.n, seed);
     for (Buffer* zero : {&remainder, &index, &value, &error, &range})
       for (int64_t i = 0; i < zero->size(); ++i) zero->data()[i] = 0;
+    hyper[4] = l.n % 2 == 0 ? 0.1 : 0.0;
     hyper[5] = l.alpha;
   }
 
