@@ -321,6 +321,30 @@ def decode_state():
         yield f"{code} {shape}, {expand=}", (*ops.encode_state(x, code, expand), expand)
 
 
+NF4_SHAPES = (*SHAPES, (0, 5), (64,), (3, 4096), (33, 1003))
+
+
+@cases("nf4_encode")
+def nf4_encode():
+    for shape, dtype, block in itertools.product(NF4_SHAPES, FLOATS, (64, 512, 4096)):
+        yield f"{shape} {dtype}, block {block}", (values(shape, dtype), block)
+    for bad in NOT_FINITE:
+        x = values((9, 70), torch.float32)
+        x[4, 3] = bad
+        yield f"{bad}", (x, 64)
+    yield "misaligned", (misaligned(values((96, 160), torch.bfloat16)), 64)
+
+
+@cases("nf4_decode")
+def nf4_decode():
+    for shape, dtype, block in itertools.product(NF4_SHAPES, FLOATS, (64, 512, 4096)):
+        x = values(shape, torch.float32)
+        yield f"{shape} {dtype}, block {block}", (
+            *ops.nf4_encode(x, block), x.numel(), dtype, block)  # fmt: skip
+    codes, absmax = ops.nf4_encode(values((96, 160), torch.float32), 64)
+    yield "misaligned", (misaligned(codes), absmax, 96 * 160, torch.bfloat16, 64)
+
+
 ACTIVATION_SHAPES = ((0, 5), (5, 0), (1, 1), (3, 33), (17, 511), (70, 513), (129, 64), (40, 4100))
 
 

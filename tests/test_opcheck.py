@@ -136,6 +136,10 @@ CASES = [
     (ops.micro_adam_, micro_adam(4112)),
     (ops.encode_state, (randn(10, 20).bfloat16(), E5M2, True)),
     (ops.encode_state, (randn(20, 10).t(), E4M3, False)),
+    (ops.nf4_encode, (randn(10, 13).bfloat16(), 64)),
+    (ops.nf4_encode, (randn(13, 11).t(), 128)),
+    (ops.nf4_decode, (*ops.nf4_encode(randn(10, 13), 64), 130, torch.bfloat16, 64)),
+    (ops.nf4_decode, (*ops.nf4_encode(randn(143), 128), 143, torch.float16, 128)),
     (ops.decode_state, (*ops.encode_state(randn(10, 20), E4M3, True), True)),
 ]  # fmt: skip
 

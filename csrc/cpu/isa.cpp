@@ -6,6 +6,7 @@
 #include "simd.h"
 #include "simd_activation.h"
 #include "simd_microadam.h"
+#include "simd_nf4.h"
 
 namespace quaver::cpu {
 
@@ -13,27 +14,40 @@ namespace portable {
 extern const Simd table;
 extern const ActivationSimd activation_table;
 extern const MicroAdamSimd micro_adam_table;
+extern const Nf4Simd nf4_table;
 }  // namespace portable
 #if defined(QUAVER_HAVE_X86_ISA)
 namespace avx2 {
 extern const Simd table;
 extern const ActivationSimd activation_table;
 extern const MicroAdamSimd micro_adam_table;
+extern const Nf4Simd nf4_table;
 }  // namespace avx2
 namespace avx512 {
 extern const Simd table;
 extern const ActivationSimd activation_table;
 extern const MicroAdamSimd micro_adam_table;
+extern const Nf4Simd nf4_table;
 }  // namespace avx512
 #endif
 
 namespace {
 
+// One instruction set's loops.
+struct Tables {
+  const char* name;
+  const Simd* simd;
+  const ActivationSimd* activation;
+  const MicroAdamSimd* micro_adam;
+  const Nf4Simd* nf4;
+};
+
+#define QUAVER_TABLES(isa) \
+  {#isa, &isa::table, &isa::activation_table, &isa::micro_adam_table, &isa::nf4_table}
+
 struct Isas {
+  Tables tables[3];
   const char* names[3];
-  const Simd* tables[3];
-  const ActivationSimd* activation_tables[3];
-  const MicroAdamSimd* micro_adam_tables[3];
   int count = 0;
   std::atomic<int> current{0};
 
@@ -44,17 +58,14 @@ struct Isas {
                           __builtin_cpu_supports("f16c");
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      push("avx512", &avx512::table, &avx512::activation_table, &avx512::micro_adam_table);
-    if (has_avx2) push("avx2", &avx2::table, &avx2::activation_table, &avx2::micro_adam_table);
+      push(QUAVER_TABLES(avx512));
+    if (has_avx2) push(QUAVER_TABLES(avx2));
 #endif
-    push("portable", &portable::table, &portable::activation_table, &portable::micro_adam_table);
+    push(QUAVER_TABLES(portable));
   }
-  void push(const char* name, const Simd* table, const ActivationSimd* activation_table,
-            const MicroAdamSimd* micro_adam_table) {
-    names[count] = name;
-    micro_adam_tables[count] = micro_adam_table;
-    activation_tables[count] = activation_table;
-    tables[count++] = table;
+  void push(const Tables& all) {
+    names[count] = all.name;
+    tables[count++] = all;
   }
 };
 
@@ -67,17 +78,16 @@ void run_serially(int64_t n, int64_t, void* context, ParallelBody body) { body(c
 
 std::atomic<ParallelFor> parallel_hook{run_serially};
 
+const Tables& current_tables() {
+  return isas().tables[isas().current.load(std::memory_order_relaxed)];
+}
+
 }  // namespace
 
-const Simd& simd() { return *isas().tables[isas().current.load(std::memory_order_relaxed)]; }
-
-const ActivationSimd& activation_simd() {
-  return *isas().activation_tables[isas().current.load(std::memory_order_relaxed)];
-}
-
-const MicroAdamSimd& micro_adam_simd() {
-  return *isas().micro_adam_tables[isas().current.load(std::memory_order_relaxed)];
-}
+const Simd& simd() { return *current_tables().simd; }
+const ActivationSimd& activation_simd() { return *current_tables().activation; }
+const MicroAdamSimd& micro_adam_simd() { return *current_tables().micro_adam; }
+const Nf4Simd& nf4_simd() { return *current_tables().nf4; }
 
 const char* const* available_isas(int* count) {
   *count = isas().count;

@@ -61,6 +61,8 @@ constexpr const char* kSchemas[] = {
     "Tensor(h!)[] remainders, int[] kept, int[] error_blocks, int[] seeds=[]) -> ()",
     "encode_state(Tensor x, ScalarType dtype, bool expand) -> (Tensor q, Tensor scale)",
     "decode_state(Tensor q, Tensor scale, bool expand) -> Tensor",
+    "nf4_encode(Tensor x, int block=64) -> (Tensor codes, Tensor absmax)",
+    "nf4_decode(Tensor codes, Tensor absmax, int numel, ScalarType dtype, int block=64) -> Tensor",
 };
 
 constexpr const char* kCommSchemas[] = {

@@ -12,6 +12,7 @@ from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .convert import convert, convert_report, restore  # noqa: E402
 from .grad import clip_grad_norm_  # noqa: E402
 from .memory import memory_report  # noqa: E402
+from .nf4 import NF4Weight, quantize_nf4  # noqa: E402
 from .nn import cached_weights  # noqa: E402
 from .ops import cast_transpose, dequantize, gemm, quantize  # noqa: E402
 from .optim import (  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "Grass",
     "MicroAdam",
+    "NF4Weight",
     "ScaledTensor",
     "SubsetNorm",
     "Subspace",
@@ -47,6 +49,7 @@ __all__ = [
     "nn",
     "optim",
     "quantize",
+    "quantize_nf4",
     "recipe",
     "release_gradients",
     "restore",

@@ -316,6 +316,17 @@ class Generator:
         groups = -(-math.prod(shape) // 128)
         return self.tensor(self.bits(shape, self.pick(FP8))), self.scales(groups), self.chance(0.5)
 
+    def nf4_encode(self):
+        x = self.numbers(
+            self.pick([self.matrix(), (self.pick((63, 4096, 4099)),)]), self.pick(FLOATS)
+        )
+        return self.tensor(x), self.pick((64, 128, 4096))
+
+    def nf4_decode(self):
+        n, block = self.pick((*SIZES, 4096, 4099)), self.pick((64, 128, 4096))
+        codes = self.tensor(self.bits(((n + 1) // 2,), torch.uint8))
+        return codes, self.scales(-(-n // block)), n, self.pick(FLOATS), block
+
     def adam_(self):
         count = self.pick((1, 2, 3))
         each = [self.parameter() for _ in range(count)]

@@ -147,8 +147,17 @@ def decode_state(q, scale, expand):
     return (reference.decode_state(q, scale, expand),)
 
 
+def nf4_encode(x, block):
+    return reference.nf4_encode(x, block)
+
+
+def nf4_decode(codes, absmax, numel, dtype, block):
+    return (reference.nf4_decode(codes, absmax, numel, dtype, block),)
+
+
 EXACT = {
     f.__name__: f
     for f in (quantize, dequantize, cast_transpose, normalize, normalize_backward, activate,
-              accumulate_, share_scales, pack, reduce_shards, encode_state, decode_state)
+              accumulate_, share_scales, pack, reduce_shards, encode_state, decode_state,
+              nf4_encode, nf4_decode)
 }  # fmt: skip

@@ -18,6 +18,7 @@ from .all_reduce import bucket_length, pack, reduce_shards, share_scales
 from .gemm import gemm
 from .gradient import amaxes, grad_norm, none_like, parts
 from .microadam import micro_adam_
+from .nf4 import nf4_decode, nf4_encode
 from .optimizer import adam_, encode_state
 from .quantize import cast_transpose, dequantize, quantize
 
@@ -39,6 +40,8 @@ __all__ = [
     "gemm",
     "grad_norm",
     "micro_adam_",
+    "nf4_decode",
+    "nf4_encode",
     "none_like",
     "normalize",
     "normalize_backward",

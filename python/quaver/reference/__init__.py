@@ -45,6 +45,7 @@ from .formats import (
 from .gemm import gemm, gemm_quantize, gemm_tolerance, tensor_core_tolerance
 from .gradients import ROUNDED_UP, accumulate, grad_norm, ring_mean, shared_scale, two_shot
 from .microadam import decode_error, micro_adam, micro_adam_state, round_outwards
+from .nf4 import NF4_LEVELS, dynamic_map, nf4_decode, nf4_encode
 from .quantize import (
     HISTORY,
     DelayedScale,
