@@ -18,7 +18,7 @@ import torch
 
 import quaver as qv
 
-from . import _C, machine, models, recipe, train
+from . import _C, machine, models, optimizers, recipe, train
 from .distributed import RankFailure
 from .distributed.launch import announce
 from .errors import UsageError
@@ -46,9 +46,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     default = train.Settings()
     p = commands.add_parser(
         "train",
-        help="train a small model with one recipe or several",
+        help="train a small model with one recipe or optimizer, or several",
         formatter_class=_Help,
-        description="Train a model on text, once for each recipe, on the same batches.",
+        description="Train a model on text, by each recipe and optimizer, on the same batches.",
     )
     _add_task(p, default)
     _add_run(p, default)
@@ -75,19 +75,31 @@ def _add_task(p: argparse.ArgumentParser, default: train.Settings) -> None:
     p.add_argument(
         "--recipe",
         type=_names,
-        default=",".join(default.recipe),
-        help=f"comma-separated: {', '.join(recipe.names())}",
+        help=f"comma-separated: {', '.join(recipe.names())} (default: "
+        f"{','.join(default.recipe)}; bf16 with --optimizer)",
+    )
+    p.add_argument(
+        "--optimizer",
+        type=_names,
+        help=f"comma-separated: {', '.join(optimizers.names())}; each trains with each recipe. "
+        "Without it AdamW keeps the states of the recipe",
     )
     p.add_argument("--steps", type=int, default=default.steps, help="optimizer steps")
     p.add_argument("--batch", type=int, default=default.batch, help="sequences a micro-batch")
     p.add_argument("--seq", type=int, default=default.seq, help="tokens a sequence")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
-    p.add_argument("--lr", type=float, default=default.lr, help="peak learning rate")
+    p.add_argument("--lr", type=float, help=_rates(default.lr))
     p.add_argument("--warmup", type=int, help="steps of warmup; 5 %% of the steps if not given")
     p.add_argument("--seed", type=int, default=default.seed, help="of weights and batches")
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default=default.device, help="where to run"
     )
+
+
+def _rates(base: float) -> str:
+    own = {name: base * optimizers.rate(name) for name in optimizers.names()}
+    other = ", ".join(f"{rate:g} of {name}" for name, rate in own.items() if rate != base)
+    return f"peak learning rate, of every optimizer (default: {base:g}; {other})"
 
 
 def _add_run(p: argparse.ArgumentParser, default: train.Settings) -> None:

@@ -1,4 +1,4 @@
-"""One recipe of a run: its model and optimizer, its steps, its result.
+"""One training of a run, of a recipe and an optimizer: its steps, its result.
 
 Everything that a step needs is a function of the configuration, the step and the checkpoint, so a
 run that was killed continues with the same bits.
@@ -13,26 +13,27 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import distributed, machine, models, recipe
 from .activations import saved_activations
+from .assembly import BETAS, build_model, build_optimizer, is_fsdp
 from .board import Board
 from .checkpoint import step_of
 from .comm.together import together
-from .convert import convert, convert_report
+from .convert import convert_report
 from .data import Data
 from .errors import CheckpointError, UsageError
 from .files import sync
 from .grad import clip_grad_norm_
 from .memory import memory_report
 from .metrics import Metrics
-from .optim import AdamW
+from .optimizers import label
 from .probe import Probe
 from .progress import Progress
 from .rundir import RunDir, differences
@@ -40,10 +41,9 @@ from .schedule import learning_rate, parameter_groups
 from .schema import SchemaError, check
 from .settings import Settings
 
-__all__ = ["Interrupted", "Job", "Run", "finished", "learning_rate", "parameter_groups"]
+__all__ = ["BETAS", "Interrupted", "Job", "Run", "finished", "learning_rate", "parameter_groups"]
 
 CLIP = 1.0
-BETAS = (0.9, 0.95)
 LAST = 0.05  # part of the steps over which the training loss is averaged
 NOTES = {"skipped": int, "metrics_crc32": int, "recipe": str, "configuration": dict}
 
@@ -58,7 +58,7 @@ def _finite(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Run:
-    """The values that all recipes of a run share. `configuration` is kept in every checkpoint;
+    """The values that all trainings of a run share. `configuration` is kept in every checkpoint;
     `writer` makes TensorBoard logs of a folder, if any are wanted."""
 
     settings: Settings
@@ -75,21 +75,24 @@ class Run:
 
 
 def finished(run: Run, name: str, result: dict) -> list:
-    """The losses of all steps of a recipe that has its `result`."""
+    """The losses of all steps of a training that has its `result`."""
     steps, crc32 = run.settings.steps, result["metrics_crc32"]
     with Metrics(run.folder.metrics_path(name), steps, crc32, run.writes) as metrics:
         return [line["loss"] for line in metrics.lines]
 
 
 class Job:
-    """Recipe `name` of a run: the model and optimizer of the configuration, on this rank."""
+    """Recipe `name` of a run with an optimizer of --optimizer (None: AdamW with the recipe's own
+    states): the model and optimizer of the configuration, on this rank."""
 
-    def __init__(self, run: Run, name: str):
-        self.run, self.settings, self.world = run, run.settings, run.world
+    def __init__(self, run: Run, name: str, optimizer: str | None = None):
+        self.run, self.world = run, run.world
+        self.settings = replace(run.settings, lr=run.settings.rate(optimizer))
         self.recipe, self.device = recipe.get(name), run.world.device
+        self.chosen, self.name = optimizer, label(name, optimizer)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.model = self._build_model()
+        self.model = build_model(self.settings, run.model, self.recipe, self.world)
         self.optimizer = self._build_optimizer()
         self.parallel = self.transport = None
         if self.world.size > 1:
@@ -97,50 +100,13 @@ class Job:
 
     # Building
 
-    def _build_model(self) -> nn.Module:
-        torch.manual_seed(self.settings.seed)
-        try:
-            # Initialised on the CPU: the same values whatever the device.
-            model = models.build(self.run.model).to(self.device)
-        except (RuntimeError, MemoryError, OverflowError) as error:  # sizes beyond any memory
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"--model {self.settings.model} cannot be built: {reason}") from None
-        model = convert(model, recipe=self.recipe)
-        try:
-            if self.world.tensor is not None:
-                distributed.parallelize(model, self.world.tensor, fp8_sum=self.recipe.fp8_sum)
-            if self._is_fsdp:
-                self._shard(model)
-        except ValueError as error:
-            raise UsageError(f"--parallel {self.settings.parallel}: {error}") from None
-        return model
-
-    @property
-    def _is_fsdp(self) -> bool:
-        return self.settings.parallel.kind == "fsdp" and self.world.size > 1
-
-    def _shard(self, model: nn.Module) -> None:
-        if self.recipe.linear is not None:
-            distributed.fully_shard(model)
-            return
-        # Without FP8, FSDP2 sends weights and gradients in the autocast dtype.
-        from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import
-
-        low = self.recipe.autocast == torch.bfloat16
-        policy = MixedPrecisionPolicy(param_dtype=self.recipe.autocast, reduce_dtype=torch.float32)
-        distributed.fully_shard(model, gradient="bf16" if low else "f32", mp_policy=policy)
-
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.model)
-        options = {"lr": self.settings.lr, "betas": BETAS, "recipe": self.recipe}
-        replicas = self.recipe.replica and not self._is_fsdp
-        if self.settings.parallel.kind == "zero" or replicas:
-            return distributed.ZeroAdamW(groups, group=self.world.data_group, **options)
-        return AdamW(groups, **options)
+        settings, config = self.settings, self.run.model
+        return build_optimizer(settings, config, self.recipe, self.world, self.model, self.chosen)
 
     def _connect(self) -> None:
         """Sets `parallel`, which averages gradients unless FSDP2 does, and `transport`."""
-        if self._is_fsdp:
+        if is_fsdp(self.settings, self.world):
             self.transport = distributed.transport_of(self.model)
             return
         group = self.world.data_group
@@ -152,7 +118,7 @@ class Job:
     def train(self, stop: threading.Event) -> tuple[dict, list]:
         """Trains from the checkpoint, or from the start. Returns the result and the losses of all
         steps. Raises Interrupted, after saving, on the step after `stop` was set."""
-        run, name, settings = self.run, self.recipe.name, self.settings
+        run, name, settings = self.run, self.name, self.settings
         report = convert_report(self.model)
         if report.converted and run.writes:
             print(f"{name} {report}")
@@ -187,7 +153,7 @@ class Job:
     def _checkpoint(self) -> Path:
         tensor = self.world.tensor
         parts = () if tensor is None else (tensor.rank, tensor.size)
-        return self.run.folder.checkpoint_path(self.recipe.name, *parts)
+        return self.run.folder.checkpoint_path(self.name, *parts)
 
     @property
     def _next(self) -> Path:
@@ -201,7 +167,7 @@ class Job:
         extra = {
             "skipped": metrics.lines[-1]["skipped"],
             "metrics_crc32": self.world.all_gather(metrics.crc32)[0],  # rank 0 writes the file
-            "recipe": self.recipe.name,
+            "recipe": self.name,
             "configuration": self.run.configuration,
         }
         distributed.save(
@@ -231,7 +197,7 @@ class Job:
                 str(step) for step in sorted({s for found, _ in every for s in found})
             )
             raise UsageError(
-                f"the parts of the checkpoint of {self.recipe.name} are of several steps: {parts}"
+                f"the parts of the checkpoint of {self.name} are of several steps: {parts}"
             )
         return None  # killed in the first save
 
@@ -246,23 +212,30 @@ class Job:
                 state = distributed.load(path, self.model, self.optimizer, parallel=self.parallel)
                 self._check_notes(state["extra"])
             except CheckpointError as error:
-                hint = f"without the file {self.recipe.name} starts anew"
+                hint = f"without the file {self.name} starts anew"
                 raise UsageError(f"{error}; {hint}") from None
             extra = state["extra"]
         return state["step"], extra["skipped"], extra["metrics_crc32"]
 
     def _check_notes(self, extra: object) -> None:
-        """Checks that the checkpoint is of this run: same seed, data, rates and recipe."""
+        """Checks that the checkpoint is of this run: same seed, data, rates, recipe, optimizer."""
         try:
             check(extra, NOTES, "extra")
         except SchemaError as error:
             raise CheckpointError(f"{self._checkpoint}: not of a run: {error}") from None
-        free = {"data": None, "recipes": None}  # where the data lies, and the other recipes
-        old = extra["configuration"] | free | {"recipe": extra["recipe"]}
-        new = self.run.configuration | free | {"recipe": self.recipe.name}
+        old = self._own(extra["configuration"], extra["recipe"])
+        new = self._own(self.run.configuration, self.name)
         found = list(differences(old, new))
         if found:
             raise UsageError(f"--resume: {self._checkpoint} is of a run with {', '.join(found)}")
+
+    def _own(self, configuration: dict, name: str) -> dict:
+        """The part of a run's configuration that this training depends on, with its name: not where
+        the data lies, nor the other trainings."""
+        free = dict.fromkeys(("data", "recipes", "optimizers"))
+        lr = configuration.get("lr")
+        lr = lr.get(self.chosen) if isinstance(lr, dict) else lr
+        return configuration | free | {"recipe": name, "lr": lr}
 
     def _agree(self, line: dict, stop: threading.Event) -> bool:
         """Replaces the loss by the mean over ranks; returns whether any of them is to stop."""
@@ -373,7 +346,7 @@ class Job:
         return self.world.mean(memory_report(self.model, self.optimizer, activations=saved))
 
     def _peak_memory(self) -> int | None:
-        """The most bytes that this recipe had on the GPU at once; None on the CPU."""
+        """The most bytes that this training had on the GPU at once; None on the CPU."""
         if self.device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self.device)

@@ -88,6 +88,8 @@ of the steps. B/param: master, gradient and moments of a linear weight; +copies:
 with its cached FP8 copies. saved MiB: activations kept for backward by all
 layers, and by the linear ones. total MiB: parameters, gradients, states and
 saved activations; x less: the baseline's bytes divided by these."""
+STATES = """
+states: the optimizer's part of B/param."""
 
 
 def _row(name: str, result: dict, base: dict) -> dict[str, str]:
@@ -103,6 +105,7 @@ def _row(name: str, result: dict, base: dict) -> dict[str, str]:
         "tokens/s": f"{result['tokens_per_s']:,.0f}",
         "x": f"{result['tokens_per_s'] / base['tokens_per_s']:.2f}",
         "B/param": f"{per['state']:.2f}" if per else "-",
+        "states": f"{per['exp_avg'] + per['exp_avg_sq']:.2f}" if per else "-",
         "+copies": f"{per['all']:.2f}" if per else "-",
         "saved MiB": f"{memory['activation'] / MIB:.1f}",
         "linear": f"{memory['activation_linear'] / MIB:.1f}",
@@ -113,17 +116,22 @@ def _row(name: str, result: dict, base: dict) -> dict[str, str]:
 
 
 def baseline(names: Iterable[str]) -> str:
-    """The recipe that others are compared with: bf16 where it was trained, otherwise the first."""
-    return "bf16" if "bf16" in names else next(iter(names))
+    """The training that others are compared with: bf16 where it is one, with AdamW where
+    optimizers were chosen, otherwise the first."""
+    names = list(names)
+    return next((name for name in ("bf16", "bf16+adamw") if name in names), names[0])
 
 
 def table(results: dict[str, dict]) -> str:
-    """The results of several recipes ({name: result}) as lines of text."""
+    """The results of several trainings ({name: result}) as lines of text."""
     base = baseline(results)
     rows = [_row(name, result, results[base]) for name, result in results.items()]
     head = {key: key for key in rows[0]} | {"change": f"vs {base}"}
     if not any(result["skipped"] for result in results.values()):
         del head["skipped"]
+    chosen = any("+" in name for name in results)  # by --optimizer
+    if not chosen:
+        del head["states"]
     widths = {key: max(len(row[key]) for row in (head, *rows)) for key in head}
     lines = []
     for row in (head, *rows):
@@ -131,4 +139,4 @@ def table(results: dict[str, dict]) -> str:
         cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
         lines.append("  ".join(cells))
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, "", LEGEND])
+    return "\n".join([*lines, "", LEGEND + STATES * chosen])

@@ -304,6 +304,11 @@ def names() -> list[str]:
     return list(_RECIPES)
 
 
+def step_names() -> list[str]:
+    """The recipes of AdamW alone."""
+    return list(_STEPS)
+
+
 def get(recipe: str | Recipe) -> Recipe:
     """The recipe of that name; a Recipe (say from dataclasses.replace) is returned as it is.
 

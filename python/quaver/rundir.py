@@ -1,7 +1,9 @@
 """The folder of a training run: its configuration, metrics, checkpoints and summary.
 
     OUT/config.json  OUT/summary.json  OUT/loss.png  OUT/memory.png
-    OUT/RECIPE/metrics.jsonl  OUT/RECIPE/checkpoint/state.safetensors  OUT/RECIPE/tensorboard/
+    OUT/NAME/metrics.jsonl  OUT/NAME/checkpoint/state.safetensors  OUT/NAME/tensorboard/
+
+NAME is RECIPE, or RECIPE+OPTIMIZER where --optimizer names one.
 
 Under tensor parallelism each part of a model has its state: state-tp0of2.safetensors, and so on.
 
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import recipe
+from . import optimizers
 from .errors import FileError, UsageError
 from .files import expanded, locked, read_text, remove_known, write_text
 from .schema import Each, Maybe, SchemaError, check, parse, with_crc32, without_crc32
@@ -38,7 +40,7 @@ RESULT = {
 }
 SUMMARY = {"recipes": Each(RESULT), "machine": dict, "config": dict}
 
-# The contents of a recipe's folder, by regular expressions: folders as dicts, files as None.
+# The contents of a training's folder, by regular expressions: folders as dicts, files as None.
 OURS = {
     r"metrics\.jsonl": None,
     "checkpoint": {
@@ -130,7 +132,7 @@ class RunDir:
 
     def _refuse_links(self) -> None:
         files = (self.config_path, self.summary_path, self.lock_path)
-        for path in (*files, *(path for name in recipe.names() for path in self._paths(name))):
+        for path in (*files, *(path for name in optimizers.labels() for path in self._paths(name))):
             if path.is_symlink():
                 raise UsageError(f"{path} is a symbolic link: a run's folder holds none")
 
@@ -152,7 +154,7 @@ class RunDir:
 
     def _remove(self) -> None:
         """The files of any run; whatever else lies there stays."""
-        for name in recipe.names():
+        for name in optimizers.labels():
             remove_known(self.path / name, OURS)
         for path in (self.summary_path, self.plot_path, self.memory_plot_path):
             path.unlink(missing_ok=True)
@@ -160,7 +162,7 @@ class RunDir:
         self.config_path.unlink()
 
     def results(self, config: dict) -> dict:
-        """{recipe: result} of the recipes of `config` that are done. UsageError for a summary that
+        """{name: result} of the trainings of `config` that are done. UsageError for a summary that
         is damaged or of another run."""
         if not self.summary_path.exists():
             return {}

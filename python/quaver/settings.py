@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 
-from . import models, recipe
+from . import models, optimizers, recipe
 from .data import Data
 from .errors import UsageError
 from .parallel import Parallel
@@ -15,23 +16,28 @@ from .parallel import Parallel
 __all__ = ["Settings", "configuration", "model_config"]
 
 # Settings that do not decide the numbers of a run: it may be resumed with others.
-FREE = ("out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "parallel")
+FREE = ("out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "optimizer",
+        "parallel")  # fmt: skip
+RATE = 1e-3
 
 
 @dataclass(frozen=True)
 class Settings:
     """The fields are the flags of `quaver train`. `batch` is the size of a micro-batch, of which
-    `accumulate` make a step; ranks share it. Raises UsageError naming a flag out of range."""
+    `accumulate` make a step; ranks share it. Every recipe is trained with every optimizer; without
+    one (None) with AdamW and its own states. `lr` of None is each optimizer's own. Raises
+    UsageError naming a flag out of range."""
 
     data: tuple[str, ...] = ("stdlib",)
     tokenizer: str | None = None
     model: str = "tiny"
-    recipe: tuple[str, ...] = ("bf16", "fp8lm-o2")
+    recipe: tuple[str, ...] | None = None
+    optimizer: tuple[str, ...] | None = None
     steps: int = 300
     batch: int = 8
     seq: int = 256
     accumulate: int = 1
-    lr: float = 1e-3
+    lr: float | None = None
     warmup: int | None = None
     seed: int = 0
     device: str = "auto"
@@ -49,7 +55,9 @@ class Settings:
         self._check_range("probe", 0)
         if not -(2**63) <= self.seed < 2**63:
             raise UsageError(f"--seed must have at most 63 bits, got {self.seed}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
+        if self.lr is None and self.optimizer is None:
+            object.__setattr__(self, "lr", RATE)
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError(f"--lr must be a positive number, got {self.lr}")
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 20)
@@ -62,7 +70,21 @@ class Settings:
             )
         if self.seq % self.parallel.tensor:
             raise UsageError(f"--seq {self.seq} does not divide among tp={self.parallel.tensor}")
-        self._check_recipes()
+        if self.recipe is None:
+            default = ("bf16", "fp8lm-o2") if self.optimizer is None else ("bf16",)
+            object.__setattr__(self, "recipe", default)
+        self._check_names("recipe", recipe.get)
+        if self.optimizer is not None:
+            self._check_names("optimizer", optimizers.rate)
+
+    @property
+    def trainings(self) -> list[tuple[str, str | None]]:
+        """Each recipe with each optimizer, in the order of training."""
+        return [(name, chosen) for name in self.recipe for chosen in self.optimizer or (None,)]
+
+    def rate(self, optimizer: str | None) -> float:
+        """The peak learning rate of an optimizer."""
+        return RATE * optimizers.rate(optimizer) if self.lr is None else self.lr
 
     def _check_range(self, name: str, least: int) -> None:
         value, flag = getattr(self, name), name.replace("_", "-")
@@ -70,16 +92,17 @@ class Settings:
             bound = f"at least {least}" if value < least else "below 2^31"
             raise UsageError(f"--{flag} must be {bound}, got {value}")
 
-    def _check_recipes(self) -> None:
-        if not self.recipe:
-            raise UsageError("--recipe names none")
-        if len(set(self.recipe)) != len(self.recipe):
-            raise UsageError(f"--recipe names one twice: {','.join(self.recipe)}")
-        for name in self.recipe:
+    def _check_names(self, flag: str, get: Callable[[str], object]) -> None:
+        names = getattr(self, flag)
+        if not names:
+            raise UsageError(f"--{flag} names none")
+        if len(set(names)) != len(names):
+            raise UsageError(f"--{flag} names one twice: {','.join(names)}")
+        for name in names:
             try:
-                recipe.get(name)
+                get(name)
             except ValueError as error:
-                raise UsageError(f"--recipe: {error}") from None
+                raise UsageError(f"--{flag}: {error}") from None
 
 
 def model_config(settings: Settings, vocab: int) -> models.Config:
@@ -106,5 +129,8 @@ def configuration(
         "model": model.as_dict(),
         "device": device.type,
     }
+    if settings.optimizer is not None:
+        config["optimizers"] = list(settings.optimizer)
+        config["lr"] = {name: settings.rate(name) for name in settings.optimizer}
     tensor = settings.parallel.tensor  # each part of the model has a checkpoint of its own
     return config | ({"tensor_parallel": tensor} if tensor > 1 else {})

@@ -1,6 +1,6 @@
-"""`quaver train`: the same model on the same batches, once for each recipe, on one rank or several.
+"""`quaver train`: the same model on the same batches, once for each recipe and optimizer.
 
-Ranks share each micro-batch; the first of them writes.
+One rank or several: they share each micro-batch; the first of them writes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from .board import summary_writer
 from .distributed.launch import joined
 from .errors import UsageError
 from .job import Interrupted, Job, Run, finished
+from .optimizers import label
 from .plot import plot_losses, plot_memory
 from .progress import baseline, table
 from .rundir import RunDir
@@ -28,7 +29,8 @@ __all__ = ["Interrupted", "Settings", "run"]
 
 
 def run(settings: Settings) -> dict:
-    """Trains every recipe of `settings` and returns the summary, which is also in OUT/summary.json.
+    """Trains every recipe and optimizer of `settings` and returns the summary, which is also
+    in OUT/summary.json.
 
     Raises UsageError, before anything is written, for settings that cannot work, and Interrupted
     after saving when SIGINT or SIGTERM asked to stop.
@@ -62,6 +64,7 @@ def _flags(settings: Settings, device: torch.device) -> dict[str, str]:
     when they have been read."""
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     values |= {"device": device.type, "recipe": ",".join(settings.recipe)}
+    values["optimizer"] = settings.optimizer and ",".join(settings.optimizer)
     return {
         f"--{name.replace('_', '-')}": str(value)
         for name, value in values.items()
@@ -75,6 +78,7 @@ def _run(settings: Settings, world: distributed.World, writer: Callable | None) 
     config = configuration(settings, model, world.device, text)
     world.agree({"--data": text.fingerprint, "--model": model.as_dict()})
     run = Run(settings, model, text, world, RunDir(settings.out), config, writer)
+    _check_optimizers(run)
     show = print if run.writes else lambda *args: None
     with ExitStack() as stack, _stop_signals() as stop:
         results = world.all_gather(world.first(lambda: _open(run, stack)))[0]
@@ -86,19 +90,29 @@ def _run(settings: Settings, world: distributed.World, writer: Callable | None) 
             "config": config | {"parallel": parallel},
         }
         losses = {}
-        for name in settings.recipe:
+        for recipe, optimizer in settings.trainings:
+            name = label(recipe, optimizer)
             if name in results:
                 losses[name] = finished(run, name, results[name])
             else:
-                results[name], losses[name] = Job(run, name).train(stop)
+                results[name], losses[name] = Job(run, recipe, optimizer).train(stop)
             world.first(lambda: run.folder.write_summary(summary))
-            if 1 < len(losses) < len(settings.recipe):
+            if 1 < len(losses) < len(settings.trainings):
                 show(f"\n{table(results)}\n")
         world.first(lambda: _plot(run, losses, results))
     folder = run.folder
     paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
     show(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
     return summary
+
+
+def _check_optimizers(run: Run) -> None:
+    """Builds each chosen optimizer for a model of one layer: what one of them refuses is an error
+    before anything is written, and not after the others have trained."""
+    small = replace(run, model=run.model.replace(layers=1))
+    for recipe, optimizer in run.settings.trainings:
+        if optimizer is not None:
+            Job(small, recipe, optimizer)
 
 
 def _show_data(run: Run, show: Callable) -> None:
@@ -121,7 +135,7 @@ def _plot(run: Run, losses: dict, results: dict) -> None:
 
 
 def _open(run: Run, stack: ExitStack) -> dict:
-    """Makes the folder ready; returns the results of the recipes that are done."""
+    """Makes the folder ready; returns the results of the trainings that are done."""
     settings, folder = run.settings, run.folder
     folder.check(run.configuration, settings.resume, settings.overwrite)
     stack.enter_context(folder.started(run.configuration, settings.resume))
