@@ -14,6 +14,7 @@ from .grad import clip_grad_norm_  # noqa: E402
 from .memory import memory_report  # noqa: E402
 from .nf4 import NF4Weight, quantize_nf4  # noqa: E402
 from .nn import cached_weights  # noqa: E402
+from .nn.side import side_tune  # noqa: E402
 from .ops import cast_transpose, dequantize, gemm, quantize  # noqa: E402
 from .optim import (  # noqa: E402
     AdamW,
@@ -55,4 +56,5 @@ __all__ = [
     "restore",
     "save",
     "saved_activations",
+    "side_tune",
 ]
