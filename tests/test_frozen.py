@@ -95,6 +95,22 @@ def test_every_layer_of_a_module_is_replaced_once():
     torch.testing.assert_close(model(x), wanted.detach())
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_it_compiles_in_one_graph(format):
+    layer, x = FrozenLinear(randn(32, 64), randn(32), format), randn(3, 64).requires_grad_()
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, layer(x))
+    dy = randn(3, 32, seed=2)
+    (dx,), (wanted,) = (torch.autograd.grad(t, x, dy) for t in (y, layer(x)))
+    torch.testing.assert_close(dx, wanted)
+
+
+def test_the_report_counts_codes_as_weights():
+    layer = FrozenLinear(randn(64, 64).bfloat16(), randn(64).bfloat16())
+    report = qv.memory_report(nn.Sequential(layer))
+    assert report["weight"] == layer.nbytes + 128 and report["other"] == 0
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="format must be one of nf4, fp8, keep, got 'int8'"):
         FrozenLinear(randn(4, 4), None, "int8")

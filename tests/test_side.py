@@ -224,6 +224,42 @@ def test_files_hold_the_side_network_alone(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "fp8lm-o2", "coat"])
+def test_files_of_a_side_network_in_fp8(recipe, tmp_path):
+    model = side(mixed=False, recipe=recipe)
+    optimizer = qv.AdamW(model.side_parameters(), lr=0.02, recipe=recipe)
+    for _ in range(3):
+        loss_of(model, tokens()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    twin = side(mixed=False, recipe=recipe)
+    twin.load(tmp_path)
+    assert torch.equal(twin.eval()(tokens()), model.eval()(tokens()))
+
+
+def test_training_goes_on_to_the_same_bits_behind_a_file(tmp_path):
+    def steps(model, optimizer, first, last):
+        for i in range(first, last):
+            loss_of(model, tokens(seed=i)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = side(mixed=False)
+    optimizer = qv.AdamW(model.side_parameters(), lr=0.02)
+    steps(model, optimizer, 0, 3)
+    model.save_pretrained(tmp_path)
+    states = copy.deepcopy(optimizer.state_dict())
+    steps(model, optimizer, 3, 6)
+    twin = side(mixed=False)
+    twin.load(tmp_path)
+    other = qv.AdamW(twin.side_parameters(), lr=0.02)
+    other.load_state_dict(states)
+    steps(twin, other, 3, 6)
+    for a, b in zip(model.side_parameters(), twin.side_parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
     model = side()
     model.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .nn import LinearBase
+from .nn import FrozenLinear, LinearBase
 from .tensor import is_sharded, plain_tensors
 
 __all__ = ["ACTIVATION_KINDS", "KINDS", "SavedActivations", "activation_by_kind", "memory_report"]
@@ -95,7 +95,8 @@ def memory_report(
 
     weight, master: a parameter that `optimizer` updates in place is its own master and counts there
         (f32 weights under bf16 autocast, f16 weights under O2); weight holds what has a separate
-        master or is not trained. Without an optimizer everything is weight.
+        master or is not trained, FrozenLinear's codes too. Without an optimizer everything is
+        weight.
     weight_fp8: cached FP8 copies for the matrix products, a function of the weights.
     grad: what `.grad` holds now. exp_avg, exp_avg_sq: optimizer states of these names; all
         states of MicroAdam count as exp_avg.
@@ -136,6 +137,8 @@ def memory_report(
     for module in model.modules():
         for copy in fp8_copies(module):
             book("weight_fp8", copy, module.weight)
+        for part in module.buffers(recurse=False) if isinstance(module, FrozenLinear) else ():
+            ledger.add("weight", part)
     for buffer in model.buffers():
         ledger.add("other", buffer)
 

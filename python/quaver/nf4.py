@@ -17,16 +17,34 @@ __all__ = ["NF4Weight", "quantize_nf4"]
 ABSMAX_BLOCK = 256  # magnitudes that share a scale
 
 
-@functools.cache
-def _dynamic_map(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 256 values of the signed dynamic type, ascending, and the midpoints between them."""
+def _dynamic_values() -> tuple[float, ...]:
+    """The 256 values of the signed dynamic type (arXiv 2110.02861), ascending, as bitsandbytes
+    computes them."""
     values = [0.0, 1.0]
     for i in range(7):  # a decade each, in 2^i equal steps
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += middles.tolist() + (-middles).tolist()
-    table = torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
-    return table.to(device), ((table[1:] + table[:-1]) / 2).to(device)
+    return tuple(sorted(values))
+
+
+_DYNAMIC = _dynamic_values()
+
+
+def _dynamic_map(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Those values, and the midpoints between them, on the device of `like`."""
+    # A graph has its own table, and one of fake tensors must not be kept for real ones.
+    if torch.compiler.is_compiling() or like.is_meta or is_fake(like):
+        return _new_dynamic_map(like.device)
+    return _kept_dynamic_map(like.device)
+
+
+def _new_dynamic_map(device: torch.device) -> tuple[Tensor, Tensor]:
+    table = torch.tensor(_DYNAMIC, dtype=torch.float32, device=device)
+    return table, (table[1:] + table[:-1]) / 2
+
+
+_kept_dynamic_map = functools.cache(_new_dynamic_map)
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,7 @@ class NF4Weight:
         """The largest magnitude of each block, float32, decoded where they are codes."""
         if self.absmax_scale is None:
             return self.absmax
-        table, _ = _dynamic_map(self.absmax.device)
+        table, _ = _dynamic_map(self.absmax)
         scale = self.absmax_scale.repeat_interleave(ABSMAX_BLOCK)[: self.absmax.numel()]
         decoded = table.index_select(0, self.absmax.int()) * scale + self.absmax_offset
         return decoded.clamp_(min=0)  # rounding may take the smallest below 0
@@ -119,7 +137,7 @@ def quantize_nf4(weight: Tensor, block: int = 64, double: bool = True) -> NF4Wei
 
 def _quantize_magnitudes(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, the scale of each 256 of them, and the mean that was taken off before."""
-    midpoints = _dynamic_map(absmax.device)[1]
+    midpoints = _dynamic_map(absmax)[1]
     count = absmax.numel()
     # In f64, so that the order of the sum does not matter.
     offset = absmax.double().sum().div(max(count, 1)).float()

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layout import Layout
 from ..nf4 import NF4Weight, quantize_nf4
 from ..ops import FLOATS, quantize
 from ..tensor import ScaledTensor
@@ -85,8 +84,7 @@ class FrozenLinear(nn.Module):
             return self.kept.to(dtype)
         if self.format == "fp8":
             q = self.codes.view(torch.float8_e4m3fn)
-            layout = Layout.of(torch.float8_e4m3fn, "row", 128)
-            return ScaledTensor(q, self.scale, None, dtype, layout).dequantize(dtype)
+            return torch.ops.quaver.dequantize(q, self.scale, dtype, "row")
         parts = (getattr(self, name) for name in PARTS["nf4"])
         return NF4Weight(*parts, self.weight_shape, self.weight_dtype).dequantize(dtype)
 

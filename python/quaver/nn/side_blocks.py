@@ -149,7 +149,7 @@ def build_blocks(model: nn.Module, trunk: Trunk, config) -> nn.ModuleList:
     with torch.device(like.device):
         if hasattr(model, "initialise"):
             small = type(model)(config.replace(vocab=1))
-            return small.blocks.to(like.dtype)
+            return _cast(small.blocks, like.dtype)
         blocks = nn.ModuleList(_block(type(trunk.blocks[0]), config, i) for i in range(count))
     for i, block in enumerate(blocks):
         # A cache keeps the keys of side blocks behind those of the model's.
@@ -158,7 +158,12 @@ def build_blocks(model: nn.Module, trunk: Trunk, config) -> nn.ModuleList:
                 module.layer_idx = count + i
     if hasattr(model, "_init_weights"):
         blocks.apply(model._init_weights)
-    return blocks.to(like.dtype)
+    return _cast(blocks, like.dtype)
+
+
+def _cast(blocks: nn.ModuleList, dtype: torch.dtype) -> nn.ModuleList:
+    # `to` exchanges every parameter even for one of the same dtype, which fake tensors refuse.
+    return blocks if all(p.dtype == dtype for p in blocks.parameters()) else blocks.to(dtype)
 
 
 def _block(kind: type, config, index: int) -> nn.Module:
