@@ -283,6 +283,31 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
     refused(side(mixed=False), "side.safetensors", FileError)
 
 
+def test_a_pickled_model_is_the_same(tmp_path):
+    model = side()
+    torch.save(model, tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(twin(tokens()), model(tokens()))
+    twin.side_network.alpha.data.zero_()
+    assert not torch.equal(twin(tokens()), model(tokens()))
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+def test_matrices_that_cannot_be_encoded_are_named():
+    model = base()
+    model.blocks[1].mlp.down = MyLinear(96, 64, bias=False)
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.down is a MyLinear .* backbone=\"keep\""):
+        qv.side_tune(model, reduction=2)
+    assert torch.isfinite(qv.side_tune(model, reduction=2, backbone="keep")(tokens())).all()
+    model = base()
+    model.blocks[1].to("meta")
+    with pytest.raises(ValueError, match=r"on several devices \(cpu, meta\)"):
+        qv.side_tune(model, reduction=2)
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()

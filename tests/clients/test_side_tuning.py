@@ -79,6 +79,26 @@ def test_generation_with_and_without_a_cache(family):
         assert torch.equal(with_cache, without) and with_cache.shape == (2, 28)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "GPT2"])
+def test_masks_of_eager_attention_fit_the_side_blocks(family):
+    model = mixed(qv.side_tune(build(family).bfloat16(), reduction=2, adapter=4))
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :3] = 0
+    wanted = model(tokens(), attention_mask=mask).logits
+    model.set_attn_implementation("eager")
+    got = model(tokens(), attention_mask=mask).logits
+    assert model.side_network.config._attn_implementation == "eager"
+    torch.testing.assert_close(got[1], wanted[1], atol=0.1, rtol=0.1)
+    torch.testing.assert_close(got[0, 3:], wanted[0, 3:], atol=0.1, rtol=0.1)
+
+
+def test_a_gradient_of_the_embedding_is_cut():
+    model = mixed(qv.side_tune(build("Llama"), reduction=2, adapter=4))
+    x = torch.randn(1, 5, 64, requires_grad=True)
+    model(inputs_embeds=x).logits.sum().backward()
+    assert x.grad is None
+
+
 def test_a_cache_of_fixed_size_is_refused():
     model = qv.side_tune(build("Llama"), reduction=2, adapter=4)
     with pytest.raises(ValueError, match=r"a StaticCache has no room .* pass a DynamicCache"):

@@ -22,7 +22,16 @@ from ..structure import is_conv1d
 from ..tensor_file import read_tensors, write_tensors
 from .frozen import FORMATS, freeze_linear
 from .linear import is_converted
-from .side_blocks import OP, Trunk, build_blocks, extend_cache, find_cache, find_trunk, narrow
+from .side_blocks import (
+    OP,
+    Trunk,
+    build_blocks,
+    check_weights,
+    extend_cache,
+    find_cache,
+    find_trunk,
+    narrow,
+)
 from .swap import Swapped, swap
 
 NAME = "side_network"  # of the submodule that side_tune adds
@@ -90,6 +99,10 @@ class SideNetwork(nn.Module):
                 f"{OP}: {type(block).__name__} takes its positions as biases of its own heads "
                 "(ALiBi), which do not fit the side network's"
             )
+        # Masks have the form that the model's attention takes.
+        kind = getattr(self.cache_config, "_attn_implementation", None)
+        if kind != getattr(self.config, "_attn_implementation", None):
+            self.config._attn_implementation = kind
         x, replaced = _take(args, kwargs)
         x = x.detach()
         self.states.clear()
@@ -236,8 +249,9 @@ def side_tune(
 
     Raises:
         TypeError: no module.
-        ValueError: a model without such blocks, one that is side-tuned or converted already, a
-            reduction that does not divide its heads, an unknown name.
+        ValueError: a model without such blocks, one that is side-tuned or converted already, on
+            several devices or sharded over ranks, matrices that are in no linear layer and cannot
+            be encoded, a reduction that does not divide its heads, an unknown name.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{OP}: model must be an nn.Module, got {type(model).__name__}")
@@ -252,6 +266,7 @@ def side_tune(
         if type(value) is not int or value < 1:
             raise ValueError(f"{OP}: {name} must be a positive whole number, got {value!r}")
     chosen, trunk = recipes.get(recipe), find_trunk(model)
+    check_weights(trunk, encoded=backbone != "keep")
     side = SideNetwork(model, trunk, reduction, adapter, init, stream)
     convert(side, chosen, skip=())
     model.requires_grad_(False)

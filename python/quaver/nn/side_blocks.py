@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..structure import is_norm
+from ..structure import is_conv1d, is_norm
+from ..tensor import is_sharded
 
 OP = "side_tune"
 
@@ -91,6 +92,27 @@ def _heads(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_children()
         if module not in (base, output) and any(True for _ in module.parameters())
     }
+
+
+def check_weights(trunk: Trunk, encoded: bool) -> None:
+    """Raises ValueError for blocks on several devices or sharded over ranks and, where they are to
+    be `encoded`, for matrices of anything but linear layers."""
+    devices = sorted({str(p.device) for p in trunk.blocks.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"{OP}: the model is on several devices ({', '.join(devices)}); wanted one"
+        )
+    for name, module in trunk.blocks.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if any(is_sharded(p) for p in own.values()):
+            raise ValueError(f"{OP}: the model is sharded over ranks; side-tune it before")
+        matrices = [key for key, p in own.items() if p.dim() > 1]
+        linear = type(module) is nn.Linear or is_conv1d(module)
+        if encoded and matrices and not linear:
+            raise ValueError(
+                f"{OP}: blocks.{name} is a {type(module).__name__} with a matrix {matrices[0]!r}, "
+                'which is no linear layer to encode; take backbone="keep"'
+            )
 
 
 def _sizes(config) -> dict | None:
