@@ -39,7 +39,7 @@ HAS_TORCH := import importlib.metadata as m; assert tuple(map(int, m.version('to
 SHA256 := import hashlib, torch, quaver._load as q; \
 	print('torch', torch.__version__, hashlib.sha256(q.LIBRARY.read_bytes()).hexdigest(), q.LIBRARY)
 
-.PHONY: build demo test test-sanitize fuzz fuzz-files kills test-abi bench cuda carried gpu-report gpu-report-plan wheel lint format clean check-python
+.PHONY: build demo compare test test-sanitize fuzz fuzz-files kills test-abi bench cuda carried gpu-report gpu-report-plan wheel lint format clean check-python
 
 build: $(BUILT)
 
@@ -48,6 +48,10 @@ STEPS ?= $(shell grep -qsm1 avx512f /proc/cpuinfo && echo 300 || echo 100)
 
 demo: $(BUILT)
 	$(QUAVER) train --data stdlib --model tiny --recipe bf16,fp8lm-o2,coat --seq 128 --steps $(STEPS) --out runs/demo --overwrite
+
+# The optimizers of docs/optimizers.md on the same batches: a table and two pictures.
+compare: $(BUILT)
+	$(QUAVER) train --data stdlib --model tiny --optimizer all --batch 4 --seq 64 --steps $(STEPS) --out runs/compare --overwrite
 
 test: $(BUILT)
 	cmake --build build/release --target check

@@ -68,7 +68,7 @@ def test_the_names_are_those_of_the_recipes_and_the_two_others():
 
 
 def test_all_train_on_the_same_batches(paths, capsys):
-    status, shown, err = run(flags(paths, optimizer=",".join(NAMES)), capsys)
+    status, shown, err = run(flags(paths, optimizer="all"), capsys)
     assert (status, err) == (0, "")
     found = summary(paths / "out")
     assert list(found["recipes"]) == [f"bf16+{name}" for name in NAMES]

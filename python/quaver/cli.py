@@ -81,8 +81,8 @@ def _add_task(p: argparse.ArgumentParser, default: train.Settings) -> None:
     p.add_argument(
         "--optimizer",
         type=_names,
-        help=f"comma-separated: {', '.join(optimizers.names())}; each trains with each recipe. "
-        "Without it AdamW keeps the states of the recipe",
+        help=f"comma-separated: {', '.join(optimizers.names())}; or all. Each trains with each "
+        "recipe. Without it AdamW keeps the states of the recipe",
     )
     p.add_argument("--steps", type=int, default=default.steps, help="optimizer steps")
     p.add_argument("--batch", type=int, default=default.batch, help="sequences a micro-batch")

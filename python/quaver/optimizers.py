@@ -88,7 +88,7 @@ def _embeddings_apart(s: Setting) -> list[dict]:
 
 def _microadam(s: Setting) -> torch.optim.Optimizer:
     _refuse_zero("MicroAdam", s)
-    return optim.MicroAdam(s.groups, **s.options)
+    return optim.MicroAdam(s.groups, s.lr)  # its own betas: the window cuts the sums as it is
 
 
 def _grass(s: Setting) -> torch.optim.Optimizer:

@@ -25,8 +25,8 @@ RATE = 1e-3
 class Settings:
     """The fields are the flags of `quaver train`. `batch` is the size of a micro-batch, of which
     `accumulate` make a step; ranks share it. Every recipe is trained with every optimizer; without
-    one (None) with AdamW and its own states. `lr` of None is each optimizer's own. Raises
-    UsageError naming a flag out of range."""
+    one (None) with AdamW and its own states; ("all",) is all optimizers. `lr` of None is each
+    optimizer's own. Raises UsageError naming a flag out of range."""
 
     data: tuple[str, ...] = ("stdlib",)
     tokenizer: str | None = None
@@ -55,6 +55,8 @@ class Settings:
         self._check_range("probe", 0)
         if not -(2**63) <= self.seed < 2**63:
             raise UsageError(f"--seed must have at most 63 bits, got {self.seed}")
+        if self.optimizer == ("all",):
+            object.__setattr__(self, "optimizer", tuple(optimizers.names()))
         if self.lr is None and self.optimizer is None:
             object.__setattr__(self, "lr", RATE)
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
