@@ -257,6 +257,50 @@ def adam_arguments_in_groups(shapes):
     ]  # fmt: skip
 
 
+def adam_4bit_arguments(shapes, second, dtype=torch.float32, move=lambda t: t):
+    """Arguments of adam_4bit_, every second bf16 weight with a remainder and the other 16-bit
+    weights rounded stochastically."""
+    none, exact = torch.empty(0), dtype == torch.bfloat16
+    sizes = [torch.Size(s).numel() for s in shapes]
+    codes = [torch.zeros((n + 1) // 2, dtype=torch.uint8) for n in sizes]
+    groups = [-(-n // 128) for n in sizes]
+    scales = [
+        torch.zeros(n) if second == 0 else torch.zeros(sum(s)) if second == 1
+        else torch.rand(m // s[-1] + m // s[-2]) + 0.1 if m else torch.zeros(0)
+        for s, n, m in zip(shapes, groups, sizes, strict=True)
+    ]  # fmt: skip
+    return [
+        [move(values(s, dtype, i)) for i, s in enumerate(shapes)],
+        [move(c) for c in codes], [torch.zeros(n) for n in groups],
+        [move(c.clone()) if second < 2 else none.byte() for c in codes], scales,
+        [move(values(s, torch.bfloat16, 100 + i)) for i, s in enumerate(shapes)],
+        [none for _ in shapes], torch.full((len(shapes),), 8192.0),
+        [torch.zeros((), dtype=torch.int64) for _ in shapes],
+        torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 0.1]] * len(shapes), dtype=torch.float64),
+        torch.zeros((), dtype=torch.int64),
+        [torch.zeros(s, dtype=torch.int16) if exact and i % 2 else none
+         for i, s in enumerate(shapes)],
+        [second] * len(shapes),
+        [-1 if dtype == torch.float32 or (exact and i % 2) else i for i in range(len(shapes))],
+    ]  # fmt: skip
+
+
+@cases("adam_4bit_")
+def adam_4bit():
+    shapes = ((1, 1), (63, 65), (1000, 33), (512, 768), (16, 8, 3, 3), (0, 5))
+    for dtype, second, steps in itertools.product(FLOATS, (0, 1, 2), (0, 4)):
+        args = adam_4bit_arguments(shapes, second, dtype)
+        for _ in range(steps):
+            ops.adam_4bit_(*args)
+        yield f"{dtype}, second moment {second}, after {steps} steps", args
+    bad = adam_4bit_arguments(shapes, 1)
+    bad[7][2] = float("inf")
+    yield "a step that is skipped", bad
+    yield "misaligned", adam_4bit_arguments(((96, 160),), 1, move=misaligned)
+    many = tuple((i % 4 + 1, i % 9 + 1) for i in range(300))
+    yield "many", adam_4bit_arguments(many, 1)
+
+
 def micro_adam_arguments(shapes, dtype=torch.float32, error_block=64, alpha=0.0, move=lambda t: t):
     """Arguments of micro_adam_ that keep one element of 50 for 3 steps, every second bf16 weight
     with a remainder and the other 16-bit weights rounded stochastically."""

@@ -392,7 +392,7 @@ def test_misuse_is_named():
     for options, text in (
         ({"rank": 0}, "rank must be an int"), ({"every": 0}, "every must be an int"),
         ({"select": "best"}, "select must be one of top"), ({"scale": 0.0}, "scale must be > 0"),
-        ({"recipe": "snsm"}, "has a moment that is not one value"),
+        ({"recipe": "snsm"}, "has a moment in 4 bits, or one that is not a value for each"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             qv.Grass(model, **options)

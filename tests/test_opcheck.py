@@ -1,6 +1,7 @@
 """Every op keeps torch's rules: schema, aliasing, fake kernels, compilation."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -74,6 +75,23 @@ def micro_adam(error_block=64):
     )  # fmt: skip
 
 
+def adam_4bit():
+    """A matrix with rank-1 scales, one that is factored, and a vector."""
+    shapes, none = ((40, 20), (40, 20), (130,)), torch.empty(0)
+    sizes = [math.prod(s) for s in shapes]
+    bytes_ = [torch.zeros((n + 1) // 2, dtype=torch.uint8) for n in sizes]
+    groups = [torch.zeros(-(-n // 128)) for n in sizes]
+    return (
+        [randn(*s).bfloat16() for s in shapes], bytes_, groups,
+        [torch.zeros(400, dtype=torch.uint8), none.byte(), torch.zeros(65, dtype=torch.uint8)],
+        [torch.zeros(60), torch.ones(60), torch.zeros(2)], [randn(*s) for s in shapes], [none] * 3,
+        torch.ones(3), [torch.zeros((), dtype=torch.int64) for _ in range(3)],
+        torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 0.1]] * 3, dtype=torch.float64),
+        torch.zeros((), dtype=torch.int64), [none, none, torch.zeros(130, dtype=torch.int16)],
+        [1, 2, 0], [7, 8, -1],
+    )  # fmt: skip
+
+
 A, B = qv.quantize(randn(16, 32)), qv.quantize(randn(48, 32), E5M2)
 GEMM = (A.qdata, A.scale, B.qdata, B.scale)
 LAYOUT = [("tensor", 1, (8, 40)), ("row", 1, (3, 5, 40)), ("block", 16, (8, 40)), ("row", 1, ())]
@@ -132,6 +150,7 @@ CASES = [
                          E4M3)),
     (ops.reduce_shards, (randn(3, 32), None, None, [5, 9], 16, torch.float32)),
     (ops.adam_, adam_in_groups()),
+    (ops.adam_4bit_, adam_4bit()),
     (ops.micro_adam_, micro_adam()),
     (ops.micro_adam_, micro_adam(4112)),
     (ops.encode_state, (randn(10, 20).bfloat16(), E5M2, True)),

@@ -5,6 +5,7 @@
 #include "quaver/check.h"
 #include "simd.h"
 #include "simd_activation.h"
+#include "simd_adam4.h"
 #include "simd_microadam.h"
 #include "simd_nf4.h"
 
@@ -15,6 +16,7 @@ extern const Simd table;
 extern const ActivationSimd activation_table;
 extern const MicroAdamSimd micro_adam_table;
 extern const Nf4Simd nf4_table;
+extern const Adam4Simd adam4_table;
 }  // namespace portable
 #if defined(QUAVER_HAVE_X86_ISA)
 namespace avx2 {
@@ -22,12 +24,14 @@ extern const Simd table;
 extern const ActivationSimd activation_table;
 extern const MicroAdamSimd micro_adam_table;
 extern const Nf4Simd nf4_table;
+extern const Adam4Simd adam4_table;
 }  // namespace avx2
 namespace avx512 {
 extern const Simd table;
 extern const ActivationSimd activation_table;
 extern const MicroAdamSimd micro_adam_table;
 extern const Nf4Simd nf4_table;
+extern const Adam4Simd adam4_table;
 }  // namespace avx512
 #endif
 
@@ -40,10 +44,16 @@ struct Tables {
   const ActivationSimd* activation;
   const MicroAdamSimd* micro_adam;
   const Nf4Simd* nf4;
+  const Adam4Simd* adam4;
 };
 
 #define QUAVER_TABLES(isa) \
-  {#isa, &isa::table, &isa::activation_table, &isa::micro_adam_table, &isa::nf4_table}
+  {#isa,                   \
+   &isa::table,            \
+   &isa::activation_table, \
+   &isa::micro_adam_table, \
+   &isa::nf4_table,        \
+   &isa::adam4_table}
 
 struct Isas {
   Tables tables[3];
@@ -88,6 +98,7 @@ const Simd& simd() { return *current_tables().simd; }
 const ActivationSimd& activation_simd() { return *current_tables().activation; }
 const MicroAdamSimd& micro_adam_simd() { return *current_tables().micro_adam; }
 const Nf4Simd& nf4_simd() { return *current_tables().nf4; }
+const Adam4Simd& adam4_simd() { return *current_tables().adam4; }
 
 const char* const* available_isas(int* count) {
   *count = isas().count;

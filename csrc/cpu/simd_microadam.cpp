@@ -2,29 +2,13 @@
 // gradient to the weight. Compiled once per instruction set as simd.cpp is.
 #include "simd_microadam.h"
 
-#include "span.h"
+#include "master.h"
+#include "nibbles.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
 
 constexpr int64_t kStrip = 32;  // elements that the search for kept ones rejects at once
-
-// Codes of elements begin.. of an error, one a byte.
-void unpack(uint8_t* __restrict codes, const uint8_t* __restrict packed, int64_t n) {
-  const int64_t bytes = (n + 1) / 2;
-  QUAVER_SIMD
-  for (int64_t j = 0; j < bytes; ++j) {
-    codes[2 * j] = packed[j] & 15;
-    codes[2 * j + 1] = packed[j] >> 4;
-  }
-}
-
-void pack(uint8_t* __restrict packed, const uint8_t* __restrict codes, int64_t n) {
-  const int64_t bytes = (n + 1) / 2;
-  QUAVER_SIMD
-  for (int64_t j = 0; j < bytes; ++j)
-    packed[j] = static_cast<uint8_t>(codes[2 * j] | codes[2 * j + 1] << 4);
-}
 
 // Calls body(error block, first, count) for the runs of a block that share an error range; `first`
 // counts from `begin`.
@@ -238,43 +222,8 @@ void sum_rows(SparseSteps& steps, const MicroAdamSpan& s, int64_t at, int64_t ke
   steps.count = count;
 }
 
-template <class T>
-void store_stochastic(const MicroAdamSpan& s, const float* w, int64_t begin, int64_t n) {
-  const Dither d = s.dither;
-  auto* out = s.p.weight.as<T>() + begin;
-  const auto low = static_cast<uint32_t>(begin), high = static_cast<uint32_t>(begin >> 32);
-  QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) {
-    // A block begins at a multiple of 4096, so that the lower half of its indices does not wrap.
-    const uint32_t start = dither_start(d, low + static_cast<uint32_t>(j), high);
-    out[j] = encode_weight_stochastic<T>(w[j], weight_noise(d, start));
-  }
-}
-
-void load_weight(float* __restrict w, const MicroAdamSpan& s, int64_t begin, int64_t n) {
-  const TensorView& weight = s.p.weight;
-  if (s.p.remainder == nullptr)
-    return load_any(w, at(weight.data, weight.dtype, begin), weight.dtype, n, 1.0f);
-  const bf16* high = weight.as<bf16>() + begin;
-  const uint16_t* low = s.p.remainder + begin;
-  QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) w[j] = join_master(high[j], low[j]);
-}
-
-void store_weight(const MicroAdamSpan& s, const float* __restrict w, int64_t begin, int64_t n) {
-  const TensorView& weight = s.p.weight;
-  if (s.p.stochastic)
-    return weight.dtype == DType::bf16 ? store_stochastic<bf16>(s, w, begin, n)
-                                       : store_stochastic<f16>(s, w, begin, n);
-  if (s.p.remainder == nullptr)
-    return store_any(at(weight.data, weight.dtype, begin), weight.dtype, w, n, 1.0f);
-  bf16* high = weight.as<bf16>() + begin;
-  uint16_t* low = s.p.remainder + begin;
-  QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) {
-    high[j] = master_high(w[j]);
-    low[j] = master_low(w[j]);
-  }
+Master master_of(const MicroAdamSpan& s) {
+  return {s.p.weight, s.p.remainder, s.p.stochastic, s.dither};
 }
 
 // w of a block; `a` is used as memory.
@@ -294,7 +243,7 @@ void update_weight(float* __restrict a, const MicroAdamSpan& s, int64_t begin, i
   }
   memset(dense, 0, sizeof(dense));
   for (int64_t k = 0; k < steps.count; ++k) dense[steps.place[k]] = steps.step[k];
-  load_weight(w, s, begin, n);
+  load_master(w, master_of(s), begin, n);
   if (step.feedback != 0.0f) {
     decode_errors(a, s, s.range, begin, n);
     QUAVER_SIMD
@@ -303,7 +252,7 @@ void update_weight(float* __restrict a, const MicroAdamSpan& s, int64_t begin, i
     QUAVER_SIMD
     for (int64_t j = 0; j < n; ++j) w[j] = micro_adam_weight(step, w[j], dense[j], 0.0f);
   }
-  store_weight(s, w, begin, n);
+  store_master(master_of(s), w, begin, n);
 }
 
 void block(const MicroAdamSpan& s, int64_t b, MicroAdamPart part) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../check_microadam.h"
+#include "master.h"
 #include "microadam_block.h"
 #include "tensor_list.h"
 
@@ -129,54 +130,27 @@ QUAVER_DEVICE void sum_rows(const Entry& e, const MicroAdamStep& s, const Place&
   }
 }
 
-QUAVER_DEVICE uint32_t half_of(const AnyPacked& v, int j) {
-  return v.word[j / 2] >> j % 2 * 16 & 0xffff;
-}
-QUAVER_DEVICE void put_half(AnyPacked& v, int j, uint32_t bits) {
-  v.word[j / 2] = (v.word[j / 2] & ~(0xffffu << j % 2 * 16)) | bits << j % 2 * 16;
-}
-
-QUAVER_DEVICE uint32_t rounded_half(const Entry& e, const Plan& plan, float w, uint64_t element) {
-  const uint32_t noise = weight_noise(
-      plan.dither,
-      dither_start(plan.dither, static_cast<uint32_t>(element), uint32_t(element >> 32)));
-  return e.p.weight.dtype == DType::bf16 ? encode_weight_stochastic<bf16>(w, noise).bits
-                                         : encode_weight_stochastic<f16>(w, noise).bits;
-}
-
 QUAVER_DEVICE void update_weight(const Entry& e, const Plan& plan, const Place& at,
                                  const ErrorCodec& codec, const Codes& codes, const float* first,
                                  const float* second) {
   const MicroAdamParameter& p = e.p;
+  const Master master = {p.weight.data, p.remainder, p.weight.dtype, p.stochastic, e.aligned};
   const MicroAdamStep& s = plan.step;
-  const DType type = p.weight.dtype;
-  AnyPacked weight = load_any(p.weight.data, type, at.i, at.n, e.aligned), low = {};
-  if (p.remainder != nullptr) low = load_any(p.remainder, DType::bf16, at.i, at.n, e.aligned);
+  MasterBits bits = load_master(master, at.i, at.n);
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     float w[kQuad];
-    decode_any(type, weight, q, 1.0f, w);
+    decode_master(master, bits, q, w);
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
       const int k = q * kQuad + j, place = padded(int(threadIdx.x) * kVector + k);
-      if (p.remainder != nullptr)
-        w[j] = join_master(bf16{static_cast<uint16_t>(half_of(weight, k))},
-                           static_cast<uint16_t>(half_of(low, k)));
       const float update = sparse_update(s, {first[place], second[place]});
       const float error = s.feedback != 0.0f ? decode_error(codec, code_at(codes, k)) : 0.0f;
       w[j] = micro_adam_weight(s, w[j], update, error);
-      if (p.remainder != nullptr) {
-        put_half(weight, k, master_high(w[j]).bits);
-        put_half(low, k, master_low(w[j]));
-      } else if (p.stochastic) {
-        put_half(weight, k, rounded_half(e, plan, w[j], static_cast<uint64_t>(at.i + k)));
-      }
     }
-    if (p.remainder == nullptr && !p.stochastic) encode_any(type, w, 1.0f, q, weight);
+    encode_master(master, plan.dither, at.i, q, w, bits);
   }
-  const int64_t bytes = size_of(type);
-  store(static_cast<char*>(p.weight.data) + at.i * bytes, weight, int(bytes), at.n, e.aligned);
-  if (p.remainder != nullptr) store(p.remainder + at.i, low, 2, at.n, e.aligned);
+  store_master(master, bits, at.i, at.n);
 }
 
 template <Part kPart>

@@ -2,6 +2,7 @@
 // largest, and reads and writes 4-bit errors.
 #pragma once
 
+#include "nibbles.h"
 #include "quaver/microadam.h"
 #include "runtime_type.h"
 
@@ -96,47 +97,11 @@ QUAVER_DEVICE void keep_largest(float (&a)[kVector], int64_t n, int16_t* index, 
   }
 }
 
-// The 16 codes of a thread, 4 bits each.
-using Codes = uint2;
-
-QUAVER_DEVICE uint32_t code_at(const Codes& c, int j) {
-  return (j < 8 ? c.x >> 4 * (j % 8) : c.y >> 4 * (j % 8)) & 15u;
-}
-
-QUAVER_DEVICE Codes load_codes(const uint8_t* error, int64_t i, int64_t n, bool aligned) {
-  if (aligned && n >= kVector) return *reinterpret_cast<const uint2*>(error + i / 2);
-  Codes c = {0, 0};
-#pragma unroll
-  for (int b = 0; b < kVector / 2; ++b) {
-    if (2 * b >= n) continue;
-    const uint32_t byte = uint32_t(error[i / 2 + b]) << b % 4 * 8;
-    if (b < 4)
-      c.x |= byte;
-    else
-      c.y |= byte;
-  }
-  return c;
-}
-
-QUAVER_DEVICE void store_codes(uint8_t* error, int64_t i, const Codes& c, int64_t n, bool aligned) {
-  if (aligned && n >= kVector) {
-    *reinterpret_cast<uint2*>(error + i / 2) = c;
-    return;
-  }
-#pragma unroll
-  for (int b = 0; b < kVector / 2; ++b)
-    if (2 * b < n) error[i / 2 + b] = static_cast<uint8_t>((b < 4 ? c.x : c.y) >> b % 4 * 8);
-}
-
 QUAVER_DEVICE Codes encode_codes(const ErrorCodec& codec, const float (&a)[kVector], int64_t n) {
   Codes c = {0, 0};
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
-    const uint32_t code = j < n ? encode_error(codec, a[j]) << 4 * (j % 8) : 0;
-    if (j < 8)
-      c.x |= code;
-    else
-      c.y |= code;
+    if (j < n) put_code(c, j, encode_error(codec, a[j]));
   }
   return c;
 }

@@ -55,6 +55,10 @@ constexpr const char* kSchemas[] = {
     "Tensor[] grad_scales, Tensor grad_amax, Tensor(d!)[] steps, Tensor hyper, "
     "Tensor(e!) skipped, Tensor(f!)[] copies, Tensor(g!)[] remainders, int[] scalings=[], "
     "int[] seeds=[], int[] first_elements=[], int[] subsets=[]) -> ()",
+    "adam_4bit_(Tensor(a!)[] weights, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales, "
+    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] exp_avg_sq_scales, Tensor[] grads, "
+    "Tensor[] grad_scales, Tensor grad_amax, Tensor(f!)[] steps, Tensor hyper, "
+    "Tensor(g!) skipped, Tensor(h!)[] remainders, int[] seconds, int[] seeds=[]) -> ()",
     "micro_adam_(Tensor(a!)[] weights, Tensor(b!)[] indices, Tensor(c!)[] values, "
     "Tensor(d!)[] errors, Tensor(e!)[] ranges, Tensor[] grads, Tensor[] grad_scales, "
     "Tensor grad_amax, Tensor(f!)[] steps, Tensor hyper, Tensor(g!) skipped, "

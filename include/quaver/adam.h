@@ -56,12 +56,21 @@ struct AdamElement {
   float weight, exp_avg, exp_avg_sq;
 };
 
-QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
+// The step under a second moment that is already this step's.
+QUAVER_HD AdamElement adamw_under(const AdamStep& s, AdamElement e, float grad) {
   e.exp_avg = s.beta1 * e.exp_avg + s.one_minus_beta1 * grad;
-  e.exp_avg_sq = s.beta2 * e.exp_avg_sq + s.one_minus_beta2 * (grad * grad);
   const float denominator = ::sqrtf(e.exp_avg_sq) * s.inverse_sqrt_c2 + s.eps;
   e.weight = s.decay * e.weight - s.step_size * (e.exp_avg / denominator);
   return e;
+}
+
+QUAVER_HD float next_exp_avg_sq(const AdamStep& s, float exp_avg_sq, float grad) {
+  return s.beta2 * exp_avg_sq + s.one_minus_beta2 * (grad * grad);
+}
+
+QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
+  e.exp_avg_sq = next_exp_avg_sq(s, e.exp_avg_sq, grad);
+  return adamw_under(s, e, grad);
 }
 
 // The learning rate of a subset whose elements share the second moment v (Subset-Norm).

@@ -18,6 +18,8 @@ PARTS = {
     "counts": "exp_avg",
     "rows": "exp_avg",
     "factors": "exp_avg",
+    "exp_avg_scale": "exp_avg",
+    **dict.fromkeys(("exp_avg_sq_scale", "exp_avg_sq_row", "exp_avg_sq_col"), "exp_avg_sq"),
     **dict.fromkeys(("index", "value", "error", "error_range"), "exp_avg"),  # MicroAdam's
 }  # of other kinds
 KINDS = ("weight", "weight_fp8", "master", "grad", "exp_avg", "exp_avg_sq")

@@ -11,6 +11,9 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # The storage of optimizer states, by name; optim/states.py implements each.
 STATES = ("f32", "e4m3", "e5m2", "e4m3-expand", "e5m2-expand", "e4m3-tensor", "f16-tensor")
 
+# Adam's moments in 4 bits, which go together; optim/packed.py implements each.
+PACKED_FIRST, PACKED_SECONDS = "dynamic4", ("linear4", "linear4-rank1", "factor")
+
 
 def _check(recipe, **choices) -> None:
     """Raises ValueError naming the first field of `recipe` whose value is none of its choices."""
@@ -244,7 +247,15 @@ class Recipe:
         """Whether a moment is not one value for each element."""
         return isinstance(self.exp_avg, Subspace) or isinstance(self.exp_avg_sq, SubsetNorm)
 
+    @property
+    def packed(self) -> bool:
+        """Whether moments have 4 bits."""
+        return self.exp_avg == PACKED_FIRST
+
     def _check_moments(self) -> None:
+        first, second = self.exp_avg == PACKED_FIRST, self.exp_avg_sq in PACKED_SECONDS
+        if first or second:
+            return self._check_packed(first and second)
         named = ("f32", "bf16") if self.composed else STATES
         for field, kind in (("exp_avg", Subspace), ("exp_avg_sq", SubsetNorm)):
             if not isinstance(getattr(self, field), kind):
@@ -253,6 +264,18 @@ class Recipe:
             raise ValueError(
                 "Recipe: a Subspace or SubsetNorm is for plain parameters: linear must be None, "
                 f"got {self.linear!r}"
+            )
+
+    def _check_packed(self, both: bool) -> None:
+        if not both:
+            raise ValueError(
+                f'Recipe: exp_avg "{PACKED_FIRST}" goes with one of exp_avg_sq '
+                f"{', '.join(PACKED_SECONDS)}, got {self.exp_avg} and {self.exp_avg_sq}"
+            )
+        if self.linear is not None and self.linear.master == "f16-tensor":
+            raise ValueError(
+                "Recipe: moments of 4 bits are for plain weights: linear.master must be as-is or "
+                "bf16, got f16-tensor"
             )
 
 
@@ -295,6 +318,14 @@ _STEPS = {
     for r in (
         Recipe("subset-norm", exp_avg_sq=SubsetNorm(), bf16_master="stochastic"),
         Recipe("snsm", exp_avg=Subspace(), exp_avg_sq=SubsetNorm(), bf16_master="stochastic"),
+        *(
+            Recipe(name, exp_avg="dynamic4", exp_avg_sq=second, bf16_master="stochastic")
+            for name, second in (
+                ("adamw-4bit", "linear4-rank1"),
+                ("adamw-4bit-block", "linear4"),
+                ("adamw-4bit-factor", "factor"),
+            )
+        ),
     )
 }
 

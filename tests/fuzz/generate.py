@@ -347,6 +347,39 @@ class Generator:
             subsets,
         )  # fmt: skip
 
+    def adam_4bit_(self):
+        each = [self.packed_parameter() for _ in range(self.pick((1, 2, 3)))]
+        lists = [list(x) for x in zip(*each, strict=True)]
+        tensors, (remainders, seconds, seeds) = lists[:8], lists[8:]
+        row = [1e-3, 0.9, self.pick((0.95, 0.999)), 1e-8, 0.1]
+        hyper = self.tensor(torch.tensor([row] * len(each)).double(), written=True)
+        skipped = self.tensor(torch.zeros((), dtype=torch.int64), written=True)
+        return (*tensors[:7], self.floats(len(each)), tensors[7], hyper, skipped, remainders,
+                seconds, seeds)  # fmt: skip
+
+    def packed_parameter(self) -> tuple:
+        """One parameter's weight, moments of 4 bits, gradient and step; its remainder and
+        options."""
+        shape, second = self.pick((self.matrix(), (3, 4, 5, 6), (2, 700))), self.random.randrange(3)
+        n, none = math.prod(shape), torch.empty(0)
+        scales = (-(-n // 128), sum(shape), n // shape[-1] + n // shape[-2] if n else 0)[second]
+        dtype = self.pick(FLOATS)
+        exact = dtype == torch.bfloat16 and self.chance(0.5)
+        rounded = dtype != torch.float32 and not exact and self.chance(0.5)
+        codes = ((n + 1) // 2,)
+        return (
+            self.tensor(self.numbers(shape, dtype), True),
+            self.tensor(self.bits(codes, torch.uint8), True),
+            self.tensor(self.numbers((-(-n // 128),), torch.float32).abs(), True),
+            none.byte() if second == 2 else self.tensor(self.bits(codes, torch.uint8), True),
+            self.tensor(self.numbers((scales,), torch.float32).abs(), True),
+            self.tensor(self.numbers(shape, self.pick(ANY))),
+            self.scales() if self.chance(0.5) else none,
+            self.tensor(torch.tensor(self.pick((0, 1, 1000, 2**62, 2**63 - 2))), True),
+            self.tensor(self.bits(shape, torch.int16), True) if exact else none,
+            second, self.random.randrange(2**31) if rounded else -1,
+        )  # fmt: skip
+
     def micro_adam_(self):
         each = [self.micro_parameter() for _ in range(self.pick((1, 2, 3)))]
         lists = [list(x) for x in zip(*each, strict=True)]

@@ -14,6 +14,7 @@ from .activation import (
     normalize,
     normalize_backward,
 )
+from .adam4 import adam_4bit_
 from .all_reduce import bucket_length, pack, reduce_shards, share_scales
 from .gemm import gemm
 from .gradient import amaxes, grad_norm, none_like, parts
@@ -32,6 +33,7 @@ __all__ = [
     "activate",
     "activate_backward",
     "adam_",
+    "adam_4bit_",
     "amaxes",
     "bucket_length",
     "cast_transpose",

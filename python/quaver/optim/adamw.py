@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops, placement
 from ..recipe import Recipe, SubsetNorm, Subspace
 from ..tensor import ScaledTensor, is_sharded, local
-from . import subspace
+from . import packed, subspace
 from .base import Item, Optimizer
 from .composed import ComposedStep
 from .hyper import HyperTable
@@ -26,13 +26,16 @@ class AdamW(Optimizer):
     Converted weights (ScaledTensors) have their moments in the recipe's codecs and are themselves
     the master weight; their FP8 GEMM copies are written in the same pass. All other parameters
     (norms, biases, embeddings) keep f32 moments, unless the recipe has `plain_moments`, as "coat"
-    does: a model needs no conversion for that. f16 masters round their update by the recipe's
-    `master_rounding`, bf16 and f16 parameters by its `bf16_master`; the 16 bits of
-    "remainder" are a state of that name. The noise of stochastic rounding is a function of (index
-    of the parameter, step, element), in which errors of successive steps cancel: a run has the same
-    bits on every machine and number of ranks. A step with a non-finite gradient changes nothing and
-    is counted in `skipped`. Of FSDP2's parameters each rank steps its shard, with the scales of the
-    whole tensor: the codes of all shards are those of one process, and all ranks skip alike.
+    does: a model needs no conversion for that. Under a recipe of 4 bits ("adamw-4bit",
+    "adamw-4bit-block", "adamw-4bit-factor") plain parameters of more than 4096 values have two
+    codes a byte (optim/packed.py), and the others float32. f16 masters round their update by
+    the recipe's `master_rounding`, bf16 and f16 parameters by its `bf16_master`; the 16 bits of
+    "remainder" are a state of that name. The noise of stochastic rounding is a function of
+    (index of the parameter, step, element), in which errors of successive steps cancel: a run
+    has the same bits on every machine and number of ranks. A step with a non-finite gradient
+    changes nothing and is counted in `skipped`. Of FSDP2's parameters each rank steps its
+    shard, with the scales of the whole tensor: the codes of all shards are those of one
+    process, and all ranks skip alike.
 
     A CUDA graph may capture `step()`: its number and hyperparameters are read on the device. After
     a change of hyperparameters call `write_hyper()` before the next replay.
@@ -120,13 +123,23 @@ class AdamW(Optimizer):
         fused = first == "f32" and isinstance(second, SubsetNorm) and second.dtype == torch.float32
         return self._has_rules(p) and not (fused and p.device.type == "cpu")
 
+    def _is_packed(self, p: Tensor) -> bool:
+        """Whether p's moments have 4 bits."""
+        return self.recipe.packed and p.numel() > packed.LEAST and not self._whole.get(p, False)
+
+    def _path(self, p: Tensor) -> int:
+        """Which step p takes: 0 the fused one, 1 that of 4 bits, 2 the composed one."""
+        return 1 if self._is_packed(p) else 2 * self._is_composed(p)
+
     def _subsets(self, p: Tensor) -> int:
         return SubsetSums(self.recipe.exp_avg_sq).width(p) if self._has_rules(p) else 0
 
     def slots(self, p: Tensor) -> dict:
         if self._has_rules(p):
             return self._composed_slots(p)
-        if self.recipe.composed:
+        if self._is_packed(p):
+            return packed.slots(p, self.recipe.exp_avg_sq) | self._remainder(p)
+        if self.recipe.composed or self.recipe.packed:
             return dict.fromkeys(EMAS, MOMENTS["f32"]) | self._remainder(p)
         low = isinstance(local(p), ScaledTensor) or self.recipe.plain_moments
         slots = {key: MOMENTS[getattr(self.recipe, key) if low else "f32"] for key in EMAS}
@@ -146,7 +159,7 @@ class AdamW(Optimizer):
 
     def _check_parameter(self, p: Tensor) -> None:
         super()._check_parameter(p)
-        if not self._has_rules(p):
+        if not (self._has_rules(p) or self._is_packed(p)):
             return
         if isinstance(local(p), ScaledTensor) or placement.shard_of(p) is not None:
             raise ValueError(
@@ -169,34 +182,33 @@ class AdamW(Optimizer):
     # The step
 
     def update(self, device: torch.device, items: list[Item], amaxes: Tensor) -> None:
-        composed = [item for item in items if self._is_composed(item.parameter)]
-        if composed:
-            return self._update_composed(device, items, amaxes)
-        table = self._hyper.on(
-            device, [item.parameter for item in items], [_row(item.group) for item in items]
-        )
-        self._update_fused(device, items, amaxes, table)
-
-    def _update_composed(self, device: torch.device, items: list[Item], amaxes: Tensor) -> None:
-        """Steps the parameters whose moments the fused step knows, and then the others."""
-        order = sorted(range(len(items)), key=lambda i: self._is_composed(items[i].parameter))
-        items = [items[i] for i in order]
-        table = self._hyper.on(
-            device, [item.parameter for item in items], [_row(item.group) for item in items]
-        )
-        fused = sum(not self._is_composed(item.parameter) for item in items)
+        paths = [self._path(item.parameter) for item in items]
+        if any(paths):
+            order = sorted(range(len(items)), key=paths.__getitem__)
+            items, paths = [items[i] for i in order], sorted(paths)
+            amaxes = torch.stack([amaxes[i] for i in order])
+        params = [item.parameter for item in items]
+        table = self._hyper.on(device, params, [_row(item.group) for item in items])
+        if not any(paths):
+            return self._update_fused(items, amaxes, table, self._skipped[device])
         usable = amaxes.isfinite().all()
+        amaxes = torch.where(usable, amaxes, torch.inf)
+        fused, others = paths.count(0), paths.count(2)
+        kept = len(items) - others
+        skipped = torch.zeros_like(self._skipped[device])  # is counted once
         if fused:
-            amaxes = torch.stack([amaxes[i] for i in order[:fused]])
-            amaxes = torch.where(usable, amaxes, torch.inf)
-            self._update_fused(device, items[:fused], amaxes, table[:fused])
-        else:
-            self._skipped[device] += ~usable
-        for item, row in zip(items[fused:], table[fused:], strict=True):
+            self._update_fused(items[:fused], amaxes[:fused], table[:fused], skipped)
+        if kept > fused:
+            part = items[fused:kept]
+            how = [self._rounding(item.parameter) for item in part]
+            second = self.recipe.exp_avg_sq
+            packed.step(part, second, amaxes[fused:kept], table[fused:kept], skipped, how)
+        for item, row in zip(items[kept:], table[kept:], strict=True):
             self._composed.step(item, usable, row, self._rounding(item.parameter))
+        self._skipped[device] += ~usable
 
-    def _update_fused(self, device: torch.device, items: list[Item], amaxes: Tensor,
-                      hyper: Tensor) -> None:  # fmt: skip
+    def _update_fused(self, items: list[Item], amaxes: Tensor, hyper: Tensor,
+                      skipped: Tensor) -> None:  # fmt: skip
         wholes = [item.parameter for item in items]
         sharded = any(is_sharded(p) for p in wholes)
         params = [local(p) for p in wholes]
@@ -212,7 +224,7 @@ class AdamW(Optimizer):
             grad_amax=amaxes,
             steps=[s["step"] for s in states],
             hyper=hyper,
-            skipped=self._skipped[device],
+            skipped=skipped,
             scalings=[scaling(t) for t in (*params, *firsts, *seconds)],
             copies=[None if c is None else (c.q, c.qt, c.scale) for c in copies],
             remainders=[s.get("remainder") for s in states] if "remainder" in rounding else (),

@@ -260,7 +260,7 @@ class Grass(AdamW):
         if plain:
             amaxes = torch.stack([amaxes[i] for i in order[:plain]])
             amaxes = torch.where(usable, amaxes, torch.inf)
-            self._update_fused(device, items[:plain], amaxes, table[:plain])
+            self._update_fused(items[:plain], amaxes, table[:plain], self._skipped[device])
         else:
             self._skipped[device] += ~usable
         for item, row in zip(items[plain:], table[plain:], strict=True):
@@ -353,10 +353,10 @@ class Grass(AdamW):
 
 def _checked_recipe(recipe: str | Recipe) -> Recipe:
     found = recipes.get(recipe)
-    if found.composed:
+    if found.composed or found.packed:
         raise ValueError(
-            f"Grass: recipe {found.name} has a moment that is not one value for each element; "
-            'wanted one of averages, such as "bf16"'
+            f"Grass: recipe {found.name} has a moment in 4 bits, or one that is not a value for "
+            'each element; wanted one of averages, such as "bf16"'
         )
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,33 +14,13 @@ from ..recipe import Recipe
 from ..tensor import ScaledTensor, is_sharded
 from .base import Item, Optimizer
 from .hyper import HyperTable
-from .moments import REMAINDER, Remainder
+from .moments import REMAINDER, Part, Remainder
 
 TOP_BLOCK = 4096  # kTopBlock of microadam.h: flat elements among which the largest are kept
 ERROR_UNIT = 16  # kErrorUnit
 MOST_ERROR_BLOCK = 2**30
 RECIPE = Recipe("micro-adam", autocast=None, bf16_master="stochastic")
 STORAGE = ("density", "window", "error_block")
-
-
-@dataclass(frozen=True)
-class Part:
-    """The slot of one tensor of MicroAdam's state, over flat elements of its parameter."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    is_flat = True
-
-    def zeros(self, p: Tensor) -> Tensor:
-        """The state of a parameter before its first step."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=p.device)
-
-    def fits(self, value: object, p: Tensor) -> bool:
-        """Whether `value` is such a state of p."""
-        return isinstance(value, Tensor) and (value.dtype, value.shape) == (self.dtype, self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)} for a parameter"
 
 
 def kept_of(numel: int, density: float) -> tuple[int, int]:

@@ -57,6 +57,26 @@ class PlainEma:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The slot of a plain tensor that follows flat elements of its parameter, or all of it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    is_flat = True
+
+    def zeros(self, p: Tensor) -> Tensor:
+        """The state of a parameter before its first step."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=p.device)
+
+    def fits(self, value: object, p: Tensor) -> bool:
+        """Whether `value` is such a state of p."""
+        return isinstance(value, Tensor) and (value.dtype, value.shape) == (self.dtype, self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)} for a parameter"
+
+
+@dataclass(frozen=True)
 class Remainder:
     """The 16 low bits of a float32 master whose high bits are a bf16 parameter."""
 

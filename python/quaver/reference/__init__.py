@@ -26,6 +26,7 @@ from .adam import (
     toward_zero,
     update_bound,
 )
+from .adam4 import adamw_4bit, block_scales, rank1_scales
 from .elementary import exp2_coarse, fma, log2_coarse
 from .formats import (
     E4M3,

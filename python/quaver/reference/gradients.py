@@ -23,7 +23,8 @@ def accumulate(
         new, codes = one, total.to(torch.bfloat16)
     else:
         new = scale_from_amax(seen, q.dtype, previous=scale)
-        codes = encode(total / new, q.dtype)
+        # By the reciprocal, which is exact but for a scale that was given and is no power of two.
+        codes = encode(total * (one / new), q.dtype)
     finite = amax.isfinite() & (one if other_amax is None else other_amax).isfinite()
     return codes, new, torch.where(finite, seen, torch.nan)
 
