@@ -85,7 +85,7 @@ def _warn_of_other_recipe(optimizer: torch.optim.Optimizer) -> None:
 def _rules(p: nn.Parameter, recipe: Recipe) -> tuple[str, ...]:
     """The rules by which `recipe` stores the moments of p and rounds p."""
     scaled = isinstance(local(p), ScaledTensor)
-    low = scaled or recipe.plain_moments
+    low = scaled or recipe.plain_moments or recipe.packed
     moments = (recipe.exp_avg, recipe.exp_avg_sq) if low else ("f32", "f32")
     if scaled:
         return *moments, recipe.master_rounding
