@@ -181,8 +181,9 @@ def test_nothing_changes_when_any_gradient_is_not_finite():
     shape = (40, 40)
     for bad in (INF, -INF, NAN):
         w = [scaled(randn(*shape, seed=i), torch.float16) for i in range(2)]
-        m, v = [zeros(shape, E4M3)] * 2, [zeros(shape, torch.float16)] * 2
-        copies = [(torch.zeros(shape, dtype=E4M3),) * 2 + (torch.zeros(()),)] * 2
+        m, v = ([zeros(shape, dtype) for _ in range(2)] for dtype in (E4M3, torch.float16))
+        codes, scale = torch.zeros(shape, dtype=E4M3), torch.zeros(())
+        copies = [tuple(t.clone() for t in (codes, codes, scale)) for _ in range(2)]
         g = [randn(*shape), randn(*shape)]
         g[1][39, 39] = bad
         for grads in (g, [g[0], scaled(g[1], E4M3)]):
@@ -228,12 +229,12 @@ def test_the_op_refuses_by_name():
     one = torch.ones(())
     a = ([w], [m], [v], [g])
     cases = [
-        (([m], [m], [v], [g]), {}, "weight must be f32, bf16 or f16, got e4m3"),
+        (([zeros((4, 4), E4M3)], [m], [v], [g]), {}, "weight must be f32, bf16 or f16, got e4m3"),
         (([w], [m.qdata], [v], [g]), {}, "exp_avg is e4m3 and needs a scale and an amax"),
         (([w], [g.bfloat16()], [v], [g]), {}, "exp_avg must be f32, f16, e4m3 or e5m2, got bf16"),
         (([w], [zeros((4, 5), E4M3)], [v], [g]), {}, "exp_avg has 20 values, its parameter 16"),
         (([w], [m], [v], [randn(4, 3)]), {}, "grad has 12 values, its parameter 16"),
-        (a, {"copies": [(row, row.t(), one)]}, "must be contiguous"),
+        (a, {"copies": [(row, row.clone().t(), one)]}, "must be contiguous"),
         (
             ([g.clone()], [g * 0], [g * 0], [g]),
             {"copies": [(row, row.clone(), one)]},
@@ -298,7 +299,7 @@ def test_a_scale_and_an_amax_come_together():
         with pytest.raises(REFUSAL, match=f"{name} is f16 and needs a scale and an amax"):
             step([one.clone() for _ in range(3)], amaxes, f16)
     with pytest.raises(REFUSAL, match="only an f16 weight has a scale, and then an amax too"):
-        step([one.clone() for _ in range(3)], [none, one, one], f16)
+        step([one.clone() for _ in range(3)], [none, one, one.clone()], f16)
 
 
 @pytest.mark.parametrize("kind", ["strided", "expanded", "reversed rows"])

@@ -195,3 +195,23 @@ def test_every_op_is_checked():
     # Collectives need their peers: tests/test_comm.py. No graph of a compiler holds them.
     names = {name for name in names if not name.startswith("comm_")}
     assert names == {op._qualified_op_name.split("::")[1] for op, _ in CASES}
+
+
+@pytest.mark.parametrize(
+    ("op", "make"),
+    [(ops.adam_, adam_in_groups), (ops.adam_4bit_, adam_4bit), (ops.micro_adam_, micro_adam)],
+)
+def test_a_tensor_that_two_parameters_would_write_is_refused(op, make):
+    """By name, before a weight or a step changes. Threads would decide what it holds."""
+    schema, tried = op.default._schema.arguments, 0
+    for i in [i for i, a in enumerate(schema) if a.alias_info and "List" in str(a.type)]:
+        args = [list(a) if isinstance(a, list) else a for a in make()]
+        if len(args[i]) < 2 or not args[i][0].numel():
+            continue
+        args[i][1], tried = args[i][0], tried + 1
+        before = [w.clone() for w in args[0]]
+        with pytest.raises(ValueError, match="_: a tensor is there twice"):
+            op(*args)
+        for weight, was in zip(args[0], before, strict=True):
+            assert torch.equal(weight, was)
+    assert tried >= 2

@@ -129,6 +129,8 @@ void adam_4bit_(const Tensors& weights, const Tensors& exp_avgs, const Tensors& 
                        grads,   grad_scales, grad_amax,      steps,       hyper,
                        skipped, remainders,  seconds,        seeds};
   check(a);
+  check_distinct(kOp, {&weights, &exp_avgs, &exp_avg_scales, &exp_avg_sqs, &exp_avg_sq_scales,
+                       &steps, &remainders});
   const size_t n = weights.size();
   if (n == 0) return;
   const Tensor amax = dense(grad_amax);

@@ -1,7 +1,10 @@
 // The device of an op: the CPU, or the current stream of its tensors' CUDA device.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "bridge.h"
 
@@ -40,6 +43,20 @@ inline void check_device(const char* op, const Tensor& first, const char* name,
 inline void check_device(const char* op, const Tensor& first, const char* name,
                          const std::vector<Tensor>& list) {
   for (const Tensor& t : list) check_device(op, first, name, t);
+}
+
+// A tensor that is in an op's lists twice would be written for two parameters at once, and threads
+// would decide what it holds.
+inline void check_distinct(const char* op,
+                           std::initializer_list<const std::vector<Tensor>*> written) {
+  std::vector<const void*> places;
+  for (const std::vector<Tensor>* list : written)
+    for (const Tensor& t : *list)
+      if (t.numel() > 0) places.push_back(t.data_ptr());
+  std::sort(places.begin(), places.end());
+  QUAVER_CHECK(std::adjacent_find(places.begin(), places.end()) == places.end(), op,
+               ": a tensor is there twice among those that are written; give each parameter its "
+               "own weight, states and step");
 }
 
 // Memory for one call, of the caching allocator, which may hand it out again after this call's

@@ -116,6 +116,7 @@ void micro_adam_(const Tensors& weights, const Tensors& indices, const Tensors& 
                        grads,   grad_scales, grad_amax, steps,        hyper,
                        skipped, remainders,  kept,      error_blocks, seeds};
   check(a);
+  check_distinct(kOp, {&weights, &indices, &values, &errors, &ranges, &steps, &remainders});
   const size_t n = weights.size();
   if (n == 0) return;
   const Tensor amax = dense(grad_amax);

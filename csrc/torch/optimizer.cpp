@@ -146,6 +146,7 @@ void adam_(const Tensors& values, const Tensors& scales, const Tensors& amaxes,
                        grad_amax,  steps,    hyper,  skipped,        copies,
                        remainders, scalings, seeds,  first_elements, subsets};
   check(a);
+  check_distinct("adam_", {&values, &scales, &amaxes, &steps, &copies, &remainders});
   const size_t n = steps.size();
   if (n == 0) return;
   const Tensor amax = dense(grad_amax);
