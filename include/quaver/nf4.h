@@ -31,7 +31,7 @@ QUAVER_HD float nf4_level(uint32_t code) {
                                        1.0f};
   // By comparisons: a GPU would keep an array that a variable indexes in memory.
   float found = level[0];
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
   for (uint32_t k = 1; k < kNf4Levels; ++k)
@@ -57,7 +57,7 @@ QUAVER_HD uint32_t nf4_code(float y) {
       0.120255246758461f,    0.2035212516784668f,   0.2920137643814087f,    0.3893125355243683f,
       0.5016634464263916f,   0.6427869200706482f,   0.8614784479141235f};
   uint32_t code = 0;
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
   for (int k = 0; k < kNf4Levels - 1; ++k) code += y > midpoint[k];
