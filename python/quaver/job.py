@@ -1,104 +1,34 @@
-"""One training of a run, of a recipe and an optimizer: its steps, its result.
-
-Everything that a step needs is a function of the configuration, the step and the checkpoint, so a
-run that was killed continues with the same bits.
-"""
+"""One training of `quaver train`, of a recipe and an optimizer, on text."""
 
 from __future__ import annotations
 
-import math
-import os
-import statistics
-import threading
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import distributed, machine, models, recipe
-from .activations import saved_activations
+from . import distributed, recipe
 from .assembly import BETAS, build_model, build_optimizer, is_fsdp
-from .board import Board
-from .checkpoint import step_of
-from .comm.together import together
-from .convert import convert_report
-from .data import Data
-from .errors import CheckpointError, UsageError
-from .files import sync
-from .grad import clip_grad_norm_
-from .memory import memory_report
-from .metrics import Metrics
 from .optimizers import label
-from .probe import Probe
-from .progress import Progress
-from .rundir import RunDir, differences
 from .schedule import learning_rate, parameter_groups
-from .schema import SchemaError, check
-from .settings import Settings
+from .training import CLIP, Run, Training, finished, finite
 
-__all__ = ["BETAS", "Interrupted", "Job", "Run", "finished", "learning_rate", "parameter_groups"]
-
-CLIP = 1.0
-LAST = 0.05  # part of the steps over which the training loss is averaged
-NOTES = {"skipped": int, "metrics_crc32": int, "recipe": str, "configuration": dict}
+__all__ = ["BETAS", "CLIP", "Job", "Run", "finished", "learning_rate", "parameter_groups"]
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-@dataclass(frozen=True)
-class Run:
-    """The values that all trainings of a run share. `configuration` is kept in every checkpoint;
-    `writer` makes TensorBoard logs of a folder, if any are wanted."""
-
-    settings: Settings
-    model: models.Config
-    text: Data | None
-    world: distributed.World
-    folder: RunDir | None = None
-    configuration: dict = field(default_factory=dict)
-    writer: Callable | None = None
-
-    @property
-    def writes(self) -> bool:
-        return self.world.rank == 0
-
-
-def finished(run: Run, name: str, result: dict) -> list:
-    """The losses of all steps of a training that has its `result`."""
-    steps, crc32 = run.settings.steps, result["metrics_crc32"]
-    with Metrics(run.folder.metrics_path(name), steps, crc32, run.writes) as metrics:
-        return [line["loss"] for line in metrics.lines]
-
-
-class Job:
+class Job(Training):
     """Recipe `name` of a run with an optimizer of --optimizer (None: AdamW with the recipe's own
     states): the model and optimizer of the configuration, on this rank."""
 
     def __init__(self, run: Run, name: str, optimizer: str | None = None):
-        self.run, self.world = run, run.world
-        self.settings = replace(run.settings, lr=run.settings.rate(optimizer))
-        self.recipe, self.device = recipe.get(name), run.world.device
-        self.chosen, self.name = optimizer, label(name, optimizer)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.model = build_model(self.settings, run.model, self.recipe, self.world)
+        settings = replace(run.settings, lr=run.settings.rate(optimizer))
+        super().__init__(run, label(name, optimizer), settings)
+        self.recipe, self.chosen = recipe.get(name), optimizer
+        self.model = build_model(settings, run.model, self.recipe, self.world)
         self.optimizer = self._build_optimizer()
-        self.parallel = self.transport = None
         if self.world.size > 1:
             self._connect()
-
-    # Building
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         settings, config = self.settings, self.run.model
@@ -113,122 +43,6 @@ class Job:
         self.parallel = distributed.ddp(self.model, optimizer=self.optimizer, group=group)
         self.transport = self.parallel.transport
 
-    # Training
-
-    def train(self, stop: threading.Event) -> tuple[dict, list]:
-        """Trains from the checkpoint, or from the start. Returns the result and the losses of all
-        steps. Raises Interrupted, after saving, on the step after `stop` was set."""
-        run, name, settings = self.run, self.name, self.settings
-        report = convert_report(self.model)
-        if report.converted and run.writes:
-            print(f"{name} {report}")
-        notes = self._load() if settings.resume else None
-        start, skipped, crc32 = notes or (0, 0, 0)
-        with ExitStack() as stack:
-            path = run.folder.metrics_path(name)
-            metrics = stack.enter_context(Metrics(path, start, crc32, run.writes))
-            progress = stack.enter_context(Progress(name, start, settings.steps, run.writes))
-            if start:
-                progress.say(f"{name} continues after step {start}")
-            folder = run.folder.tensorboard_path(name)
-            board = stack.enter_context(Board(run.writer if run.writes else None, folder, start))
-            for step in range(start + 1, settings.steps + 1):
-                line = self.step(step)
-                asked = self._agree(line, stop)
-                line["skipped"] = skipped + self.optimizer.skipped
-                metrics.write(line)
-                progress.step(step, line)
-                board.write(line)
-                if asked or step % settings.save_every == 0 or step == settings.steps:
-                    self._save(step, metrics)
-                if asked and step < settings.steps:
-                    progress.say(f"{name} stopped after step {step}; --resume continues")
-                    raise Interrupted
-        result = self._result(metrics)
-        if any(self.world.all_gather(stop.is_set())):
-            raise Interrupted
-        return result, [line["loss"] for line in metrics.lines]
-
-    @property
-    def _checkpoint(self) -> Path:
-        tensor = self.world.tensor
-        parts = () if tensor is None else (tensor.rank, tensor.size)
-        return self.run.folder.checkpoint_path(self.name, *parts)
-
-    @property
-    def _next(self) -> Path:
-        """The path of a checkpoint's part until all ranks have written theirs."""
-        return self._checkpoint.with_suffix(".next.safetensors")
-
-    def _save(self, step: int, metrics: Metrics) -> None:
-        metrics.sync()
-        parts = self.world.tensor is not None
-        path = self._next if parts else self._checkpoint
-        extra = {
-            "skipped": metrics.lines[-1]["skipped"],
-            "metrics_crc32": self.world.all_gather(metrics.crc32)[0],  # rank 0 writes the file
-            "recipe": self.name,
-            "configuration": self.run.configuration,
-        }
-        distributed.save(
-            path, self.model, self.optimizer, parallel=self.parallel, step=step, extra=extra
-        )
-        if parts:
-            self.world.all_gather(step)  # only when every rank has this step may the older one go
-            if self.world.data_rank == 0:
-                os.replace(path, self._checkpoint)
-                sync(path.parent)
-
-    def _saved(self) -> Path | None:
-        """The file to continue from; None to start. Where each rank saves a part and some were
-        killed between the parts, it is of the newest step that all ranks have."""
-        if self.world.tensor is None:
-            path = self._checkpoint
-            return path if any(self.world.all_gather(path.exists())) else None
-        with together(self.world.transport, self.device):
-            paths = [path for path in (self._next, self._checkpoint) if path.exists()]
-            steps = {step_of(path): path for path in paths}
-        every = self.world.all_gather([list(steps), self._checkpoint.exists()])
-        common = set(steps).intersection(*(found for found, _ in every))
-        if common:
-            return steps[max(common)]
-        if any(whole for _, whole in every):
-            parts = ", ".join(
-                str(step) for step in sorted({s for found, _ in every for s in found})
-            )
-            raise UsageError(
-                f"the parts of the checkpoint of {self.name} are of several steps: {parts}"
-            )
-        return None  # killed in the first save
-
-    def _load(self) -> tuple[int, int, int] | None:
-        """Restores the checkpoint, if there is one: its step, the steps skipped until then, and the
-        checksum of their metrics. An error on one rank is one on all."""
-        path = self._saved()
-        if path is None:
-            return None
-        with together(self.world.transport, self.device):
-            try:
-                state = distributed.load(path, self.model, self.optimizer, parallel=self.parallel)
-                self._check_notes(state["extra"])
-            except CheckpointError as error:
-                hint = f"without the file {self.name} starts anew"
-                raise UsageError(f"{error}; {hint}") from None
-            extra = state["extra"]
-        return state["step"], extra["skipped"], extra["metrics_crc32"]
-
-    def _check_notes(self, extra: object) -> None:
-        """Checks that the checkpoint is of this run: same seed, data, rates, recipe, optimizer."""
-        try:
-            check(extra, NOTES, "extra")
-        except SchemaError as error:
-            raise CheckpointError(f"{self._checkpoint}: not of a run: {error}") from None
-        old = self._own(extra["configuration"], extra["recipe"])
-        new = self._own(self.run.configuration, self.name)
-        found = list(differences(old, new))
-        if found:
-            raise UsageError(f"--resume: {self._checkpoint} is of a run with {', '.join(found)}")
-
     def _own(self, configuration: dict, name: str) -> dict:
         """The part of a run's configuration that this training depends on, with its name: not where
         the data lies, nor the other trainings."""
@@ -236,15 +50,6 @@ class Job:
         lr = configuration.get("lr")
         lr = lr.get(self.chosen) if isinstance(lr, dict) else lr
         return configuration | free | {"recipe": name, "lr": lr}
-
-    def _agree(self, line: dict, stop: threading.Event) -> bool:
-        """Replaces the loss by the mean over ranks; returns whether any of them is to stop."""
-        found = self.world.all_gather([line["loss"], stop.is_set()])
-        losses = [loss for loss, _ in found]
-        line["loss"] = None if None in losses else statistics.fmean(losses)
-        return any(asked for _, asked in found)
-
-    # One step
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         inputs, targets = inputs.to(self.device), targets.to(self.device)
@@ -260,63 +65,8 @@ class Job:
         rows = settings.batch // world.data_size
         return [part[world.data_rank * rows : (world.data_rank + 1) * rows] for part in whole]
 
-    def _traffic(self) -> dict[str, int]:
-        """Bytes that this rank sent so far, by kind."""
-        transports = [t for t in (self.transport, self.world.tensor) if t]
-        return {kind: sum(t.traffic[kind] for t in transports) for kind in distributed.KINDS}
-
-    def step(self, step: int) -> dict:
-        """One optimizer step; returns its line of metrics."""
-        settings, began, before = self.settings, time.perf_counter(), self._traffic()
-        lr = learning_rate(step, settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        probed = settings.probe and step % settings.probe == 0
-        probe = Probe(self.model, self.optimizer) if probed else None
-        total = self._backward(step, probe)
-        norm = self._clip()
-        if probe:
-            probe.before_update()
-        self.optimizer.step()
-        measured = {"probe": probe.after_update()} if probe else {}
-        value = total.item()  # waits for the device, so the time is that of the whole step
-        tokens = settings.batch * settings.seq * settings.accumulate
-        line = {
-            "step": step,
-            "loss": _finite(value),
-            "lr": lr,
-            "grad_norm": _finite(float(norm)),
-            "tokens_per_s": tokens / (time.perf_counter() - began),
-        } | measured
-        if self.transport:
-            after = self._traffic()
-            line["communication"] = {kind: after[kind] - before[kind] for kind in after}
-        return line
-
-    def _backward(self, step: int, probe: Probe | None) -> Tensor:
-        """The loss of all micro-batches, whose gradients are then in `.grad`."""
-        self.optimizer.zero_grad(set_to_none=True)
-        total, count = (
-            torch.zeros((), dtype=torch.float32, device=self.device),
-            self.settings.accumulate,
-        )
-        for micro in range(count):
-            with machine.bf16_products(self.device), ExitStack() as stack:
-                if self.parallel and micro + 1 < count:
-                    stack.enter_context(self.parallel.no_sync())
-                if probe and micro == 0:
-                    stack.enter_context(probe.watching())
-                loss = self._loss(*self._batch(step, micro)) / count
-                loss.backward()
-            total += loss.detach()
-        return total
-
-    def _clip(self) -> Tensor:
-        if isinstance(self.optimizer, distributed.ZeroAdamW):
-            return self.optimizer.clip_grad_norm_(CLIP)
-        return clip_grad_norm_(self.model.parameters(), CLIP)
-
-    # The result
+    def _tokens(self, step: int) -> int:
+        return self.settings.batch * self.settings.seq * self.settings.accumulate
 
     @torch.no_grad()
     def _validate(self) -> float | None:
@@ -334,38 +84,4 @@ class Job:
         parts = self.world.all_gather(found)
         everywhere = {int(i): pair for part in parts for i, pair in part.items()}
         pairs = [everywhere[i] for i in range(len(everywhere))]
-        return _finite(sum(total for total, _ in pairs) / sum(count for _, count in pairs))
-
-    def _memory(self) -> dict:
-        """The mean over ranks, measured on a micro-batch of its own after training, so that
-        resumption does not matter."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with saved_activations(self.model) as saved:
-            loss = self._loss(*self._batch(self.settings.steps, 0))
-        loss.backward()
-        return self.world.mean(memory_report(self.model, self.optimizer, activations=saved))
-
-    def _peak_memory(self) -> int | None:
-        """The most bytes that this training had on the GPU at once; None on the CPU."""
-        if self.device.type != "cuda":
-            return None
-        return torch.cuda.max_memory_allocated(self.device)
-
-    def _result(self, metrics: Metrics) -> dict:
-        lines = metrics.lines
-        last = [line["loss"] for line in lines[-max(1, round(len(lines) * LAST)) :]]
-        sent = [line.get("communication", {}) for line in lines]
-        with machine.bf16_products(self.device):
-            val_loss, memory = self._validate(), self._memory()
-        return {
-            "final_loss": None if None in last else statistics.fmean(last),
-            "val_loss": val_loss,
-            "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
-            "memory": memory,
-            "peak_memory": self._peak_memory(),
-            "communication": {k: sum(s.get(k, 0) for s in sent) for k in distributed.KINDS},
-            "steps": len(lines),
-            "skipped": lines[-1]["skipped"],
-            "nonfinite_losses": sum(line["loss"] is None for line in lines),
-            "metrics_crc32": self.world.all_gather(metrics.crc32)[0],
-        }
+        return finite(sum(total for total, _ in pairs) / sum(count for _, count in pairs))

@@ -6,14 +6,14 @@ import math
 
 from torch import nn
 
-from .settings import Settings
+from .settings import RunSettings
 
 __all__ = ["learning_rate", "parameter_groups"]
 
 WEIGHT_DECAY = 0.1
 
 
-def learning_rate(step: int, settings: Settings) -> float:
+def learning_rate(step: int, settings: RunSettings) -> float:
     """The rate of step 1..steps: a linear warmup, then a cosine down to a tenth."""
     if step <= settings.warmup:
         return settings.lr * step / settings.warmup

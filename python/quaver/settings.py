@@ -1,4 +1,4 @@
-"""The options of `quaver train`."""
+"""The options of `quaver train`, and those that every training run has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .data import Data
 from .errors import UsageError
 from .parallel import Parallel
 
-__all__ = ["Settings", "configuration", "model_config"]
+__all__ = ["FREE", "RunSettings", "Settings", "configuration", "model_config"]
 
 # Settings that do not decide the numbers of a run: it may be resumed with others.
 FREE = ("out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "optimizer",
@@ -22,17 +22,11 @@ RATE = 1e-3
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The fields are the flags of `quaver train`. `batch` is the size of a micro-batch, of which
-    `accumulate` make a step; ranks share it. Every recipe is trained with every optimizer; without
-    one (None) with AdamW and its own states; ("all",) is all optimizers. `lr` of None is each
-    optimizer's own. Raises UsageError naming a flag out of range."""
+class RunSettings:
+    """The options of any training run. `batch` is the size of a micro-batch, of which `accumulate`
+    make a step. Raises UsageError naming a flag out of range."""
 
     data: tuple[str, ...] = ("stdlib",)
-    tokenizer: str | None = None
-    model: str = "tiny"
-    recipe: tuple[str, ...] | None = None
-    optimizer: tuple[str, ...] | None = None
     steps: int = 300
     batch: int = 8
     seq: int = 256
@@ -47,7 +41,6 @@ class Settings:
     overwrite: bool = False
     tensorboard: bool = False
     probe: int = 0
-    parallel: Parallel | str | None = None
 
     def __post_init__(self):
         for name in ("steps", "batch", "seq", "accumulate", "save_every"):
@@ -55,16 +48,54 @@ class Settings:
         self._check_range("probe", 0)
         if not -(2**63) <= self.seed < 2**63:
             raise UsageError(f"--seed must have at most 63 bits, got {self.seed}")
-        if self.optimizer == ("all",):
-            object.__setattr__(self, "optimizer", tuple(optimizers.names()))
-        if self.lr is None and self.optimizer is None:
-            object.__setattr__(self, "lr", RATE)
-        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"--lr must be a positive number, got {self.lr}")
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 20)
         if not 0 <= self.warmup < self.steps:
             raise UsageError(f"--warmup must be 0 to {self.steps - 1}, got {self.warmup}")
+
+    def _check_range(self, name: str, least: int) -> None:
+        value, flag = getattr(self, name), name.replace("_", "-")
+        if not least <= value < 2**31:
+            bound = f"at least {least}" if value < least else "below 2^31"
+            raise UsageError(f"--{flag} must be {bound}, got {value}")
+
+    def _check_rate(self, lr: float) -> None:
+        if not (math.isfinite(lr) and lr > 0):
+            raise UsageError(f"--lr must be a positive number, got {lr}")
+
+    def _check_names(self, flag: str, get: Callable[[str], object]) -> None:
+        names = getattr(self, flag)
+        if not names:
+            raise UsageError(f"--{flag} names none")
+        if len(set(names)) != len(names):
+            raise UsageError(f"--{flag} names one twice: {','.join(names)}")
+        for name in names:
+            try:
+                get(name)
+            except ValueError as error:
+                raise UsageError(f"--{flag}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """The fields are the flags of `quaver train`. Ranks share a micro-batch. Every recipe is
+    trained with every optimizer; without one (None) with AdamW and its own states; ("all",) is all
+    optimizers. `lr` of None is each optimizer's own."""
+
+    tokenizer: str | None = None
+    model: str = "tiny"
+    recipe: tuple[str, ...] | None = None
+    optimizer: tuple[str, ...] | None = None
+    parallel: Parallel | str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.optimizer == ("all",):
+            object.__setattr__(self, "optimizer", tuple(optimizers.names()))
+        if self.lr is None and self.optimizer is None:
+            object.__setattr__(self, "lr", RATE)
+        if self.lr is not None:
+            self._check_rate(self.lr)
         object.__setattr__(self, "parallel", Parallel.parse(self.parallel))
         if self.batch % self.parallel.data:
             raise UsageError(
@@ -87,24 +118,6 @@ class Settings:
     def rate(self, optimizer: str | None) -> float:
         """The peak learning rate of an optimizer."""
         return RATE * optimizers.rate(optimizer) if self.lr is None else self.lr
-
-    def _check_range(self, name: str, least: int) -> None:
-        value, flag = getattr(self, name), name.replace("_", "-")
-        if not least <= value < 2**31:
-            bound = f"at least {least}" if value < least else "below 2^31"
-            raise UsageError(f"--{flag} must be {bound}, got {value}")
-
-    def _check_names(self, flag: str, get: Callable[[str], object]) -> None:
-        names = getattr(self, flag)
-        if not names:
-            raise UsageError(f"--{flag} names none")
-        if len(set(names)) != len(names):
-            raise UsageError(f"--{flag} names one twice: {','.join(names)}")
-        for name in names:
-            try:
-                get(name)
-            except ValueError as error:
-                raise UsageError(f"--{flag}: {error}") from None
 
 
 def model_config(settings: Settings, vocab: int) -> models.Config:

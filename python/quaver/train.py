@@ -6,8 +6,6 @@ One rank or several: they share each micro-batch; the first of them writes.
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -18,7 +16,8 @@ from . import data, distributed, machine, models
 from .board import summary_writer
 from .distributed.launch import joined
 from .errors import UsageError
-from .job import Interrupted, Job, Run, finished
+from .interrupt import Interrupted, stop_signals
+from .job import Job, Run, finished
 from .optimizers import label
 from .plot import plot_losses, plot_memory
 from .progress import baseline, table
@@ -80,7 +79,7 @@ def _run(settings: Settings, world: distributed.World, writer: Callable | None) 
     run = Run(settings, model, text, world, RunDir(settings.out), config, writer)
     _check_optimizers(run)
     show = print if run.writes else lambda *args: None
-    with ExitStack() as stack, _stop_signals() as stop:
+    with ExitStack() as stack, stop_signals() as stop:
         results = world.all_gather(world.first(lambda: _open(run, stack)))[0]
         _show_data(run, show)
         parallel = None if world.size == 1 else str(settings.parallel)
@@ -140,28 +139,3 @@ def _open(run: Run, stack: ExitStack) -> dict:
     folder.check(run.configuration, settings.resume, settings.overwrite)
     stack.enter_context(folder.started(run.configuration, settings.resume))
     return folder.results(run.configuration) if settings.resume else {}
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Yields an Event that SIGINT and SIGTERM set. A second signal acts as it would without us."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may install handlers
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number, frame):
-        stop.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        restore()
