@@ -201,6 +201,17 @@ def test_it_learns(options):
     assert losses[-1] < 0.8 * losses[0], losses
 
 
+def test_groups_hold_every_parameter_once_and_the_mix_at_ten_times_the_rate():
+    model = side()
+    rest, mix = model.side_parameter_groups(0.01)
+    assert {*rest["params"], *mix["params"]} == {*model.side_parameters()}
+    assert len(rest["params"]) == len(model.side_parameters()) - 1
+    assert mix["params"] == [model.side_network.alpha]
+    assert (rest["lr"], mix["lr"]) == (0.01, 0.1)
+    optimizer = qv.AdamW([rest, mix], lr=1.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.1]
+
+
 def test_a_copy_is_another_model():
     model = side()
     twin, wanted = copy.deepcopy(model), model(tokens())

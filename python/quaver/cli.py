@@ -1,4 +1,4 @@
-"""The command `quaver`: train, info, bench.
+"""The command `quaver`: train, tune, info, bench.
 
 Exit status: 0 done, 2 a mistake in flags or files (one line on stderr), 1 a failure of the system
 (one line), 130 stopped by a signal.
@@ -18,10 +18,11 @@ import torch
 
 import quaver as qv
 
-from . import _C, machine, models, optimizers, recipe, train
+from . import _C, machine, models, optimizers, recipe, train, tune
 from .distributed import RankFailure
 from .distributed.launch import announce
 from .errors import UsageError
+from .settings import RunSettings
 
 __all__ = ["command", "main"]
 
@@ -52,6 +53,13 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     )
     _add_task(p, default)
     _add_run(p, default)
+    p.add_argument(
+        "--parallel",
+        metavar="KIND=N",
+        help="under torchrun: dp=N processes that share each micro-batch, zero=N with optimizer "
+        "states spread over them, or fsdp=N with everything sharded (FSDP2); tp=N that share the "
+        "model; dp=N,tp=M is N x M processes",
+    )
     p.set_defaults(call=_train)
 
 
@@ -84,11 +92,15 @@ def _add_task(p: argparse.ArgumentParser, default: train.Settings) -> None:
         help=f"comma-separated: {', '.join(optimizers.names())}; or all. Each trains with each "
         "recipe. Without it AdamW keeps the states of the recipe",
     )
+    p.add_argument("--lr", type=float, help=_rates(default.lr))
+    p.add_argument("--seq", type=int, default=default.seq, help="tokens a sequence")
+    _add_steps(p, default)
+
+
+def _add_steps(p: argparse.ArgumentParser, default: RunSettings) -> None:
     p.add_argument("--steps", type=int, default=default.steps, help="optimizer steps")
     p.add_argument("--batch", type=int, default=default.batch, help="sequences a micro-batch")
-    p.add_argument("--seq", type=int, default=default.seq, help="tokens a sequence")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
-    p.add_argument("--lr", type=float, help=_rates(default.lr))
     p.add_argument("--warmup", type=int, help="steps of warmup; 5 %% of the steps if not given")
     p.add_argument("--seed", type=int, default=default.seed, help="of weights and batches")
     p.add_argument(
@@ -102,7 +114,7 @@ def _rates(base: float) -> str:
     return f"peak learning rate, of every optimizer (default: {base:g}; {other})"
 
 
-def _add_run(p: argparse.ArgumentParser, default: train.Settings) -> None:
+def _add_run(p: argparse.ArgumentParser, default: RunSettings) -> None:
     """The flags of where and how a run runs, none of which changes its numbers."""
     p.add_argument("--out", default=default.out, help="folder for metrics and checkpoints")
     p.add_argument(
@@ -111,13 +123,6 @@ def _add_run(p: argparse.ArgumentParser, default: train.Settings) -> None:
         default=default.save_every,
         metavar="N",
         help="steps between checkpoints",
-    )
-    p.add_argument(
-        "--parallel",
-        metavar="KIND=N",
-        help="under torchrun: dp=N processes that share each micro-batch, zero=N with optimizer "
-        "states spread over them, or fsdp=N with everything sharded (FSDP2); tp=N that share the "
-        "model; dp=N,tp=M is N x M processes",
     )
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs too")
     p.add_argument(
@@ -134,10 +139,96 @@ def _add_run(p: argparse.ArgumentParser, default: train.Settings) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    fields = {field.name for field in dataclasses.fields(train.Settings)}
+    train.run(train.Settings(**_fields(train.Settings, arguments)))
+
+
+def _fields(settings: type, arguments: argparse.Namespace) -> dict:
+    """The arguments that are fields of a class of settings."""
+    fields = {field.name for field in dataclasses.fields(settings)}
     values = {key: value for key, value in vars(arguments).items() if key in fields}
-    values["data"] = tuple(values["data"])
-    train.run(train.Settings(**values))
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    default = tune.Settings()
+    p = commands.add_parser(
+        "tune",
+        help="finetune a model of transformers by one method or several",
+        formatter_class=_Help,
+        description="Finetune a model on instruction data, by each method on the same batches. "
+        "The loss is that of the answers.",
+    )
+    p.add_argument("--model", required=True, metavar="DIR", help="a folder of transformers")
+    _add_chat(p, default)
+    _add_method(p, default)
+    _add_steps(p, default)
+    _add_run(p, default)
+    p.set_defaults(call=_tune)
+
+
+def _add_chat(p: argparse.ArgumentParser, default: tune.Settings) -> None:
+    p.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".jsonl files; a line has a prompt and a response, or messages",
+    )
+    p.add_argument("--eval-data", nargs="+", metavar="FILE", help="held-out examples")
+    p.add_argument(
+        "--held-out",
+        type=float,
+        default=default.held_out,
+        metavar="SHARE",
+        help="of --data, without --eval-data",
+    )
+    for name in ("prompt", "response"):
+        flag, field = f"--{name}-field", getattr(default, f"{name}_field")
+        p.add_argument(flag, default=field, metavar="NAME", help=f"of a line's {name}")
+    p.add_argument("--seq", type=int, default=default.seq, help="longer examples are cut")
+
+
+def _add_method(p: argparse.ArgumentParser, default: tune.Settings) -> None:
+    rates = ", ".join(f"{rate:g} of {method}" for method, rate in tune.RATES.items())
+    p.add_argument(
+        "--method",
+        type=_names,
+        default=default.method,
+        help=f"comma-separated: {', '.join(tune.METHODS)}",
+    )
+    p.add_argument(
+        "--lr",
+        type=_method_rates,
+        metavar="RATE",
+        help=f"peak learning rate: one, or METHOD=RATE,... (default: {rates})",
+    )
+    p.add_argument(
+        "--optimizer", default=default.optimizer, help=f"one of {', '.join(optimizers.names())}"
+    )
+    p.add_argument(
+        "--recipe", default=default.recipe, help="of what trains: f32, bf16, tensorwise or coat"
+    )
+    p.add_argument(
+        "--dtype",
+        default=default.dtype,
+        help="of the weights: auto (the folder's), bfloat16 or float32",
+    )
+    p.add_argument(
+        "--backbone", default=default.backbone, help="frozen layers of qst, lora: nf4, fp8 or keep"
+    )
+    p.add_argument("--reduction", type=int, default=default.reduction, help="qst: widths by this")
+    p.add_argument("--adapter", type=int, default=default.adapter, help="qst: of a downsampler")
+    p.add_argument("--rank", type=int, default=default.rank, help="lora: of its matrices")
+
+
+def _method_rates(text: str) -> float | dict[str, float]:
+    if "=" not in text:
+        return float(text)
+    return {name: float(rate) for name, rate in (part.split("=") for part in text.split(","))}
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    tune.run(tune.Settings(**_fields(tune.Settings, arguments)))
 
 
 def _add_info(commands: argparse._SubParsersAction) -> None:
@@ -250,6 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"quaver {qv.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_tune(commands)
     _add_info(commands)
     _add_bench(commands)
     arguments = sys.argv[1:] if arguments is None else arguments

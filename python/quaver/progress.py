@@ -10,12 +10,12 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-__all__ = ["Progress", "baseline", "table"]
+__all__ = ["MIB", "Progress", "baseline", "grid", "number", "table"]
 
 SECONDS_PER_LINE = 10
 
 
-def _number(value: float | None, digits: int = 4) -> str:
+def number(value: float | None, digits: int = 4) -> str:
     return "nan" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
@@ -65,7 +65,7 @@ class Progress:
         if self.quiet:
             return
         trouble = f"  skipped {line['skipped']}" if line["skipped"] else ""
-        loss, speed = _number(line["loss"]), f"{line['tokens_per_s']:,.0f}"
+        loss, speed = number(line["loss"]), f"{line['tokens_per_s']:,.0f}"
         if self.bar:
             self.bar.set_postfix_str(f"loss {loss}  {speed} tokens/s{trouble}", refresh=False)
             self.bar.update()
@@ -99,9 +99,9 @@ def _row(name: str, result: dict, base: dict) -> dict[str, str]:
     known = result is not base and None not in (loss, base_loss)
     return {
         "recipe": name,
-        "held-out": _number(loss),
+        "held-out": number(loss),
         "change": f"{(loss / base_loss - 1) * 100:+.2f} %" if known else "-",
-        "train": _number(result["final_loss"]),
+        "train": number(result["final_loss"]),
         "tokens/s": f"{result['tokens_per_s']:,.0f}",
         "x": f"{result['tokens_per_s'] / base['tokens_per_s']:.2f}",
         "B/param": f"{per['state']:.2f}" if per else "-",
@@ -132,6 +132,11 @@ def table(results: dict[str, dict]) -> str:
     chosen = any("+" in name for name in results)  # by --optimizer
     if not chosen:
         del head["states"]
+    return f"{grid(head, rows)}\n\n{LEGEND + STATES * chosen}"
+
+
+def grid(head: dict[str, str], rows: list[dict[str, str]]) -> str:
+    """Rows of cells as aligned lines under their titles: the columns of `head`, {key: title}."""
     widths = {key: max(len(row[key]) for row in (head, *rows)) for key in head}
     lines = []
     for row in (head, *rows):
@@ -139,4 +144,4 @@ def table(results: dict[str, dict]) -> str:
         cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
         lines.append("  ".join(cells))
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, "", LEGEND + STATES * chosen])
+    return "\n".join(lines)

@@ -3,7 +3,8 @@
     OUT/config.json  OUT/summary.json  OUT/loss.png  OUT/memory.png
     OUT/NAME/metrics.jsonl  OUT/NAME/checkpoint/state.safetensors  OUT/NAME/tensorboard/
 
-NAME is RECIPE, or RECIPE+OPTIMIZER where --optimizer names one.
+NAME is RECIPE, or RECIPE+OPTIMIZER where --optimizer names one; of `quaver tune` it is a method,
+and OUT/NAME/tuned/ holds the result.
 
 Under tensor parallelism each part of a model has its state: state-tp0of2.safetensors, and so on.
 
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import optimizers
@@ -24,9 +26,9 @@ from .errors import FileError, UsageError
 from .files import expanded, locked, read_text, remove_known, write_text
 from .schema import Each, Maybe, SchemaError, check, parse, with_crc32, without_crc32
 
-__all__ = ["RunDir", "differences"]
+__all__ = ["RESULT", "Kind", "RunDir", "differences"]
 
-CONFIG = {"recipes": [str], "data_sha256": str, "model": dict, "seed": int}
+CONFIG = {"data_sha256": str, "model": dict, "seed": int}
 MEMORY = {"bytes_per_param": Each(float), "activation": int, "activation_linear": int,
           "activation_by_layer": Each(Each(int)), "total": int}  # fmt: skip
 RESULT = {
@@ -38,7 +40,7 @@ RESULT = {
     "skipped": int,
     "metrics_crc32": int,
 }
-SUMMARY = {"recipes": Each(RESULT), "machine": dict, "config": dict}
+SUMMARY = {"machine": dict, "config": dict}
 
 # The contents of a training's folder, by regular expressions: folders as dicts, files as None.
 OURS = {
@@ -51,7 +53,29 @@ OURS = {
         },
     },
     "tensorboard": {r"events\.out\.tfevents\..*": None},
+    r"tuned(\.next)?": {r"[\w.-]+\.(safetensors|json|jinja|txt|model|md)": None},
 }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a run trains: `noun`, the key of its trainings in config.json and of their results in
+    summary.json; `names`, all that a training may have; `result`, the schema of a result."""
+
+    noun: str
+    names: Callable[[], Iterable[str]]
+    result: dict
+
+    @property
+    def config(self) -> dict:
+        return {self.noun: [str], **CONFIG}
+
+    @property
+    def summary(self) -> dict:
+        return {self.noun: Each(self.result), **SUMMARY}
+
+
+TRAIN = Kind("recipes", optimizers.labels, RESULT)
 
 
 def _read_json(path: Path, schema, checksum: Callable[[dict], None] | None = None) -> dict:
@@ -77,10 +101,10 @@ def differences(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
 
 
 class RunDir:
-    """The folder `out`. Raises UsageError for a folder that must not be written to."""
+    """The folder `out` of a run. Raises UsageError for one that must not be written to."""
 
-    def __init__(self, out: str | os.PathLike):
-        self.path = expanded(out)
+    def __init__(self, out: str | os.PathLike, kind: Kind = TRAIN):
+        self.path, self.kind = expanded(out), kind
         self.config_path = self.path / "config.json"
         self.summary_path = self.path / "summary.json"
         self.plot_path = self.path / "loss.png"
@@ -96,6 +120,9 @@ class RunDir:
 
     def tensorboard_path(self, name: str) -> Path:
         return self.path / name / "tensorboard"
+
+    def tuned_path(self, name: str) -> Path:
+        return self.path / name / "tuned"
 
     def check(self, config: dict, resume: bool = False, overwrite: bool = False) -> None:
         """Refuses to start a run of `config` here where that would lose or mix up results.
@@ -123,7 +150,7 @@ class RunDir:
     def _config(self) -> dict:
         config = _read_json(self.config_path, dict)
         try:
-            check(config, CONFIG, "config.json")
+            check(config, self.kind.config, "config.json")
         except SchemaError as error:
             raise UsageError(
                 f"{self.path} holds other files and no run: {error}; choose another --out"
@@ -132,13 +159,14 @@ class RunDir:
 
     def _refuse_links(self) -> None:
         files = (self.config_path, self.summary_path, self.lock_path)
-        for path in (*files, *(path for name in optimizers.labels() for path in self._paths(name))):
+        for path in (*files, *(path for name in self.kind.names() for path in self._paths(name))):
             if path.is_symlink():
                 raise UsageError(f"{path} is a symbolic link: a run's folder holds none")
 
     def _paths(self, name: str) -> tuple[Path, ...]:
         checkpoint = self.checkpoint_path(name)
         paths = (self.metrics_path(name), self.tensorboard_path(name), checkpoint)
+        paths += (self.tuned_path(name),)
         return (self.path / name, checkpoint.parent, *paths)
 
     @contextmanager
@@ -154,7 +182,7 @@ class RunDir:
 
     def _remove(self) -> None:
         """The files of any run; whatever else lies there stays."""
-        for name in optimizers.labels():
+        for name in self.kind.names():
             remove_known(self.path / name, OURS)
         for path in (self.summary_path, self.plot_path, self.memory_plot_path):
             path.unlink(missing_ok=True)
@@ -166,12 +194,12 @@ class RunDir:
         is damaged or of another run."""
         if not self.summary_path.exists():
             return {}
-        summary = _read_json(self.summary_path, SUMMARY, without_crc32)
+        summary = _read_json(self.summary_path, self.kind.summary, without_crc32)
         before = {key: value for key, value in summary["config"].items() if key != "parallel"}
         found = list(differences({**before, "data": None}, {**config, "data": None}))
         if found:
             raise UsageError(f"{self.summary_path} is of a run with {', '.join(found)}")
-        return summary["recipes"]
+        return summary[self.kind.noun]
 
     def write_summary(self, summary: dict) -> None:
         """Writes `summary`, with a checksum as its `crc32`."""

@@ -36,6 +36,7 @@ from .swap import Swapped, swap
 
 NAME = "side_network"  # of the submodule that side_tune adds
 FILE = "side.safetensors"
+MIX_RATE = 10.0
 INITS = {"paper": (0.0, 1.0), "reference": (0.5, 0.7310585786300049)}  # gamma, alpha
 
 
@@ -152,6 +153,13 @@ class SideTuned(Swapped):
     def side_parameters(self) -> list[nn.Parameter]:
         """The parameters that train: the side network's, and those of a classifier's head."""
         return [p for p in self.parameters() if p.requires_grad]
+
+    def side_parameter_groups(self, lr: float) -> list[dict]:
+        """`side_parameters()` as groups of an optimizer: at `lr`, and the mix alpha at MIX_RATE
+        times as much, because the rest learns as far as alpha has left its start."""
+        mix = self.side_network.alpha
+        rest = [p for p in self.side_parameters() if p is not mix]
+        return [{"params": rest, "lr": lr}, {"params": [mix], "lr": MIX_RATE * lr}]
 
     def side_state(self) -> dict[str, Tensor]:
         """The tensors of `save_pretrained`, by their names in `state_dict`."""

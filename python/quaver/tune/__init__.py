@@ -1,0 +1,108 @@
+"""`quaver tune`: a model of transformers, finetuned on instruction data by one method or several,
+each on the same batches."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from .. import distributed, machine
+from ..board import summary_writer
+from ..interrupt import stop_signals
+from ..plot import plot_losses, plot_memory
+from ..rundir import RESULT, Kind, RunDir
+from ..training import Run, finished
+from . import base_model, chat, methods
+from .job import Tuning, held_out_loss
+from .report import samples, table
+from .settings import METHODS, RATES, Settings, configuration
+
+__all__ = ["METHODS", "RATES", "Settings", "run"]
+
+SAMPLE = {"prompt": str, "wanted": str, "answer": str}
+KIND = Kind("methods", lambda: METHODS, RESULT | {"trained": int, "sample": SAMPLE})
+
+
+def run(settings: Settings) -> dict:
+    """Tunes by every method of `settings` and returns the summary, which is also in
+    OUT/summary.json.
+
+    Raises UsageError, before anything is written, for settings, data or a folder that cannot work,
+    and Interrupted after saving when SIGINT or SIGTERM asked to stop.
+    """
+    world = distributed.World(machine.choose_device(settings.device))
+    writer = summary_writer() if settings.tensorboard else None
+    config = base_model.load_config(settings)
+    tokenizer = base_model.load_tokenizer(settings)
+    _check_methods(settings, config, tokenizer, world)
+    text = chat.load(settings, tokenizer)
+    untouched = _untouched(settings, text, world)
+    identity = base_model.identity(settings, config)
+    device = world.device.type
+    run = Run(
+        settings=settings,
+        model=tokenizer,
+        text=text,
+        world=world,
+        folder=RunDir(settings.out, KIND),
+        configuration=configuration(settings, identity, device, text.fingerprint),
+        writer=writer,
+    )
+    run.folder.check(run.configuration, settings.resume, settings.overwrite)
+    with run.folder.started(run.configuration, settings.resume):
+        return _run(run, untouched)
+
+
+def _check_methods(settings: Settings, config, tokenizer, world: distributed.World) -> None:
+    """Builds each method on the model without memory: what one of them refuses is an error before
+    anything is written, and not after the others have trained."""
+    base_model.check_model(settings, base_model.skeleton(settings, config), tokenizer)
+    for method in settings.method:
+        rate = {"lr": settings.rate(method)}
+        model = methods.build(method, base_model.skeleton(settings, config), settings)
+        methods.build_optimizer(model, Settings(**vars(settings) | rate), world)
+
+
+def _untouched(settings: Settings, text: chat.Chat, world: distributed.World) -> float | None:
+    model = base_model.load_model(settings).to(world.device)
+    return held_out_loss(model, text, settings.batch, settings.recipe)
+
+
+def _run(run: Run, untouched: float | None) -> dict:
+    settings, folder = run.settings, run.folder
+    _show_data(run, untouched)
+    results = folder.results(run.configuration) if settings.resume else {}
+    summary = {
+        "methods": results,
+        "untouched": untouched,
+        "machine": machine.describe(),
+        "config": run.configuration,
+    }
+    losses = {}
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
+        for method in settings.method:
+            if method in results:
+                losses[method] = finished(run, method, results[method])
+            else:
+                results[method], losses[method] = Tuning(run, method).train(stop)
+            folder.write_summary(summary)
+    title = f"{settings.batch * settings.accumulate} conversations a step"
+    plot_losses(folder.plot_path, losses, title, settings.method[0])
+    memories = {name: result["memory"] for name, result in results.items()}
+    plot_memory(folder.memory_plot_path, memories, title, settings.method[0])
+    paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
+    paths += tuple(folder.tuned_path(method) for method in settings.method)
+    print(f"\n{samples(results)}\n\n{table(results, untouched)}\n\n{'  '.join(map(str, paths))}")
+    return summary
+
+
+def _show_data(run: Run, untouched: float | None) -> None:
+    text = run.text
+    if str(text.notes):
+        print(text.notes)
+    answers = sum(example.answers for example in text.train)
+    loss = "nan" if untouched is None else f"{untouched:.4f}"
+    print(
+        f"{len(text.train):,} examples to train on, {answers:,} tokens in their answers; "
+        f"{len(text.held_out):,} held out, untouched loss {loss}; {run.world.device.type}"
+    )
