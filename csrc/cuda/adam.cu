@@ -7,10 +7,8 @@
 //
 // Scales are known before the pass from bounds of the new amaxes (quaver/adam.h). Whether the step
 // is skipped, its number and its hyperparameters are read on the device.
-#include <vector>
-
 #include "adam_entry.h"
-#include "tensor_list.h"
+#include "list_op.h"
 #include "transpose.h"
 
 namespace quaver::cuda {
@@ -20,27 +18,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kTurns = kChunk / (kThreads * kQuad);
 constexpr int kAhead = 2;  // turns whose loads are in flight together
 
-struct Problem {
-  const Entry* table;
-  Plan* plans;
-  int* skip;
-  int64_t count;
-  int64_t* skipped;
-};
-
-// Runs in one block. A gradient that is not finite anywhere skips the step everywhere.
-__global__ void __launch_bounds__(kThreads) begin_kernel(Problem p) {
-  bool bad = false;
-  for (int64_t i = threadIdx.x; i < p.count; i += kThreads)
-    bad = bad || !is_finite(*p.table[i].grad_amax);
-  bad = __syncthreads_or(bad);
-  if (threadIdx.x == 0) {
-    *p.skip = bad;
-    if (bad) ++*p.skipped;
-  }
-  if (bad) return;
-  for (int64_t i = threadIdx.x; i < p.count; i += kThreads) plan_step(p.table[i], &p.plans[i]);
-}
+using Problem = ListOp<Entry, Plan>;
 
 struct Loaded {
   AnyQuad state[kStates], grad, remainder;
@@ -255,23 +233,10 @@ void add_transposition(const Entry& e, std::vector<TransposeEntry>* list, int64_
   *tiles += tile_count(e.tiles);
 }
 
-int64_t rounded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
-
-// Bytes of the workspace's parts, in this order.
-struct Workspace {
-  int64_t entries, transpositions, skip, plans;
-};
-
-Workspace workspace_of(int64_t count) {
-  return {rounded(count * int64_t(sizeof(Entry))), rounded(count * int64_t(sizeof(TransposeEntry))),
-          16, rounded(count * int64_t(sizeof(Plan)))};
-}
-
 }  // namespace
 
 int64_t adam_workspace_bytes(int64_t count) {
-  const Workspace w = workspace_of(count);
-  return w.entries + w.transpositions + w.skip + w.plans;
+  return list_bytes<Entry, Plan>(count) + rounded(count * int64_t(sizeof(TransposeEntry)));
 }
 
 void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped, void* workspace,
@@ -289,20 +254,10 @@ void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped, void
     add_transposition(entries.back(), &transpositions, &tiles);
   }
   if (count == 0) return;
-  const Workspace size = workspace_of(count);
-  auto* table = static_cast<char*>(workspace);
-  char* late = table + size.entries;
-  char* skip = late + size.transpositions;
-  Problem p;
-  p.table = reinterpret_cast<const Entry*>(table);
-  p.skip = reinterpret_cast<int*>(skip);
-  p.plans = reinterpret_cast<Plan*>(skip + size.skip);
-  p.count = count;
-  p.skipped = skipped;
-  upload(op, table, entries.data(), count * int64_t(sizeof(Entry)), stream);
+  const Problem p = begin<Plan>(op, entries, skipped, workspace, stream);
+  char* late = static_cast<char*>(workspace) + list_bytes<Entry, Plan>(count);
   const auto late_count = static_cast<int64_t>(transpositions.size());
   upload(op, late, transpositions.data(), late_count * int64_t(sizeof(TransposeEntry)), stream);
-  launch(op, begin_kernel, 1, kThreads, stream, p);
   if (chunks > 0) launch(op, update_kernel, chunks, kThreads, stream, p);
   transpose_codes(op, reinterpret_cast<const TransposeEntry*>(late), late_count, tiles, p.skip,
                   stream);

@@ -2,12 +2,10 @@
 // 16 flat elements, so that eight threads have a group of 128. The maxima of rank-1 second moments
 // are found by a launch before, in the workspace. Whether the step is skipped, its number and its
 // hyperparameters are read on the device.
-#include <vector>
-
 #include "../check_adam4.h"
+#include "list_op.h"
 #include "master.h"
 #include "nibbles.h"
-#include "tensor_list.h"
 
 namespace quaver::cuda {
 namespace {
@@ -32,33 +30,16 @@ struct Plan {
   float grad_scale;
 };
 
-struct Problem {
-  const Entry* table;
-  Plan* plans;
-  int* skip;
-  int64_t count;
-  int64_t* skipped;
-};
+using Problem = ListOp<Entry, Plan>;
 
-// Runs in one block. A gradient that is not finite anywhere skips the step everywhere.
-__global__ void __launch_bounds__(kThreads) begin_kernel(Problem p) {
-  bool bad = false;
-  for (int64_t i = threadIdx.x; i < p.count; i += kThreads)
-    bad = bad || !is_finite(*p.table[i].p.grad_amax);
-  bad = __syncthreads_or(bad);
-  if (threadIdx.x == 0) {
-    *p.skip = bad;
-    if (bad) ++*p.skipped;
-  }
-  if (bad) return;
-  for (int64_t i = threadIdx.x; i < p.count; i += kThreads) {
-    const Adam4Parameter& a = p.table[i].p;
-    const double* h = a.hyper;
-    Plan& plan = p.plans[i];
-    plan.step = adam_step(h[0], h[1], h[2], h[3], h[4], next_step(*a.step));
-    plan.dither = make_dither(a.seed, static_cast<uint64_t>(*a.step));
-    plan.grad_scale = a.grad_scale != nullptr ? *a.grad_scale : 1.0f;
-  }
+QUAVER_DEVICE const float* grad_amax_of(const Entry& e) { return e.p.grad_amax; }
+
+QUAVER_DEVICE void plan_step(const Entry& e, Plan* plan) {
+  const Adam4Parameter& a = e.p;
+  const double* h = a.hyper;
+  plan->step = adam_step(h[0], h[1], h[2], h[3], h[4], next_step(*a.step));
+  plan->dither = make_dither(a.seed, static_cast<uint64_t>(*a.step));
+  plan->grad_scale = a.grad_scale != nullptr ? *a.grad_scale : 1.0f;
 }
 
 // Where a thread is in a matrix of all axes but the last by the last.
@@ -263,8 +244,6 @@ Entry make_entry(const Adam4Parameter& p, int64_t first, float* maxima) {
   return e;
 }
 
-int64_t rounded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
-
 int64_t maxima_bytes(const Adam4Parameter& p) {
   if (p.second != Second::rank1) return 0;
   return rounded(second_scale_count(p.second, p.shape, p.weight.numel()) * 4);
@@ -273,8 +252,7 @@ int64_t maxima_bytes(const Adam4Parameter& p) {
 }  // namespace
 
 int64_t adam4_workspace_bytes(const Adam4Parameter* parameters, int64_t count) {
-  int64_t bytes =
-      16 + rounded(count * int64_t(sizeof(Entry))) + rounded(count * int64_t(sizeof(Plan)));
+  int64_t bytes = list_bytes<Entry, Plan>(count);
   for (int64_t i = 0; i < count; ++i) bytes += maxima_bytes(parameters[i]);
   return bytes;
 }
@@ -283,10 +261,7 @@ void adam4(const Adam4Parameter* parameters, int64_t count, int64_t* skipped, vo
            void* stream) {
   const char* op = "adam_4bit_";
   if (count == 0) return;
-  auto* table = static_cast<char*>(workspace);
-  char* skip = table + rounded(count * int64_t(sizeof(Entry)));
-  char* plans = skip + 16;
-  char* maxima = plans + rounded(count * int64_t(sizeof(Plan)));
+  char* maxima = static_cast<char*>(workspace) + list_bytes<Entry, Plan>(count);
   char* end = maxima;
   std::vector<Entry> entries;
   int64_t blocks = 0;
@@ -296,15 +271,8 @@ void adam4(const Adam4Parameter* parameters, int64_t count, int64_t* skipped, vo
     blocks += ceil_div(entries.back().numel, kBlockSpan);
     end += maxima_bytes(parameters[i]);
   }
-  upload(op, table, entries.data(), count * int64_t(sizeof(Entry)), stream);
   clear(op, maxima, end - maxima, stream);
-  Problem p;
-  p.table = reinterpret_cast<const Entry*>(table);
-  p.skip = reinterpret_cast<int*>(skip);
-  p.plans = reinterpret_cast<Plan*>(plans);
-  p.count = count;
-  p.skipped = skipped;
-  launch(op, begin_kernel, 1, kThreads, stream, p);
+  const Problem p = begin<Plan>(op, entries, skipped, workspace, stream);
   if (end > maxima && blocks > 0) launch(op, maxima_kernel, blocks, kThreads, stream, p);
   if (blocks > 0) launch(op, update_kernel, blocks, kThreads, stream, p);
   launch(op, end_kernel, count, kThreads, stream, p);

@@ -49,6 +49,8 @@ struct Plan {
   Dither dither;
 };
 
+QUAVER_DEVICE const float* grad_amax_of(const Entry& e) { return e.grad_amax; }
+
 QUAVER_DEVICE void plan_step(const Entry& e, Plan* plan) {
   Plan p;
   const double* h = e.hyper;

@@ -4,12 +4,10 @@
 // weight. Error blocks that are no part of 4096 elements take two launches, between which their
 // ranges are joined in the workspace. Whether the step is skipped, its number and its
 // hyperparameters are read on the device.
-#include <vector>
-
 #include "../check_microadam.h"
+#include "list_op.h"
 #include "master.h"
 #include "microadam_block.h"
-#include "tensor_list.h"
 
 namespace quaver::cuda {
 namespace {
@@ -29,34 +27,17 @@ struct Plan {
   float grad_scale;
 };
 
-struct Problem {
-  const Entry* table;
-  Plan* plans;
-  int* skip;
-  int64_t count;
-  int64_t* skipped;
-};
+using Problem = ListOp<Entry, Plan>;
 
 enum class Part { keep, store, all };
 
-// Runs in one block. A gradient that is not finite anywhere skips the step everywhere.
-__global__ void __launch_bounds__(kThreads) begin_kernel(Problem p) {
-  bool bad = false;
-  for (int64_t i = threadIdx.x; i < p.count; i += kThreads)
-    bad = bad || !is_finite(*p.table[i].p.grad_amax);
-  bad = __syncthreads_or(bad);
-  if (threadIdx.x == 0) {
-    *p.skip = bad;
-    if (bad) ++*p.skipped;
-  }
-  if (bad) return;
-  for (int64_t i = threadIdx.x; i < p.count; i += kThreads) {
-    const MicroAdamParameter& m = p.table[i].p;
-    Plan& plan = p.plans[i];
-    plan.step = micro_adam_step(m.hyper, m.window, next_step(*m.step));
-    plan.dither = make_dither(m.seed, static_cast<uint64_t>(*m.step));
-    plan.grad_scale = m.grad_scale != nullptr ? *m.grad_scale : 1.0f;
-  }
+QUAVER_DEVICE const float* grad_amax_of(const Entry& e) { return e.p.grad_amax; }
+
+QUAVER_DEVICE void plan_step(const Entry& e, Plan* plan) {
+  const MicroAdamParameter& m = e.p;
+  plan->step = micro_adam_step(m.hyper, m.window, next_step(*m.step));
+  plan->dither = make_dither(m.seed, static_cast<uint64_t>(*m.step));
+  plan->grad_scale = m.grad_scale != nullptr ? *m.grad_scale : 1.0f;
 }
 
 // The elements of this thread: `n` from `i` on, none where n <= 0, in block `b` of the parameter.
@@ -224,8 +205,6 @@ Entry make_entry(const MicroAdamParameter& p, int64_t first, Range* joined) {
   return e;
 }
 
-int64_t rounded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
-
 int64_t joined_bytes(const MicroAdamParameter& p) {
   if (is_inside(p.error_block)) return 0;
   return rounded(error_block_count(p.weight.numel(), p.error_block) * int64_t(sizeof(Range)));
@@ -234,8 +213,7 @@ int64_t joined_bytes(const MicroAdamParameter& p) {
 }  // namespace
 
 int64_t micro_adam_workspace_bytes(const MicroAdamParameter* parameters, int64_t count) {
-  int64_t bytes =
-      16 + rounded(count * int64_t(sizeof(Entry))) + rounded(count * int64_t(sizeof(Plan)));
+  int64_t bytes = list_bytes<Entry, Plan>(count);
   for (int64_t i = 0; i < count; ++i) bytes += joined_bytes(parameters[i]);
   return bytes;
 }
@@ -244,10 +222,7 @@ void micro_adam(const MicroAdamParameter* parameters, int64_t count, int64_t* sk
                 void* workspace, void* stream) {
   const char* op = "micro_adam_";
   if (count == 0) return;
-  auto* table = static_cast<char*>(workspace);
-  char* skip = table + rounded(count * int64_t(sizeof(Entry)));
-  char* plans = skip + 16;
-  char* joined = plans + rounded(count * int64_t(sizeof(Plan)));
+  char* joined = static_cast<char*>(workspace) + list_bytes<Entry, Plan>(count);
   char* end = joined;
   std::vector<Entry> inside, crossing;
   int64_t inside_blocks = 0, crossing_blocks = 0;
@@ -263,15 +238,8 @@ void micro_adam(const MicroAdamParameter* parameters, int64_t count, int64_t* sk
   }
   const auto first_crossing = static_cast<int64_t>(inside.size());
   inside.insert(inside.end(), crossing.begin(), crossing.end());
-  upload(op, table, inside.data(), count * int64_t(sizeof(Entry)), stream);
   clear(op, joined, end - joined, stream);
-  Problem p;
-  p.table = reinterpret_cast<const Entry*>(table);
-  p.skip = reinterpret_cast<int*>(skip);
-  p.plans = reinterpret_cast<Plan*>(plans);
-  p.count = count;
-  p.skipped = skipped;
-  launch(op, begin_kernel, 1, kThreads, stream, p);
+  const Problem p = begin<Plan>(op, inside, skipped, workspace, stream);
   Problem part = p;
   part.count = first_crossing;
   if (inside_blocks > 0) launch(op, block_kernel<Part::all>, inside_blocks, kThreads, stream, part);

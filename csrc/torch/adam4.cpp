@@ -1,24 +1,12 @@
 #include "quaver/adam4.h"
 
 #include "../check_adam4.h"
-#include "device.h"
+#include "list_op.h"
 
 namespace quaver::binding {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-using Ints = std::vector<int64_t>;
-
 constexpr const char* kOp = "adam_4bit_";
-
-// The data of `count` contiguous values of one type.
-void* data_of(const char* name, const Tensor& t, int64_t count, ScalarType type) {
-  QUAVER_CHECK(t.numel() == count && t.scalar_type() == type && t.is_contiguous(), kOp, ": ", name,
-               " must be ", count, " contiguous ", torch::headeronly::toString(type), ", got ",
-               t.numel(), " of ", torch::headeronly::toString(t.scalar_type()));
-  check_aligned(kOp, name, t);
-  return t.data_ptr();
-}
 
 // The arguments as the schema has them.
 struct Arguments {
@@ -31,49 +19,25 @@ struct Arguments {
   const Ints &seconds, &seeds;
 };
 
-template <class List>
-void check_length(const char* name, const List& list, size_t wanted, bool optional) {
-  QUAVER_CHECK(list.size() == wanted || (optional && list.empty()), kOp, ": wanted ", wanted, " ",
-               name, ", got ", list.size());
-}
-
 void check(const Arguments& a) {
   const size_t n = a.weights.size();
-  struct Row {
-    const char* name;
-    const Tensors& list;
-    bool optional;
+  const NamedList lists[] = {
+      {"weights", a.weights, n},
+      {"exp_avgs", a.exp_avgs, n},
+      {"exp_avg_scales", a.exp_avg_scales, n},
+      {"exp_avg_sqs", a.exp_avg_sqs, n},
+      {"exp_avg_sq_scales", a.exp_avg_sq_scales, n},
+      {"grads", a.grads, n},
+      {"grad_scales", a.grad_scales, n},
+      {"steps", a.steps, n},
+      {"remainders", a.remainders, n, true},
   };
-  const Row rows[] = {
-      {"weights", a.weights, false},
-      {"exp_avgs", a.exp_avgs, false},
-      {"exp_avg_scales", a.exp_avg_scales, false},
-      {"exp_avg_sqs", a.exp_avg_sqs, false},
-      {"exp_avg_sq_scales", a.exp_avg_sq_scales, false},
-      {"grads", a.grads, false},
-      {"grad_scales", a.grad_scales, false},
-      {"steps", a.steps, false},
-      {"remainders", a.remainders, true},
-  };
-  for (const Row& row : rows) {
-    check_length(row.name, row.list, n, row.optional);
-    if (n > 0) check_device(kOp, a.weights[0], row.name, row.list);
-  }
-  check_length("seconds", a.seconds, n, false);
-  check_length("seeds", a.seeds, n, true);
+  check_lists(kOp, lists);
+  check_length(kOp, "seconds", a.seconds, n);
+  check_length(kOp, "seeds", a.seeds, n, true);
   if (n == 0) return;
-  check_device(kOp, a.weights[0], "grad_amax", a.grad_amax);
-  check_device(kOp, a.weights[0], "hyper", a.hyper);
-  check_device(kOp, a.weights[0], "skipped", a.skipped);
-  const auto count = static_cast<int64_t>(n);
-  QUAVER_CHECK(a.grad_amax.numel() == count && a.grad_amax.scalar_type() == ScalarType::Float, kOp,
-               ": grad_amax must be ", count, " float32, got ", a.grad_amax.numel(), " of ",
-               torch::headeronly::toString(a.grad_amax.scalar_type()));
-  QUAVER_CHECK(a.hyper.dim() == 2 && a.hyper.size(0) == count && a.hyper.size(1) == 5 &&
-                   a.hyper.scalar_type() == ScalarType::Double && a.hyper.is_contiguous(),
-               kOp, ": hyper must be contiguous [", count,
-               ", 5] float64 (lr, beta1, beta2, eps, decay)");
-  check_aligned(kOp, "hyper", a.hyper);
+  check_step(kOp, a.weights[0], n, a.grad_amax, a.hyper, a.skipped, 5,
+             "lr, beta1, beta2, eps, decay");
 }
 
 void read_second(const Arguments& a, size_t i, int64_t n, Adam4Parameter* p) {
@@ -91,10 +55,10 @@ void read_second(const Arguments& a, size_t i, int64_t n, Adam4Parameter* p) {
   }
   const int64_t codes = p->second == Second::factor ? 0 : (n + 1) / 2;
   const int64_t scales = second_scale_count(p->second, p->shape, n);
-  void* code = data_of("exp_avg_sq", a.exp_avg_sqs[i], codes, ScalarType::Byte);
+  void* code = data_of(kOp, "exp_avg_sq", a.exp_avg_sqs[i], codes, ScalarType::Byte);
   p->exp_avg_sq = codes > 0 ? static_cast<uint8_t*>(code) : nullptr;
   p->exp_avg_sq_scale = static_cast<float*>(
-      data_of("exp_avg_sq_scale", a.exp_avg_sq_scales[i], scales, ScalarType::Float));
+      data_of(kOp, "exp_avg_sq_scale", a.exp_avg_sq_scales[i], scales, ScalarType::Float));
 }
 
 // Parameter i. `grad` and `grad_amax` are contiguous.
@@ -103,20 +67,15 @@ Adam4Parameter parameter(const Arguments& a, size_t i, const Tensor& grad, const
   p.weight = view(kOp, "weight", a.weights[i]);
   const int64_t n = p.weight.numel();
   p.exp_avg =
-      static_cast<uint8_t*>(data_of("exp_avg", a.exp_avgs[i], (n + 1) / 2, ScalarType::Byte));
+      static_cast<uint8_t*>(data_of(kOp, "exp_avg", a.exp_avgs[i], (n + 1) / 2, ScalarType::Byte));
   p.exp_avg_scale = static_cast<float*>(
-      data_of("exp_avg_scale", a.exp_avg_scales[i], group_count(n), ScalarType::Float));
+      data_of(kOp, "exp_avg_scale", a.exp_avg_scales[i], group_count(n), ScalarType::Float));
   read_second(a, i, n, &p);
   if (!a.remainders.empty() && a.remainders[i].numel() > 0)
     p.remainder =
-        static_cast<uint16_t*>(data_of("remainder", a.remainders[i], n, ScalarType::Short));
-  p.stochastic = !a.seeds.empty() && a.seeds[i] >= 0;
-  p.seed = p.stochastic ? static_cast<uint64_t>(a.seeds[i]) : 0;
-  p.grad = view(kOp, "grad", grad);
-  p.grad_scale = optional_scalar(kOp, "grad_scale", a.grad_scales[i]);
-  p.grad_amax = grad_amax + i;
-  p.step = static_cast<int64_t*>(data_of("step", a.steps[i], 1, ScalarType::Long));
-  p.hyper = static_cast<const double*>(a.hyper.data_ptr()) + 5 * i;
+        static_cast<uint16_t*>(data_of(kOp, "remainder", a.remainders[i], n, ScalarType::Short));
+  read_step(kOp, i, grad, a.grad_scales[i], grad_amax, a.seeds, a.hyper, &p);
+  p.step = static_cast<int64_t*>(data_of(kOp, "step", a.steps[i], 1, ScalarType::Long));
   return p;
 }
 
@@ -131,24 +90,18 @@ void adam_4bit_(const Tensors& weights, const Tensors& exp_avgs, const Tensors& 
   check(a);
   check_distinct(kOp, {&weights, &exp_avgs, &exp_avg_scales, &exp_avg_sqs, &exp_avg_sq_scales,
                        &steps, &remainders});
-  const size_t n = weights.size();
-  if (n == 0) return;
-  const Tensor amax = dense(grad_amax);
-  Tensors dense_grads(n);
-  std::vector<Adam4Parameter> parameters(n);
-  for (size_t i = 0; i < n; ++i) {
-    dense_grads[i] = dense(grads[i]);
-    parameters[i] = parameter(a, i, dense_grads[i], static_cast<const float*>(amax.data_ptr()));
-  }
-  auto* skips = static_cast<int64_t*>(data_of("skipped", skipped, 1, ScalarType::Long));
-  const auto count = static_cast<int64_t>(n);
+  if (weights.empty()) return;
+  const auto list = make_parameters<Adam4Parameter>(
+      grads, grad_amax,
+      [&](size_t i, const Tensor& grad, const float* amax) { return parameter(a, i, grad, amax); });
+  auto* skips = static_cast<int64_t*>(data_of(kOp, "skipped", skipped, 1, ScalarType::Long));
   on_device(
-      kOp, weights[0], [&] { cpu::adam4(parameters.data(), count, skips); },
+      kOp, weights[0], [&] { cpu::adam4(list.data(), list.count(), skips); },
       [&](auto stream) {
-        for (const Adam4Parameter& p : parameters) check_adam4(p);
+        for (const Adam4Parameter& p : list.parameters) check_adam4(p);
         Tensor memory =
-            workspace(weights[0], cuda::adam4_workspace_bytes(parameters.data(), count));
-        cuda::adam4(parameters.data(), count, skips, memory.data_ptr(), stream);
+            workspace(weights[0], cuda::adam4_workspace_bytes(list.data(), list.count()));
+        cuda::adam4(list.data(), list.count(), skips, memory.data_ptr(), stream);
       });
 }
 
