@@ -39,7 +39,7 @@ HAS_TORCH := import importlib.metadata as m; assert tuple(map(int, m.version('to
 SHA256 := import hashlib, torch, quaver._load as q; \
 	print('torch', torch.__version__, hashlib.sha256(q.LIBRARY.read_bytes()).hexdigest(), q.LIBRARY)
 
-.PHONY: build demo compare test test-sanitize fuzz fuzz-files kills test-abi bench cuda carried gpu-report gpu-report-plan wheel lint format clean check-python
+.PHONY: build demo compare compare-tuning test test-sanitize fuzz fuzz-files kills test-abi bench cuda carried gpu-report gpu-report-plan wheel lint format clean check-python
 
 build: $(BUILT)
 
@@ -52,6 +52,10 @@ demo: $(BUILT)
 # The optimizers of docs/optimizers.md on the same batches: a table and two pictures.
 compare: $(BUILT)
 	$(QUAVER) train --data stdlib --model tiny --optimizer all --batch 4 --seq 64 --steps $(STEPS) --out runs/compare --overwrite
+
+# A small model trained on code, then tuned on the manual in full, by LoRA and by side tuning: a table.
+compare-tuning: $(BUILT)
+	$(PY) examples/compare_tuning.py --steps $(STEPS) --out runs/compare-tuning --overwrite
 
 test: $(BUILT)
 	cmake --build build/release --target check
