@@ -239,6 +239,22 @@ def test_optimizers_recipes_and_backbones(paths, capsys, changes):
         assert all(line["loss"] and not line["skipped"] for line in lines(paths / "out", method))
 
 
+def test_gpt2_an_answer_at_the_end_of_its_context_and_a_probe(paths, capsys):
+    """Its positions are a table, so that a sample must end where they do."""
+    config = transformers.GPT2Config(
+        vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=257
+    )
+    with base_model.quiet():
+        transformers.GPT2LMHeadModel(config).save_pretrained(paths / "gpt2")
+    tokenizer().save_pretrained(paths / "gpt2")
+    rows = [{"prompt": "a" * 42, "response": "b"} for _ in range(4)]
+    write_lines(paths / "chat.jsonl", rows)
+    changes = {"method": "qst,lora,full", "model": paths / "gpt2", "steps": 2, "seq": 64}
+    status, _, err = run(flags(paths, probe=2, **changes), capsys)
+    assert (status, err) == (0, "")
+    assert all(len(lines(paths / "out", method)) == 2 for method in METHODS)
+
+
 # Conversations as tokens
 
 
@@ -336,6 +352,7 @@ def test_every_answers_token_counts_alike_over_micro_batches(paths):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"method": "qst,dora"}, "--method: unknown method 'dora'; there are qst, lora, full"),
     ({"method": "full", "lr": "qst=0.1"}, "--lr gives a rate to qst, which --method does not"),
+    ({"lr": "fast"}, "argument --lr: wanted a number, or METHOD=RATE,..., got 'fast'"),
     ({"lr": 0}, "--lr must be a positive number, got 0"),
     ({"optimizer": "lion"}, "--optimizer: unknown optimizer 'lion'"),
     ({"recipe": "fp8lm-o2"}, "--recipe fp8lm-o2 keeps weights as scaled f16"),
@@ -431,6 +448,12 @@ def test_wrong_folders_are_named(paths, capsys):
         ("g", lambda folder: (folder / "config.json").write_text("{"), "the config cannot be read"),
     ):
         refused(broken(name, change), paths, capsys, message)
+
+
+def test_several_processes_are_refused(paths, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(flags(paths), paths, capsys, "tune is one process, 2 were started")
 
 
 def test_missing_packages_are_named(paths, monkeypatch, capsys):

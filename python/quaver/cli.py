@@ -222,9 +222,14 @@ def _add_method(p: argparse.ArgumentParser, default: tune.Settings) -> None:
 
 
 def _method_rates(text: str) -> float | dict[str, float]:
-    if "=" not in text:
-        return float(text)
-    return {name: float(rate) for name, rate in (part.split("=") for part in text.split(","))}
+    try:
+        if "=" not in text:
+            return float(text)
+        return {name: float(rate) for name, rate in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"wanted a number, or METHOD=RATE,..., got {text!r}"
+        ) from None
 
 
 def _tune(arguments: argparse.Namespace) -> None:

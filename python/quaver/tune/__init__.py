@@ -3,10 +3,12 @@ each on the same batches."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import os
+from dataclasses import replace
 
 from .. import distributed, machine
 from ..board import summary_writer
+from ..errors import UsageError
 from ..interrupt import stop_signals
 from ..plot import plot_losses, plot_memory
 from ..rundir import RESULT, Kind, RunDir
@@ -29,6 +31,8 @@ def run(settings: Settings) -> dict:
     Raises UsageError, before anything is written, for settings, data or a folder that cannot work,
     and Interrupted after saving when SIGINT or SIGTERM asked to stop.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+        raise UsageError(f"tune is one process, {os.environ['WORLD_SIZE']} were started")
     world = distributed.World(machine.choose_device(settings.device))
     writer = summary_writer() if settings.tensorboard else None
     config = base_model.load_config(settings)
@@ -57,9 +61,9 @@ def _check_methods(settings: Settings, config, tokenizer, world: distributed.Wor
     anything is written, and not after the others have trained."""
     base_model.check_model(settings, base_model.skeleton(settings, config), tokenizer)
     for method in settings.method:
-        rate = {"lr": settings.rate(method)}
-        model = methods.build(method, base_model.skeleton(settings, config), settings)
-        methods.build_optimizer(model, Settings(**vars(settings) | rate), world)
+        own = replace(settings, lr=settings.rate(method))
+        model = methods.build(method, base_model.skeleton(own, config), own)
+        methods.build_optimizer(model, own, world)
 
 
 def _untouched(settings: Settings, text: chat.Chat, world: distributed.World) -> float | None:
@@ -78,8 +82,7 @@ def _run(run: Run, untouched: float | None) -> dict:
         "config": run.configuration,
     }
     losses = {}
-    with ExitStack() as stack:
-        stop = stack.enter_context(stop_signals())
+    with stop_signals() as stop:
         for method in settings.method:
             if method in results:
                 losses[method] = finished(run, method, results[method])

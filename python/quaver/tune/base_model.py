@@ -78,7 +78,7 @@ def load_config(settings: Settings):
     """The folder's config. Raises UsageError for a folder that is none of transformers', or of a
     model that is no decoder with a language-model head."""
     config = _read(settings, "the config", "AutoConfig")
-    if type(config) not in _transformers().AutoModelForCausalLM._model_mapping:
+    if type(config) not in _transformers().MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(
             f"--model {settings.model}: a {config.model_type} model has no causal language-model "
             "head in transformers; wanted a decoder"

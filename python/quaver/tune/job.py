@@ -104,30 +104,37 @@ class Tuning(Training):
         return result | {"trained": count, "sample": self._sample()}
 
     def _write(self) -> None:
-        """The folder of the result, whole or not at all."""
+        """The folder of the result. A run that is killed here writes it again."""
         folder = self.run.folder.tuned_path(self.name)
         following = folder.with_name("tuned.next")
-        for path in (following, folder):
-            if path.exists():
-                shutil.rmtree(path)
+        if following.exists():
+            shutil.rmtree(following)
         with base_model.quiet():
             methods.save(self.name, self.model, following, self.run.model)
-        os.rename(following, folder)
+        folder.mkdir(exist_ok=True)
+        for path in following.iterdir():
+            os.replace(path, folder / path.name)
+        following.rmdir()
 
     @torch.no_grad()
     def _sample(self) -> dict:
         """The model's own answer to the first held-out example, the likeliest token each time."""
         tokenizer, example = self.run.model, self.run.text.held_out[0]
-        prompt = torch.tensor([example.tokens[: example.start]], device=self.device)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        room = min(SAMPLE, context // 2) if context else SAMPLE
+        start = example.tokens[: example.start]
+        start = start[-(context - room) :] if context else start
+        prompt = torch.tensor([start], device=self.device)
         self.model.eval()
         with (
+            base_model.quiet(),
             machine.bf16_products(self.device),
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
         ):
             found = self.model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                max_new_tokens=SAMPLE,
+                max_new_tokens=room,
                 do_sample=False,
                 pad_token_id=tokenizer.eos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
