@@ -24,6 +24,7 @@ from .optim import (  # noqa: E402
     Subspace,
     release_gradients,
 )
+from .planning import plan  # noqa: E402
 from .tensor import ScaledTensor  # noqa: E402
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "memory_report",
     "nn",
     "optim",
+    "plan",
     "quantize",
     "quantize_nf4",
     "recipe",

@@ -14,6 +14,8 @@ from .nn import MLP, LinearBase, Norm
 
 __all__ = ["saved_activations"]
 
+# Nodes that choose values of a parameter, which are activations and no form of the weight.
+CHOOSING = ("EmbeddingBackward", "IndexSelectBackward", "IndexBackward", "GatherBackward")
 OUTSIDE = "outside"  # the layer of what is saved outside of the model's forward, say by the loss
 
 
@@ -53,6 +55,8 @@ def _is_cast_of_parameter(tensor: Tensor) -> bool:
     """True for a copy, view or cast of a leaf: autocast saves such a copy of every weight."""
     node = tensor.grad_fn
     while node is not None and len(node.next_functions) == 1:
+        if node.name().startswith(CHOOSING):
+            return False
         node = node.next_functions[0][0]
         if hasattr(node, "variable"):  # AccumulateGrad
             return isinstance(node.variable, nn.Parameter)
@@ -137,6 +141,9 @@ class _Trace:
             if at not in kept:
                 kinds = result.by_layer.setdefault(layer, {})
                 kinds[kind] = kinds.get(kind, 0) + self.saved[at].nbytes()
+        # Autograd keeps `pack`, and so this trace, until backward has freed every saved tensor.
+        for storages in (self.saved, self.gathered, *self.by_linear.values()):
+            storages.clear()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command `quaver`: train, tune, info, bench.
+"""The command `quaver`: train, tune, plan, info, bench.
 
 Exit status: 0 done, 2 a mistake in flags or files (one line on stderr), 1 a failure of the system
 (one line), 130 stopped by a signal.
@@ -22,6 +22,7 @@ from . import _C, machine, models, optimizers, recipe, train, tune
 from .distributed import RankFailure
 from .distributed.launch import announce
 from .errors import UsageError
+from .planning import command as planning
 from .settings import RunSettings
 
 __all__ = ["command", "main"]
@@ -236,6 +237,17 @@ def _tune(arguments: argparse.Namespace) -> None:
     tune.run(tune.Settings(**_fields(tune.Settings, arguments)))
 
 
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser(
+        "plan",
+        help="the memory of a training step, before it runs",
+        formatter_class=_Help,
+        description="Run a step without storage and print the memory at its peak.",
+    )
+    planning.add_arguments(p)
+    p.set_defaults(call=planning.run)
+
+
 def _add_info(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser(
         "info",
@@ -347,6 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_tune(commands)
+    _add_plan(commands)
     _add_info(commands)
     _add_bench(commands)
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -1,0 +1,162 @@
+"""One training step as `quaver train` takes it, of a model without storage or with one."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import distributed
+from ..activations import saved_activations
+from ..errors import UsageError
+from ..grad import clip_grad_norm_
+from ..memory import fp8_copies, memory_report
+from ..nn import LinearBase
+from ..optim import release_gradients
+from ..recipe import Recipe
+from ..tensor import ScaledTensor
+from .ledger import Ledger, Peak
+
+__all__ = ["Training", "materialise", "measure", "recompute_blocks"]
+
+CLIP = 1.0  # as `quaver train`
+
+
+@dataclass
+class Training:
+    """A model of that `name`, which gives logits [batch, length, vocab] of tokens [batch, length]
+    or has them in its result's `logits`, and its optimizer. `released`: backward updates
+    (`release_gradients`) and nothing is clipped."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    name: str
+    recipe: Recipe
+    released: bool = False
+
+    def __post_init__(self):
+        if self.released:
+            try:
+                release_gradients(self.model, self.optimizer)
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"plan: {error}") from None
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the recipe's dtype differs from a parameter's, so that casts are needed."""
+        dtype = self.recipe.autocast
+        return dtype is not None and any(p.dtype != dtype for p in self.model.parameters())
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        dtype = self.recipe.autocast
+        with torch.autocast(tokens.device.type, dtype, enabled=self.autocast):
+            logits = self._logits(tokens)
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        # A key-value cache, which transformers' models return by default, is no part of a step.
+        cached = getattr(getattr(self.model, "config", None), "use_cache", None)
+        options = {} if cached is None else {"use_cache": False}
+        try:
+            out = self.model(tokens, **options)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UsageError(
+                f"plan: {self.name} does not run on tokens {list(tokens.shape)}: {reason}"
+            ) from error
+        logits = getattr(out, "logits", out)
+        if not isinstance(logits, Tensor) or logits.dim() != 3:
+            raise UsageError(
+                f"plan: {self.name} gives {type(out).__name__}; wanted logits [batch, length, "
+                "vocab] of tokens [batch, length]"
+            )
+        return logits
+
+    def clip(self) -> None:
+        if isinstance(self.optimizer, distributed.ZeroAdamW):
+            self.optimizer.clip_grad_norm_(CLIP)
+        elif not self.released:
+            clip_grad_norm_(self.model.parameters(), CLIP)
+
+
+def measure(training: Training, batch: int, length: int, fake: bool) -> tuple[dict, Peak]:
+    """The memory report and the peak of two steps, of which the first makes the states. Runs under
+    the FakeTensorMode in force where `fake`, else for real."""
+    model, optimizer = training.model, training.optimizer
+    ledger = Ledger(model, fake)
+    ledger.mark("weights", [*model.parameters(), *model.buffers()])
+    ledger.mark("copies", [copy for m in model.modules() for copy in fp8_copies(m)])
+    report = {}
+    with ledger.following(), warnings.catch_warnings():
+        # Of a recipe that the optimizer does not share, which is the caller's choice here.
+        warnings.filterwarnings("ignore", message=".*steps converted weights by")
+        for last in (False, True):
+            ledger.phase = "forward"
+            tokens = torch.zeros(batch, length, dtype=torch.int64)
+            with saved_activations(model) if last else nullcontext() as saved:
+                loss = training.loss(tokens)
+            ledger.phase = "backward"
+            loss.backward()
+            ledger.mark("gradients", [p.grad for p in model.parameters()])
+            ledger.phase = "clip"
+            training.clip()
+            ledger.phase = "step"
+            optimizer.step()
+            states = [v for s in optimizer.state.values() for v in s.values()]
+            ledger.mark("states", [v for v in states if isinstance(v, Tensor)])
+            ledger.mark("weights", model.parameters())  # a state may be a weight's master
+            if last:
+                report = memory_report(model, optimizer, saved)
+            optimizer.zero_grad(set_to_none=True)
+            del loss, tokens, states
+    return report, ledger.peak()
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Keeps the inputs of each element of the outermost lists of modules alone for backward.
+    UsageError where the model has no such list."""
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in lists)
+        if isinstance(module, nn.ModuleList) and not inside:
+            lists.append(name)
+    blocks = [b for name in lists for b in model.get_submodule(name) if list(b.parameters())]
+    if not blocks:
+        raise UsageError(
+            "plan: recompute wants a model with a list of blocks (nn.ModuleList), which this one "
+            "does not have; leave it out"
+        )
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def materialise(model: nn.Module) -> None:
+    """Gives every parameter and buffer of a model on the meta device a storage of the
+    FakeTensorMode in force. Parameters that are one stay one."""
+    made: dict[int, Tensor] = {}
+
+    def storage(t: Tensor) -> Tensor:
+        return torch.empty(t.shape, dtype=t.dtype)
+
+    def replace(t: Tensor) -> Tensor:
+        if id(t) not in made:
+            new = t._map(storage) if isinstance(t, ScaledTensor) else storage(t)
+            if isinstance(t, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=t.requires_grad)
+            made[id(t)] = new
+        return made[id(t)]
+
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, t in table.items():
+                if t is not None:
+                    table[name] = replace(t)
+    for module in model.modules():
+        if isinstance(module, LinearBase):
+            module.refresh()

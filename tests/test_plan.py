@@ -1,0 +1,222 @@
+"""`qv.plan` on fake tensors against the same steps taken for real: equal to the byte."""
+
+import json
+
+import pytest
+import torch
+from test_cli import run
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import quaver as qv
+from quaver import models, optimizers, recipe
+from quaver.errors import UsageError
+from quaver.planning.plan import build_optimizer
+from quaver.planning.sources import source
+from quaver.planning.step import Training, measure, recompute_blocks
+
+GB = 10**9
+NAMES = [None, *optimizers.names()]
+PAIRS = [(r, o) for r in recipe.names() for o in NAMES]
+QUICK = {(r, None) for r in recipe.names()} | {("bf16", o) for o in NAMES} | {("coat", "grass")}
+
+
+def real(model, recipe_name, optimizer, dtype, batch, seq, release=False, recompute=False):
+    """(memory report, Peak) of the steps that a plan simulates."""
+    config, chosen = models.load(model), recipe.get(recipe_name)
+    found = source(config, dtype)
+    torch.manual_seed(0)
+    built = models.build(config)
+    for p in built.parameters():
+        p.data = p.data.to(dtype)
+    built = qv.convert(built, chosen)
+    if recompute:
+        recompute_blocks(built)
+    made = build_optimizer(found, chosen, optimizer, built)
+    return measure(Training(built, made, model, chosen, release), batch, seq, fake=False)
+
+
+def assert_equal(plan, report, peak):
+    assert {key: plan[key] for key in report} == report
+    assert (plan["peak"], plan["peak_by_kind"], plan["peak_at"]) == (
+        peak.bytes,
+        peak.by_kind,
+        peak.place,
+    )
+    assert sum(plan["peak_by_kind"].values()) == plan["peak"] >= plan["total"] - plan["activation"]
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [p if p in QUICK else pytest.param(*p, marks=pytest.mark.slow) for p in PAIRS],
+)
+def test_every_recipe_and_optimizer_is_planned_to_the_byte(name, optimizer):
+    dtype = torch.float32 if optimizer is None else torch.bfloat16
+    options = {"batch": 1, "seq": 32, "dtype": dtype}
+    try:
+        plan = qv.plan("tiny", name, optimizer, **options)
+    except UsageError:  # of the optimizer, which refuses the real model too
+        with pytest.raises(UsageError):
+            real("tiny", name, optimizer, **options)
+        return
+    assert_equal(plan, *real("tiny", name, optimizer, **options))
+
+
+@pytest.mark.parametrize("name", ["bf16", "coat"])
+def test_released_and_recomputed_steps_are_planned_to_the_byte(name):
+    options = {"batch": 2, "seq": 32, "dtype": torch.bfloat16, "release": True, "recompute": True}
+    plan = qv.plan("tiny", name, "adamw-4bit", **options)
+    assert plan["grad"] == 0
+    assert_equal(plan, *real("tiny", name, "adamw-4bit", **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("bf16", None), ("fp8lm-o2", None), ("coat", "microadam")]
+)
+def test_125m_is_planned_to_the_byte(name, optimizer):
+    options = {"batch": 1, "seq": 64, "dtype": torch.float32}
+    assert_equal(
+        qv.plan("125m", name, optimizer, **options), *real("125m", name, optimizer, **options)
+    )
+
+
+def test_the_peak_by_hand():
+    """One layer of n weights in f32: at the end of backward there are weights, gradients and two
+    moments of 4 bytes each, and the step adds no more than its scalars."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(512, 512), nn.Linear(512, 512, bias=False)
+
+        def forward(self, tokens):
+            return self.out(self.embed(tokens))
+
+    n = 2 * 512 * 512
+    plan = qv.plan(Head(), "f32", seq=4)
+    by_kind = plan["peak_by_kind"]
+    assert plan["parameters"] == n
+    assert by_kind["weights"] == by_kind["gradients"] == 4 * n
+    assert 8 * n <= by_kind["states"] <= 8 * n + 64
+    assert 16 * n <= plan["peak"] <= 16 * n + 64 * 2**10
+    # Of 4 tokens: the layer's input and the softmax, the tokens, and the loss's total weight.
+    assert plan["activation"] == 2 * 4 * 4 * 512 + 4 * 8 + 4
+
+
+def test_torchs_mem_tracker_finds_the_same_peak():
+    config = models.load("tiny")
+    with FakeTensorMode():
+        model = qv.convert(models.build(config), "bf16")
+        optimizer = build_optimizer(source(config, torch.float32), recipe.get("bf16"), None, model)
+        training = Training(model, optimizer, "tiny", recipe.get("bf16"))
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        with tracker:
+            for _ in range(2):
+                training.loss(torch.zeros((2, 64), dtype=torch.int64)).backward()
+                training.clip()
+                optimizer.step()
+                optimizer.zero_grad()
+                tracker.reset_mod_stats()
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    plan = qv.plan("tiny", "bf16", batch=2, seq=64, dtype=torch.float32)
+    assert peak == plan["peak"]
+
+
+def test_a_module_is_planned_without_a_change_to_it():
+    model = qv.convert(models.build(models.load("tiny")), "fp8lm-o2")
+    before = dict(model.named_parameters())
+    plan = qv.plan(model, "fp8lm-o2", seq=32)
+    after = dict(model.named_parameters())
+    assert all(after[name] is p for name, p in before.items())
+    assert all(p.device.type == "cpu" and p.grad is None for p in model.parameters())
+    named = qv.plan("tiny", "fp8lm-o2", seq=32, dtype=torch.float32)
+    assert {k: plan[k] for k in plan if k != "settings"} == {
+        k: named[k] for k in named if k != "settings"
+    }
+
+
+def test_transformers_configurations_and_folders(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=256, max_position_embeddings=64,
+    )  # fmt: skip
+    plan = qv.plan(config, "coat", recompute=True)
+    config.save_pretrained(tmp_path)
+    again = qv.plan(tmp_path, "coat", recompute=True)
+    assert again["settings"]["seq"] == 64
+    assert {k: plan[k] for k in plan if k != "settings"} == {
+        k: again[k] for k in again if k != "settings"
+    }
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert plan["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "text"),
+    [
+        (("tiny", "coatt"), {}, "unknown recipe 'coatt'"),
+        (("tiny", "bf16", "adam"), {}, "unknown optimizer 'adam'"),
+        (("tiny", "bf16"), {"gpu": "h1000"}, "unknown GPU 'h1000'; there are"),
+        (("tiny", "bf16"), {"seq": 4096}, "seq 4096 exceeds the model's context 1024"),
+        (("tiny", "bf16"), {"batch": 0}, "batch must be an int from 1"),
+        (("tiny", "bf16"), {"dtype": torch.int8}, "dtype must be one of"),
+        ((3, "bf16"), {}, "a folder or a name, got int"),
+        ((nn.Linear(4, 4), "bf16"), {"recompute": True}, "a list of blocks"),
+        ((nn.Linear(4, 4), "bf16"), {}, "Linear does not run on tokens [1, 2048]"),
+        (("tiny", "fp8lm-o2", "grass"), {}, "optimizer grass with recipe fp8lm-o2: Grass"),
+        (("tiny", "fp8lm-o3"), {"release": True}, "wanted an optimizer of quaver, got ZeroAdamW"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(arguments, options, text):
+    with pytest.raises(UsageError) as error:
+        qv.plan(*arguments, **options)
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_without_a_card_does_not_say_that_it_fits():
+    plan = qv.plan("tiny", "bf16", seq=16)
+    assert plan["fits"] is plan["gpu"] is None
+
+
+# The command
+
+
+def test_the_command_prints_the_peak_and_the_verdict(capsys):
+    flags = ["plan", "--model", "tiny", "--recipe", "coat", "--seq", "32"]
+    status, out, err = run([*flags, "--gpu", "4090"], capsys)
+    assert (status, err) == (0, "")
+    assert "tiny, 4,917,888 parameters" in out
+    assert "fits 4090 of 24 GB" in out
+    for kind in ("weights", "gradients", "states", "activations", "rest", "peak"):
+        assert kind in out
+
+
+def test_a_plan_that_does_not_fit_ends_with_a_remedy(tmp_path, capsys):
+    path = tmp_path / "wide.json"
+    path.write_text(json.dumps({"dim": 8192, "heads": 8, "kv_heads": 8, "ffn": 65536, "layers": 1}))
+    flags = ["plan", "--model", str(path), "--dtype", "f32", "--seq", "8", "--gpu", "t4"]
+    status, out, err = run(flags, capsys)
+    assert status == 2
+    assert "does not fit t4 of 16 GB" in out
+    assert err.count("\n") == 1
+    assert "GB and t4 has 16: try" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--model", "8b"], "unknown model '8b'"),
+        (["--model", "tiny", "--gpu", "x"], "unknown GPU 'x'"),
+        (["--model", "."], "has no config.json"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(flags, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(["plan", *flags], capsys)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert text in err
