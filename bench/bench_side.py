@@ -3,13 +3,11 @@ trained on Python code, then tuned on English text of the standard library's man
 the same batches and at the better of two learning rates. Held-out losses, the bytes of a step,
 tokens/s; and the bytes of a step of a 7B model, counted on tensors without memory.
 
-LoRA has as many parameters as the side network, on a base in NF4; with PEFT also PEFT's own, on
-the base as it is.
+LoRA has as many parameters as the side network, on a base in NF4.
 """
 
 import argparse
 import copy
-import importlib.util
 import statistics
 from functools import partial
 from pydoc_data.topics import topics
@@ -24,11 +22,11 @@ import quaver as qv
 from quaver import models
 from quaver.data import read_sources
 from quaver.nn.frozen import FrozenLinear, freeze_linear
+from quaver.tune.methods import trained
 
-RATES = {"full": (3e-4, 1e-3), "lora": (3e-3, 1e-2), "peft": (3e-3,), "qst": (1e-2, 3e-2)}
+RATES = {"full": (1e-3, 3e-3), "lora": (1e-2, 3e-2), "qst": (3e-3, 1e-2)}
 LOSS, GAIN = 1.05, 0.5  # of LoRA's loss at most, of full finetuning's gain at least
 MEMORY = {"full": 6.0, "lora": 2.0}  # times as many bytes of a 7B step as QST's, at least
-MIX = 10.0  # the learning rate of QST's mix over that of the rest
 SPEED = 1.5  # times LoRA's tokens/s
 GIB = 2**30
 
@@ -66,24 +64,13 @@ def lora(model: nn.Module, parameters: int) -> nn.Module:
     return model
 
 
-def peft(model: nn.Module, parameters: int) -> nn.Module:
-    """PEFT's LoRA on the same layers, which stay as they are."""
-    if importlib.util.find_spec("peft") is None:
-        raise common.NotHereError("PEFT is not installed")
-    from peft import LoraConfig, inject_adapter_in_model
-
-    rank = max(1, round(parameters / linear_sizes(model)))
-    names = sorted({n.rpartition(".")[2] for n, m in model.blocks.named_modules()
-                    if isinstance(m, nn.Linear)})  # fmt: skip
-    return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
-
-
 def qst(model: nn.Module, reduction: int, adapter: int = 16) -> nn.Module:
     return qv.side_tune(model, reduction=reduction, adapter=adapter)
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+def groups_of(model: nn.Module, lr: float) -> list[dict]:
+    own = getattr(model, "side_parameter_groups", None)
+    return [{"params": trained(model), "lr": lr}] if own is None else own(lr)
 
 
 class Text:
@@ -117,15 +104,12 @@ def held_out(model: nn.Module, text: Text) -> float:
 
 def train(model: nn.Module, text: Text, steps: int, lr: float) -> float:
     """Adam with a warm-up of a tenth and a linear decay; the held-out loss."""
-    mix = getattr(getattr(model, "side_network", None), "alpha", None)
-    groups = [{"params": [p for p in trained(model) if p is not mix], "factor": 1.0}]
-    if mix is not None:
-        groups.append({"params": [mix], "factor": MIX})
-    optimizer = qv.AdamW(groups, lr=lr, recipe="f32", weight_decay=0.0)
+    optimizer = qv.AdamW(groups_of(model, lr), recipe="f32", weight_decay=0.0)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
         part = min((step + 1) * 10 / steps, (steps - step) / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * part * group["factor"]
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * part
         loss = loss_of(model, text.at(step))
         optimizer.zero_grad()
         loss.backward()
@@ -204,16 +188,11 @@ def quality(args, base: nn.Module, makers: dict, text: Text) -> list[dict]:
     rows = [{"name": "base", "val_loss": found["base"]}]
     print(f"untouched base: held-out loss {found['base']:.4f}", flush=True)
     for name, make in makers.items():
-        try:
-            tried = []
-            for lr in RATES[name]:
-                model = make()
-                tried.append((train(model, text, args.steps, lr), lr))
-                print(f"{name} lr {lr:g}: held-out loss {tried[-1][0]:.4f}", flush=True)
-        except common.NotHereError as missing:
-            rows.append({"name": name, "baseline": "base", "reason": str(missing)})
-            print(f"{name}: not measured, {missing}", flush=True)
-            continue
+        tried = []
+        for lr in RATES[name]:
+            model = make()
+            tried.append((train(model, text, args.steps, lr), lr))
+            print(f"{name} lr {lr:g}: held-out loss {tried[-1][0]:.4f}", flush=True)
         found[name], lr = min(tried)
         sizes = step_bytes(model, text.at(0))
         count = sum(p.numel() for p in trained(model))
@@ -230,11 +209,12 @@ def quality(args, base: nn.Module, makers: dict, text: Text) -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="of tuning")
-    parser.add_argument("--base-steps", type=int, default=600, help="of training on code")
+    parser.add_argument("--steps", type=int, default=250, help="of tuning")
+    parser.add_argument("--base-steps", type=int, default=400, help="of training on code")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--reduction", type=int, default=4)
-    parser.add_argument("--only", default="qst,lora,peft,full", help="names, with commas")
+    parser.add_argument("--adapter", type=int, default=64)
+    parser.add_argument("--only", default="qst,lora,full", help="names, with commas")
     parser.add_argument("--plan", default="7b", help="the model whose bytes are counted")
     parser.add_argument("--pairs", type=int, default=common.PAIRS, help="of timed steps")
     args = parser.parse_args()
@@ -252,11 +232,11 @@ def main():
         torch.manual_seed(1)
         return change(copy.deepcopy(base), *more)
 
-    count = sum(p.numel() for p in made(qst, args.reduction).side_parameters())
+    sizes = (args.reduction, args.adapter)
+    count = sum(p.numel() for p in made(qst, *sizes).side_parameters())
     makers = {
-        "qst": partial(made, qst, args.reduction),
+        "qst": partial(made, qst, *sizes),
         "lora": partial(made, lora, count),
-        "peft": partial(made, peft, count),
         "full": partial(made, lambda model: model),
     }
     rows += speed(makers, manual, args.pairs)
