@@ -383,7 +383,9 @@ def refused(command, paths, capsys, message):
     ('{"text": "a"}', ":2: no field 'prompt' and no messages, among text; --prompt-field and"),
     ('{"prompt": "a"}', ":2: no field 'response'"),
     ('{"prompt": "a", "response": 4}', ":2: the line.response must be a text, got 4"),
-    ('{"prompt": "a", "response": " "}', ":2: the answer is empty"),
+    ('{"prompt": "a", "response": " "}', ":2: an answer is empty"),
+    ('{"messages": [{"role": "assistant", "content": ""}, {"role": "assistant", "content": "a"}]}',
+     ":2: an answer is empty"),
     ('{"messages": [{"role": "user", "content": "a"}]}', ":2: 1 messages, the last of role 'user'"),
     ('{"messages": [{"role": "user"}]}', ":2: messages[0] lacks content"),
 ])  # fmt: skip

@@ -23,7 +23,8 @@ from .distributed import RankFailure
 from .distributed.launch import announce
 from .errors import UsageError
 from .planning import command as planning
-from .settings import RunSettings
+from .settings import RunSettings, names
+from .tune.flags import add_chat, add_method
 
 __all__ = ["command", "main"]
 
@@ -38,10 +39,6 @@ class _Help(argparse.HelpFormatter):
         if isinstance(default, (list, tuple)):
             default = " ".join(default)
         return f"{action.help} (default: {default})"
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -83,13 +80,13 @@ def _add_task(p: argparse.ArgumentParser, default: train.Settings) -> None:
     )
     p.add_argument(
         "--recipe",
-        type=_names,
+        type=names,
         help=f"comma-separated: {', '.join(recipe.names())} (default: "
         f"{','.join(default.recipe)}; bf16 with --optimizer)",
     )
     p.add_argument(
         "--optimizer",
-        type=_names,
+        type=names,
         help=f"comma-separated: {', '.join(optimizers.names())}; or all. Each trains with each "
         "recipe. Without it AdamW keeps the states of the recipe",
     )
@@ -160,77 +157,11 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         "The loss is that of the answers.",
     )
     p.add_argument("--model", required=True, metavar="DIR", help="a folder of transformers")
-    _add_chat(p, default)
-    _add_method(p, default)
+    add_chat(p, default)
+    add_method(p, default)
     _add_steps(p, default)
     _add_run(p, default)
     p.set_defaults(call=_tune)
-
-
-def _add_chat(p: argparse.ArgumentParser, default: tune.Settings) -> None:
-    p.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help=".jsonl files; a line has a prompt and a response, or messages",
-    )
-    p.add_argument("--eval-data", nargs="+", metavar="FILE", help="held-out examples")
-    p.add_argument(
-        "--held-out",
-        type=float,
-        default=default.held_out,
-        metavar="SHARE",
-        help="of --data, without --eval-data",
-    )
-    for name in ("prompt", "response"):
-        flag, field = f"--{name}-field", getattr(default, f"{name}_field")
-        p.add_argument(flag, default=field, metavar="NAME", help=f"of a line's {name}")
-    p.add_argument("--seq", type=int, default=default.seq, help="longer examples are cut")
-
-
-def _add_method(p: argparse.ArgumentParser, default: tune.Settings) -> None:
-    rates = ", ".join(f"{rate:g} of {method}" for method, rate in tune.RATES.items())
-    p.add_argument(
-        "--method",
-        type=_names,
-        default=default.method,
-        help=f"comma-separated: {', '.join(tune.METHODS)}",
-    )
-    p.add_argument(
-        "--lr",
-        type=_method_rates,
-        metavar="RATE",
-        help=f"peak learning rate: one, or METHOD=RATE,... (default: {rates})",
-    )
-    p.add_argument(
-        "--optimizer", default=default.optimizer, help=f"one of {', '.join(optimizers.names())}"
-    )
-    p.add_argument(
-        "--recipe", default=default.recipe, help="of what trains: f32, bf16, tensorwise or coat"
-    )
-    p.add_argument(
-        "--dtype",
-        default=default.dtype,
-        help="of the weights: auto (the folder's), bfloat16 or float32",
-    )
-    p.add_argument(
-        "--backbone", default=default.backbone, help="frozen layers of qst, lora: nf4, fp8 or keep"
-    )
-    p.add_argument("--reduction", type=int, default=default.reduction, help="qst: widths by this")
-    p.add_argument("--adapter", type=int, default=default.adapter, help="qst: of a downsampler")
-    p.add_argument("--rank", type=int, default=default.rank, help="lora: of its matrices")
-
-
-def _method_rates(text: str) -> float | dict[str, float]:
-    try:
-        if "=" not in text:
-            return float(text)
-        return {name: float(rate) for name, rate in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"wanted a number, or METHOD=RATE,..., got {text!r}"
-        ) from None
 
 
 def _tune(arguments: argparse.Namespace) -> None:
@@ -263,7 +194,7 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument(
         "--types",
-        type=_names,
+        type=names,
         default="e4m3,e4m3,bf16",
         help="with --gemm: formats of a, b and the result",
     )

@@ -13,12 +13,17 @@ from .data import Data
 from .errors import UsageError
 from .parallel import Parallel
 
-__all__ = ["FREE", "RunSettings", "Settings", "configuration", "model_config"]
+__all__ = ["FREE", "RunSettings", "Settings", "configuration", "model_config", "names"]
 
 # Settings that do not decide the numbers of a run: it may be resumed with others.
 FREE = ("out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "optimizer",
         "parallel")  # fmt: skip
 RATE = 1e-3
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated list."""
+    return tuple(name for name in text.split(",") if name)
 
 
 @dataclass(frozen=True)

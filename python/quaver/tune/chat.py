@@ -193,8 +193,9 @@ def _messages(value: dict, prompt: str, response: str) -> list[dict]:
             raise SchemaError(
                 f"{len(messages)} messages, the last of {last}; wanted an assistant's behind others"
             )
-    if not messages[-1]["content"].strip():
-        raise SchemaError("the answer is empty")
+    for message in messages:
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise SchemaError("an answer is empty")
     return messages
 
 
