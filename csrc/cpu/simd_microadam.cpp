@@ -57,9 +57,7 @@ void add_feedback(float* __restrict a, const MicroAdamSpan& s, int64_t begin, in
   for (int64_t j = 0; j < n; ++j) a[j] = with_feedback(step, a[j], error[j]);
 }
 
-inline int32_t magnitude(float x) {
-  return static_cast<int32_t>(bit_cast<uint32_t>(x) & 0x7fffffffu);
-}
+inline int32_t magnitude(float x) { return static_cast<int32_t>(order_bits(x)); }
 
 int64_t count_above(const int32_t* __restrict bits, int64_t n, int32_t bound) {
   int32_t count = 0;

@@ -32,7 +32,7 @@ QUAVER_DEVICE uint32_t sum_before(uint32_t value) {
 }
 
 // Magnitudes in their order as integers from 1; 0 of an element beyond the tensor.
-QUAVER_DEVICE uint32_t key_of(float x, bool inside) { return inside ? magnitude_bits(x) + 1 : 0; }
+QUAVER_DEVICE uint32_t key_of(float x, bool inside) { return inside ? order_bits(x) + 1 : 0; }
 
 // Every key above `above` is kept, and the first `ties` that equal it.
 struct Threshold {

@@ -27,6 +27,13 @@ constexpr int64_t kMicroHyper = 6;   // lr, beta1, beta2, eps, weight_decay, alp
 // The largest magnitude of a: its squares overflow, as AdamW's do, but sums of the values do not.
 constexpr float kMostFeedback = 1.26765060e30f;  // 2^100
 
+// Orders values by magnitude, every NaN the same and above all: the payload of one that an
+// instruction leaves depends on the compiler.
+QUAVER_HD uint32_t order_bits(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
+  return select(bits > 0x7f800000u, 0x7fc00000u, bits);
+}
+
 // The constants of one step of one tensor, computed once in f64.
 struct MicroAdamStep {
   double beta1, beta2;
