@@ -1,6 +1,7 @@
 """Converted layers under another default dtype, and on the meta device."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_linear import RECIPES, layer
 from torch import nn
 
 import quaver as qv
+from quaver import recipe
 
 
 def randn(*shape, seed=0):
@@ -60,6 +62,51 @@ def test_a_default_dtype_changes_no_bit_of_a_f32_model(name, dtype):
         got = losses(name, model)
     assert got == wanted
     assert got[-1] < got[0]
+
+
+def subspace_recipe(projector):
+    momentum = qv.optim.Subspace(rank=8, every=2, projector=projector)
+    return dataclasses.replace(recipe.get("snsm"), exp_avg=momentum)
+
+
+OPTIMIZERS = {
+    **{
+        name: lambda model, name=name: qv.AdamW(model.parameters(), 1e-2, recipe=name)
+        for name in recipe.step_names()
+    },
+    **{
+        f"snsm-{projector}": lambda model, projector=projector: qv.AdamW(
+            model.parameters(), 1e-2, recipe=subspace_recipe(projector)
+        )
+        for projector in ("topk", "random", "srht")
+    },
+    "microadam": lambda model: qv.MicroAdam(model.parameters(), 1e-2, density=0.1),
+    **{
+        f"grass-{select}": lambda model, select=select: qv.Grass(
+            model, 1e-2, rank=8, every=2, select=select
+        )
+        for select in ("top", "sample")
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_default_dtype_changes_no_bit_of_an_optimizer(name, dtype):
+    def trained(model):
+        optimizer = OPTIMIZERS[name](model)
+        for step in range(4):
+            (model(randn(16, 32, seed=step)) - 1).square().mean().backward()
+            qv.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in model.parameters()]
+
+    wanted, model = trained(net()), net()
+    with default(dtype):
+        got = trained(model)
+    for a, b in zip(got, wanted, strict=True):
+        assert_same(a, b)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -291,7 +291,7 @@ class Grass(AdamW):
                 return age, refreshes
             norms = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32)
             index, rho = select_rows(norms, self.rank, self.select, item.ordinal, refreshes)
-            places = torch.zeros(p.shape[0], device=p.device)
+            places = rho.new_zeros(p.shape[0])
             places.index_add_(0, index, torch.ones_like(rho))
             state["rows"] = index  # a new tensor: gradients of older graphs keep theirs
             state["factors"].copy_(torch.stack([rho, rho * places[index]]))
@@ -333,7 +333,7 @@ class Grass(AdamW):
         """-lr times Adam's update of the rows, float32 [r, n]: what the fused step makes of zero
         weights without decay."""
         state = item.state
-        update = torch.zeros(values.shape, device=values.device)
+        update = torch.zeros(values.shape, dtype=torch.float32, device=values.device)
         hyper = row.clone()
         hyper[4].zero_()
         moments = [state[key] for key in EMAS]
@@ -342,7 +342,7 @@ class Grass(AdamW):
             moments[:1],
             moments[1:],
             [values.contiguous()],
-            grad_amax=torch.where(usable, 0.0, torch.inf).reshape(1),
+            grad_amax=torch.where(usable, 0.0, torch.inf).float().reshape(1),
             steps=[state["counts"][UPDATES]],
             hyper=hyper[None],
             skipped=torch.zeros_like(state["step"]),

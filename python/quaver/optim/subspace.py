@@ -133,7 +133,7 @@ def _choose(rule: recipe.Subspace, grad: Tensor, seed: int, refreshes: int) -> T
     # On the host: the same draws on every device.
     random = torch.Generator().manual_seed((seed << 32 | refreshes) & (2**63 - 1))
     if rule.projector == "random":
-        found = torch.linalg.qr(torch.randn(d, rank, generator=random)).Q
+        found = torch.linalg.qr(torch.randn(d, rank, generator=random, dtype=torch.float32)).Q
     else:
         signs = torch.randint(0, 2, (d, 1), generator=random).float() * 2 - 1
         kept = torch.randperm(d, generator=random)[:rank]
@@ -151,7 +151,8 @@ def _transform(d: int, kept: Tensor) -> Tensor:
             parity = parity ^ (parity >> shift)
         return (1 - 2 * (parity & 1)).float() / math.sqrt(d)
     angle = math.pi / d * (i.double() + 0.5) * kept
-    scale = torch.where(kept == 0, math.sqrt(1 / d), math.sqrt(2 / d)).double()
+    scale = torch.full(kept.shape, math.sqrt(2 / d), dtype=torch.float64)
+    scale.masked_fill_(kept == 0, math.sqrt(1 / d))
     return (angle.cos() * scale).float()
 
 
