@@ -27,6 +27,7 @@ from quaver.tune.methods import trained
 RATES = {"full": (1e-3, 3e-3), "lora": (1e-2, 3e-2), "qst": (3e-3, 1e-2)}
 LOSS, GAIN = 1.05, 0.5  # of LoRA's loss at most, of full finetuning's gain at least
 MEMORY = {"full": 6.0, "lora": 2.0}  # times as many bytes of a 7B step as QST's, at least
+SPEED_WIDTH = 256  # of the model whose steps are timed; in a narrower one calls cost, not products
 SPEED = 1.5  # times LoRA's tokens/s
 GIB = 2**30
 
@@ -207,11 +208,34 @@ def quality(args, base: nn.Module, makers: dict, text: Text) -> list[dict]:
     return rows
 
 
+def config_of(width: int) -> models.Config:
+    ffn = width * 43 // 16
+    return models.Config(vocab=256, dim=width, layers=4, heads=8, kv_heads=8, ffn=ffn, context=128)
+
+
+def makers_of(base: nn.Module, args) -> dict:
+    """{method: a function that makes the model to tune of `base`}, LoRA with as many parameters as
+    the side network."""
+
+    def made(change, *more):
+        torch.manual_seed(1)
+        return change(copy.deepcopy(base), *more)
+
+    sizes = (args.reduction, args.adapter)
+    count = sum(p.numel() for p in made(qst, *sizes).side_parameters())
+    return {
+        "qst": partial(made, qst, *sizes),
+        "lora": partial(made, lora, count),
+        "full": partial(made, lambda model: model),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=250, help="of tuning")
     parser.add_argument("--base-steps", type=int, default=400, help="of training on code")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128, help="of the model that is tuned")
     parser.add_argument("--reduction", type=int, default=4)
     parser.add_argument("--adapter", type=int, default=64)
     parser.add_argument("--only", default="qst,lora,full", help="names, with commas")
@@ -221,25 +245,16 @@ def main():
     print(common.describe(common.machine()))
     rows = plan(args.plan, batch=4, length=2048)
 
-    config = models.Config(vocab=256, dim=256, layers=4, heads=8, kv_heads=8, ffn=688, context=128)
+    config = config_of(args.width)
     code = Text(b"\n".join(read_sources(["stdlib"])[0])[: 8 * 2**20], args.batch, 128)
     manual = Text("\n".join(topics[name] for name in sorted(topics)).encode(), args.batch, 128)
     torch.manual_seed(0)
     base = models.build(config)
+    wide = models.build(config_of(SPEED_WIDTH))
     print(f"base on code: {train(base, code, args.base_steps, 1e-3):.4f}", flush=True)
 
-    def made(change, *more):
-        torch.manual_seed(1)
-        return change(copy.deepcopy(base), *more)
-
-    sizes = (args.reduction, args.adapter)
-    count = sum(p.numel() for p in made(qst, *sizes).side_parameters())
-    makers = {
-        "qst": partial(made, qst, *sizes),
-        "lora": partial(made, lora, count),
-        "full": partial(made, lambda model: model),
-    }
-    rows += speed(makers, manual, args.pairs)
+    rows += speed(makers_of(wide, args), manual, args.pairs)
+    makers = makers_of(base, args)
     rows += quality(args, base, {k: makers[k] for k in args.only.split(",")}, manual)
     common.finish("side", rows)
 

@@ -69,7 +69,7 @@ def manual():
                 yield f"the manual on {topic}", paragraph
 
 
-def main(steps, out, width=256, overwrite=False):
+def main(steps, out, width=128, overwrite=False):
     """Returns the summary of the second run."""
     logging.disable_progress_bar()
     out = Path(out)
