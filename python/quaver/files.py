@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,8 +20,8 @@ from typing import BinaryIO
 
 from .errors import FileError, UsageError
 
-__all__ = ["expanded", "locked", "opened", "read_text", "remove_known", "replacing", "sync",
-           "write_text"]  # fmt: skip
+__all__ = ["expanded", "locked", "new_folder", "opened", "read_text", "remove_known", "replacing",
+           "sync", "write_text"]  # fmt: skip
 
 READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking: a pipe must not wait for a writer
 SUFFIX = ".quaver"
@@ -99,6 +100,60 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, op: str) -> Iterator[Path]:
+    """A folder that appears at `path`, whole and durable, when the block ends: the block fills the
+    one that it gets. If the block raises, nothing is left. Folders of writers of `path` that were
+    killed are removed. UsageError, with `op`, for a path that holds anything but an empty folder.
+    """
+    _check_new(path, op)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_folders(path)
+    temporary = path.with_name(f".{path.name[:CUT]}.{secrets.token_hex(16)}{SUFFIX}")
+    temporary.mkdir()
+    handle = os.open(temporary, READ | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # a file system without locks: leftovers stay there
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield temporary
+        sync(temporary)
+        _check_new(path, op)
+        os.rename(temporary, path)  # over an empty folder too
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _check_new(path: Path, op: str) -> None:
+    reason = None
+    if path.is_symlink():
+        reason = "is a symbolic link"
+    elif path.is_dir():
+        reason = "is not empty" if any(os.scandir(path)) else None
+    elif path.exists():
+        reason = "is no folder"
+    if reason is not None:
+        raise UsageError(f"{op}: wanted a new or an empty folder, {path} {reason}")
+
+
+def _remove_left_folders(path: Path) -> None:
+    for left in path.parent.glob(f".*{SUFFIX}"):
+        match = LEFTOVER.fullmatch(left.name)
+        if not match or match[1] != path.name[:CUT]:
+            continue
+        with suppress(OSError):  # a file, a link, gone meanwhile, or locked by its writer
+            handle = os.open(left, READ | os.O_NOFOLLOW | os.O_DIRECTORY)
+            try:
+                if os.fstat(handle).st_uid == os.geteuid():
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left)
+            finally:
+                os.close(handle)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .errors import FileError
 from .files import opened, replacing
 from .schema import Each, SchemaError, check, parse
 
-__all__ = ["TensorFile", "read_tensors", "write_tensors"]
+__all__ = ["TensorFile", "read_tensors", "stream_tensors", "write_tensors"]
 
 # The names of the safetensors format.
 DTYPES = {
@@ -72,20 +72,45 @@ def write_tensors(path, tensors: Mapping[str, Tensor], document: dict) -> None:
         if tensor.dtype not in NAMES:
             raise FileError(f"{name}: {tensor.dtype} has no name in a safetensors file")
     text = json.dumps(document | {"crc32": _checksums(tensors)})
-    header = {"__metadata__": {"quaver": text, "crc32": str(zlib.crc32(text.encode()))}}
+    stream_tensors(
+        path, tensors, tensors.items(), {"quaver": text, "crc32": str(zlib.crc32(text.encode()))}
+    )
+
+
+def stream_tensors(
+    path,
+    kinds: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: dict[str, str],
+) -> None:
+    """Writes contiguous CPU tensors to one safetensors file, atomically, as they come: of `tensors`
+    one is in memory at a time. `kinds` are their dtypes and shapes (meta tensors, say).
+
+    Raises ValueError unless the tensors are those of `kinds`, OSError if the file cannot be
+    written."""
+    header, end = {"__metadata__": metadata}, 0
     # Large elements first: every tensor is then aligned to its own.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    end = 0
-    for name, tensor in ordered:
-        begin, end = end, end + tensor.nbytes
-        entry = (NAMES[tensor.dtype], list(tensor.shape), [begin, end])
+    for name in sorted(kinds, key=lambda name: -kinds[name].element_size()):
+        kind, begin = kinds[name], end
+        end += kind.nbytes
+        entry = (NAMES[kind.dtype], list(kind.shape), [begin, end])
         header[name] = dict(zip(ENTRY, entry, strict=True))
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
+    places = {name: 8 + len(head) + header[name]["data_offsets"][0] for name in kinds}
     with replacing(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for _, tensor in ordered:
+        for name, tensor in tensors:
+            wanted = kinds[name]
+            if name not in places or (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
+                raise ValueError(
+                    f"{path}: {name}: wanted {wanted.dtype} {list(wanted.shape)} once, got "
+                    f"{tensor.dtype} {list(tensor.shape)}"
+                )
+            file.seek(places.pop(name))
             file.write(_data(tensor))
+        if places:
+            raise ValueError(f"{path}: {min(places)} is missing")
 
 
 def read_tensors(path, kind: str, version: int) -> tuple[dict[str, Tensor], dict]:
