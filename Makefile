@@ -156,7 +156,8 @@ $(VENV)/.installed: pyproject.toml setup.py
 $(ABI_VENV)/.installed: pyproject.toml
 	test -x $(ABI_VENV)/bin/python || $(PY) -m venv $(ABI_VENV)
 	$(ABI_VENV)/bin/python -m pip install "$(ABI_TORCH)"
-	$(ABI_VENV)/bin/python -m pip install numpy safetensors tqdm matplotlib pytest ml_dtypes transformers accelerate peft
+	$(ABI_VENV)/bin/python -m pip install numpy safetensors tqdm matplotlib pytest ml_dtypes transformers accelerate peft \
+	  "compressed-tensors==0.20.0; python_version >= '3.11'"
 	touch $@
 
 build/cutlass/.$(CUTLASS):

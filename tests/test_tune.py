@@ -258,6 +258,17 @@ def test_gpt2_an_answer_at_the_end_of_its_context_and_a_probe(paths, capsys):
 # Conversations as tokens
 
 
+def test_a_folder_in_fp8_is_a_start(paths, base, capsys):
+    """Its weights are decoded: what is tuned in full is a plain folder."""
+    command = ["export", base, "--format", "fp8-tensor", "--out", paths / "fp8"]
+    assert run(command, capsys)[0] == 0
+    command = flags(paths, method="lora,full", steps=2, model=paths / "fp8")
+    assert run(command, capsys)[::2] == (0, "")
+    tuned = paths / "out" / "full" / "tuned"
+    assert "quantization_config" not in json.loads((tuned / "config.json").read_text())
+    assert plain(tuned).dtype == torch.bfloat16
+
+
 def examples(tmp_path, rows, coder=None, **changes):
     path = write_lines(tmp_path / "rows.jsonl", rows)
     settings = tune.Settings(data=(str(path),), eval_data=(str(path),), **changes)

@@ -10,7 +10,9 @@ from . import distributed, nn, optim, recipe, tensor_ops  # noqa: E402, F401
 from .activations import saved_activations  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .convert import convert, convert_report, restore  # noqa: E402
+from .export import ExportReport, export  # noqa: E402
 from .grad import clip_grad_norm_  # noqa: E402
+from .hf.pretrained import load_pretrained  # noqa: E402
 from .memory import memory_report  # noqa: E402
 from .nf4 import NF4Weight, quantize_nf4  # noqa: E402
 from .nn import cached_weights  # noqa: E402
@@ -30,6 +32,7 @@ from .tensor import ScaledTensor  # noqa: E402
 __all__ = [
     "AdamW",
     "CheckpointError",
+    "ExportReport",
     "Grass",
     "MicroAdam",
     "NF4Weight",
@@ -45,8 +48,10 @@ __all__ = [
     "convert_report",
     "dequantize",
     "distributed",
+    "export",
     "gemm",
     "load",
+    "load_pretrained",
     "memory_report",
     "nn",
     "optim",

@@ -1,4 +1,4 @@
-"""The command `quaver`: train, tune, plan, info, bench.
+"""The command `quaver`: train, tune, export, plan, info, bench.
 
 Exit status: 0 done, 2 a mistake in flags or files (one line on stderr), 1 a failure of the system
 (one line), 130 stopped by a signal.
@@ -18,10 +18,11 @@ import torch
 
 import quaver as qv
 
-from . import _C, machine, models, optimizers, recipe, train, tune
+from . import gemm_info, machine, models, optimizers, recipe, train, tune
 from .distributed import RankFailure
 from .distributed.launch import announce
 from .errors import UsageError
+from .exporting import add_export
 from .planning import command as planning
 from .settings import RunSettings, names
 from .tune.flags import add_chat, add_method
@@ -204,41 +205,9 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
     p.set_defaults(call=_info)
 
 
-def _gemm_info(arguments: argparse.Namespace) -> None:
-    for flag, values in (("gemm", arguments.gemm), ("sms", [arguments.sms])):
-        if max(values) >= 2**31:
-            raise UsageError(f"--{flag} must be below 2^31, got {max(values)}")
-    if len(arguments.types) != 3:
-        raise UsageError(f"--types wants A,B,OUT, got {','.join(arguments.types)}")
-    try:
-        candidates, reason = _C.gemm_candidates(
-            *arguments.gemm,
-            *arguments.types,
-            accumulate=arguments.accumulate,
-            fast_accumulate=not arguments.promoted,
-            sm_count=arguments.sms,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    m, n, k = arguments.gemm
-    print(f"gemm [{m}, {k}] x [{n}, {k}], {' '.join(arguments.types)}, {arguments.sms} SMs")
-    row = "{:<40}{:>12}{:>8}{:>9}{:>8}{:>8}{:>8}{:>11}".format
-    print(row("kernel", "tile", "cluster", "swizzle", "splits", "tiles", "waves", "predicted"))
-    for c in candidates:
-        tile, cluster = ("x".join(map(str, c[key])) for key in ("tile", "cluster"))
-        print(
-            row(
-                *(c["name"], tile, cluster, c["swizzle"], c["splits"], c["tiles"]),
-                *(f"{c['waves']:.2f}", f"{c['efficiency']:.1%}"),
-            )
-        )
-    print(f"{candidates[0]['name']}: {reason}")
-    print("Predicted is of the peak, by a model; `make gpu-report` measures.")
-
-
 def _info(arguments: argparse.Namespace) -> None:
     if arguments.gemm:
-        return _gemm_info(arguments)
+        return gemm_info.show(arguments)
     for title, values in (("build", qv.build_info()), ("machine", machine.describe())):
         print(title)
         for key, value in values.items():
@@ -290,6 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_tune(commands)
+    add_export(commands, _Help)
     _add_plan(commands)
     _add_info(commands)
     _add_bench(commands)

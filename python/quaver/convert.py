@@ -129,6 +129,7 @@ def _convert_linear(model, chosen, skip, report) -> None:
         if is_converted(module):
             report.converted[name] = "linear"
             continue
+        _check_not_stored_in_fp8(name, module)
         if not isinstance(module, nn.Linear) and not structure.is_conv1d(module):
             why = _why_matrices_stay(module)
         else:
@@ -171,6 +172,17 @@ def _check_recipe(name: str, module: nn.Module, chosen: recipes.Recipe) -> None:
     if other:
         raise ValueError(
             f"convert: {name or 'the model'} was converted by another recipe; restore it first"
+        )
+
+
+def _check_not_stored_in_fp8(name: str, module: nn.Module) -> None:
+    """Refuses a layer that another library keeps in FP8, for inference."""
+    weight = module._parameters.get("weight")
+    codes = weight is not None and weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    if codes and not isinstance(weight, ScaledTensor):
+        raise TypeError(
+            f"convert: {name or 'the model'} is a {type(module).__name__} with a weight of "
+            f"{weight.dtype}; load the folder by quaver.load_pretrained, which decodes it"
         )
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from ..errors import UsageError
 from ..files import expanded, opened
+from ..hf.pretrained import load_pretrained, quiet
 from .settings import Settings
 
 __all__ = [
@@ -36,23 +34,6 @@ def _transformers():
             "tune needs the package `transformers`: pip install transformers"
         ) from None
     return transformers
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers from writing bars and warnings: what matters is checked and named."""
-    logging = _transformers().utils.logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of one package about the other
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _read(settings: Settings, what: str, name: str, **options):
@@ -101,6 +82,8 @@ def load_tokenizer(settings: Settings):
 def load_model(settings: Settings) -> nn.Module:
     """The model with the folder's weights, in --dtype. Raises UsageError where some are missing."""
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if getattr(load_config(settings), "quantization_config", None) is not None:
+        return load_pretrained(settings.model, dtype=None if dtype == "auto" else dtype)
     model, found = _read(
         settings, "the model", "AutoModelForCausalLM", dtype=dtype, output_loading_info=True
     )

@@ -1,0 +1,136 @@
+"""The command `quaver export`: a run's model, or a folder of transformers, in another format."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, models
+from .convert import convert
+from .errors import FileError, UsageError
+from .export import FORMATS, export
+from .files import expanded, read_text
+from .hf.pretrained import load_pretrained
+from .rundir import RunDir
+from .schema import SchemaError, parse
+
+__all__ = ["add_export", "load_run"]
+
+# What transformers' tokenizers and processors keep in a folder.
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+             "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+             "chat_template.jinja", "preprocessor_config.json",
+             "processor_config.json")  # fmt: skip
+
+
+def add_export(commands: argparse._SubParsersAction, formatter: type) -> None:
+    p = commands.add_parser(
+        "export",
+        help="write a trained model as a folder that transformers loads",
+        formatter_class=formatter,
+        description="Write the model of a run of `quaver train`, or of a folder of transformers, "
+        "as a folder that transformers loads, in bf16 or FP8.",
+    )
+    p.add_argument("model", metavar="DIR", help="a run's folder, or one of transformers")
+    p.add_argument("--format", default="bf16", help=f"one of {', '.join(FORMATS)}")
+    p.add_argument("--out", required=True, metavar="DIR", help="a new or an empty folder")
+    p.add_argument("--recipe", metavar="NAME", help="of a run that trained several: which")
+    p.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights")
+    p.set_defaults(call=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    source = expanded(arguments.model)
+    config = _json(source / "config.json")
+    tokenizer = _Files(source)
+    if "data_sha256" in config:
+        model, tokenizer = load_run(source, arguments.recipe), _run_tokenizer(config)
+    elif arguments.recipe is not None:
+        raise UsageError(f"--recipe is for a run's folder, and {source} is none")
+    else:
+        model = load_pretrained(source)
+    print(
+        export(
+            model,
+            arguments.out,
+            arguments.format,
+            tokenizer=tokenizer,
+            max_shard_size=arguments.max_shard_size,
+        )
+    )
+
+
+def _json(path: Path) -> dict:
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent}: no such folder")
+    if not path.is_file():
+        raise UsageError(f"{path.parent}: wanted a run's folder or one of transformers: it has no "
+                         "config.json")  # fmt: skip
+    try:
+        config = parse(read_text(path, follow=True))
+    except SchemaError as error:
+        raise FileError(f"{path} is damaged: {error}") from None
+    return config if isinstance(config, dict) else {}
+
+
+class _Files:
+    """The tokenizer's files of a folder, as a tokenizer that is written beside a model."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        for name in TOKENIZER:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, Path(folder) / name)
+
+
+def _run_tokenizer(config: dict):
+    """The tokenizer of a run, for transformers; None where its tokens are bytes."""
+    path = config.get("tokenizer")
+    if path is None:
+        return None
+    if not expanded(path).is_file():
+        raise UsageError(f"{path}: the run's tokenizer is gone")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_file=str(expanded(path)))
+
+
+def load_run(folder: str | os.PathLike, recipe: str | None = None) -> torch.nn.Module:
+    """The trained model of a run's folder, converted as it was trained; of a run of several
+    trainings the one called `recipe` (RECIPE, or RECIPE+OPTIMIZER).
+
+    Raises UsageError for a folder, a checkpoint or a name that is none."""
+    run = RunDir(folder)
+    config = _json(run.config_path)
+    names = sorted(p.name for p in run.path.iterdir() if (p / "checkpoint").is_dir())
+    if not names:
+        raise UsageError(f"{run.path} holds no checkpoint of `quaver train`")
+    if recipe is None and len(names) > 1:
+        raise UsageError(f"{run.path} holds {', '.join(names)}: choose one by --recipe")
+    name = names[0] if recipe is None else recipe
+    if name not in names:
+        raise UsageError(f"--recipe {name}: {run.path} holds {', '.join(names)}")
+    path = run.checkpoint_path(name)
+    if config.get("tensor_parallel", 1) > 1 or not path.exists():
+        raise UsageError(
+            f"{path.parent} holds parts of a model that tensor parallelism split; they are no "
+            "model of one process"
+        )
+    try:
+        model = models.build(models.Config(**config["model"]))
+        convert(model, name.partition("+")[0])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{run.config_path} is damaged: {error}") from None
+    if path.is_dir():
+        from .distributed import load
+
+        load(path, model)
+    else:
+        checkpoint.load(path, model)
+    return model.eval()

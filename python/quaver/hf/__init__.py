@@ -1,0 +1,1 @@
+"""Folders of transformers: their weights' names, formats and files."""
