@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -18,7 +18,7 @@ from .nn.linear import Conv1D, Linear, LinearBase, is_converted
 from .nn.mlp import MLP
 from .nn.norm import Norm
 from .nn.swap import is_wrapped, swap, swap_back
-from .nn.weight import convert_weight, set_dtype
+from .nn.weight import convert_weight, freeze_weight, set_dtype
 from .ops import FLOATS
 from .tensor import ScaledTensor, is_sharded
 
@@ -59,6 +59,8 @@ def convert(
     model: nn.Module,
     recipe: str | recipes.Recipe = "fp8lm-o2",
     skip: Iterable[str] = HEAD,
+    *,
+    frozen: str | None = None,
 ) -> nn.Module:
     """Make every linear layer of `model` multiply in FP8, in place; returns the model.
 
@@ -76,11 +78,14 @@ def convert(
     Args:
         recipe: a name or a Recipe; one without FP8 linear layers leaves the model as it is.
         skip: names to leave alone: a module's full name, its last part, or a pattern ("*.gate").
+        frozen: "fp8" converts the linear layers whose weight does not need gradients, and no other:
+            it becomes e4m3 codes with one scale, 1 byte a value, which forward and backward
+            multiply by. Layers that train (LoRA's) stay as they are.
 
     Raises:
         TypeError: `skip` is a string, the model is no module, or a weight is, say, float64.
-        ValueError: an unknown recipe, a model that was converted by another one, a sharded one, or
-            a name in `skip` that fits no layer.
+        ValueError: an unknown recipe, a model that was converted by another one, a sharded one, a
+            name in `skip` that fits no layer, or `frozen` of a model whose weights all train.
     """
     if isinstance(skip, str):
         raise TypeError(f"convert: skip must be several names, got the string {skip!r}")
@@ -90,10 +95,12 @@ def convert(
     skip = tuple(skip)
     if skip != HEAD:
         _check_skip(model, skip)
+    if frozen is not None:
+        chosen = _frozen_recipe(model, chosen, frozen)
     if chosen.linear is None:
         return model
     report = Report()
-    _convert_linear(model, chosen, skip, report)
+    _convert_linear(model, chosen, skip, report, frozen is not None)
     if chosen.activation is not None:
         if chosen.activation.norm:
             _convert_norms(model, chosen, skip, report)
@@ -102,6 +109,22 @@ def convert(
     _share_casts(model)
     _reports[model] = report
     return model
+
+
+def _frozen_recipe(model: nn.Module, chosen: recipes.Recipe, frozen: str) -> recipes.Recipe:
+    """The recipe of layers that do not train: their codes are all that exists of a weight."""
+    if frozen != "fp8":
+        raise ValueError(f'convert: frozen must be "fp8" or None, got {frozen!r}')
+    if chosen.linear is None:
+        raise ValueError(f"convert: frozen: recipe {chosen.name!r} has no FP8 linear layers")
+    linear = (m for m in model.modules() if isinstance(m, nn.Linear) or structure.is_conv1d(m))
+    weights = (layer._parameters.get("weight") for layer in linear)
+    if all(weight is None or weight.requires_grad for weight in weights):
+        raise ValueError(
+            "convert: frozen: every linear layer trains; call model.requires_grad_(False) before, "
+            "or PEFT's get_peft_model"
+        )
+    return replace(chosen, linear=replace(chosen.linear, master="as-is", cache="none"))
 
 
 def _check_skip(model: nn.Module, skip: tuple[str, ...]) -> None:
@@ -122,7 +145,7 @@ def _holds_linear(module: nn.Module) -> bool:
     return any(isinstance(m, (nn.Linear, LinearBase)) for m in module.modules() if m is not module)
 
 
-def _convert_linear(model, chosen, skip, report) -> None:
+def _convert_linear(model, chosen, skip, report, frozen) -> None:
     targets = {}
     for name, module in model.named_modules():
         _check_recipe(name, module, chosen)
@@ -134,6 +157,8 @@ def _convert_linear(model, chosen, skip, report) -> None:
             why = _why_matrices_stay(module)
         else:
             why = _why_linear_stays(name, module, skip)
+            if why is None and frozen and module.weight.requires_grad:
+                why = "it trains"
         if why is not None:
             report.left[name] = why
         elif isinstance(module, nn.Linear) or structure.is_conv1d(module):
@@ -153,7 +178,8 @@ def _convert_linear(model, chosen, skip, report) -> None:
             continue
         if id(old) not in weights:
             dtype = old.dtype
-            weights[id(old)] = convert_weight(old, chosen.linear), dtype
+            convert_one = freeze_weight if frozen else convert_weight
+            weights[id(old)] = convert_one(old, chosen.linear), dtype
             mark_replaced(old, weights[id(old)][0])
         if isinstance(module, nn.Linear):
             module.__class__ = Linear

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import recipe as recipes
 from ..tensor import ScaledTensor
-from .cast import Cast, cast, pad, transpose_codes
+from .cast import Cast, cast, nan_unless_finite, pad, transpose_codes
 
 _ops = torch.ops.quaver
 
@@ -40,7 +40,7 @@ def cast_weight(
     """
     weight = weight.detach()
     if isinstance(weight, ScaledTensor):
-        if weight.qdata.dtype == dtype:  # another rank's: only its FP8 codes exist here
+        if weight.qdata.dtype == dtype:  # frozen, or another rank's: only the codes exist here
             q = pad(weight.qdata)
             return Cast(q, weight.scale, transpose_codes(q) if both else None, weight.scale)
         if channels is None:  # e4m3 of the f16 codes: the scales differ by exactly 2^7
@@ -56,7 +56,9 @@ def cast_weight(
 
 def shard_codes(shard: ScaledTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The codes of a master or a shard of one as it lies, unpadded, and their scale. Element by
-    element, so the shards' codes are the whole weight's."""
+    element, so the shards' codes are the whole weight's. A frozen weight is its codes."""
+    if shard.qdata.dtype == dtype:
+        return shard.qdata, shard.scale
     step = shard.scale.new_full((), MASTER_TO_FP8)
     q, _, _ = _ops.quantize(shard.qdata, dtype, step)
     return q, shard.scale * MASTER_TO_FP8
@@ -99,6 +101,15 @@ def convert_weight(weight: nn.Parameter, rule: recipes.LinearRecipe) -> nn.Param
     q, scale, amax = _ops.quantize(weight.detach(), torch.float16)
     stored = ScaledTensor(q, scale, amax, weight.dtype)
     return nn.Parameter(stored, requires_grad=weight.requires_grad)
+
+
+def freeze_weight(weight: nn.Parameter, rule: recipes.LinearRecipe) -> nn.Parameter:
+    """A weight that does not train, as the codes that products multiply by, and nothing else."""
+    if isinstance(weight, ScaledTensor):
+        return weight
+    q, scale, amax = _ops.quantize(weight.detach(), rule.weight)
+    scale = nan_unless_finite(scale, amax)
+    return nn.Parameter(ScaledTensor(q, scale, amax, weight.dtype), requires_grad=False)
 
 
 def set_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> None:
