@@ -11,12 +11,17 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 import quaver as qv
 from quaver import models, optimizers, recipe
+from quaver.distributed import World
 from quaver.errors import UsageError
-from quaver.planning.plan import build_optimizer
+from quaver.parallel import Parallel
+from quaver.planning.fit import tries
+from quaver.planning.job import Job
+from quaver.planning.search import largest
 from quaver.planning.sources import source
-from quaver.planning.step import Training, measure, recompute_blocks
+from quaver.planning.step import measure
 
 GB = 10**9
+SMALL = {"dim": 64, "layers": 1, "heads": 2, "kv_heads": 2, "ffn": 96}
 NAMES = [None, *optimizers.names()]
 PAIRS = [(r, o) for r in recipe.names() for o in NAMES]
 QUICK = {(r, None) for r in recipe.names()} | {("bf16", o) for o in NAMES} | {("coat", "grass")}
@@ -31,10 +36,8 @@ def real(model, recipe_name, optimizer, dtype, batch, seq, release=False, recomp
     for p in built.parameters():
         p.data = p.data.to(dtype)
     built = qv.convert(built, chosen)
-    if recompute:
-        recompute_blocks(built)
-    made = build_optimizer(found, chosen, optimizer, built)
-    return measure(Training(built, made, model, chosen, release), batch, seq, fake=False)
+    job = Job(found, chosen, optimizer, Parallel(), World(), release, recompute)
+    return measure(job.training(built), batch, seq)
 
 
 def assert_equal(plan, report, peak):
@@ -109,8 +112,10 @@ def test_torchs_mem_tracker_finds_the_same_peak():
     config = models.load("tiny")
     with FakeTensorMode():
         model = qv.convert(models.build(config), "bf16")
-        optimizer = build_optimizer(source(config, torch.float32), recipe.get("bf16"), None, model)
-        training = Training(model, optimizer, "tiny", recipe.get("bf16"))
+        found = source(config, torch.float32)
+        job = Job(found, recipe.get("bf16"), None, Parallel(), World(), False, False)
+        training = job.training(model)
+        optimizer = training.optimizer
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         with tracker:
@@ -168,6 +173,11 @@ def test_transformers_configurations_and_folders(tmp_path):
         ((nn.Linear(4, 4), "bf16"), {"recompute": True}, "a list of blocks"),
         ((nn.Linear(4, 4), "bf16"), {}, "Linear does not run on tokens [1, 2048]"),
         (("tiny", "fp8lm-o2", "grass"), {}, "optimizer grass with recipe fp8lm-o2: Grass"),
+        (("tiny", "bf16"), {"parallel": "pp=2"}, "parallel wants dp=N, zero=N, fsdp=N or tp=N"),
+        (("tiny", "bf16"), {"parallel": "tp=5"}, "parallel tp=5: "),
+        (("tiny", "coat"), {"parallel": "fsdp=2"}, "which FSDP2's shards would cut"),
+        (("tiny", "bf16"), {"parallel": "dp=2", "rank": 2}, "rank must be an int from 0 to 1"),
+        (("tiny", "bf16"), {"link": "wire"}, "unknown link 'wire'; there are"),
         (("tiny", "fp8lm-o3"), {"release": True}, "wanted an optimizer of quaver, got ZeroAdamW"),
     ],
 )
@@ -176,6 +186,50 @@ def test_mistakes_are_named_in_one_line(arguments, options, text):
         qv.plan(*arguments, **options)
     assert text in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_largest_batch_is_the_last_that_fits():
+    model, size = models.Config(**SMALL), 10**8
+    plan = qv.plan(model, "coat", seq=64)
+    batch = plan.largest_batch(size)
+    assert qv.plan(model, "coat", seq=64, batch=batch)["peak"] <= size
+    assert qv.plan(model, "coat", seq=64, batch=batch + 1)["peak"] > size
+    assert plan.largest_batch(plan["peak"] - 1) == 0
+    with pytest.raises(UsageError, match="wants bytes, got -1"):
+        plan.largest_batch(-1)
+
+
+@pytest.mark.parametrize("size", [10, 11, 12, 13, 99, 100, 101, 2_000, 12_345])
+def test_the_search_for_a_batch_takes_few_plans(size):
+    asked = []
+
+    def peak(batch):  # convex, as the largest of sums is
+        asked.append(batch)
+        return max(10 + batch, 5 + 3 * batch, 7 * batch - 40)
+
+    found = largest(peak, size)
+    assert found == sum(peak(batch) <= size for batch in range(1, 3_000))
+    assert len(asked) - 2_999 <= 12
+
+
+def test_the_search_for_settings_ends_with_the_first_that_fit():
+    model, size = models.Config(**SMALL), 650_000
+    found = list(tries(model, size, seq=8))
+    peaks = [plan["peak"] for plan in found]
+    assert all(peak > size for peak in peaks[:-1]) and peaks[-1] <= size
+    settings = found[-1]["settings"]
+    keys = ("recipe", "optimizer", "release", "recompute")
+    again = qv.plan(model, seq=8, **{key: settings[key] for key in keys})
+    assert again["peak"] == peaks[-1]
+    fixed = list(tries(model, 1, "fp8lm-o2", release=True, seq=8))
+    assert {plan["settings"]["recipe"] for plan in fixed} == {"fp8lm-o2"}
+    assert all(plan["settings"]["release"] for plan in fixed)
+
+
+def test_messages_take_the_stated_time_of_a_link():
+    plan = qv.plan("tiny", "bf16", seq=16, parallel="dp=2", link="pcie4")
+    assert plan["communication_seconds"] == sum(plan["communication"].values()) / 32e9
+    assert qv.plan("tiny", "bf16", seq=16)["communication_seconds"] is None
 
 
 def test_a_plan_without_a_card_does_not_say_that_it_fits():
@@ -190,10 +244,22 @@ def test_the_command_prints_the_peak_and_the_verdict(capsys):
     flags = ["plan", "--model", "tiny", "--recipe", "coat", "--seq", "32"]
     status, out, err = run([*flags, "--gpu", "4090"], capsys)
     assert (status, err) == (0, "")
-    assert "tiny, 4,917,888 parameters" in out
+    assert "tiny, 4,917,888 parameters, batch 1 x 32, bfloat16" in out
     assert "fits 4090 of 24 GB" in out
     for kind in ("weights", "gradients", "states", "activations", "rest", "peak"):
         assert kind in out
+
+
+def test_the_command_searches_for_settings(tmp_path, capsys):
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(SMALL))
+    flags = ["plan", "--model", str(path), "--seq", "8", "--fit"]
+    status, out, err = run([*flags, "0.00065"], capsys)
+    assert (status, err) == (0, "")
+    assert "GB: --recipe bf16" in out
+    status, out, err = run([*flags, "0.0001"], capsys)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "nothing fits 0.0001 GB, the least is" in err
 
 
 def test_a_plan_that_does_not_fit_ends_with_a_remedy(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """FP8 training for PyTorch."""
 
+import importlib
+
 from quaver._load import load as load_library
 
 _C = load_library()  # before the rest: it registers torch.ops.quaver
@@ -26,7 +28,6 @@ from .optim import (  # noqa: E402
     Subspace,
     release_gradients,
 )
-from .planning import plan  # noqa: E402
 from .tensor import ScaledTensor  # noqa: E402
 
 __all__ = [
@@ -65,3 +66,10 @@ __all__ = [
     "saved_activations",
     "side_tune",
 ]
+
+
+def __getattr__(name):
+    # A command's settings and models are imported for those who plan.
+    if name != "plan":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.planning").plan

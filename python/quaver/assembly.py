@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import distributed, models, optimizers
 from .convert import convert
@@ -12,7 +13,7 @@ from .recipe import Recipe
 from .schedule import parameter_groups
 from .settings import Settings
 
-__all__ = ["BETAS", "build_model", "build_optimizer", "is_fsdp"]
+__all__ = ["BETAS", "build_model", "build_optimizer", "is_fsdp", "shard"]
 
 BETAS = (0.9, 0.95)
 
@@ -39,22 +40,25 @@ def build_model(
         if world.tensor is not None:
             distributed.parallelize(model, world.tensor, fp8_sum=recipe.fp8_sum)
         if is_fsdp(settings, world):
-            _shard(model, recipe)
+            shard(model, recipe)
     except ValueError as error:
         raise UsageError(f"--parallel {settings.parallel}: {error}") from None
     return model
 
 
-def _shard(model: nn.Module, recipe: Recipe) -> None:
+def shard(model: nn.Module, recipe: Recipe, mesh: DeviceMesh | None = None) -> None:
+    """FSDP2 of a model under a recipe, in place, over `mesh` or all ranks. Raises ValueError where
+    it is refused."""
     if recipe.linear is not None:
-        distributed.fully_shard(model)
+        distributed.fully_shard(model, mesh)
         return
     # Without FP8, FSDP2 sends weights and gradients in the autocast dtype.
     from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import
 
     low = recipe.autocast == torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=recipe.autocast, reduce_dtype=torch.float32)
-    distributed.fully_shard(model, gradient="bf16" if low else "f32", mp_policy=policy)
+    gradient = "bf16" if low else "f32"
+    distributed.fully_shard(model, mesh, gradient=gradient, mp_policy=policy)
 
 
 def build_optimizer(

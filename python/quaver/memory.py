@@ -72,7 +72,8 @@ class _Ledger:
     def add(self, kind: str, value: Tensor | None) -> int:
         """Books `value` under `kind`; returns the bytes that are new."""
         if is_sharded(value):  # FSDP2 lays the gradients of several parameters into one storage
-            found = {t.data_ptr(): t.nbytes for t in plain_tensors(value) if t.nbytes}
+            parts = [t for t in plain_tensors(value) if t.nbytes]
+            found = {(t.untyped_storage()._cdata, t.storage_offset()): t.nbytes for t in parts}
         else:
             found = {at: storage.nbytes() for at, storage in storages_of(value).items()}
         new = {at: size for at, size in found.items() if at not in self.seen}

@@ -63,6 +63,11 @@ class Transport:
         self._backend = backend_of(group) if self.size > 1 else None
 
     @property
+    def is_simulated(self) -> bool:
+        """Whether the other ranks are torch's "fake" ones, without values: all have this one's."""
+        return self.backend == "fake"
+
+    @property
     def sums_fp8(self) -> bool:
         """Whether `sum` takes FP8."""
         return self.size > 1 and self._backend.sums_fp8
@@ -161,8 +166,8 @@ class Transport:
 
     def all_gather_object(self, value, device: torch.device | str = "cpu") -> list:
         """The JSON values of all ranks, in rank order. Not counted: for agreements at the start."""
-        if self.size == 1:
-            return [value]
+        if self.size == 1 or self.is_simulated:
+            return [value] * self.size
         before = dict(self.traffic)
         text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
         count = torch.tensor([text.numel()], device=device)

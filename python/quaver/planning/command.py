@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 
 from .. import models, optimizers, recipe
 from ..errors import UsageError
-from .cards import CARDS
+from .cards import CARDS, LINKS
+from .fit import tries
 from .plan import Plan, plan
 
 __all__ = ["add_arguments", "run"]
 
 GB = 10**9
+SIZES = (24, 48, 80, 141)
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}
 
 
@@ -24,7 +27,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         required=True,
         help=f"{', '.join(models.PRESETS)}, a JSON file, or the folder of a Hugging Face model",
     )
-    p.add_argument("--recipe", default="bf16", help=f"one of {', '.join(recipe.names())}")
+    p.add_argument(
+        "--recipe", help=f"one of {', '.join(recipe.names())}; bf16, or what --fit finds"
+    )
     p.add_argument(
         "--optimizer",
         help=f"one of {', '.join(optimizers.names())}; without it AdamW keeps the states of the "
@@ -43,45 +48,102 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--recompute", action="store_true", help="backward runs the forward of each block again"
     )
     p.add_argument(
+        "--parallel",
+        default="",
+        metavar="KIND=N",
+        help="the memory and the messages of one rank of dp=N, zero=N, fsdp=N or tp=N, or of "
+        "dp=N,tp=M; --batch is each rank's own",
+    )
+    p.add_argument(
+        "--link", metavar="NAME", help=f"the time of the messages over {', '.join(LINKS)}"
+    )
+    p.add_argument(
         "--gpu", metavar="NAME", help=f"say whether it fits that card: {', '.join(CARDS)}"
     )
+    p.add_argument(
+        "--largest", action="store_true", help=f"the largest --batch on {_sizes()} GB too"
+    )
+    p.add_argument(
+        "--fit",
+        type=float,
+        metavar="GB",
+        help="search for settings with which it fits that memory, beside those that are given",
+    )
+
+
+def _sizes() -> str:
+    return "/".join(str(size) for size in SIZES)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the plan. Raises UsageError, with a remedy, where it does not fit the card."""
     try:
-        found = plan(
-            arguments.model,
-            arguments.recipe,
-            arguments.optimizer,
-            batch=arguments.batch,
-            seq=arguments.seq,
-            dtype=DTYPES[arguments.dtype],
-            release=arguments.release,
-            recompute=arguments.recompute,
-            gpu=arguments.gpu,
-        )
+        _run(arguments)
     except UsageError as error:  # the command has its own name before the text
         raise UsageError(str(error).removeprefix("plan: ")) from None
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    options = {
+        name: getattr(arguments, name)
+        for name in ("batch", "seq", "parallel", "release", "recompute", "gpu", "link")
+    } | {"dtype": DTYPES[arguments.dtype]}
+    if arguments.fit is not None:
+        found = _fit(arguments, options)
+    else:
+        recipe = arguments.recipe or "bf16"
+        found = plan(arguments.model, recipe, arguments.optimizer, **options)
     print(table(found))
+    if arguments.largest:
+        for size in SIZES:
+            print(f"largest batch on {size} GB: {found.largest_batch(size * GB)}")
     if found["gpu"] is not None and not found["fits"]:
         raise UsageError(remedy(found))
+
+
+def _fit(arguments: argparse.Namespace, options: dict) -> Plan:
+    """The first plan that fits --fit; every one that is tried has its line."""
+    if not 0 < arguments.fit < math.inf:
+        raise UsageError(f"--fit wants GB above 0, got {arguments.fit:g}")
+    size, least = round(arguments.fit * GB), None
+    for found in tries(arguments.model, size, arguments.recipe, arguments.optimizer, **options):
+        print(f"{found['peak'] / GB:>10.3f} GB: {describe(found)}", flush=True)
+        if least is None or found["peak"] < least["peak"]:
+            least = found
+    if least["peak"] > size:
+        raise UsageError(
+            f"nothing fits {arguments.fit:g} GB, the least is {least['peak'] / GB:.3g} GB with "
+            f"{describe(least)}: try --parallel fsdp=N, a shorter --seq or a smaller --batch"
+        )
+    return least
+
+
+def describe(found: Plan) -> str:
+    """The settings that decide the memory, as flags."""
+    settings = found["settings"]
+    flags = [f"--{name}" for name in ("release", "recompute") if settings[name]]
+    if settings["optimizer"] is not None:
+        flags.insert(0, f"--optimizer {settings['optimizer']}")
+    return " ".join([f"--recipe {settings['recipe']}", *flags])
 
 
 def table(found: Plan) -> str:
     """The plan as lines of text, in GB of 10^9 bytes."""
     settings = found["settings"]
-    flags = [name for name in ("release", "recompute") if settings[name]]
-    what = [
-        settings["recipe"],
-        settings["optimizer"] or "the recipe's AdamW",
-        f"batch {settings['batch']} x {settings['seq']}",
-        settings["dtype"],
-        *flags,
-    ]
-    lines = [f"{settings['model']}, {found['parameters']:,} parameters: {', '.join(what)}"]
+    count = f"{settings['model']}, {found['parameters']:,} parameters"
+    size = f"batch {settings['batch']} x {settings['seq']}, {settings['dtype']}"
+    if settings["parallel"] != "dp=1":
+        size += f", rank {settings['rank']} of {settings['parallel']}"
+    lines = [f"{count}, {size}", describe(found)]
     lines += [f"  {kind:<12}{size / GB:>10.3f} GB" for kind, size in found["peak_by_kind"].items()]
     lines.append(f"  {'peak':<12}{found['peak'] / GB:>10.3f} GB, in {found['peak_at']}")
+    sent = {kind: size for kind, size in found["communication"].items() if size}
+    if sent:
+        kinds = ", ".join(f"{kind} {size / GB:.3f}" for kind, size in sent.items())
+        lines.append(f"  sends in a step: {kinds} GB")
+    if sent and found["link"] is not None:
+        milliseconds = 1e3 * found["communication_seconds"]
+        lines.append(f"  at the stated rate of {found['link']}: {milliseconds:.1f} ms")
     if found["gpu"] is not None:
         spare = found["gpu_bytes"] - found["peak"]
         verdict = "fits" if spare >= 0 else "does not fit"
@@ -101,6 +163,7 @@ def remedy(found: Plan) -> str:
     if settings["optimizer"] != "adamw-4bit":
         less.append("--recipe coat --optimizer adamw-4bit")
     return (
-        f"{settings['model']} needs {found['peak'] / GB:.1f} GB and {found['gpu']} has "
-        f"{found['gpu_bytes'] / GB:g}: try {', '.join(less) or 'a larger card'}"
+        f"{settings['model']} needs {found['peak'] / GB:.3g} GB and {found['gpu']} has "
+        f"{found['gpu_bytes'] / GB:g}: try {', '.join(less) or 'a larger card'}, or let "
+        f"--fit {found['gpu_bytes'] / GB:g} search"
     )

@@ -21,7 +21,6 @@ from ..tensor import plain_tensors
 __all__ = ["PEAK_KINDS", "Ledger", "Peak"]
 
 PEAK_KINDS = ("weights", "copies", "gradients", "states", "activations", "rest")
-_SCALAR = torch.ops.aten._local_scalar_dense.default
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,11 @@ class Ledger(TorchDispatchMode):
     and FP8 forms of weights, which are made of weights alone. activations: everything else that a
     forward makes, also one that activation checkpointing runs again. rest: temporaries of backward
     and of the optimizer, and messages.
-
-    On fake tensors the host reads a number as 0 and a truth value as true: a step is not skipped,
-    and what is due at its first step happens.
     """
 
-    def __init__(self, model: nn.Module, fake: bool):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.phase = "start"
-        self._fake = fake
         self._storages: dict[int, _Storage] = {}  # those that exist, by their identity
         self._events: list[tuple[int, _Storage, str, str | int]] = []
         self._running: list[str] = []  # names of modules, outermost first
@@ -75,9 +70,6 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(hasattr(t, "__tensor_flatten__") for t in types):
             return NotImplemented  # a subclass acts by ops on its parts
-        if func is _SCALAR and self._fake:
-            kind = args[0].dtype
-            return True if kind == torch.bool else 0.0 if kind.is_floating_point else 0
         out = func(*args, **(kwargs or {}))
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         new = [t for t in results if self._add(t)]
@@ -145,6 +137,8 @@ class Ledger(TorchDispatchMode):
                 begun.append(torch.autograd._get_sequence_nr())
 
             def leave(module, arguments, output, name=name):
+                if self._running[-1:] != [name]:
+                    return  # another hook raised before `enter`
                 self._running.pop()
                 self._nodes.append((begun.pop(), torch.autograd._get_sequence_nr(), name))
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable
 
 import torch
 
-from .. import distributed, optimizers
+from .. import optimizers
 from .. import recipe as recipes
-from ..convert import convert
 from ..errors import UsageError
-from ..schedule import parameter_groups
+from ..parallel import Parallel
 from .cards import card
-from .ledger import Peak
+from .cards import link as link_rate
+from .job import Job
+from .search import largest
+from .simulated import simulated
 from .sources import Source, source
-from .step import Training, materialise, measure, recompute_blocks
 
-__all__ = ["Plan", "build_optimizer", "plan"]
+__all__ = ["Plan", "plan"]
 
 LENGTH = 2048
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-RATE, BETAS = 1e-3, (0.9, 0.95)
 
 
 class Plan(dict):
@@ -31,9 +30,23 @@ class Plan(dict):
     peak: the most bytes at once. peak_by_kind: {kind: bytes}, which add up to it: weights, copies
         (casts and FP8 forms of weights), gradients, states, activations, rest. peak_at: the phase
         of the step and the module that reach it.
-    parameters: their number. gpu, gpu_bytes, fits: the card, or None.
+    parameters: their number, of the whole model. gpu, gpu_bytes, fits: the card, or None.
+    communication: {kind: bytes} that this rank sends in a step; kinds are distributed.KINDS.
+    link, communication_seconds: the time of these bytes at the link's stated rate, without latency
+        and overlap; or None.
     settings: the arguments, by name.
     """
+
+    def __init__(self, values: dict, again: Callable[[int], Plan]):
+        super().__init__(values)
+        self._again = functools.cache(lambda batch: again(batch)["peak"])
+
+    def largest_batch(self, size: int) -> int:
+        """The largest `batch` whose peak is at most `size` bytes, 0 where one sequence takes more;
+        the other arguments stay. It plans a few batches. Raises UsageError for a negative size."""
+        if size < 0:
+            raise UsageError(f"plan: largest_batch wants bytes, got {size}")
+        return largest(self._again, size)
 
 
 def plan(
@@ -44,9 +57,12 @@ def plan(
     batch: int = 1,
     seq: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    parallel: str = "",
+    rank: int = 0,
     release: bool = False,
     recompute: bool = False,
     gpu: str | None = None,
+    link: str | None = None,
 ) -> Plan:
     """The memory of a training step, found by running it on fake tensors: forward, loss, backward,
     clip and optimizer step, as `quaver train` has them. No bytes of the model are allocated; 7B
@@ -64,9 +80,12 @@ def plan(
             model's context where that is shorter.
         dtype: of the parameters of a model that is built here. Where some differ from the recipe's
             `autocast`, that is on.
+        parallel: as `quaver train --parallel`: "dp=4", "zero=4", "fsdp=4", "tp=2", "dp=2,tp=2"; the
+            plan is that of `rank`, and `batch` is each rank's own.
         release: gradients are released (qv.release_gradients) and not clipped.
         recompute: backward keeps the input of each block alone and runs its forward again.
         gpu: a card's name; a card of 24 GB has 24 x 10^9 bytes.
+        link: the name of what joins the cards.
 
     What ops allocate inside of themselves, the CUDA context (some hundred MB) and the allocator's
     fragments are not counted.
@@ -79,23 +98,32 @@ def plan(
     found = source(model, dtype)
     length = _length(found, batch, seq)
     room = None if gpu is None else card(gpu)
-    report, peak, count = _run(found, chosen, optimizer, batch, length, release, recompute)
+    ranks = _parallel(parallel, rank)
+    rate = None if link is None else link_rate(link)
+    with simulated(ranks, rank) as world:
+        job = Job(found, chosen, optimizer, ranks, world, release, recompute)
+        report, peak, count = job.run(batch, length)
     settings = {
         "model": found.name, "recipe": chosen.name, "optimizer": optimizer, "batch": batch,
-        "seq": length, "dtype": str(dtype).removeprefix("torch."), "release": release,
-        "recompute": recompute,
+        "seq": length, "dtype": str(dtype).removeprefix("torch."), "parallel": str(ranks),
+        "rank": rank, "release": release, "recompute": recompute,
     }  # fmt: skip
-    return Plan(
-        report,
-        peak=peak.bytes,
-        peak_by_kind=peak.by_kind,
-        peak_at=peak.place,
-        parameters=count,
-        gpu=gpu,
-        gpu_bytes=room,
-        fits=None if room is None else peak.bytes <= room,
-        settings=settings,
-    )
+    sent = sum(report["communication"].values())
+    values = report | {
+        "peak": peak.bytes,
+        "peak_by_kind": peak.by_kind,
+        "peak_at": peak.place,
+        "parameters": count,
+        "gpu": gpu,
+        "gpu_bytes": room,
+        "fits": None if room is None else peak.bytes <= room,
+        "link": link,
+        "communication_seconds": None if rate is None else sent / rate,
+        "settings": settings,
+    }
+    same = {"seq": length, "dtype": dtype, "parallel": parallel, "rank": rank, "release": release,
+            "recompute": recompute, "gpu": gpu, "link": link}  # fmt: skip
+    return Plan(values, lambda batch: plan(model, recipe, optimizer, batch=batch, **same))
 
 
 def _recipe(recipe, optimizer: str | None, dtype: torch.dtype) -> recipes.Recipe:
@@ -109,6 +137,16 @@ def _recipe(recipe, optimizer: str | None, dtype: torch.dtype) -> recipes.Recipe
         raise UsageError(f"plan: {error}") from None
 
 
+def _parallel(text: str, rank: int) -> Parallel:
+    try:
+        ranks = Parallel.parse(text or None)
+    except UsageError as error:
+        raise UsageError(f"plan: {error}".replace("--parallel", "parallel")) from None
+    if type(rank) is not int or not 0 <= rank < ranks.ranks:
+        raise UsageError(f"plan: rank must be an int from 0 to {ranks.ranks - 1}, got {rank!r}")
+    return ranks
+
+
 def _length(found: Source, batch: int, seq: int | None) -> int:
     """The tokens of a sequence."""
     for name, value in (("batch", batch), ("seq", seq)):
@@ -119,65 +157,3 @@ def _length(found: Source, batch: int, seq: int | None) -> int:
     if found.context is not None and seq > found.context:
         raise UsageError(f"plan: seq {seq} exceeds the model's context {found.context}")
     return seq
-
-
-def _run(
-    found: Source,
-    chosen: recipes.Recipe,
-    optimizer: str | None,
-    batch: int,
-    length: int,
-    release: bool,
-    recompute: bool,
-) -> tuple[dict, Peak, int]:
-    """The report and the peak of a step on fake tensors, and the number of parameters."""
-    try:
-        model = convert(found.build(), chosen)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"plan: {found.name}: {error}") from None
-    from torch._subclasses.fake_tensor import FakeTensorMode  # half a second to import
-
-    with FakeTensorMode(), _quiet():
-        materialise(model)
-        if recompute:
-            recompute_blocks(model)
-        training = Training(
-            model, build_optimizer(found, chosen, optimizer, model), found.name, chosen, release
-        )
-        report, peak = measure(training, batch, length, fake=True)
-        return report, peak, sum(p.numel() for p in model.parameters())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps torch from logging the traceback of an op that is refused, which is raised too."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-def build_optimizer(
-    found: Source, chosen: recipes.Recipe, name: str | None, model: torch.nn.Module
-) -> torch.optim.Optimizer:
-    """The optimizer of `quaver train --optimizer`. UsageError where it refuses the model."""
-    setting = optimizers.Setting(
-        model=model,
-        recipe=chosen,
-        groups=[g for g in parameter_groups(model) if g["params"]],
-        lr=RATE,
-        betas=BETAS,
-        dim=found.width,
-        zero=False,
-        sharded=False,
-        world=distributed.World(),
-    )
-    try:
-        if name is None:
-            return optimizers.adamw(setting, chosen)
-        return optimizers.build(name, setting)
-    except ValueError as error:
-        raise UsageError(f"plan: optimizer {name} with recipe {chosen.name}: {error}") from None

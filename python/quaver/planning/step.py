@@ -32,13 +32,14 @@ CLIP = 1.0  # as `quaver train`
 class Training:
     """A model of that `name`, which gives logits [batch, length, vocab] of tokens [batch, length]
     or has them in its result's `logits`, and its optimizer. `released`: backward updates
-    (`release_gradients`) and nothing is clipped."""
+    (`release_gradients`) and nothing is clipped. `links` count the messages of its ranks."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     name: str
     recipe: Recipe
     released: bool = False
+    links: tuple[distributed.Transport, ...] = ()
 
     def __post_init__(self):
         if self.released:
@@ -78,6 +79,10 @@ class Training:
             )
         return logits
 
+    def traffic(self) -> dict[str, int]:
+        """Bytes that this rank has sent, by kind."""
+        return {kind: sum(link.traffic[kind] for link in self.links) for kind in distributed.KINDS}
+
     def clip(self) -> None:
         if isinstance(self.optimizer, distributed.ZeroAdamW):
             self.optimizer.clip_grad_norm_(CLIP)
@@ -85,11 +90,11 @@ class Training:
             clip_grad_norm_(self.model.parameters(), CLIP)
 
 
-def measure(training: Training, batch: int, length: int, fake: bool) -> tuple[dict, Peak]:
-    """The memory report and the peak of two steps, of which the first makes the states. Runs under
-    the FakeTensorMode in force where `fake`, else for real."""
+def measure(training: Training, batch: int, length: int) -> tuple[dict, Peak]:
+    """The memory report and the peak of two steps, of which the first makes the states; the report
+    has a step's "communication" too. On fake tensors in their mode, else for real."""
     model, optimizer = training.model, training.optimizer
-    ledger = Ledger(model, fake)
+    ledger = Ledger(model)
     ledger.mark("weights", [*model.parameters(), *model.buffers()])
     ledger.mark("copies", [copy for m in model.modules() for copy in fp8_copies(m)])
     report = {}
@@ -97,6 +102,7 @@ def measure(training: Training, batch: int, length: int, fake: bool) -> tuple[di
         # Of a recipe that the optimizer does not share, which is the caller's choice here.
         warnings.filterwarnings("ignore", message=".*steps converted weights by")
         for last in (False, True):
+            before = training.traffic()
             ledger.phase = "forward"
             tokens = torch.zeros(batch, length, dtype=torch.int64)
             with saved_activations(model) if last else nullcontext() as saved:
@@ -113,6 +119,8 @@ def measure(training: Training, batch: int, length: int, fake: bool) -> tuple[di
             ledger.mark("weights", model.parameters())  # a state may be a weight's master
             if last:
                 report = memory_report(model, optimizer, saved)
+                sent = training.traffic()
+                report["communication"] = {kind: sent[kind] - before[kind] for kind in sent}
             optimizer.zero_grad(set_to_none=True)
             del loss, tokens, states
     return report, ledger.peak()

@@ -246,6 +246,8 @@ def _change_argument(module: nn.Module, name: str, change) -> None:
 
 def _check_same_input(x: Tensor, transport: Transport) -> None:
     """Raises on all ranks where they were given other shapes or values."""
+    if transport.is_simulated:
+        return
     digest = hashlib.sha256(x.contiguous().view(torch.uint8).cpu().numpy()).hexdigest()
     every = transport.all_gather_object((list(x.shape), digest), x.device)
     for rank, (shape, other) in enumerate(every):

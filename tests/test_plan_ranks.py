@@ -1,0 +1,54 @@
+"""Plans of simulated ranks against real ones over gloo: equal to the byte, their messages too."""
+
+import pytest
+import rank_pool
+import torch
+
+import quaver as qv
+from quaver import models, recipe
+from quaver.distributed import World
+from quaver.parallel import Parallel
+from quaver.planning.job import Job
+from quaver.planning.sources import source
+from quaver.planning.step import measure
+
+SEQ = 32
+
+
+def real(rank, parallel, name, optimizer):
+    """(memory report, peak) of this rank."""
+    ranks, chosen = Parallel.parse(parallel), recipe.get(name)
+    config = models.load("tiny")
+    torch.manual_seed(0)
+    model = qv.convert(models.build(config), chosen)
+    world = World("cpu", ranks.tensor)
+    job = Job(source(config, torch.float32), chosen, optimizer, ranks, world, False, False)
+    report, peak = measure(job.training(model), 1, SEQ)
+    return report, peak.bytes
+
+
+@pytest.mark.parametrize(
+    ("parallel", "name", "optimizer"),
+    [
+        ("dp=2", "bf16", None),
+        pytest.param("dp=2", "coat", "microadam", marks=pytest.mark.slow),
+        ("zero=2", "coat", None),
+        ("zero=2", "fp8lm-o3", None),
+        ("fsdp=2", "bf16", None),
+        ("fsdp=2", "fp8lm-o2", None),
+        ("tp=2", "coat", None),
+        pytest.param("zero=4", "fp8lm-o2", None, marks=pytest.mark.slow),
+        ("fsdp=4", "tensorwise", None),
+        ("dp=2,tp=2", "fp8lm-o3", None),
+    ],
+)
+def test_every_ranks_share_is_planned_to_the_byte(parallel, name, optimizer):
+    size = Parallel.parse(parallel).ranks
+    found = rank_pool.run(size, real, parallel, name, optimizer)
+    for rank in (0, size - 1):
+        report, peak = found[rank]
+        plan = qv.plan(
+            "tiny", name, optimizer, seq=SEQ, dtype=torch.float32, parallel=parallel, rank=rank
+        )
+        assert {key: plan[key] for key in report} == report
+        assert plan["peak"] == peak
