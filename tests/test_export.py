@@ -1,5 +1,6 @@
 """Exported folders: transformers reads from them what the model multiplies by."""
 
+import importlib
 import json
 import os
 import signal
@@ -388,6 +389,31 @@ def test_beside_the_weights(tmp_path):
     assert config_of(tmp_path / "deep/er")["dtype"] == "bfloat16"
 
 
+CUSTOM = """
+import transformers
+class OursForCausalLM(transformers.LlamaForCausalLM):
+    pass
+OursForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+"""
+
+
+def test_a_model_of_other_code_takes_its_code_along(tmp_path, monkeypatch):
+    (tmp_path / "quaver_test_ours.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = importlib.import_module("quaver_test_ours").OursForCausalLM
+    qv.export(kind(plain(num_hidden_layers=1).config), tmp_path / "out")
+    assert (tmp_path / "out/quaver_test_ours.py").read_text() == CUSTOM
+    found = config_of(tmp_path / "out")
+    assert found["auto_map"] == {"AutoModelForCausalLM": "quaver_test_ours.OursForCausalLM"}
+    assert found["architectures"] == ["OursForCausalLM"]
+
+
+def test_frozen_layers_of_other_codes_are_refused(tmp_path):
+    model = qv.side_tune(plain(), reduction=4)
+    with pytest.raises(ValueError, match=r"q_proj is a FrozenLinear, which keeps codes of another"):
+        qv.export(model, tmp_path / "out")
+
+
 # Bad input: named, and nothing written
 
 
@@ -522,6 +548,7 @@ for case in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_above_the_models_own(tmp_path):
     """The bar is 0.35 of the bytes of the parameters; one weight is a few per cent of 10 blocks."""
     cases = ["bf16,bf16", "bf16,fp8-block", "fp8lm-o2,fp8-block", "coat,fp8-tensor"]

@@ -1,6 +1,7 @@
 """Folders of transformers in bf16 and FP8 as a start, and `quaver export` of runs and folders."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from test_cli import flags, paths, run  # noqa: F401
 from test_export import FORMATS, RECIPES, TOKENS, decoded, load, plain, stored, trained, weights
 
 import quaver as qv
+from quaver.schedule import parameter_groups
 
 FP8 = [name for name in FORMATS if name != "bf16"]
 
@@ -67,8 +69,8 @@ def test_a_folder_is_a_start(folders, form, recipe, tmp_path):
 
 
 @pytest.mark.parametrize("form", FP8)
-def test_codes_survive_a_round_trip(folders, form, tmp_path):
-    """Scales are powers of two, so decoding and encoding again gives the same codes."""
+def test_values_survive_a_round_trip(folders, form, tmp_path):
+    """Scales are powers of two, so decoding is exact, and encoding again changes nothing."""
     qv.export(qv.load_pretrained(folders[form]), tmp_path / "again", form)
     a, b = stored(folders[form]), stored(tmp_path / "again")
     assert a.keys() == b.keys()
@@ -170,6 +172,47 @@ def test_export_of_a_run(paths, capsys, tmp_path):  # noqa: F811
     with torch.no_grad():
         wanted, got = model.eval()(tokens), qv.load_pretrained(out)(tokens).logits.float()
     assert (got - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_export_of_a_run_whose_masters_zero_spread(paths, capsys):  # noqa: F811
+    """Its checkpoint has the weights as codes, and each master with its owner's states."""
+    sizes = {"dim": 128, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 128, "context": 64}
+    (paths / "model.json").write_text(json.dumps(sizes))
+    assert run(flags(paths, recipe="fp8lm-o3"), capsys)[0] == 0
+    torch.manual_seed(3)
+    model = qv.convert(qv.models.build(qv.models.Config(**sizes)), "fp8lm-o3")
+    masters = {name: p.detach().dequantize() for name, p in model.named_parameters()
+               if isinstance(p, qv.ScaledTensor)}  # fmt: skip
+    optimizer = qv.distributed.ZeroAdamW(parameter_groups(model), recipe="fp8lm-o3")
+    path = paths / "out/fp8lm-o3/checkpoint/state.safetensors"
+    qv.distributed.save(path, model, optimizer)
+    for form in ("bf16", "fp8-tensor"):
+        out = paths / form
+        assert run(["export", paths / "out", "--format", form, "--out", out], capsys)[0] == 0
+        found = decoded(stored(out), "model.layers.0.mlp.down_proj.weight")
+        wanted = masters["blocks.0.mlp.down.weight"].bfloat16().float()
+        if form == "fp8-tensor":
+            wanted = model.blocks[0].mlp.down.weight.detach().dequantize()
+        assert_same(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tensor_parallel": 2}, "holds parts of a model that tensor parallelism split"),
+        ({"methods": ["full"]}, "is a run of `quaver tune`: export its .*full/tuned"),
+        ({"model": {"dim": -1}}, "config.json is damaged"),
+    ],
+)
+def test_runs_that_hold_no_whole_model_are_refused(paths, capsys, change, message):  # noqa: F811
+    assert run(flags(paths, recipe="bf16"), capsys)[0] == 0
+    _edit(paths / "out/config.json", **change)
+    status, _, err = run(["export", paths / "out", "--out", paths / "hf"], capsys)
+    assert status == 2 and re.search(message, err) and err.count("\n") == 1
+    shutil.rmtree(paths / "out/bf16")
+    status, _, err = run(["export", paths / "out", "--out", paths / "hf"], capsys)
+    assert status == 2 and err.count("\n") == 1
+    assert not (paths / "hf").exists()
 
 
 def test_export_of_a_folder_copies_its_tokenizer(folders, capsys, tmp_path):

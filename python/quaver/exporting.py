@@ -9,14 +9,19 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, models
+from . import checkpoint, distributed, models
 from .convert import convert
 from .errors import FileError, UsageError
 from .export import FORMATS, export
-from .files import expanded, read_text
+from .files import expanded, opened, read_text
 from .hf.pretrained import load_pretrained
+from .nn.linear import is_converted
+from .recipe import Recipe
+from .recipe import get as recipe_of
 from .rundir import RunDir
+from .schedule import parameter_groups
 from .schema import SchemaError, parse
+from .tensor_file import TensorFile
 
 __all__ = ["add_export", "load_run"]
 
@@ -108,6 +113,11 @@ def load_run(folder: str | os.PathLike, recipe: str | None = None) -> torch.nn.M
     Raises UsageError for a folder, a checkpoint or a name that is none."""
     run = RunDir(folder)
     config = _json(run.config_path)
+    if "methods" in config:
+        raise UsageError(
+            f"{run.path} is a run of `quaver tune`: export its {run.tuned_path('full')}, or merge "
+            "its adapter into its model"
+        )
     names = sorted(p.name for p in run.path.iterdir() if (p / "checkpoint").is_dir())
     if not names:
         raise UsageError(f"{run.path} holds no checkpoint of `quaver train`")
@@ -124,13 +134,32 @@ def load_run(folder: str | os.PathLike, recipe: str | None = None) -> torch.nn.M
         )
     try:
         model = models.build(models.Config(**config["model"]))
-        convert(model, name.partition("+")[0])
+        chosen = recipe_of(name.partition("+")[0])
+        convert(model, chosen)
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{run.config_path} is damaged: {error}") from None
     if path.is_dir():
-        from .distributed import load
-
-        load(path, model)
+        distributed.load(path, model)
+    elif chosen.replica is not None and _has_replicas(path):
+        _load_masters(path, model, chosen)
     else:
         checkpoint.load(path, model)
     return model.eval()
+
+
+def _has_replicas(path: Path) -> bool:
+    """Whether ZeRO wrote a checkpoint: the model's own codes in FP8, the masters as states."""
+    with opened(path) as stream:
+        kinds = TensorFile(path, stream, checkpoint.FORMAT, checkpoint.VERSION).kinds
+    return any(name.endswith(".master.qdata") for name in kinds)
+
+
+def _load_masters(path: Path, model: torch.nn.Module, chosen: Recipe) -> None:
+    """The weights of ZeRO's checkpoint, by the optimizer of a world of one, which owns them all."""
+    optimizer = distributed.ZeroAdamW(parameter_groups(model), recipe=chosen)
+    distributed.load(path, model, optimizer)
+    for layer in model.modules():
+        if is_converted(layer):
+            master = optimizer.state[layer.weight]["master"]
+            layer.weight = torch.nn.Parameter(master.detach())
+            layer.refresh()

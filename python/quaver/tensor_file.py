@@ -68,9 +68,6 @@ def write_tensors(path, tensors: Mapping[str, Tensor], document: dict) -> None:
 
     Raises FileError for a dtype that the format lacks, OSError if the file cannot be written,
     TypeError if `document` is not JSON."""
-    for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
-            raise FileError(f"{name}: {tensor.dtype} has no name in a safetensors file")
     text = json.dumps(document | {"crc32": _checksums(tensors)})
     stream_tensors(
         path, tensors, tensors.items(), {"quaver": text, "crc32": str(zlib.crc32(text.encode()))}
@@ -86,8 +83,11 @@ def stream_tensors(
     """Writes contiguous CPU tensors to one safetensors file, atomically, as they come: of `tensors`
     one is in memory at a time. `kinds` are their dtypes and shapes (meta tensors, say).
 
-    Raises ValueError unless the tensors are those of `kinds`, OSError if the file cannot be
-    written."""
+    Raises FileError for a dtype that the format lacks, ValueError unless the tensors are those of
+    `kinds`, OSError if the file cannot be written."""
+    for name, kind in kinds.items():
+        if kind.dtype not in NAMES:
+            raise FileError(f"{name}: {kind.dtype} has no name in a safetensors file")
     header, end = {"__metadata__": metadata}, 0
     # Large elements first: every tensor is then aligned to its own.
     for name in sorted(kinds, key=lambda name: -kinds[name].element_size()):
