@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "check_subset.h"
 #include "quaver/all_reduce.h"
 #include "quaver/cast.h"
 #include "quaver/codec.h"
@@ -229,26 +230,29 @@ inline void check_state(const char* name, const StateView& s, int64_t numel) {
                " a scale ", wanted ? "and" : "nor", " an amax");
 }
 
-inline void check_moment(const char* name, const StateView& s, int64_t numel) {
-  QUAVER_CHECK(s.values.dtype != DType::bf16, "adam_: ", name,
+inline void check_moment(const char* name, const StateView& s, int64_t numel,
+                         bool may_be_bf16 = false) {
+  QUAVER_CHECK(s.values.dtype != DType::bf16 || may_be_bf16, "adam_: ", name,
                " must be f32, f16, e4m3 or e5m2, got bf16");
   check_state(name, s, numel);
 }
 
 // Subset-Norm's second moment (arXiv 2411.07120, section 3).
 inline void check_subsets(const AdamParameter& p) {
-  const int64_t n = p.weight.values.numel(), width = p.subsets.width;
+  const int64_t n = p.weight.values.numel();
   const StateView& s = p.exp_avg_sq;
-  QUAVER_CHECK(width > 0 && (!p.subsets.strided || n % width == 0),
-               "adam_: subsets must be positive, or minus a divisor of the weight's ", n,
-               " elements, got ", p.subsets.strided ? -width : width);
-  QUAVER_CHECK(s.values.dtype == DType::f32 && s.scaling == Scaling::tensor && s.scale == nullptr,
-               "adam_: an exp_avg_sq of subsets must be f32 without a scale, got ",
-               name_of(s.values.dtype));
+  check_subset_width("adam_", p.subsets, n);
+  const DType type = s.values.dtype;
+  QUAVER_CHECK((type == DType::f32 || type == DType::bf16) && s.scaling == Scaling::tensor &&
+                   s.scale == nullptr,
+               "adam_: an exp_avg_sq of subsets must be f32 or bf16 without a scale, got ",
+               name_of(type));
   check_aligned("exp_avg_sq", s.values.data, s.values.dtype);
   const int64_t wanted = subset_count(p.subsets, n);
   QUAVER_CHECK(s.values.numel() == wanted, "adam_: exp_avg_sq has ", s.values.numel(),
                " values, its weight ", wanted, " subsets");
+  QUAVER_CHECK(p.subset_sums != nullptr || wanted == 0,
+               "adam_: subsets need the sums of their squared gradients, of subset_sums");
 }
 
 inline void check_weight(const AdamParameter& p) {
@@ -275,7 +279,7 @@ inline void check_adam(const AdamParameter& p) {
   const DType w = p.weight.values.dtype;
   check_weight(p);
   check_aligned("grad", p.grad.data, p.grad.dtype);
-  check_moment("exp_avg", p.exp_avg, n);
+  check_moment("exp_avg", p.exp_avg, n, p.subsets.width != 0);
   if (p.subsets.width != 0)
     check_subsets(p);
   else

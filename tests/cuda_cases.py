@@ -202,8 +202,8 @@ def adam_arguments(shapes, low=True, copies=True, move=lambda t: t):
         [torch.zeros((), dtype=torch.int64) for _ in range(n)],
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
         torch.zeros((), dtype=torch.int64),
-        zeros(FP8[0], copies) + zeros(FP8[0], copies, transposed=True) + one(1.0, copies), [], [],
-        list(range(n)) if low else [], [3 * i for i in range(n)],
+        zeros(FP8[0], copies) + zeros(FP8[0], copies, transposed=True) + one(1.0, copies),
+        [], [], [], list(range(n)) if low else [], [3 * i for i in range(n)],
     ]  # fmt: skip
 
 
@@ -230,6 +230,50 @@ def adam():
             args[5][1] = float("nan")
         yield f"moments in groups, bf16 weights, {bad=}", args
 
+    for bad in (False, True):
+        args = adam_arguments_of_subsets(((10, 20), (63, 65), (65, 63), (1000, 33), (1, 1)))
+        for _ in range(3):
+            ops.adam_(*args)
+        if bad:
+            args[5][1] = float("nan")
+        yield f"second moments of subsets, {bad=}", args
+
+
+def adam_arguments_of_subsets(shapes):
+    """Arguments of adam_ for weights with a second moment of subsets: of rows, or of columns in
+    bfloat16 beside a bfloat16 first moment."""
+    n, none = len(shapes), torch.empty(0)
+    nones, narrow = [none] * n, [(torch.float32, torch.bfloat16)[i % 2] for i in range(n)]
+    widths = [-s[1] if i % 2 else s[1] for i, s in enumerate(shapes)]
+    grads = [values(s, torch.float32, 100 + i) for i, s in enumerate(shapes)]
+    sums = ops.subset_sums(grads, nones, nones, widths)[1]
+    counts = [s[i % 2] for i, s in enumerate(shapes)]
+    return [
+        [values(s, dtype, i) for i, (s, dtype) in enumerate(zip(shapes, narrow, strict=True))]
+        + [torch.zeros(s, dtype=dtype) for s, dtype in zip(shapes, narrow, strict=True)]
+        + [torch.zeros(count, dtype=dtype) for count, dtype in zip(counts, narrow, strict=True)],
+        nones * 3, nones * 3, grads, nones, torch.full((n,), 8192.0),
+        [torch.zeros((), dtype=torch.int64) for _ in shapes],
+        torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
+        torch.zeros((), dtype=torch.int64), [], [], list(sums.split(counts)), [],
+        [7 if i % 2 else -1 for i in range(n)], [], widths,
+    ]  # fmt: skip
+
+
+@cases("subset_sums")
+def subset_sums():
+    none = torch.empty(0)
+    for dtype, shape in itertools.product((*FLOATS, *FP8), ((7, 300), (1000, 33), (40, 1100))):
+        grads = [values(shape, dtype, i) for i in range(5)]
+        widths = [0, shape[1], -shape[1], 7, 10**6]
+        scales = [none, torch.tensor(0.5), none, torch.tensor(-2.0), none]
+        yield f"{shape} {dtype}", (grads, scales, [none] * 5, widths)
+    grads = [values((64, 65), torch.float32), torch.tensor([1.0, float("inf")])]
+    yield "not finite", (grads, [none] * 2, [none, torch.tensor(float("nan"))], [65, 0])
+    yield "misaligned", ([misaligned(values((96, 160), torch.bfloat16))], [none], [none], [-160])
+    many = [values((i % 4 + 1, i % 9 + 1), torch.float32, i) for i in range(300)]
+    yield "many", (many, [none] * 300, [none] * 300, [i % 9 + 1 for i in range(300)])
+
 
 def adam_arguments_in_groups(shapes):
     """Arguments of adam_ for bf16 weights, every second one with a remainder and the others rounded
@@ -252,7 +296,7 @@ def adam_arguments_in_groups(shapes):
         torch.full((len(shapes),), 8192.0),
         [torch.zeros((), dtype=torch.int64) for _ in shapes],
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * len(shapes), dtype=torch.float64),
-        torch.zeros((), dtype=torch.int64), [], remainders, [0] * len(shapes) + 2 * scaling,
+        torch.zeros((), dtype=torch.int64), [], remainders, [], [0] * len(shapes) + 2 * scaling,
         [-1 if i % 2 else 7 + i for i in range(len(shapes))],
     ]  # fmt: skip
 

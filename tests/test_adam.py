@@ -285,7 +285,8 @@ def test_a_scale_and_an_amax_come_together():
         torch.ops.quaver.adam_(
             values, scales, amaxes, [x], [none], torch.ones(1),
             [torch.zeros((), dtype=torch.int64)],
-            torch.tensor([HYPER], dtype=torch.float64), torch.zeros((), dtype=torch.int64), [], [],
+            torch.tensor([HYPER], dtype=torch.float64), torch.zeros((), dtype=torch.int64),
+            [], [], [],
         )  # fmt: skip
 
     step([none] * 3, [none] * 3)

@@ -147,7 +147,7 @@ def test_arguments_at_odd_addresses():
         states, none = [randn(8), torch.zeros(8), torch.zeros(8)], torch.empty(0)
         with pytest.raises(REFUSAL, match=f"adam_: {name} must start at a multiple of 8 bytes"):
             ops.adam_(states, [none] * 3, [none] * 3, [randn(8)], [none], torch.ones(1), [step],
-                      *rest, [], [])  # fmt: skip
+                      *rest, [], [], [])  # fmt: skip
 
 
 def strided(x):

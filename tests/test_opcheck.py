@@ -37,7 +37,7 @@ def adam(n=2):
         torch.zeros((), dtype=torch.int64),
         each(lambda: torch.zeros(shape).to(E4M3))
         + each(lambda: torch.zeros(shape[::-1]).to(E4M3)) + each(ONE.clone),
-        [], [], [3, -1], [5, 0], [0, 0],
+        [], [], [], [3, -1], [5, 0], [0, 0],
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def adam_in_groups(n=2):
         [torch.zeros((), dtype=torch.int64) for _ in range(n)],
         torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]] * n, dtype=torch.float64),
         torch.zeros((), dtype=torch.int64), [],
-        [torch.zeros(shape, dtype=torch.int16), *nones[1:]], [0, 0, 1, 2, 1, 2], [-1, 7],
+        [torch.zeros(shape, dtype=torch.int16), *nones[1:]], [], [0, 0, 1, 2, 1, 2], [-1, 7],
         [0, 1], [],
     )  # fmt: skip
 
@@ -139,6 +139,9 @@ CASES = [
     (ops.gemm_quantize, (*GEMM, None, E4M3, ONE, True)),
     (ops.gemm_quantize, (*GEMM, randn(48).bfloat16(), E5M2, ONE, False)),
     (ops.grad_norm, ([randn(4, 5), A.qdata], [NO, A.scale], [NO, A.amax])),
+    (ops.subset_sums,
+     ([randn(4, 5), randn(4, 5).half(), A.qdata], [NO, NO, A.scale], [NO, NO, A.amax],
+      [3, -5, 0])),
     (ops.accumulate_, (*target(), randn(16, 32), None, None)),
     (ops.accumulate_, (*target(), A.qdata, A.scale, A.amax)),
     (ops.adam_, adam()),

@@ -131,7 +131,8 @@ std::vector<Operand> adam_operands(int64_t rows, int64_t cols) {
   all.push_back(constant<int64_t>({0}));
   all.push_back(constant<double>({1e-4, 0.9, 0.95, 1e-8, 0.1}));
   all.push_back(constant<int64_t>({0}));
-  all.push_back(workspace(cuda::adam_workspace_bytes(1)));
+  const AdamParameter plain;
+  all.push_back(workspace(cuda::adam_workspace_bytes(&plain, 1)));
   return all;
 }
 

@@ -13,8 +13,7 @@ namespace {
 // One parameter with everything that is fixed for the step.
 struct Plan {
   AdamStep step;
-  AdamSpan span;  // pointers to the first element
-  SubsetSpan subsets;
+  AdamSpan span;             // pointers to the first element
   std::vector<float> rates;  // of the subsets
   AtomicAmax amax[3];
 };
@@ -56,14 +55,6 @@ void prepare(const AdamParameter& p, Plan* plan) {
   if (p.subsets.width != 0) {
     plan->rates.resize(p.exp_avg_sq.values.numel());
     s.rates = plan->rates.data();
-    plan->subsets = {s.grad,
-                     s.grad_type,
-                     s.grad_scale,
-                     p.weight.values.numel(),
-                     p.exp_avg_sq.values.as<float>(),
-                     plan->rates.data(),
-                     p.subsets,
-                     step};
   }
   s.dither = make_dither(p.seed, static_cast<uint64_t>(*p.step));
   s.first = static_cast<uint64_t>(p.first_element);
@@ -94,27 +85,16 @@ void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
                        std::min(kTile, cols - c));
 }
 
-// Updates the second moments of subsets, before the pass over the elements.
-void sum_subsets(const AdamParameter* parameters, const std::vector<Plan>& plans) {
-  std::vector<Piece> pieces;
-  for (size_t i = 0; i < plans.size(); ++i) {
-    const AdamParameter& p = parameters[i];
-    if (p.subsets.width == 0) continue;
-    const int64_t n = p.weight.values.numel(), count = p.exp_avg_sq.values.numel();
-    const int64_t each = p.subsets.strided ? n / p.subsets.width : p.subsets.width;
-    // Columns at least a block at a time: a row of fewer is too short a stream.
-    const int64_t least = p.subsets.strided ? kBlock : 1;
-    const int64_t size = std::max(kGrain / std::max<int64_t>(each, 1), least);
-    for (int64_t begin = 0; begin < count; begin += size)
-      pieces.push_back({static_cast<int64_t>(i), begin, std::min(size, count - begin)});
-  }
+// Updates the second moments of subsets and their rates, before the pass over the elements.
+void step_subsets(const AdamParameter& p, Plan* plan) {
+  const AdamStep step = plan->step;
+  const TensorView& values = p.exp_avg_sq.values;
   auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const Piece& piece = pieces[k];
-      simd().subset_sums(plans[piece.parameter].subsets, piece.begin, piece.begin + piece.n);
-    }
+    for (int64_t k = begin; k < end; ++k)
+      plan->rates[k] =
+          subset_rate(step, step_subset(step, values.data, values.dtype, k, p.subset_sums[k]));
   };
-  if (!pieces.empty()) parallel_for(static_cast<int64_t>(pieces.size()), 1, body);
+  if (p.subsets.width != 0) parallel_for(values.numel(), kGrain, body);
 }
 
 void finish(const AdamParameter& p, const Plan& plan) {
@@ -150,6 +130,7 @@ void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped) {
   for (int64_t i = 0; i < count; ++i) {
     const AdamParameter& p = parameters[i];
     prepare(p, &plans[i]);
+    step_subsets(p, &plans[i]);
     const int64_t n = p.weight.values.numel();
     int64_t size = kGrain;
     if (p.fp8.data != nullptr) {
@@ -160,7 +141,6 @@ void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped) {
     for (int64_t begin = 0; begin < n; begin += size)
       pieces.push_back({i, begin, std::min(size, n - begin)});
   }
-  sum_subsets(parameters, plans);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
       run(parameters[pieces[k].parameter], plans[pieces[k].parameter], pieces[k].begin,

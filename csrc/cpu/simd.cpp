@@ -6,6 +6,7 @@
 #include "quaver/grad.h"
 #include "simd_adam.h"
 #include "simd_philox.h"
+#include "simd_subset.h"
 #include "span.h"
 
 namespace quaver::cpu::QUAVER_ISA {

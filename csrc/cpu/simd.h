@@ -29,8 +29,9 @@ struct Simd {
   // Codes and scales of groups, to nearest, and back.
   void (*encode_groups)(const StateSpan& state, const void* x, DType type, int64_t n);
   void (*decode_groups)(float* out, const StateSpan& state, int64_t n);
+  // Sums the squares of subsets begin <= k < end, in the order of subset.h; amax bits of them all.
+  uint32_t (*subset_sums)(const SubsetSpan& span, int64_t begin, int64_t end);
   // One AdamW step of n elements; amax bits of the stored weight, exp_avg and exp_avg_sq.
-  void (*subset_sums)(const SubsetSpan& span, int64_t begin, int64_t end);
   void (*adam)(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax[3]);
 };
 

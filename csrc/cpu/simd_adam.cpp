@@ -114,6 +114,7 @@ void store_plain(const StateSpan& s, int64_t i, const float* x, int64_t count) {
 void store_exp_avg(const StateSpan& s, int64_t i, const float* x, const float* grad,
                    const Dither& dither, const uint32_t* starts, int64_t count) {
   if (is_plain(s)) return;  // updated where it lies
+  if (s.type == DType::bf16) return store_plain(s, i, x, count);
   alignas(64) float y[kRun];
   with_count(count, [&](int64_t n) {
     with_format(s.type, [&](auto format) {

@@ -1,69 +1,91 @@
-// The second moments of subsets (Subset-Norm), compiled once per instruction set as simd.cpp is.
+// Sums of squares over subsets (Subset-Norm), compiled once per instruction set as simd.cpp is.
+#include "simd_subset.h"
+
 #include <algorithm>
 
-#include "simd_adam.h"
 #include "span.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
 
-// The gradient's values from element i on, at least up to a multiple of kPartialSums past n, the
-// rest of it zero: in `buffer`, or where they lie.
+constexpr uint32_t kMagnitude = 0x7fffffffu;
+
+// The gradient's n values from element i on: where they lie, if that is as f32, else in `buffer`.
 const float* gradient(float* buffer, const SubsetSpan& s, int64_t i, int64_t n) {
   const void* from = at(s.grad, s.grad_type, i);
-  prefetch(from, n * size_of(s.grad_type));
-  if (s.grad_type == DType::f32 && s.grad_scale == 1.0f && n % kPartialSums == 0)
-    return static_cast<const float*>(from);
+  const int64_t bytes = n * size_of(s.grad_type);
+  prefetch(from, bytes);
+  prefetch_far(from, bytes);
+  if (s.grad_type == DType::f32 && s.grad_scale == 1.0f) return static_cast<const float*>(from);
   load_any(buffer, from, s.grad_type, n, s.grad_scale);
-  for (int64_t j = n; j % kPartialSums != 0; ++j) buffer[j] = 0.0f;
   return buffer;
 }
 
-// The sum of squares of n consecutive values from `first`: kPartialSums sums by turns, then halves
-// added to halves.
-float sum_of_squares(const SubsetSpan& s, int64_t first, int64_t n) {
-  alignas(64) float sums[kPartialSums] = {}, buffer[kBlock];
+// Adds the squares of n <= kSubsetLanes values to as many lanes.
+inline void add_squares(float* __restrict sums, uint32_t* __restrict most, const float* g,
+                        int64_t n) {
+  QUAVER_SIMD
+  for (int64_t l = 0; l < n; ++l) {
+    const uint32_t bits = bit_cast<uint32_t>(g[l]) & kMagnitude;
+    sums[l] += g[l] * g[l];
+    most[l] = most[l] < bits ? bits : most[l];
+  }
+}
+
+// The sum of a piece of n values from `first`, and the maxima of its lanes.
+float sum_of_piece(const SubsetSpan& s, int64_t first, int64_t n, uint32_t* most) {
+  alignas(64) float sums[kSubsetLanes] = {}, buffer[kBlock];
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = std::min(kBlock, n - i);
     const float* g = gradient(buffer, s, first + i, count);
-    for (int64_t j = 0; j < count; j += kPartialSums) {
-      QUAVER_SIMD
-      for (int64_t l = 0; l < kPartialSums; ++l) sums[l] += g[j + l] * g[j + l];
-    }
+    int64_t j = 0;
+    for (; j + kSubsetLanes <= count; j += kSubsetLanes)
+      add_squares(sums, most, g + j, kSubsetLanes);
+    add_squares(sums, most, g + j, count - j);
   }
-  for (int64_t half = kPartialSums / 2; half > 0; half /= 2)
+  for (int64_t half = kSubsetLanes / 2; half > 0; half /= 2)
     for (int64_t l = 0; l < half; ++l) sums[l] += sums[l + half];
   return sums[0];
 }
 
-}  // namespace
-
-void subset_sums(const SubsetSpan& span, int64_t begin, int64_t end) {
-  const SubsetSpan s = span;
+uint32_t consecutive(const SubsetSpan& s, int64_t begin, int64_t end) {
+  alignas(64) uint32_t most[kSubsetLanes] = {};
   const int64_t width = s.subsets.width;
-  if (!s.subsets.strided) {
-    for (int64_t k = begin; k < end; ++k) {
-      const float sum = sum_of_squares(s, k * width, std::min(width, s.n - k * width));
-      s.values[k] = s.step.beta2 * s.values[k] + s.step.one_minus_beta2 * sum;
-      s.rates[k] = subset_rate(s.step, s.values[k]);
-    }
-    return;
+  for (int64_t k = begin; k < end; ++k) {
+    const int64_t n = std::min(width, s.n - k * width);
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; i += kSubsetPiece)
+      sum += sum_of_piece(s, k * width + i, std::min(kSubsetPiece, n - i), most);
+    s.sums[k] = sum;
   }
+  return *std::max_element(most, most + kSubsetLanes);
+}
+
+uint32_t strided(const SubsetSpan& s, int64_t begin, int64_t end) {
   alignas(64) float sums[kBlock], buffer[kBlock];
+  uint32_t most = 0;
   for (int64_t k = begin; k < end; k += kBlock) {
     const int64_t count = std::min(kBlock, end - k);
     std::fill_n(sums, count, 0.0f);
-    for (int64_t row = 0; row < s.n; row += width) {
+    for (int64_t row = 0; row < s.n; row += s.subsets.width) {
       const float* g = gradient(buffer, s, row + k, count);
-      QUAVER_SIMD
-      for (int64_t j = 0; j < count; ++j) sums[j] += g[j] * g[j];
+      uint32_t seen = 0;
+      _Pragma("omp simd reduction(max : seen)") for (int64_t j = 0; j < count; ++j) {
+        const uint32_t bits = bit_cast<uint32_t>(g[j]) & kMagnitude;
+        sums[j] += g[j] * g[j];
+        seen = seen < bits ? bits : seen;
+      }
+      most = most < seen ? seen : most;
     }
-    QUAVER_SIMD
-    for (int64_t j = 0; j < count; ++j) {
-      s.values[k + j] = s.step.beta2 * s.values[k + j] + s.step.one_minus_beta2 * sums[j];
-      s.rates[k + j] = subset_rate(s.step, s.values[k + j]);
-    }
+    std::copy_n(sums, count, s.sums + k);
   }
+  return most;
+}
+
+}  // namespace
+
+uint32_t subset_sums(const SubsetSpan& span, int64_t begin, int64_t end) {
+  return span.subsets.strided ? strided(span, begin, end) : consecutive(span, begin, end);
 }
 
 }  // namespace quaver::cpu::QUAVER_ISA

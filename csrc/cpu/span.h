@@ -29,6 +29,14 @@ inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(p) + i);
 }
 
+// Prefetches 64 KiB ahead into the second-level cache, for a loop that reads one stream and is
+// bound by the latency of memory.
+inline void prefetch_far(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + 65536 + i), 0,
+                       2);
+}
+
 template <class T>
 inline void load(float* __restrict out, const T* __restrict x, int64_t n, float scale) {
   QUAVER_SIMD

@@ -39,16 +39,14 @@ struct AdamSpan {
   uint64_t first;  // element, of the whole tensor
 };
 
-// A gradient of n values, and the second moment of its subsets.
+// A gradient of n values, and the sums of its subsets.
 struct SubsetSpan {
   const void* grad;
   DType grad_type;
   float grad_scale;
   int64_t n;
-  float* values;
-  float* rates;
+  float* sums;
   Subsets subsets;
-  AdamStep step;
 };
 
 // contract() of all 256 codes of a format, signs included, for a scale that holds this power.

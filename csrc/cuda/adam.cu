@@ -33,12 +33,26 @@ QUAVER_DEVICE Loaded load_elements(const Entry& e, const Plan& p, int64_t i, int
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
     const State& s = e.state[k];
-    l.state[k] = load_quad(s.values, s.type, i, n, e.aligned);
+    const bool shared = k == 2 && e.rates != nullptr;
+    l.state[k] = load_quad(s.values, s.type, i, shared ? 0 : n, e.aligned);
     l.scale[k] = s.scaling == Scaling::tensor ? p.scale[k] : n > 0 ? s.scale[i / kGroup] : 1.0f;
   }
   l.grad = load_quad(e.grad, e.grad_type, i, n, e.aligned);
   if (e.remainder != nullptr) l.remainder = load_quad(e.remainder, DType::bf16, i, n, e.aligned);
   return l;
+}
+
+// The rates of four elements, each its subset's.
+QUAVER_DEVICE void load_rates(const Entry& e, int64_t i, int64_t n, float (&rate)[kQuad]) {
+  const int64_t width = e.subsets.width;
+  int64_t subset = i / width, inside = i - subset * width;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    rate[j] = j < n ? e.rates[e.subsets.strided ? inside : subset] : 0.0f;
+    if (++inside < width) continue;
+    inside = 0;
+    ++subset;
+  }
 }
 
 QUAVER_DEVICE void decode_state(const State& s, const AnyQuad& v, float scale,
@@ -133,13 +147,17 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, const Logarithms& l
                               Loaded& l, uint32_t (&seen)[kStates]) {
   float x[kStates][kQuad], grad[kQuad];
   decode_weight(e, l, x[0]);
+  const int own = e.rates != nullptr ? 2 : kStates;  // states with a value for each element
 #pragma unroll
   for (int k = 1; k < kStates; ++k)
-    decode_state(e.state[k], l.state[k], l.scale[k], logarithms, x[k]);
+    if (k < own) decode_state(e.state[k], l.state[k], l.scale[k], logarithms, x[k]);
+  if (own < kStates) load_rates(e, l.i, l.n, x[2]);
   decode_any(e.grad_type, l.grad, 0, p.grad_scale, grad);
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
-    const AdamElement element = adamw(p.step, {x[0][j], x[1][j], x[2][j]}, grad[j]);
+    const AdamElement before = {x[0][j], x[1][j], x[2][j]};
+    const AdamElement element = own < kStates ? subset_adamw(p.step, before, grad[j], x[2][j])
+                                              : adamw(p.step, before, grad[j]);
     // Beyond the edge all is zero, and 0 / (0 + eps) is NaN where eps is 0.
     x[0][j] = j < l.n ? element.weight : 0.0f;
     x[1][j] = element.exp_avg;
@@ -149,9 +167,11 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, const Logarithms& l
   if (e.stochastic) dither_starts(p.dither, static_cast<uint64_t>(e.first_element + l.i), start);
   encode_weight(e, p, x[0], start, l);
 #pragma unroll
-  for (int k = 1; k < kStates; ++k) encode_moment(e, p, k, x[k], grad, start, l);
+  for (int k = 1; k < kStates; ++k)
+    if (k < own) encode_moment(e, p, k, x[k], grad, start, l);
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
+    if (k >= own) continue;
     const State& s = e.state[k];
     store_quad(s.values, s.type, l.i, l.state[k], l.n, e.aligned);
     if (!s.scaled) continue;
@@ -225,6 +245,23 @@ __global__ void __launch_bounds__(kThreads) end_kernel(Problem p) {
   }
 }
 
+// The second moments of one parameter's subsets, which a launch steps before all elements.
+struct SubsetEntry {
+  int64_t first, parameter, count;
+};
+
+__global__ void __launch_bounds__(kThreads)
+    subset_kernel(Problem p, const SubsetEntry* table, int64_t count) {
+  if (*p.skip) return;
+  const SubsetEntry& s = table[owner_of(table, count, blockIdx.x)];
+  const int64_t k = (blockIdx.x - s.first) * kThreads + threadIdx.x;
+  if (k >= s.count) return;
+  const Entry& e = p.table[s.parameter];
+  const AdamStep& step = p.plans[s.parameter].step;
+  const State& v = e.state[2];
+  e.rates[k] = subset_rate(step, step_subset(step, v.values, v.type, k, e.subset_sums[k]));
+}
+
 // Appends the transposition of a copy whose update did not write the transpose itself.
 void add_transposition(const Entry& e, std::vector<TransposeEntry>* list, int64_t* tiles) {
   if (e.fp8 == nullptr || e.tiled) return;
@@ -233,34 +270,64 @@ void add_transposition(const Entry& e, std::vector<TransposeEntry>* list, int64_
   *tiles += tile_count(e.tiles);
 }
 
+// Where the tables of late launches and the rates of subsets begin in the workspace.
+struct Places {
+  int64_t transpositions, subsets, end;
+};
+
+Places places_of(int64_t count) {
+  const int64_t first = list_bytes<Entry, Plan>(count);
+  const int64_t second = first + rounded(count * int64_t(sizeof(TransposeEntry)));
+  return {first, second, second + rounded(count * int64_t(sizeof(SubsetEntry)))};
+}
+
+int64_t rate_bytes(const AdamParameter& p) {
+  return p.subsets.width == 0 ? 0 : rounded(p.exp_avg_sq.values.numel() * 4);
+}
+
 }  // namespace
 
-int64_t adam_workspace_bytes(int64_t count) {
-  return list_bytes<Entry, Plan>(count) + rounded(count * int64_t(sizeof(TransposeEntry)));
+int64_t adam_workspace_bytes(const AdamParameter* parameters, int64_t count) {
+  int64_t bytes = places_of(count).end;
+  for (int64_t i = 0; i < count; ++i) bytes += rate_bytes(parameters[i]);
+  return bytes;
 }
 
 void adam(const AdamParameter* parameters, int64_t count, int64_t* skipped, void* workspace,
           void* stream) {
   const char* op = "adam_";
+  auto* memory = static_cast<char*>(workspace);
+  const Places late = places_of(count);
+  char* rates = memory + late.end;
   std::vector<Entry> entries;
   std::vector<TransposeEntry> transpositions;
-  int64_t chunks = 0, tiles = 0;
+  std::vector<SubsetEntry> subsets;
+  int64_t chunks = 0, tiles = 0, subset_blocks = 0;
   for (int64_t i = 0; i < count; ++i) {
-    check_adam(parameters[i]);
-    QUAVER_CHECK(parameters[i].subsets.width == 0,
-                 "adam_: second moments of subsets are of the CPU alone, got subsets on CUDA");
-    entries.push_back(make_entry(parameters[i], chunks));
+    const AdamParameter& p = parameters[i];
+    check_adam(p);
+    entries.push_back(make_entry(p, chunks, reinterpret_cast<float*>(rates)));
     chunks += chunk_count(entries.back());
     add_transposition(entries.back(), &transpositions, &tiles);
+    rates += rate_bytes(p);
+    if (p.subsets.width == 0 || p.exp_avg_sq.values.numel() == 0) continue;
+    subsets.push_back({subset_blocks, i, p.exp_avg_sq.values.numel()});
+    subset_blocks += ceil_div(subsets.back().count, kThreads);
   }
   if (count == 0) return;
   const Problem p = begin<Plan>(op, entries, skipped, workspace, stream);
-  char* late = static_cast<char*>(workspace) + list_bytes<Entry, Plan>(count);
+  const auto tables = static_cast<int64_t>(subsets.size());
+  upload(op, memory + late.subsets, subsets.data(), tables * int64_t(sizeof(SubsetEntry)), stream);
+  if (tables > 0)
+    launch(op, subset_kernel, subset_blocks, kThreads, stream, p,
+           reinterpret_cast<const SubsetEntry*>(memory + late.subsets), tables);
   const auto late_count = static_cast<int64_t>(transpositions.size());
-  upload(op, late, transpositions.data(), late_count * int64_t(sizeof(TransposeEntry)), stream);
+  char* transposed = memory + late.transpositions;
+  upload(op, transposed, transpositions.data(), late_count * int64_t(sizeof(TransposeEntry)),
+         stream);
   if (chunks > 0) launch(op, update_kernel, chunks, kThreads, stream, p);
-  transpose_codes(op, reinterpret_cast<const TransposeEntry*>(late), late_count, tiles, p.skip,
-                  stream);
+  transpose_codes(op, reinterpret_cast<const TransposeEntry*>(transposed), late_count, tiles,
+                  p.skip, stream);
   launch(op, end_kernel, 1, kThreads, stream, p);
 }
 

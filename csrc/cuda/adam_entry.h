@@ -29,6 +29,9 @@ struct Entry {
   uint8_t *fp8, *fp8_t;  // null: none
   float* fp8_scale;
   uint16_t* remainder;  // null: none
+  Subsets subsets;
+  const float* subset_sums;
+  float* rates;  // of subsets; null: none
   uint64_t seed;
   int64_t* step;
   const double* hyper;
@@ -77,7 +80,7 @@ QUAVER_DEVICE void plan_step(const Entry& e, Plan* plan) {
   *plan = p;
 }
 
-inline Entry make_entry(const AdamParameter& p, int64_t first) {
+inline Entry make_entry(const AdamParameter& p, int64_t first, float* rates) {
   Entry e = {};
   e.first = first;
   e.numel = p.weight.values.numel();
@@ -91,7 +94,7 @@ inline Entry make_entry(const AdamParameter& p, int64_t first) {
   for (int k = 0; k < kStates; ++k) {
     const StateView& s = *states[k];
     e.state[k] = {s.values.data, s.scale, s.amax, s.values.dtype, s.scaling, is_scaled(s)};
-    e.aligned = e.aligned && is_aligned(s.values.data);
+    if (k < 2 || p.subsets.width == 0) e.aligned = e.aligned && is_aligned(s.values.data);
   }
   e.grad = p.grad.data;
   e.grad_type = p.grad.dtype;
@@ -102,6 +105,9 @@ inline Entry make_entry(const AdamParameter& p, int64_t first) {
   e.fp8_scale = p.fp8_scale;
   e.aligned_t = is_aligned(p.fp8_t.data) && p.fp8.rows % kVector == 0;
   e.remainder = p.remainder;
+  e.subsets = p.subsets;
+  e.subset_sums = p.subset_sums;
+  e.rates = p.subsets.width != 0 ? rates : nullptr;
   e.stochastic = p.stochastic;
   e.stochastic_exp_avg = rounds_exp_avg(p);
   e.seed = p.seed;

@@ -53,8 +53,10 @@ constexpr const char* kSchemas[] = {
     "ScalarType dtype) -> (Tensor out, Tensor amax, Tensor saturated)",
     "adam_(Tensor(a!)[] values, Tensor(b!)[] scales, Tensor(c!)[] amaxes, Tensor[] grads, "
     "Tensor[] grad_scales, Tensor grad_amax, Tensor(d!)[] steps, Tensor hyper, "
-    "Tensor(e!) skipped, Tensor(f!)[] copies, Tensor(g!)[] remainders, int[] scalings=[], "
-    "int[] seeds=[], int[] first_elements=[], int[] subsets=[]) -> ()",
+    "Tensor(e!) skipped, Tensor(f!)[] copies, Tensor(g!)[] remainders, Tensor[] subset_sums, "
+    "int[] scalings=[], int[] seeds=[], int[] first_elements=[], int[] subsets=[]) -> ()",
+    "subset_sums(Tensor[] grads, Tensor[] scales, Tensor[] amaxes, int[] subsets) "
+    "-> (Tensor amax, Tensor sums)",
     "adam_4bit_(Tensor(a!)[] weights, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales, "
     "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] exp_avg_sq_scales, Tensor[] grads, "
     "Tensor[] grad_scales, Tensor grad_amax, Tensor(f!)[] steps, Tensor hyper, "

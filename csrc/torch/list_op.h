@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device.h"
+#include "quaver/subset.h"
 
 namespace quaver::binding {
 
@@ -24,6 +25,12 @@ void check_length(const char* op, const char* name, const List& list, size_t wan
                   bool optional = false) {
   QUAVER_CHECK(list.size() == wanted || (optional && list.empty()), op, ": wanted ", wanted, " ",
                name, ", got ", list.size());
+}
+
+// Subsets as an op's argument has them: k, or -k for strided ones.
+inline Subsets subsets_of(const char* op, int64_t width) {
+  QUAVER_CHECK(width > INT64_MIN, op, ": subsets must be above -2^63, got ", width);
+  return {width < 0 ? -width : width, width < 0};
 }
 
 // A list of an op's tensors, which has `size` of them, or is empty if it is optional.

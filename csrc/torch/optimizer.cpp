@@ -57,7 +57,7 @@ struct Arguments {
   const Tensor& grad_amax;
   const Tensors& steps;
   const Tensor &hyper, &skipped;
-  const Tensors &copies, &remainders;
+  const Tensors &copies, &remainders, &subset_sums;
   const Ints &scalings, &seeds, &first_elements, &subsets;
 };
 
@@ -68,6 +68,7 @@ void check(const Arguments& a) {
       {"amaxes", a.amaxes, kStates * n},       {"grads", a.grads, n},
       {"grad_scales", a.grad_scales, n},       {"steps", a.steps, n},
       {"copies", a.copies, kStates * n, true}, {"remainders", a.remainders, n, true},
+      {"subset_sums", a.subset_sums, n, true},
   };
   check_lists(kOp, lists);
   check_length(kOp, "scalings", a.scalings, kStates * n, true);
@@ -88,11 +89,11 @@ AdamParameter parameter(const Arguments& a, size_t i, const Tensor& grad, const 
     *states[k] = state(kNames[k], a.values[j], a.scales[j], a.amaxes[j],
                        a.scalings.empty() ? 0 : a.scalings[j]);
   if (!a.remainders.empty()) p.remainder = remainder(a.remainders[i], p.weight.values.numel());
-  if (!a.subsets.empty()) {
-    const int64_t width = a.subsets[i];
-    QUAVER_CHECK(width > INT64_MIN, kOp, ": subsets must be above -2^63, got ", width);
-    p.subsets = {width < 0 ? -width : width, width < 0};
-  }
+  if (!a.subsets.empty()) p.subsets = subsets_of(kOp, a.subsets[i]);
+  if (p.subsets.width != 0 && !a.subset_sums.empty())
+    p.subset_sums = static_cast<const float*>(
+        data_of(kOp, "subset_sums", a.subset_sums[i],
+                subset_count(p.subsets, p.weight.values.numel()), ScalarType::Float));
   p.first_element = a.first_elements.empty() ? 0 : a.first_elements[i];
   read_step(kOp, i, grad, a.grad_scales[i], grad_amax, a.seeds, a.hyper, &p);
   if (!a.copies.empty() && a.copies[i].numel() > 0) {
@@ -107,11 +108,11 @@ AdamParameter parameter(const Arguments& a, size_t i, const Tensor& grad, const 
 void adam_(const Tensors& values, const Tensors& scales, const Tensors& amaxes,
            const Tensors& grads, const Tensors& grad_scales, const Tensor& grad_amax,
            const Tensors& steps, const Tensor& hyper, Tensor skipped, const Tensors& copies,
-           const Tensors& remainders, const Ints& scalings, const Ints& seeds,
-           const Ints& first_elements, const Ints& subsets) {
-  const Arguments a = {values,     scales,   amaxes, grads,          grad_scales,
-                       grad_amax,  steps,    hyper,  skipped,        copies,
-                       remainders, scalings, seeds,  first_elements, subsets};
+           const Tensors& remainders, const Tensors& subset_sums, const Ints& scalings,
+           const Ints& seeds, const Ints& first_elements, const Ints& subsets) {
+  const Arguments a = {values,   scales, amaxes,         grads,  grad_scales, grad_amax,
+                       steps,    hyper,  skipped,        copies, remainders,  subset_sums,
+                       scalings, seeds,  first_elements, subsets};
   check(a);
   check_distinct(kOp, {&values, &scales, &amaxes, &steps, &copies, &remainders});
   if (steps.empty()) return;
@@ -122,7 +123,7 @@ void adam_(const Tensors& values, const Tensors& scales, const Tensors& amaxes,
   on_device(
       kOp, values[0], [&] { cpu::adam(list.data(), list.count(), skips); },
       [&](auto stream) {
-        Tensor memory = workspace(values[0], cuda::adam_workspace_bytes(list.count()));
+        Tensor memory = workspace(values[0], cuda::adam_workspace_bytes(list.data(), list.count()));
         cuda::adam(list.data(), list.count(), skips, memory.data_ptr(), stream);
       });
 }

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "quaver/fp8.h"
 #include "quaver/math.h"
 #include "quaver/scale.h"
 
@@ -73,7 +74,21 @@ QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {
   return adamw_under(s, e, grad);
 }
 
-// The learning rate of a subset whose elements share the second moment v (Subset-Norm).
+// Steps value k of a second moment of subsets, f32 or bf16 (Subset-Norm). Returns the new one
+// before it is rounded.
+QUAVER_HD float step_subset(const AdamStep& s, void* values, DType type, int64_t k, float sum) {
+  float* wide = static_cast<float*>(values) + k;
+  bf16* narrow = static_cast<bf16*>(values) + k;
+  const float v =
+      s.beta2 * (type == DType::f32 ? *wide : decode(*narrow)) + s.one_minus_beta2 * sum;
+  if (type == DType::f32)
+    *wide = v;
+  else
+    *narrow = encode_nearest<bf16>(v);
+  return v;
+}
+
+// The learning rate of a subset whose elements share the second moment v.
 QUAVER_HD float subset_rate(const AdamStep& s, float v) {
   return s.step_size / (::sqrtf(v) * s.inverse_sqrt_c2 + s.eps);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "quaver/codec.h"
+#include "quaver/subset.h"
 #include "quaver/tensor_view.h"
 
 namespace quaver {
@@ -20,28 +21,12 @@ inline bool is_scaled(const StateView& s) {
   return s.scale != nullptr && s.scaling == Scaling::tensor;
 }
 
-// Which elements share a value of a second moment: `width` that follow each other or, `strided`,
-// every width-th. Of a matrix [R, C] width C is one value for each row, and strided one for each
-// column. Width 0: each element has its own.
-struct Subsets {
-  int64_t width = 0;
-  bool strided = false;
-};
-
-QUAVER_HD int64_t subset_of(const Subsets& s, int64_t element) {
-  return s.strided ? element % s.width : element / s.width;
-}
-QUAVER_HD int64_t subset_count(const Subsets& s, int64_t elements) {
-  return s.strided ? s.width : elements / s.width + (elements % s.width != 0);
-}
-
-constexpr int64_t kPartialSums = 32;  // of a subset of consecutive elements, in a fixed order
-
 struct AdamParameter {
   StateView weight;      // f32, bf16 or f16, or f16 with scale
-  StateView exp_avg;     // f32, f16 with scale, or FP8 of any scaling
-  StateView exp_avg_sq;  // likewise, or f32 with a value for each subset
+  StateView exp_avg;     // f32, f16 with scale, or FP8 of any scaling; bf16 beside subsets
+  StateView exp_avg_sq;  // likewise, or f32 or bf16 with a value for each subset
   Subsets subsets;
+  const float* subset_sums = nullptr;  // of this gradient (subset.h), where there are subsets
   TensorView grad;
   const float* grad_scale = nullptr;  // null: 1
   const float* grad_amax = nullptr;   // of the decoded gradient; non-finite skips the whole step
@@ -75,7 +60,7 @@ void decode_state(const TensorView& out, const StateView& state);
 namespace cuda {
 
 // Device memory, 16-byte aligned, that one call needs while it runs.
-int64_t adam_workspace_bytes(int64_t count);
+int64_t adam_workspace_bytes(const AdamParameter* parameters, int64_t count);
 
 // The CPU's step on the device. The host reads shapes and pointers only, and every decision is
 // taken on the device, so a captured graph stays right.

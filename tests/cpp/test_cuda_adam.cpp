@@ -16,6 +16,13 @@ struct Layout {
   Scaling exp_avg_scaling = Scaling::tensor, exp_avg_sq_scaling = Scaling::tensor;
   bool remainder = false, stochastic = false, scaled = true;  // an f16 weight's scale
   int64_t first_element = 0;
+  Subsets subsets;
+
+  // Of state k: a second moment may have one for each subset.
+  int64_t numel(int k) const {
+    const int64_t n = shape.rows * shape.cols;
+    return k == 2 && subsets.width != 0 ? subset_count(subsets, n) : n;
+  }
 };
 
 constexpr Layout o2(Shape shape, DType grad = DType::e4m3) {
@@ -73,6 +80,7 @@ class Parameter {
  private:
   struct Copy {
     Buffer state[3], groups[3], remainder, grad, fp8, fp8_t;
+    std::vector<float> sums;                                     // of the gradient's subsets
     std::vector<float> scales{0.0625f, 1.0f, 1.0f, 0.5f, 1.0f};  // states, gradient, copy
     std::vector<float> amaxes{1.0f, 0.0f, 0.0f};
     float grad_amax = 1.0f;
@@ -80,12 +88,15 @@ class Parameter {
     double hyper[5] = {1e-2, 0.9, 0.95, 1e-8, 0.1};
 
     Copy(const Layout& l, uint64_t seed)
-        : state{make(l, l.weight), make(l, l.exp_avg), make(l, l.exp_avg_sq)},
+        : state{make(l, l.weight), make(l, l.exp_avg),
+                Buffer(l.numel(2) * size_of(l.exp_avg_sq), l.skew * size_of(l.exp_avg_sq))},
+          sums(l.numel(2)),
           groups{Buffer(0), group_scales(l), group_scales(l)},
           remainder(make(l, DType::bf16, l.remainder)),
           grad(make(l, l.grad)),
           fp8(make(l, DType::e4m3, l.fp8)),
           fp8_t(make(l, DType::e4m3, l.fp8)) {
+      for (size_t k = 0; k < sums.size(); ++k) sums[k] = 0.01f * float(k % 91);
       const int64_t n = l.shape.rows * l.shape.cols;
       fill(&state[0], l.weight, n, seed);
       for (Buffer* zero : {&state[1], &state[2], &groups[1], &groups[2], &remainder})
@@ -113,6 +124,11 @@ class Parameter {
       for (int k = 1; k < 3; ++k) {
         if (scalings[k] == Scaling::tensor) continue;
         *states[k] = {states[k]->values, groups[k].as<float>(), nullptr, scalings[k]};
+      }
+      if (l.subsets.width != 0) {
+        p.subsets = l.subsets;
+        p.subset_sums = sums.data();
+        p.exp_avg_sq = {view(state[2], l.exp_avg_sq, 1, l.numel(2))};
       }
       if (l.remainder) p.remainder = remainder.as<uint16_t>();
       p.stochastic = l.stochastic;
@@ -152,7 +168,7 @@ void check(const std::vector<Layout>& layouts) {
       cpu.push_back(parameters[i].cpu());
       cuda.push_back(parameters[i].cuda());
     }
-    Buffer workspace(cuda::adam_workspace_bytes(count));
+    Buffer workspace(cuda::adam_workspace_bytes(cuda.data(), count));
     cpu::adam(cpu.data(), count, &skipped);
     cuda::adam(cuda.data(), count, &cuda_skipped, workspace.data(), nullptr);
     CHECK(workspace.guards_hold());
@@ -236,6 +252,34 @@ TEST(masters_rounded_stochastically) {
       }
       check({tiled, flat, half, coat_with_copies({4, cols})});
     }
+}
+
+// Second moments of rows, of columns and of runs, beside those of elements.
+TEST(second_moments_of_subsets) {
+  const auto with = [](Shape shape, Subsets subsets, DType weight, DType first, DType second) {
+    Layout l = {shape, weight, first, second, DType::f32};
+    l.subsets = subsets;
+    l.stochastic = weight == DType::bf16 && shape.rows % 2 == 1;
+    l.remainder = weight == DType::bf16 && shape.rows % 2 == 0;
+    return l;
+  };
+  for (const Shape& s : kShapes)
+    for (const DType second : {DType::f32, DType::bf16}) {
+      if (s.cols == 0) continue;
+      check({with(s, {s.cols, false}, DType::f32, DType::f32, second),
+             with(s, {s.cols, true}, DType::bf16, DType::bf16, second),
+             with(s, {3, false}, DType::bf16, DType::e4m3, second),
+             with(s, {1, false}, DType::f32, DType::f16, second)});
+    }
+  for (const int64_t skew : {0, 1}) {
+    Layout tiled = o2({130, 144}),
+           run = with({1, 40000}, {20000, false}, DType::f32, DType::f32, DType::f32);
+    tiled.subsets = {144, true};
+    tiled.exp_avg_sq = DType::f32;
+    tiled.skew = run.skew = skew;
+    check({tiled, o2({3, 70}), run,
+           with({3, 5}, {1 << 20, false}, DType::f32, DType::f32, DType::bf16)});
+  }
 }
 
 TEST(many_parameters_in_one_launch) {

@@ -261,7 +261,7 @@ TEST(adam_updates_every_element_of_every_chunk_once) {
       p.grad_amax = &amax;
       p.step = &step[backend];
       p.hyper = hyper;
-      Buffer workspace(cuda::adam_workspace_bytes(1));
+      Buffer workspace(cuda::adam_workspace_bytes(&p, 1));
       if (backend == 0)
         cpu::adam(&p, 1, &skipped);
       else
@@ -332,7 +332,7 @@ TEST(adam_reaches_beyond_2_to_the_31_elements) {
     p[backend].step = &step[backend];
     p[backend].hyper = hyper;
   }
-  Buffer workspace(cuda::adam_workspace_bytes(1));
+  Buffer workspace(cuda::adam_workspace_bytes(p, 1));
   cpu::adam(&p[0], 1, &skipped[0]);
   const LastBlock only;
   cuda::adam(&p[1], 1, &skipped[1], workspace.data(), nullptr);

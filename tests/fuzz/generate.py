@@ -277,6 +277,11 @@ class Generator:
             for part in zip(*(self.scaled() for _ in range(self.pick((1, 2, 5)))), strict=True)
         ]
 
+    def subset_sums(self):
+        each = [self.scaled() for _ in range(self.pick((1, 2, 5)))]
+        subsets = [self.subsets(values.shape) if values.dim() == 2 else 0 for values, *_ in each]
+        return *map(list, zip(*each, strict=True)), subsets
+
     def accumulate_(self):
         shape, target = self.matrix(), self.pick((*FP8, torch.bfloat16))
         other = self.tensor(self.numbers(shape, self.pick(ANY)))
@@ -335,16 +340,17 @@ class Generator:
             [p[name][k] for k in range(3) for p in each]
             for name in ("values", "scales", "amaxes", "copies", "scalings")
         )
-        grads, grad_scales, steps, remainders, seeds, first, subsets = (
+        grads, grad_scales, steps, remainders, sums, seeds, first, subsets = (
             [p[name] for p in each]
-            for name in ("grad", "grad_scale", "step", "remainder", "seed", "first", "subsets")
-        )
+            for name in ("grad", "grad_scale", "step", "remainder", "sums", "seed", "first",
+                         "subsets")
+        )  # fmt: skip
         hyper = torch.tensor([[1e-3, 0.9, self.pick((0.95, 0.999)), 1e-8, 0.1]] * count).double()
         skipped = self.tensor(torch.zeros((), dtype=torch.int64), written=True)
         return (
             values, scales, amaxes, grads, grad_scales, self.floats(count), steps,
-            self.tensor(hyper, written=True), skipped, copies, remainders, scalings, seeds, first,
-            subsets,
+            self.tensor(hyper, written=True), skipped, copies, remainders, sums, scalings, seeds,
+            first, subsets,
         )  # fmt: skip
 
     def adam_4bit_(self):
@@ -429,7 +435,8 @@ class Generator:
         rounded = dtype != torch.float32 and not exact and self.chance(0.5)
         shapes, subsets = [shape] * 3, self.subsets(shape) if self.chance(0.3) else 0
         if subsets:
-            kinds[2] = (torch.float32, 0)
+            kinds[2] = (self.pick((torch.float32, torch.bfloat16)), 0)
+            kinds[1] = self.pick((kinds[1], (torch.bfloat16, 0)))
             shapes[2] = (-subsets if subsets < 0 else -(-math.prod(shape) // subsets),)
         scaled = [grain == 0 and stored in CODES for stored, grain in kinds]
         return {
@@ -452,6 +459,7 @@ class Generator:
             "seed": self.random.randrange(2**31) if rounded else -1,
             "first": self.pick((0, 0, 128, 2**40)),
             "subsets": subsets,
+            "sums": self.tensor(self.numbers(shapes[2]).abs(), True) if subsets else none,
         }  # fmt: skip
 
     def subsets(self, shape) -> int:

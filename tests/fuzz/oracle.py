@@ -155,9 +155,20 @@ def nf4_decode(codes, absmax, numel, dtype, block):
     return (reference.nf4_decode(codes, absmax, numel, dtype, block),)
 
 
+def subset_sums(grads, scales, amaxes, subsets):
+    amax, sums = [], []
+    for grad, scale, seen, width in zip(grads, scales, amaxes, subsets, strict=True):
+        x = grad.float() * scale if scale.numel() else grad.float()
+        bad = seen.numel() and not seen.isfinite().all()
+        most = x.abs().max() if x.numel() else torch.zeros(())
+        amax.append(torch.full((), torch.nan) if bad else most)
+        sums.append(reference.subset_sums(x, width))
+    return torch.stack(amax), torch.cat(sums)
+
+
 EXACT = {
     f.__name__: f
     for f in (quantize, dequantize, cast_transpose, normalize, normalize_backward, activate,
               accumulate_, share_scales, pack, reduce_shards, encode_state, decode_state,
-              nf4_encode, nf4_decode)
+              nf4_encode, nf4_decode, subset_sums)
 }  # fmt: skip

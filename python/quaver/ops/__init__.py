@@ -20,7 +20,7 @@ from .gemm import gemm
 from .gradient import amaxes, grad_norm, none_like, parts
 from .microadam import micro_adam_
 from .nf4 import nf4_decode, nf4_encode
-from .optimizer import adam_, encode_state
+from .optimizer import adam_, encode_state, subset_sums
 from .quantize import cast_transpose, dequantize, quantize
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -52,4 +52,5 @@ __all__ = [
     "quantize",
     "reduce_shards",
     "share_scales",
+    "subset_sums",
 ]

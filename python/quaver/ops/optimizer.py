@@ -61,6 +61,7 @@ def adam_(
     seeds: Sequence[int] = (),
     first_elements: Sequence[int] = (),
     subsets: Sequence[int] = (),
+    subset_sums: Sequence[Tensor | None] = (),
 ) -> None:
     """One AdamW step of n parameters in place, each state read and written once.
 
@@ -74,7 +75,7 @@ def adam_(
             one scale and an amax, of any shapes.
         exp_avgs, exp_avg_sqs: n moments of the weights' shapes each, contiguous float32, or
             ScaledTensors: float16, float8_e4m3fn or float8_e5m2 with one scale and an amax, or FP8
-            of grain "flat".
+            of grain "flat". Where `subsets` has a count, float32 or bfloat16.
         grads: n gradients of the weights' shapes, plain or ScaledTensors with one scale.
         grad_amax: float32 [n], each decoded gradient's largest magnitude.
         steps: n int64 of one element, the steps taken, which this counts up.
@@ -90,9 +91,9 @@ def adam_(
             function of (seed, step, element); -1 rounds to nearest.
         first_elements: n flat indices of the weights' first elements in whole tensors of which
             they are shards, for the noise. Default: all 0.
-        subsets: n counts by which elements share values of a second moment that is float32 without
-            a scale: k for every k elements that follow each other, -k for every k-th element (a
-            column of a matrix with k), 0 for none. Default: all 0.
+        subsets: n counts by which elements share values of a second moment, as `subset_sums` takes
+            them. Default: all 0.
+        subset_sums: n tensors of this gradient's sums, as `subset_sums` gives them; None for none.
 
     Raises:
         RuntimeError or ValueError: lists of different lengths, mixed devices, another dtype, a
@@ -114,6 +115,7 @@ def adam_(
         skipped,
         [none if c is None else c[k] for k in range(3) for c in copies] if any(copies) else [],
         [none if r is None else r for r in remainders],
+        [none if s is None else s for s in subset_sums],
         scalings,
         seeds,
         first_elements,
@@ -124,3 +126,37 @@ def adam_(
 @fake("adam_")
 def _(*args, **kwargs):
     return None
+
+
+def subset_sums(grads: list[Tensor], subsets: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """The sums of squared gradients over subsets of elements (Subset-Norm, arXiv 2411.07120), and
+    each gradient's amax, from one read. The order of a sum, in float32, depends on shapes alone.
+
+    Args:
+        grads: n gradients, plain or ScaledTensors with one scale.
+        subsets: n counts by which elements form subsets: k for every k elements that follow each
+            other, -k for every k-th element (a column of a matrix with k), 0 for none.
+
+    Returns:
+        The amaxes (float32 [n]; a non-finite value gives a non-finite one), and n tensors of the
+        sums: float32 [subsets].
+
+    Raises:
+        RuntimeError or ValueError: no gradients, mixed devices, another dtype, a count that is
+            minus no divisor of the gradient's size.
+    """
+    amax, sums = _ops.subset_sums(*parts(grads), subsets)
+    return amax, list(
+        sums.split([_subset_count(*pair) for pair in zip(grads, subsets, strict=True)])
+    )
+
+
+def _subset_count(grad: Tensor, width: int) -> int:
+    return -width if width <= 0 else -(-grad.numel() // width)
+
+
+@fake("subset_sums")
+def _(grads, scales, amaxes, subsets):
+    counts = [_subset_count(*pair) for pair in zip(grads, subsets, strict=True)]
+    first = grads[0]
+    return tuple(first.new_empty([n], dtype=torch.float32) for n in (len(grads), sum(counts)))

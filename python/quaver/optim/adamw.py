@@ -119,9 +119,7 @@ class AdamW(Optimizer):
 
     def _is_composed(self, p: Tensor) -> bool:
         """Whether the fused step does not know p's moments."""
-        first, second = self.recipe.exp_avg, self.recipe.exp_avg_sq
-        fused = first == "f32" and isinstance(second, SubsetNorm) and second.dtype == torch.float32
-        return self._has_rules(p) and not (fused and p.device.type == "cpu")
+        return self._has_rules(p) and isinstance(self.recipe.exp_avg, Subspace)
 
     def _is_packed(self, p: Tensor) -> bool:
         """Whether p's moments have 4 bits."""
@@ -132,7 +130,9 @@ class AdamW(Optimizer):
         return 1 if self._is_packed(p) else 2 * self._is_composed(p)
 
     def _subsets(self, p: Tensor) -> int:
-        return SubsetSums(self.recipe.exp_avg_sq).width(p) if self._has_rules(p) else 0
+        rule = self.recipe.exp_avg_sq
+        subsets = isinstance(rule, SubsetNorm) and self._has_rules(p)
+        return SubsetSums(rule).width(p) if subsets else 0
 
     def slots(self, p: Tensor) -> dict:
         if self._has_rules(p):
@@ -180,6 +180,13 @@ class AdamW(Optimizer):
         return "nearest" if exact else rule
 
     # The step
+
+    def _read(self, items: list[Item]) -> tuple[list[Item], Tensor]:
+        if not isinstance(self.recipe.exp_avg_sq, SubsetNorm):
+            return super()._read(items)
+        subsets = [self._subsets(item.parameter) for item in items]
+        amaxes, sums = ops.subset_sums([local(item.grad) for item in items], subsets)
+        return [item._replace(sums=s) for item, s in zip(items, sums, strict=True)], amaxes
 
     def update(self, device: torch.device, items: list[Item], amaxes: Tensor) -> None:
         paths = [self._path(item.parameter) for item in items]
@@ -234,6 +241,7 @@ class AdamW(Optimizer):
             ],
             first_elements=[placement.first_element(p) for p in wholes] if sharded else (),
             subsets=[self._subsets(p) for p in wholes] if self.recipe.composed else (),
+            subset_sums=[item.sums for item in items] if self.recipe.composed else (),
         )
         if sharded:
             moments = [item.state[key] for item in items for key in EMAS]

@@ -18,13 +18,15 @@ from .moments import Ema
 
 class Item(NamedTuple):
     """A parameter that a step updates, with its gradient and state. `ordinal` is its index over all
-    groups, from 1, and seeds its stochastic rounding."""
+    groups, from 1, and seeds its stochastic rounding. `sums` are of its gradient's subsets, where
+    the optimizer keeps their second moments."""
 
     parameter: Tensor
     grad: Tensor
     state: dict
     group: dict
     ordinal: int
+    sums: Tensor | None = None
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -153,7 +155,7 @@ class Optimizer(torch.optim.Optimizer):
                         usable: Tensor | None = None) -> None:  # fmt: skip
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-        amaxes = self._amaxes([local(item.grad) for item in items])
+        items, amaxes = self._read(items)
         amaxes = placement.agree(amaxes, [item.parameter for item in items])
         if usable is not None:
             amaxes = torch.where(usable, amaxes, torch.inf)
@@ -182,8 +184,9 @@ class Optimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         return {p: i for i, p in enumerate(params, 1)}
 
-    def _amaxes(self, grads: list[Tensor]) -> Tensor:
-        return ops.amaxes(grads)
+    def _read(self, items: list[Item]) -> tuple[list[Item], Tensor]:
+        """The items with what one read of their gradients finds, and the gradients' amaxes."""
+        return items, ops.amaxes([local(item.grad) for item in items])
 
     # States
 

@@ -1,4 +1,4 @@
-"""The step of parameters with a moment that is not one value for each element.
+"""The step of parameters whose first moment is a Subspace.
 
     m, v <- moments of g;  w <- (1 - lr decay) w - lr (numerator / (sqrt(v / (1 - beta2^t)) + eps))
 
@@ -19,8 +19,8 @@ from .subset import SubsetSums, matrix_shape
 
 
 class ComposedStep:
-    """Steps parameters by a recipe whose moments are a Subspace, a SubsetNorm, or f32 and bf16
-    averages."""
+    """Steps parameters by a recipe whose first moment is a Subspace, beside a SubsetNorm or an f32
+    or bf16 average."""
 
     def __reduce__(self):  # without the host's counts, which are read again
         return ComposedStep, (self.rules,)
@@ -45,15 +45,11 @@ class ComposedStep:
         t = (taken + 1).double()
         grad = item.grad.float()
         grad = torch.where(usable, grad, torch.zeros((), device=p.device)).view(matrix_shape(p))
-        if isinstance(self.rules.exp_avg, recipe.Subspace):
-            numerator = self._subspace(item, grad, usable, beta1, t)
-        else:
-            moment = _average_(state["exp_avg"], grad, usable, beta1)
-            numerator = moment / (1 - beta1**t).float()
+        numerator = self._subspace(item, grad, usable, beta1, t)
         second = state["exp_avg_sq"]
         if isinstance(self.rules.exp_avg_sq, recipe.SubsetNorm):
-            keep, add = _weights(usable, beta2)
-            v = SubsetSums(self.rules.exp_avg_sq).update_(second, grad, keep, add)
+            sums = torch.where(usable, item.sums, 0.0)
+            v = SubsetSums(self.rules.exp_avg_sq).spread(_average_(second, sums, usable, beta2), p)
         else:
             v = _average_(second, grad.square(), usable, beta2)
         denominator = v.sqrt() * (1 - beta2**t).rsqrt().float() + eps.float()

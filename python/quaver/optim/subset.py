@@ -41,21 +41,12 @@ class SubsetSums:
         wanted = (self.rule.dtype, torch.Size(self.shape(p)))
         return isinstance(value, Tensor) and (value.dtype, value.shape) == wanted
 
-    def update_(self, value: Tensor, grad: Tensor, keep: Tensor, add: Tensor) -> Tensor:
-        """value <- keep * value + add * sums of grad^2. Returns the new values in float32, so that
-        they broadcast with the gradient's matrix [R, C]."""
-        square = grad.square()
+    def spread(self, values: Tensor, p: Tensor) -> Tensor:
+        """Values of subsets (float32, flat), so that they broadcast with the gradient's matrix
+        [R, C]."""
         if self.rule.size is None:
-            sums = square.sum(value.shape.index(1), keepdim=True)
-        else:
-            padded = square.flatten()
-            padded = torch.nn.functional.pad(padded, (0, -padded.numel() % self.rule.size))
-            sums = padded.view(-1, self.rule.size).sum(1)
-        new = keep * value.float() + add * sums
-        value.copy_(new)
-        if self.rule.size is None:
-            return new
-        return new.repeat_interleave(self.rule.size)[: grad.numel()].view(grad.shape)
+            return values.view(self.shape(p))
+        return values.repeat_interleave(self.rule.size)[: p.numel()].view(matrix_shape(p))
 
     def __str__(self) -> str:
         return f"subset sums in {str(self.rule.dtype).removeprefix('torch.')}"

@@ -69,3 +69,4 @@ from .states import (
     keep_nonzero,
     to_format,
 )
+from .subset import subset_adamw, subset_sums

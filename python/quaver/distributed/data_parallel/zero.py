@@ -53,8 +53,8 @@ class _Owned(AdamW):
     amaxes: Tensor
     ordinals: dict[Tensor, int]  # of all ranks' tensors: they round as those of one process
 
-    def _amaxes(self, grads):
-        return self.amaxes
+    def _read(self, items):
+        return super()._read(items)[0], self.amaxes
 
     def _ordinals(self):
         return self.ordinals
