@@ -1,6 +1,9 @@
 """`qv.plan` on fake tensors against the same steps taken for real: equal to the byte."""
 
+import dataclasses
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -188,6 +191,75 @@ def test_mistakes_are_named_in_one_line(arguments, options, text):
     assert "\n" not in str(error.value)
 
 
+def reported(name, make, recompute=False):
+    model = qv.convert(models.build(models.load("tiny")), name)
+    optimizer = make(model)
+    before = {key: p.clone() for key, p in model.state_dict().items()}
+    found = qv.memory_report(model, optimizer, batch=(1, 32))
+    assert all(torch.equal(p, before[key]) for key, p in model.state_dict().items())
+    assert not optimizer.state and all(p.grad is None for p in model.parameters())
+    return model, optimizer, found
+
+
+@pytest.mark.parametrize("name", ["f32", "fp8lm-o2"])
+def test_a_memory_report_of_a_batch_is_the_plans(name):
+    model, optimizer, found = reported(name, lambda m: qv.AdamW(m.parameters(), recipe=name))
+    plan = qv.plan(model, dataclasses.replace(recipe.get(name), autocast=None), seq=32)
+    assert {key: plan[key] for key in found} == found
+    # After a step, and with a tensor of tokens, it is the same.
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    model(tokens).sum().backward()
+    optimizer.step()
+    again = qv.memory_report(model, optimizer, batch=tokens)
+    assert {key: plan[key] for key in again if "peak" not in key} == {
+        key: value for key, value in again.items() if "peak" not in key
+    }
+    assert plan["peak"] - again["peak"] == 8  # its count of skipped steps exists already
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: torch.optim.AdamW(m.parameters()),
+        lambda m: torch.optim.SGD(m.parameters(), momentum=0.9),
+        lambda m: qv.MicroAdam(m.parameters(), 1e-3),
+        lambda m: qv.Grass(m, rank=8),
+        lambda m: qv.AdamW(m.parameters(), recipe="snsm"),
+    ],
+)
+def test_a_memory_report_takes_every_optimizer(make):
+    _, _, found = reported("bf16", make)
+    assert found["peak"] >= found["master"] + found["grad"] + found["peak_by_kind"]["states"]
+    assert found["peak_by_kind"]["gradients"] > 0
+
+
+def test_a_memory_report_of_released_gradients_has_none():
+    model = models.build(models.load("tiny"))
+    optimizer = qv.AdamW(model.parameters(), recipe="bf16")
+    qv.release_gradients(model, optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = qv.memory_report(model, optimizer, batch=(1, 32))
+    plan = qv.plan(model, "bf16", seq=32, release=True)
+    assert found["grad"] == 0
+    assert {key: plan[key] for key in found} == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "batch", "text"),
+    [
+        (2, 3, "batch must be (sequences, tokens)"),
+        (2, (1, 0), "batch must be (sequences, tokens)"),
+        (1, (1, 8), "wants the optimizer too"),
+    ],
+)
+def test_a_memory_report_names_what_is_wrong_with_a_batch(arguments, batch, text):
+    model = models.build(models.load("tiny"))
+    pair = (model, qv.AdamW(model.parameters(), recipe="bf16"))[:arguments]
+    with pytest.raises(UsageError, match=re.escape(text)):
+        qv.memory_report(*pair, batch=batch)
+
+
 def test_the_largest_batch_is_the_last_that_fits():
     model, size = models.Config(**SMALL), 10**8
     plan = qv.plan(model, "coat", seq=64)
@@ -260,6 +332,19 @@ def test_the_command_searches_for_settings(tmp_path, capsys):
     status, out, err = run([*flags, "0.0001"], capsys)
     assert (status, err.count("\n")) == (2, 1)
     assert "nothing fits 0.0001 GB, the least is" in err
+
+
+def test_the_command_draws_the_peak_by_kind(tmp_path, monkeypatch, capsys):
+    flags = ["plan", "--model", "tiny", "--seq", "16", "--gpu", "t4", "--plot"]
+    path = tmp_path / "plan.png"
+    assert run([*flags, str(path)], capsys)[0] == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, _, err = run([*flags, str(path)], capsys)
+    assert (status, err) == (
+        2,
+        "quaver plan: error: --plot needs matplotlib: pip install matplotlib\n",
+    )
 
 
 def test_a_plan_that_does_not_fit_ends_with_a_remedy(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 
 import torch
@@ -93,6 +94,8 @@ def memory_report(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     activations: SavedActivations | None = None,
+    *,
+    batch: Tensor | tuple[int, int] | None = None,
 ) -> dict:
     """Bytes of a training state by kind, as a dict of ints.
 
@@ -114,7 +117,19 @@ def memory_report(
     Of a sharded tensor this rank's elements count. Every other storage counts once, with all its
     bytes. Gradients are there only between backward and
     zero_grad, states only after the first step.
+
+    With `batch`, tokens [sequences, length] or that shape, the report is of a training step of this
+    model and optimizer, wherever it is called: gradients, states and activations are there, and
+
+    peak, peak_by_kind, peak_at: the most bytes at once, what they are, and where in the step, as in
+        `qv.plan`. The step runs on copies without storage; an autocast in force here is the step's.
+
+    Raises UsageError with `batch` for a model that does not run on tokens or is sharded.
     """
+    if batch is not None:
+        # By name: plans are made of reports.
+        planning = importlib.import_module(f"{__package__}.planning.report")
+        return planning.step_report(model, optimizer, batch)
     ledger = _Ledger()
     updated = set()
     if optimizer is not None:

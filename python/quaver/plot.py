@@ -7,7 +7,7 @@ from pathlib import Path
 from .files import replacing
 from .memory import ACTIVATION_KINDS, KINDS, activation_by_kind
 
-__all__ = ["plot_losses", "plot_memory"]
+__all__ = ["new_figure", "plot_losses", "plot_memory"]
 
 MIB = 2**20
 
@@ -21,7 +21,8 @@ def smooth(values: list[float | None], window: int) -> list[float]:
     return result
 
 
-def _figure(height: float):
+def new_figure(height: float):
+    """A figure 8 inches wide, for PNG."""
     # Imported and drawn without pyplot: no global state, no display, and a fast `import quaver`.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -42,7 +43,7 @@ def memory_kinds(memory: dict) -> dict[str, int]:
 def plot_memory(path: Path, memories: dict[str, dict], title: str, base: str) -> None:
     """Draws {recipe: memory report} to a PNG file: a bar for each, its bytes stacked by kind, and
     the bytes of the recipe `base` divided by these."""
-    figure = _figure(1.5 + 0.6 * len(memories))
+    figure = new_figure(1.5 + 0.6 * len(memories))
     axes = figure.subplots()
     stacks = {name: memory_kinds(memory) for name, memory in memories.items()}
     names = list(stacks)
@@ -76,7 +77,7 @@ def plot_losses(path: Path, losses: dict[str, list], title: str, base: str) -> N
     curves faint, their trailing means bold, and below the difference of each to the first
     recipe."""
     several = len(losses) > 1
-    figure = _figure(6 if several else 4.5)
+    figure = new_figure(6 if several else 4.5)
     heights = [3, 1] if several else [1]
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     top = axes[0][0]

@@ -22,6 +22,11 @@ CLIPS = ("tensor", "lagged", "exact")
 _released: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the parameters with a Release
 
 
+def is_released(p: Tensor) -> bool:
+    """Whether backward updates p."""
+    return p in _released
+
+
 class Release:
     """The handle that `release_gradients` returns; see there. `remove()` undoes it."""
 

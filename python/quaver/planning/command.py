@@ -9,7 +9,9 @@ import torch
 
 from .. import models, optimizers, recipe
 from ..errors import UsageError
+from ..files import expanded
 from .cards import CARDS, LINKS
+from .figure import plot_plans
 from .fit import tries
 from .plan import Plan, plan
 
@@ -70,6 +72,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="search for settings with which it fits that memory, beside those that are given",
     )
 
+    p.add_argument("--plot", metavar="FILE", help="draw the peak by kind to a PNG file")
+
 
 def _sizes() -> str:
     return "/".join(str(size) for size in SIZES)
@@ -89,11 +93,16 @@ def _run(arguments: argparse.Namespace) -> None:
         for name in ("batch", "seq", "parallel", "release", "recompute", "gpu", "link")
     } | {"dtype": DTYPES[arguments.dtype]}
     if arguments.fit is not None:
-        found = _fit(arguments, options)
+        plans = _fit(arguments, options)
     else:
         recipe = arguments.recipe or "bf16"
-        found = plan(arguments.model, recipe, arguments.optimizer, **options)
+        plans = [plan(arguments.model, recipe, arguments.optimizer, **options)]
+    found = plans[-1]
     print(table(found))
+    if arguments.plot is not None:
+        size = found["gpu_bytes"] if arguments.fit is None else round(arguments.fit * GB)
+        labels = {describe(each).replace("--", ""): each for each in plans}
+        plot_plans(expanded(arguments.plot), labels, _title(found), size)
     if arguments.largest:
         for size in SIZES:
             print(f"largest batch on {size} GB: {found.largest_batch(size * GB)}")
@@ -101,21 +110,21 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UsageError(remedy(found))
 
 
-def _fit(arguments: argparse.Namespace, options: dict) -> Plan:
-    """The first plan that fits --fit; every one that is tried has its line."""
+def _fit(arguments: argparse.Namespace, options: dict) -> list[Plan]:
+    """All that are tried, each with its line; the last fits --fit."""
     if not 0 < arguments.fit < math.inf:
         raise UsageError(f"--fit wants GB above 0, got {arguments.fit:g}")
-    size, least = round(arguments.fit * GB), None
+    size, plans = round(arguments.fit * GB), []
     for found in tries(arguments.model, size, arguments.recipe, arguments.optimizer, **options):
         print(f"{found['peak'] / GB:>10.3f} GB: {describe(found)}", flush=True)
-        if least is None or found["peak"] < least["peak"]:
-            least = found
+        plans.append(found)
+    least = min(plans, key=lambda found: found["peak"])
     if least["peak"] > size:
         raise UsageError(
             f"nothing fits {arguments.fit:g} GB, the least is {least['peak'] / GB:.3g} GB with "
             f"{describe(least)}: try --parallel fsdp=N, a shorter --seq or a smaller --batch"
         )
-    return least
+    return plans
 
 
 def describe(found: Plan) -> str:
@@ -127,14 +136,17 @@ def describe(found: Plan) -> str:
     return " ".join([f"--recipe {settings['recipe']}", *flags])
 
 
-def table(found: Plan) -> str:
-    """The plan as lines of text, in GB of 10^9 bytes."""
+def _title(found: Plan) -> str:
     settings = found["settings"]
     count = f"{settings['model']}, {found['parameters']:,} parameters"
     size = f"batch {settings['batch']} x {settings['seq']}, {settings['dtype']}"
-    if settings["parallel"] != "dp=1":
-        size += f", rank {settings['rank']} of {settings['parallel']}"
-    lines = [f"{count}, {size}", describe(found)]
+    ranks = f", rank {settings['rank']} of {settings['parallel']}"
+    return f"{count}, {size}{ranks if settings['parallel'] != 'dp=1' else ''}"
+
+
+def table(found: Plan) -> str:
+    """The plan as lines of text, in GB of 10^9 bytes."""
+    lines = [_title(found), describe(found)]
     lines += [f"  {kind:<12}{size / GB:>10.3f} GB" for kind, size in found["peak_by_kind"].items()]
     lines.append(f"  {'peak':<12}{found['peak'] / GB:>10.3f} GB, in {found['peak_at']}")
     sent = {kind: size for kind, size in found["communication"].items() if size}

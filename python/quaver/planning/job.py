@@ -22,7 +22,7 @@ from .simulated import HostValues, mesh_of, spread
 from .sources import Source
 from .step import Training, materialise, measure, recompute_blocks
 
-__all__ = ["Job"]
+__all__ = ["Job", "quiet"]
 
 RATE, BETAS = 1e-3, (0.9, 0.95)
 
@@ -49,7 +49,7 @@ class Job:
             raise UsageError(f"plan: {self.found.name}: {error}") from None
         count = sum(p.numel() for p in model.parameters())
         mesh = mesh_of(self.world)  # made of real numbers
-        with FakeTensorMode(), HostValues(), _quiet():
+        with FakeTensorMode(), HostValues(), quiet():
             materialise(model)
             report, peak = measure(self.training(model, mesh), batch, length)
         return report, peak, count
@@ -66,8 +66,10 @@ class Job:
         elif self.world.size > 1:
             reducer = distributed.ddp(model, optimizer=optimizer, group=self.world.data_group)
             links += (reducer.transport,)
-        name, chosen = self.found.name, self.recipe
-        return Training(model, optimizer, name, chosen, self.release, links)
+        # Casts are needed where a parameter has another dtype.
+        low = self.recipe.autocast
+        low = low if any(p.dtype != low for p in model.parameters()) else None
+        return Training(model, optimizer, self.found.name, low, self.release, links)
 
     @property
     def _is_fsdp(self) -> bool:
@@ -98,7 +100,7 @@ class Job:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps torch from logging the traceback of an op that is refused, which is raised too."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before = log.level

@@ -24,14 +24,14 @@ _SCALAR = torch.ops.aten._local_scalar_dense.default
 
 
 class HostValues(TorchDispatchMode):
-    """Numbers that the host reads of fake tensors: 0, or true. So a step is not skipped, and what
-    is due at its first step happens."""
+    """Numbers that the host reads of fake tensors: 0, 1.0 or true. So a step is not skipped, what
+    is due at its first step happens, and a bias correction is not zero."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is not _SCALAR:
             return func(*args, **(kwargs or {}))
         kind = args[0].dtype
-        return True if kind == torch.bool else 0.0 if kind.is_floating_point else 0
+        return True if kind == torch.bool else 1.0 if kind.is_floating_point else 0
 
 
 class _Silent(Heartbeat):

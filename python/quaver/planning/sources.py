@@ -18,7 +18,7 @@ from ..files import expanded
 from ..nn import LinearBase
 from ..tensor import ScaledTensor, is_sharded
 
-__all__ = ["Source", "source"]
+__all__ = ["Source", "source", "without_storage"]
 
 WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")  # a configuration's name for it
 
@@ -130,10 +130,10 @@ def _of_module(model: nn.Module) -> Source:
                 f"plan: {name} is sharded over ranks; plan the model before it is, with parallel="
             )
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "context", None)
-    return Source(type(model).__name__, lambda: _without_storage(model), width, context)
+    return Source(type(model).__name__, lambda: without_storage(model), width, context)
 
 
-def _without_storage(model: nn.Module) -> nn.Module:
+def without_storage(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device; none of its bytes are copied."""
 
     def empty(t: Tensor) -> Tensor:

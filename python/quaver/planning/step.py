@@ -19,7 +19,6 @@ from ..grad import clip_grad_norm_
 from ..memory import fp8_copies, memory_report
 from ..nn import LinearBase
 from ..optim import release_gradients
-from ..recipe import Recipe
 from ..tensor import ScaledTensor
 from .ledger import Ledger, Peak
 
@@ -31,13 +30,14 @@ CLIP = 1.0  # as `quaver train`
 @dataclass
 class Training:
     """A model of that `name`, which gives logits [batch, length, vocab] of tokens [batch, length]
-    or has them in its result's `logits`, and its optimizer. `released`: backward updates
-    (`release_gradients`) and nothing is clipped. `links` count the messages of its ranks."""
+    or has them in its result's `logits`, and its optimizer. `autocast` is the dtype of one, or
+    None. `released`: backward updates (`release_gradients`) and nothing is clipped. `links` count
+    the messages of its ranks."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     name: str
-    recipe: Recipe
+    autocast: torch.dtype | None
     released: bool = False
     links: tuple[distributed.Transport, ...] = ()
 
@@ -48,16 +48,11 @@ class Training:
             except (TypeError, ValueError) as error:
                 raise UsageError(f"plan: {error}") from None
 
-    @property
-    def autocast(self) -> bool:
-        """Whether the recipe's dtype differs from a parameter's, so that casts are needed."""
-        dtype = self.recipe.autocast
-        return dtype is not None and any(p.dtype != dtype for p in self.model.parameters())
-
     def loss(self, tokens: Tensor) -> Tensor:
-        dtype = self.recipe.autocast
-        with torch.autocast(tokens.device.type, dtype, enabled=self.autocast):
+        dtype = self.autocast
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype is not None):
             logits = self._logits(tokens)
+        torch.clear_autocast_cache()  # which would keep its casts inside of another autocast
         return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
     def _logits(self, tokens: Tensor) -> Tensor:
@@ -79,6 +74,11 @@ class Training:
             )
         return logits
 
+    def states(self) -> list[Tensor]:
+        """The tensors that the optimizer keeps."""
+        values = [v for state in self.optimizer.state.values() for v in state.values()]
+        return [v for v in values if isinstance(v, Tensor)]
+
     def traffic(self) -> dict[str, int]:
         """Bytes that this rank has sent, by kind."""
         return {kind: sum(link.traffic[kind] for link in self.links) for kind in distributed.KINDS}
@@ -95,6 +95,7 @@ def measure(training: Training, batch: int, length: int) -> tuple[dict, Peak]:
     has a step's "communication" too. On fake tensors in their mode, else for real."""
     model, optimizer = training.model, training.optimizer
     ledger = Ledger(model)
+    ledger.mark("states", training.states())
     ledger.mark("weights", [*model.parameters(), *model.buffers()])
     ledger.mark("copies", [copy for m in model.modules() for copy in fp8_copies(m)])
     report = {}
@@ -114,15 +115,14 @@ def measure(training: Training, batch: int, length: int) -> tuple[dict, Peak]:
             training.clip()
             ledger.phase = "step"
             optimizer.step()
-            states = [v for s in optimizer.state.values() for v in s.values()]
-            ledger.mark("states", [v for v in states if isinstance(v, Tensor)])
+            ledger.mark("states", training.states())
             ledger.mark("weights", model.parameters())  # a state may be a weight's master
             if last:
                 report = memory_report(model, optimizer, saved)
                 sent = training.traffic()
                 report["communication"] = {kind: sent[kind] - before[kind] for kind in sent}
             optimizer.zero_grad(set_to_none=True)
-            del loss, tokens, states
+            del loss, tokens
     return report, ledger.peak()
 
 
