@@ -5,6 +5,8 @@ import pytest
 import torch
 import transformers
 from small import RECIPES, Text, distance, llama, plain
+from test_trainer import losses as losses_of
+from test_trainer import trainer
 from torch import nn
 
 import quaver as qv
@@ -123,6 +125,21 @@ def test_adapters_and_bases_are_saved_and_read_back(recipe, tmp_path):
     other = adapted(recipe, seed=5)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_trainer_resumes_to_the_same_losses(recipe, tmp_path):
+    whole = trainer(adapted(recipe), tmp_path, max_steps=8, save_steps=4)
+    whole.train()
+    expected = losses_of(whole)
+    assert expected[-1] < expected[0]
+    assert not list(tmp_path.glob("checkpoint-4/model*"))  # the adapter alone
+    again = trainer(adapted(recipe), tmp_path / "again", max_steps=8, save_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert losses_of(again) == expected
+    for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(plain(a), plain(b)), name
 
 
 def test_an_fp8_folder_gives_its_own_codes(tmp_path):
