@@ -4,10 +4,12 @@ import peft
 import pytest
 import torch
 import transformers
+from rank_pool import run
 from small import RECIPES, Text, distance, llama, plain
 from test_trainer import losses as losses_of
 from test_trainer import trainer
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import quaver as qv
 
@@ -140,6 +142,22 @@ def test_the_trainer_resumes_to_the_same_losses(recipe, tmp_path):
     assert losses_of(again) == expected
     for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(plain(a), plain(b)), name
+
+
+def _sharded(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted("tensorwise").float()
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    return train(model, steps=4)
+
+
+@pytest.mark.slow
+def test_fsdp2_gathers_the_codes():
+    wanted = train(adapted("tensorwise").float(), steps=4)
+    assert run(2, _sharded) == [wanted, wanted]
 
 
 def test_an_fp8_folder_gives_its_own_codes(tmp_path):
