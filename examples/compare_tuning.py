@@ -23,9 +23,9 @@ from quaver.data import read_sources
 
 PROMPT, ANSWER = 64, 160  # bytes of a piece of code
 PIECES = 5_000
-RATES = {"full": 1e-3, "lora": 1e-2, "qst": 1e-2}  # a small model takes large ones
-# Of the side network; LoRA of this rank has as many parameters, within 3 %.
-REDUCTION, ADAPTER, RANK = 4, 64, 15
+RATES = {"full": 1e-3, "lora": 5e-3, "qst": 1e-2}  # a small model takes large ones
+# Of the side network; LoRA of this rank has as many parameters, within 4 %.
+REDUCTION, ADAPTER, RANK = 4, 64, 10
 
 
 def write_model(folder, width):
