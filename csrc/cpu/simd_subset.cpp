@@ -61,21 +61,32 @@ uint32_t consecutive(const SubsetSpan& s, int64_t begin, int64_t end) {
   return *std::max_element(most, most + kSubsetLanes);
 }
 
+// Adds the squares of a row to the sums of its columns; the bits of its largest magnitude.
+inline uint32_t add_row(float* __restrict sums, const float* g, int64_t n) {
+  uint32_t most = 0;
+  _Pragma("omp simd reduction(max : most)") for (int64_t j = 0; j < n; ++j) {
+    const uint32_t bits = bit_cast<uint32_t>(g[j]) & kMagnitude;
+    sums[j] += g[j] * g[j];
+    most = most < bits ? bits : most;
+  }
+  return most;
+}
+
 uint32_t strided(const SubsetSpan& s, int64_t begin, int64_t end) {
-  alignas(64) float sums[kBlock], buffer[kBlock];
+  alignas(64) float sums[kBlock], piece[kBlock], buffer[kBlock];
+  const int64_t width = s.subsets.width, rows = s.n / width;
   uint32_t most = 0;
   for (int64_t k = begin; k < end; k += kBlock) {
     const int64_t count = std::min(kBlock, end - k);
     std::fill_n(sums, count, 0.0f);
-    for (int64_t row = 0; row < s.n; row += s.subsets.width) {
-      const float* g = gradient(buffer, s, row + k, count);
-      uint32_t seen = 0;
-      _Pragma("omp simd reduction(max : seen)") for (int64_t j = 0; j < count; ++j) {
-        const uint32_t bits = bit_cast<uint32_t>(g[j]) & kMagnitude;
-        sums[j] += g[j] * g[j];
-        seen = seen < bits ? bits : seen;
+    for (int64_t first = 0; first < rows; first += kStridedPiece) {
+      std::fill_n(piece, count, 0.0f);
+      for (int64_t row = first; row < std::min(rows, first + kStridedPiece); ++row) {
+        const uint32_t seen = add_row(piece, gradient(buffer, s, row * width + k, count), count);
+        most = most < seen ? seen : most;
       }
-      most = most < seen ? seen : most;
+      QUAVER_SIMD
+      for (int64_t j = 0; j < count; ++j) sums[j] += piece[j];
     }
     std::copy_n(sums, count, s.sums + k);
   }

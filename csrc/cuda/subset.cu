@@ -1,7 +1,7 @@
 // Sums of squares over subsets and the amaxes of all gradients in one read, in the CPU's order (see
-// quaver/subset.h). A warp sums a piece of a subset of consecutive elements, a lane of the sum each
-// thread; a thread sums one of strided elements. Where subsets have several pieces, a second launch
-// adds them.
+// quaver/subset.h). A warp sums a piece of consecutive elements, a lane of the sum each thread; a
+// thread sums one of strided elements. Where subsets have several pieces, a second launch adds
+// them.
 #include <algorithm>
 #include <vector>
 
@@ -83,6 +83,12 @@ QUAVER_DEVICE float sum_of_squares(const Entry& e, float scale, const Walk& w, u
   }
 }
 
+// Partial sums of a piece lie side by side, so that neighbouring threads join neighbours.
+QUAVER_DEVICE void store_sum(const Entry& e, int64_t subset, int64_t piece, float sum) {
+  if (e.sums == nullptr) return;
+  (e.pieces > 1 ? e.partial + piece * e.count : e.sums)[subset] = sum;
+}
+
 // A warp sums a piece. All its threads call it, without work where there is no such piece.
 QUAVER_DEVICE void sum_piece(const Entry& e, float scale, int64_t job, uint32_t& seen) {
   const int64_t subset = job / e.pieces, piece = job % e.pieces;
@@ -94,8 +100,18 @@ QUAVER_DEVICE void sum_piece(const Entry& e, float scale, int64_t job, uint32_t&
   float sum = subset < e.count ? sum_of_squares(e, scale, {begin + lane, end, kWarp}, seen) : 0.0f;
 #pragma unroll
   for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kAllLanes, sum, half);
-  if (lane != 0 || subset >= e.count || e.sums == nullptr) return;
-  (e.pieces > 1 ? e.partial + job : e.sums + subset)[0] = sum;
+  if (lane != 0 || subset >= e.count) return;
+  store_sum(e, subset, piece, sum);
+}
+
+// A block sums a piece of neighbouring columns.
+QUAVER_DEVICE void sum_columns(const Entry& e, float scale, int64_t block, uint32_t& seen) {
+  const int64_t k = block / e.pieces * kThreads + threadIdx.x, piece = block % e.pieces;
+  if (k >= e.count) return;
+  const int64_t first = piece * kStridedPiece * e.width;
+  const int64_t left = e.numel - first, size = kStridedPiece * e.width;
+  const int64_t end = first + (left < size ? left : size);
+  store_sum(e, k, piece, sum_of_squares(e, scale, {first + k, end, e.width}, seen));
 }
 
 __global__ void __launch_bounds__(kThreads) sums_kernel(Problem p) {
@@ -104,12 +120,10 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Problem p) {
   const float scale = e.scale != nullptr ? *e.scale : 1.0f;
   uint32_t seen = 0;
   if (block == 0 && e.amax != nullptr && !is_finite(*e.amax)) seen = 0x7fc00000u;
-  if (e.strided) {
-    const int64_t k = block * kThreads + threadIdx.x;
-    if (k < e.count) e.sums[k] = sum_of_squares(e, scale, {k, e.numel, e.width}, seen);
-  } else {
+  if (e.strided)
+    sum_columns(e, scale, block, seen);
+  else
     sum_piece(e, scale, block * kWarps + threadIdx.x / kWarp, seen);
-  }
   block_atomic_max(p.amax + e.owner, seen);
 }
 
@@ -118,7 +132,7 @@ __global__ void __launch_bounds__(kThreads) join_kernel(Problem p) {
   const int64_t k = (blockIdx.x - e.first) * kThreads + threadIdx.x;
   if (k >= e.count) return;
   float sum = 0.0f;
-  for (int64_t piece = 0; piece < e.pieces; ++piece) sum += e.partial[k * e.pieces + piece];
+  for (int64_t piece = 0; piece < e.pieces; ++piece) sum += e.partial[piece * e.count + k];
   e.sums[k] = sum;
 }
 
@@ -135,7 +149,8 @@ Entry make_entry(const SubsetGrad& g, int64_t owner, int64_t first, float* parti
   // No wider than the gradient, so that no place in it overflows.
   e.width = std::min(any ? g.subsets.width : kSubsetPiece, std::max<int64_t>(e.numel, 1));
   e.count = any ? subset_count(g.subsets, e.numel) : ceil_div(e.numel, kSubsetPiece);
-  e.pieces = e.strided ? 1 : ceil_div(e.width, kSubsetPiece);
+  const int64_t each = e.strided ? e.numel / e.width : e.width;
+  e.pieces = std::max<int64_t>(ceil_div(each, e.strided ? kStridedPiece : kSubsetPiece), 1);
   e.sums = any ? g.sums : nullptr;
   e.partial = partial;
   e.first = first;
@@ -146,7 +161,7 @@ Entry make_entry(const SubsetGrad& g, int64_t owner, int64_t first, float* parti
 // At least one, which sees the amax that a gradient carries.
 int64_t block_count(const Entry& e) {
   return std::max<int64_t>(
-      1, e.strided ? ceil_div(e.count, kThreads) : ceil_div(e.count * e.pieces, kWarps));
+      1, e.strided ? ceil_div(e.count, kThreads) * e.pieces : ceil_div(e.count * e.pieces, kWarps));
 }
 
 int64_t rounded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }

@@ -20,12 +20,13 @@ QUAVER_HD int64_t subset_count(const Subsets& s, int64_t elements) {
   return s.strided ? s.width : elements / s.width + (elements % s.width != 0);
 }
 
-// The order of an f32 sum, which depends on shapes only and is the same on every device. A strided
-// subset is summed in order. One of consecutive elements is cut into pieces: in a piece element i
-// goes to lane i % kSubsetLanes, the lanes are added in a tree (the upper half to the lower one
-// until one is left), and the pieces are added in order.
+// The order of an f32 sum, which depends on shapes only and is the same on every device. A subset
+// is cut into pieces, which are added in order. A strided piece is summed in order. In one of
+// consecutive elements element i goes to lane i % kSubsetLanes, and the lanes are added in a tree:
+// the upper half to the lower one until one is left.
 constexpr int64_t kSubsetLanes = 32;
 constexpr int64_t kSubsetPiece = 1 << 14;
+constexpr int64_t kStridedPiece = 128;  // short, so that narrow matrices occupy a GPU too
 
 struct SubsetGrad {
   ScaledView grad;

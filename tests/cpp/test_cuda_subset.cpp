@@ -82,6 +82,12 @@ TEST(subsets_of_several_pieces) {
   });
 }
 
+TEST(columns_of_several_pieces) {
+  for (const int64_t rows : {127, 128, 129, 300})
+    for (const int64_t width : {1, 7, 257})
+      in_every_order([&] { check({{rows * width, {width, true}}, {9, {3, true}}}); });
+}
+
 TEST(views_that_are_not_aligned) {
   for (size_t turn = 0; turn < 5; ++turn)
     for (const int64_t skew : {1, 3})

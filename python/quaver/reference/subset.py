@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LANES, PIECE = 32, 1 << 14  # kSubsetLanes and kSubsetPiece of subset.h
+# kSubsetLanes, kSubsetPiece and kStridedPiece of subset.h.
+LANES, PIECE, STRIDED_PIECE = 32, 1 << 14, 128
 
 
 def _in_order(terms: Tensor) -> Tensor:
@@ -38,7 +39,8 @@ def subset_sums(grad: Tensor, width: int) -> Tensor:
     element: float32, flat."""
     squares = grad.float().flatten() * grad.float().flatten()
     if width < 0:
-        return _in_order(squares.view(-1, -width).T)
+        pieces = [_in_order(piece.T) for piece in squares.view(-1, -width).split(STRIDED_PIECE)]
+        return _in_order(torch.stack(pieces, -1)) if pieces else torch.zeros(-width)
     subsets = [_consecutive(s) for s in squares.split(width)] if width and len(squares) else []
     return torch.stack(subsets) if subsets else torch.zeros(0)
 
