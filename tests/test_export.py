@@ -233,6 +233,7 @@ OTHERS = {
     },
     "GptOssForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     "BertForSequenceClassification": {},
+    "NomicBertModel": {},  # whose q, k and v a folder has joined
     "T5ForConditionalGeneration": {"d_model": 64, "d_ff": 128, "num_layers": 1, "d_kv": 16},
 }  # fmt: skip
 
@@ -253,6 +254,21 @@ def test_other_architectures_have_the_names_that_transformers_saves(name, tmp_pa
     model.bfloat16().save_pretrained(tmp_path / "theirs")
     a, b = (stored(tmp_path / folder) for folder in ("out", "theirs"))
     assert a.keys() == b.keys() and all(a[key].bfloat16().equal(b[key].bfloat16()) for key in a)
+
+
+def test_weights_that_a_folder_has_joined_stay_bf16(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    model = transformers.NomicBertModel(
+        transformers.NomicBertConfig(**sizes, num_attention_heads=4, num_key_value_heads=4)
+    )
+    report = qv.export(model, tmp_path / "out", "fp8-tensor")
+    left = {name for name, why in report.left.items() if "in another form" in why}
+    assert {name.rpartition(".")[2] for name in left} == {"q_proj", "k_proj", "v_proj"}
+    (joined,) = (t for name, t in stored(tmp_path / "out").items() if name.endswith("Wqkv.weight"))
+    layer = model.get_submodule(min(left).rpartition(".")[0])
+    wanted = [getattr(layer, f"{part}_proj").weight for part in "qkv"]
+    assert_same(joined, torch.cat(wanted).detach().bfloat16())
 
 
 def test_a_tensor_of_the_model_itself(tmp_path):

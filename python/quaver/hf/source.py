@@ -234,8 +234,9 @@ def _sort_layers(found: Source, model) -> None:
         )
         _sort_layer(found, _layer_name(name), weight, converted, head, id(weight.tensor) in shared)
     patterns = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    joined = _not_stored_alone(found)
     for name in list(found.fp8):
-        if not _is_renamed_alone(found, f"{name}.weight"):
+        if name in joined:
             _leave(found, name, "transformers stores its weight in another form")
         elif _excludes(patterns, name):
             _leave(found, name, "transformers keeps it in float32")
@@ -263,16 +264,27 @@ def _shared(model) -> set[int]:
     return shared
 
 
-def _is_renamed_alone(found: Source, name: str) -> bool:
-    """Whether a folder stores a weight [N, K] as it is, at most under another name."""
-    probe = torch.empty(2, 4, device="meta")
-    try:
-        stored = found.revert({name: probe})
-    except Exception:  # a conversion that needs more than this weight
-        return False
-    return len(stored) == 1 and all(
-        key.endswith(".weight") and t.shape == probe.shape for key, t in stored.items()
-    )
+def _not_stored_alone(found: Source) -> set[str]:
+    """The linear layers whose weight [N, K] a folder does not store as it is, at most under another
+    name: in pieces, or joined with others."""
+    keys: dict[str, list[str]] = {}  # of a folder: the weights stored there
+    changed = set()
+    for weight in found.weights:
+        (name,) = weight.parts
+        probe = torch.empty(weight.tensor.shape, device="meta")
+        try:
+            stored = found.revert({name: probe})
+        except Exception as error:  # of many types, by the conversion
+            reason = str(error).splitlines() or [type(error).__name__]
+            raise UsageError(
+                f"export: transformers cannot store {name} by itself: {reason[0]}"
+            ) from error
+        for key, value in stored.items():
+            keys.setdefault(key, []).append(_layer_name(name))
+            as_it_is = key.endswith(".weight") and value.shape == probe.shape
+            if weight.layer is not None and not (as_it_is and len(stored) == 1):
+                changed.add(_layer_name(name))
+    return changed.union(*(names for names in keys.values() if len(names) > 1))
 
 
 def _excludes(patterns, name: str) -> bool:
