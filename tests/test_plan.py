@@ -160,8 +160,24 @@ def test_transformers_configurations_and_folders(tmp_path):
     assert {k: plan[k] for k in plan if k != "settings"} == {
         k: again[k] for k in again if k != "settings"
     }
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     assert plan["parameters"] == sum(p.numel() for p in model.parameters())
+    found, chosen = source(model, torch.bfloat16), recipe.get("coat")
+    job = Job(found, chosen, None, Parallel(), World(), release=False, recompute=True)
+    report, peak = measure(job.training(qv.convert(model, chosen)), 1, 64)
+    assert {key: plan[key] for key in report} == report
+    # On fake tensors transformers makes the causal mask, 64 x 64 of bool and of float32.
+    assert plan["peak"] - peak.bytes == 64 * 64 * 5
+
+
+def test_a_model_that_is_no_causal_one_is_named(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.T5Config(d_model=64, num_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"^plan: [^:]*: Unrecognized configuration class"):
+        qv.plan(tmp_path, "bf16")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UsageError, match=r"^plan: .*config\.json"):
+        qv.plan(tmp_path, "bf16")
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,9 @@ class Job:
         """The report and the peak of a step, and the number of parameters of the whole model."""
         from torch._subclasses.fake_tensor import FakeTensorMode  # half a second to import
 
+        model = self.found.build()
         try:
-            model = convert(self.found.build(), self.recipe)
+            convert(model, self.recipe)
         except (TypeError, ValueError) as error:
             raise UsageError(f"plan: {self.found.name}: {error}") from None
         count = sum(p.numel() for p in model.parameters())
