@@ -264,13 +264,13 @@ inline void check_weight(const AdamParameter& p) {
                    (w.scale == nullptr || w.values.dtype == DType::f16),
                "adam_: only an f16 weight has a scale, and then an amax too");
   const DType type = w.values.dtype;
-  QUAVER_CHECK(type == DType::bf16 || p.remainder == nullptr,
+  QUAVER_CHECK(type == DType::bf16 || p.remainder.bytes == 0,
                "adam_: a remainder goes with a bf16 weight, got ", name_of(type));
   QUAVER_CHECK(size_of(type) == 2 || !p.stochastic,
                "adam_: stochastic rounding goes with a bf16 or f16 weight, got ", name_of(type));
   QUAVER_CHECK(p.first_element >= 0, "adam_: first_element must not be negative, got ",
                p.first_element);
-  QUAVER_CHECK(!(p.stochastic && p.remainder != nullptr),
+  QUAVER_CHECK(!(p.stochastic && p.remainder.bytes != 0),
                "adam_: a weight with a remainder is exact and not rounded stochastically");
 }
 

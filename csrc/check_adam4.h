@@ -20,9 +20,9 @@ inline void check_adam4(const Adam4Parameter& p) {
                "adam_4bit_: exp_avg and both scales are needed");
   QUAVER_CHECK(n == 0 || (p.exp_avg_sq == nullptr) == (p.second == Second::factor),
                "adam_4bit_: exp_avg_sq has codes, unless it is factored");
-  QUAVER_CHECK(p.remainder == nullptr || w == DType::bf16,
+  QUAVER_CHECK(p.remainder.bytes == 0 || w == DType::bf16,
                "adam_4bit_: a remainder goes with a bf16 weight, got ", name_of(w));
-  QUAVER_CHECK(!p.stochastic || (w != DType::f32 && p.remainder == nullptr),
+  QUAVER_CHECK(!p.stochastic || (w != DType::f32 && p.remainder.bytes == 0),
                "adam_4bit_: a seed goes with a bf16 or f16 weight without a remainder, got ",
                name_of(w));
   QUAVER_CHECK(p.grad_amax != nullptr && p.step != nullptr && p.hyper != nullptr,

@@ -39,9 +39,9 @@ inline void check_micro_adam(const MicroAdamParameter& p) {
   check_ring(p, n);
   QUAVER_CHECK(n == 0 || (p.error != nullptr && p.range != nullptr),
                "micro_adam_: error and range are needed");
-  QUAVER_CHECK(p.remainder == nullptr || w == DType::bf16,
+  QUAVER_CHECK(p.remainder.bytes == 0 || w == DType::bf16,
                "micro_adam_: a remainder goes with a bf16 weight, got ", name_of(w));
-  QUAVER_CHECK(!p.stochastic || (w != DType::f32 && p.remainder == nullptr),
+  QUAVER_CHECK(!p.stochastic || (w != DType::f32 && p.remainder.bytes == 0),
                "micro_adam_: a seed goes with a bf16 or f16 weight without a remainder, got ",
                name_of(w));
   QUAVER_CHECK(p.grad_amax != nullptr && p.step != nullptr && p.hyper != nullptr,

@@ -286,7 +286,8 @@ def adam_arguments_in_groups(shapes):
     ]
     scaling = [1 + i % 2 for i in range(len(shapes))]
     remainders = [
-        torch.zeros(s, dtype=torch.int16) if i % 2 else none for i, s in enumerate(shapes)
+        torch.zeros(s, dtype=(torch.int16, torch.int8)[i // 2 % 2]) if i % 2 else none
+        for i, s in enumerate(shapes)
     ]
     return [
         [values(s, torch.bfloat16, i) for i, s in enumerate(shapes)]
@@ -322,7 +323,7 @@ def adam_4bit_arguments(shapes, second, dtype=torch.float32, move=lambda t: t):
         [torch.zeros((), dtype=torch.int64) for _ in shapes],
         torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 0.1]] * len(shapes), dtype=torch.float64),
         torch.zeros((), dtype=torch.int64),
-        [torch.zeros(s, dtype=torch.int16) if exact and i % 2 else none
+        [torch.zeros(s, dtype=(torch.int16, torch.int8)[i // 2 % 2]) if exact and i % 2 else none
          for i, s in enumerate(shapes)],
         [second] * len(shapes),
         [-1 if dtype == torch.float32 or (exact and i % 2) else i for i in range(len(shapes))],
@@ -365,7 +366,7 @@ def micro_adam_arguments(shapes, dtype=torch.float32, error_block=64, alpha=0.0,
         [torch.zeros((), dtype=torch.int64) for _ in shapes],
         torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 0.1, alpha]] * len(shapes), dtype=torch.float64),
         torch.zeros((), dtype=torch.int64),
-        [torch.zeros(s, dtype=torch.int16) if exact and i % 2 else none
+        [torch.zeros(s, dtype=(torch.int16, torch.int8)[i // 2 % 2]) if exact and i % 2 else none
          for i, s in enumerate(shapes)],
         [82 if n >= 4096 else 0 for n in sizes], [error_block] * len(shapes),
         [-1 if dtype == torch.float32 or (exact and i % 2) else i for i in range(len(shapes))],

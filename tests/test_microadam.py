@@ -78,7 +78,7 @@ def test_steps_have_the_bits_of_the_oracle(density, window, error_block, alpha, 
 
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rule", ["stochastic", "nearest", "remainder"])
+@pytest.mark.parametrize("rule", ["stochastic", "nearest", "remainder", "remainder8"])
 def test_16_bit_parameters_round_as_the_rule_says(dtype, rule, name):
     params = parameters(dtype=dtype)
     opt = micro(params, bf16_master=rule)
@@ -86,7 +86,7 @@ def test_16_bit_parameters_round_as_the_rule_says(dtype, rule, name):
     masters = [p.detach().float() for p in params]
     for t in range(1, 5):
         set_grads(params, t)
-        if rule != "remainder" or dtype != torch.bfloat16:
+        if "remainder" not in rule or dtype != torch.bfloat16:
             masters = [p.detach().float() for p in params]
         masters = oracle.step(masters)
         with isa(name):
@@ -97,10 +97,11 @@ def test_16_bit_parameters_round_as_the_rule_says(dtype, rule, name):
             elif rule == "stochastic":
                 noise = reference.dither_noise(w.numel(), i, t - 1)[0]
                 assert_same(p.detach(), reference.encode_stochastic(w, dtype, words=noise >> 19))
-            elif rule == "remainder" and dtype == torch.bfloat16:
-                high, low = reference.split_master(w)
+            elif "remainder" in rule and dtype == torch.bfloat16:
+                high, low = reference.split_master(w, 8 if rule == "remainder8" else 16)
                 assert_same(p.detach(), high)
                 assert_same(opt.state[p]["remainder"], low)
+                masters[i - 1] = reference.join_master(high, low)
             else:
                 assert_same(p.detach(), w.to(dtype))
 

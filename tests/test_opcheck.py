@@ -87,7 +87,7 @@ def adam_4bit():
         [torch.zeros(60), torch.ones(60), torch.zeros(2)], [randn(*s) for s in shapes], [none] * 3,
         torch.ones(3), [torch.zeros((), dtype=torch.int64) for _ in range(3)],
         torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 0.1]] * 3, dtype=torch.float64),
-        torch.zeros((), dtype=torch.int64), [none, none, torch.zeros(130, dtype=torch.int16)],
+        torch.zeros((), dtype=torch.int64), [none, none, torch.zeros(130, dtype=torch.int8)],
         [1, 2, 0], [7, 8, -1],
     )  # fmt: skip
 

@@ -118,6 +118,53 @@ def test_a_remainder_makes_bf16_an_exact_f32_master():
     assert half.dtype == torch.bfloat16
 
 
+def test_8_bits_make_bf16_a_master_of_24_bits():
+    start = randn(50, 33, dtype=torch.bfloat16)
+    grads = [randn(50, 33, seed=t) for t in range(1, 9)]
+    chosen = with_states("f32", bf16_master="remainder8")
+
+    def run():
+        p = nn.Parameter(start.clone())
+        optimizer = qv.AdamW([p], lr=1e-2, recipe=chosen)
+        for g in grads:
+            p.grad = g.bfloat16()
+            optimizer.step()
+        return [p.detach(), optimizer.state[p]["remainder"]]
+
+    high, low = everywhere(run)
+    # The oracle: f32 AdamW whose weight is rounded to 24 bits after each step.
+    exact = nn.Parameter(start.float())
+    optimizer = qv.AdamW([exact], lr=1e-2, recipe="f32")
+    for g in grads:
+        exact.grad = g.bfloat16().float()
+        optimizer.step()
+        wanted = reference.split_master(exact.detach(), 8)
+        exact.data.copy_(reference.join_master(*wanted))
+    assert_same(high, wanted[0])
+    assert_same(low, wanted[1])
+    assert low.dtype == torch.int8
+
+
+def test_24_bits_are_the_nearest_of_every_float_and_split_exactly():
+    x = torch.cat([random_bits(100_000), torch.tensor([0.0, -0.0, INF, -INF, 3.4e38, 1e-45])])
+    ties = [0x3F800080, 0x3F800180, 0x3F807F80, 0x3F808080, 0x7F7FFF80, -0x7F7FFE80, 0x00000080]
+    x = torch.cat([x, torch.tensor(ties, dtype=torch.int64).to(torch.int32).view(torch.float32)])
+    x = x[~x.isnan()]
+    high, low = reference.split_master(x, 8)
+    kept = reference.join_master(high, low)
+    for a, b in zip(reference.split_master(kept, 8), (high, low), strict=True):
+        assert_same(a, b)  # a kept value stays
+    usual = x.isfinite() & (x.abs() >= 2**-126) & kept.isfinite()
+    assert ((kept - x).abs() <= 2**-16 * x.abs())[usual].all()
+    steps_away = torch.tensor([-256, 0, 256], dtype=torch.int32)
+    neighbours = (kept.view(torch.int32)[:, None] + steps_away).view(torch.float32)
+    error = (neighbours.double() - x.double()[:, None]).abs()[usual]
+    assert (error[:, 1] <= error.nan_to_num(nan=INF).amin(1)).all()
+    even = (kept.view(torch.int32) >> 8) % 2 == 0
+    tied = x.view(torch.int32) % 256 == 128
+    assert even[tied].all() and tied.sum() >= 5
+
+
 def test_the_split_of_a_master_is_exact_for_every_float():
     x = torch.cat([random_bits(100_000), torch.tensor([0.0, -0.0, INF, -INF, 3.4e38, 1e-45])])
     x = torch.cat([x, torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF]).int().view(torch.float32)])
@@ -253,6 +300,7 @@ def train(net, optimizer, count, first=0):
 
 
 RECIPES = [COAT, with_states("e4m3-expand", bf16_master="remainder"),
+           with_states("e4m3-expand", bf16_master="remainder8"),
            with_states("e5m2-expand", "e5m2", bf16_master="nearest")]  # fmt: skip
 
 
@@ -290,7 +338,7 @@ def test_unconverted_models_train_and_resume_bit_for_bit(chosen, dtype, tmp_path
 
 def test_bytes_of_a_bf16_model_by_memory_report():
     net = nn.Linear(1024, 512, bias=False).bfloat16()
-    for master, extra in (("stochastic", 0), ("remainder", 2)):
+    for master, extra in (("stochastic", 0), ("remainder", 2), ("remainder8", 1)):
         chosen = dataclasses.replace(COAT, bf16_master=master)
         optimizer = qv.AdamW(net.parameters(), recipe=chosen)
         net(randn(2, 1024, dtype=torch.bfloat16)).sum().backward()

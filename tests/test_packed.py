@@ -170,7 +170,7 @@ def train(net, opt, first, last):
 
 @pytest.mark.parametrize("way", ["save", "state_dict"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("master", ["stochastic", "remainder"])
+@pytest.mark.parametrize("master", ["stochastic", "remainder", "remainder8"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
     tmp_path, recipe, master, dtype, way

@@ -32,7 +32,7 @@ WRONG = [
     (Recipe, "exp_avg", "int8", "f32, e4m3, "),
     (Recipe, "exp_avg_sq", None, "f32, e4m3, "),
     (Recipe, "plain_moments", 1, "True, False"),
-    (Recipe, "bf16_master", "up", "nearest, stochastic, remainder"),
+    (Recipe, "bf16_master", "up", "nearest, stochastic, remainder, remainder8"),
     (Recipe, "master_rounding", "remainder", "stochastic, nearest"),
     (Recipe, "replica", torch.float16, "None, torch.float8_e4m3fn, "),
     (Recipe, "fp8_sum", 0, "True, False"),

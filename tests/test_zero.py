@@ -1,6 +1,8 @@
 """ZeRO by real processes: who owns what, the same weights as data parallelism, any number of ranks
 after a checkpoint."""
 
+import dataclasses
+
 import pytest
 import ranks
 import torch
@@ -97,7 +99,9 @@ def train(rank, size, cases, steps, poison=None):
 
 
 # fp8lm-* rounds f16 masters stochastically, coat bf16 weights: by draws that no owner changes.
-CASES = [(r, k) for r in ("fp8lm-o2", "fp8lm-o3", "f32", "coat") for k in ("dp", "zero1", "zero2")]
+COAT_24 = dataclasses.replace(qv.recipe.get("coat"), bf16_master="remainder8")
+RECIPES = ("fp8lm-o2", "fp8lm-o3", "f32", "coat", COAT_24)
+CASES = [(r, k) for r in RECIPES for k in ("dp", "zero1", "zero2")]
 
 
 def test_zero_has_the_weights_of_data_parallelism():
@@ -110,7 +114,7 @@ def test_zero_has_the_weights_of_data_parallelism():
         assert all(r[case]["skipped"] == 1 for r in results), case
     for rank in range(size):
         got = results[rank]
-        for recipe in ("fp8lm-o2", "f32", "coat"):
+        for recipe in ("fp8lm-o2", "f32", "coat", COAT_24):
             for kind in ("zero1", "zero2"):
                 same(got[recipe, "dp"]["losses"], got[recipe, kind]["losses"], (recipe, kind))
                 same(got[recipe, "dp"]["weights"], got[recipe, kind]["weights"], (recipe, kind))

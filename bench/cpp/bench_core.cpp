@@ -97,7 +97,7 @@ int main(int argc, char** argv) {
   coat_remainder = coat_stochastic = coat;
   Buffer w_high(DType::bf16, kRows, kCols);
   coat_remainder.weight = coat_stochastic.weight = {w_high.view};
-  coat_remainder.remainder = low_bits.data();
+  coat_remainder.remainder = {low_bits.data(), 2};
   coat_stochastic.stochastic = true;
 
   const std::vector<std::pair<const char*, std::function<void()>>> benches = {

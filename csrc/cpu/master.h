@@ -6,25 +6,22 @@
 
 #include "quaver/dither.h"
 #include "quaver/tensor_view.h"
-#include "span.h"
+#include "remainder.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
 
 struct Master {
   TensorView weight;
-  uint16_t* remainder;  // null: none
+  Remainder remainder;
   bool stochastic;
   Dither dither;
 };
 
 void load_master(float* __restrict w, const Master& m, int64_t begin, int64_t n) {
-  if (m.remainder == nullptr)
+  if (m.remainder.bytes == 0)
     return load_any(w, at(m.weight.data, m.weight.dtype, begin), m.weight.dtype, n, 1.0f);
-  const bf16* high = m.weight.as<bf16>() + begin;
-  const uint16_t* low = m.remainder + begin;
-  QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) w[j] = join_master(high[j], low[j]);
+  join_masters(w, m.weight.as<bf16>(), m.remainder, begin, n);
 }
 
 template <class T>
@@ -45,15 +42,9 @@ void store_master(const Master& m, const float* __restrict w, int64_t begin, int
   if (m.stochastic)
     return m.weight.dtype == DType::bf16 ? store_stochastic<bf16>(m, w, begin, n)
                                          : store_stochastic<f16>(m, w, begin, n);
-  if (m.remainder == nullptr)
+  if (m.remainder.bytes == 0)
     return store_any(at(m.weight.data, m.weight.dtype, begin), m.weight.dtype, w, n, 1.0f);
-  bf16* high = m.weight.as<bf16>() + begin;
-  uint16_t* low = m.remainder + begin;
-  QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) {
-    high[j] = master_high(w[j]);
-    low[j] = master_low(w[j]);
-  }
+  split_masters(m.weight.as<bf16>(), m.remainder, w, begin, n);
 }
 
 }  // namespace

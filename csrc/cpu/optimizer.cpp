@@ -70,7 +70,7 @@ void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
   }
   s.grad = static_cast<const char*>(s.grad) + begin * size_of(s.grad_type);
   if (s.fp8 != nullptr) s.fp8 += begin;
-  if (s.remainder != nullptr) s.remainder += begin;
+  s.remainder.data = static_cast<char*>(s.remainder.data) + begin * s.remainder.bytes;
   s.first += static_cast<uint64_t>(begin);
   uint32_t amax[3] = {0, 0, 0};
   simd().adam(s, plan.step, n, amax);

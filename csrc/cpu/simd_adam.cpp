@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "span.h"
+#include "remainder.h"
 // With AVX-512 the loops below, twice as wide, are used: expanded.h has no AVX-512 form yet.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define QUAVER_EXPANDED_LANES
@@ -152,13 +152,9 @@ void store_exp_avg_sq(const StateSpan& s, int64_t i, const float* x, int64_t cou
 
 void load_weight(float* w, const AdamSpan& p, int64_t i, int64_t n) {
   prefetch(at(p.weight.values, p.weight.type, i), n * size_of(p.weight.type));
-  if (p.remainder == nullptr)
+  if (p.remainder.bytes == 0)
     return load_any(w, at(p.weight.values, p.weight.type, i), p.weight.type, n, p.weight.scale);
-  const auto* high = static_cast<const bf16*>(p.weight.values) + i;
-  const uint16_t* low = p.remainder + i;
-  prefetch(low, n * 2);
-  QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) w[j] = join_master(high[j], low[j]);
+  join_masters(w, static_cast<const bf16*>(p.weight.values), p.remainder, i, n);
 }
 
 // The starts of the noise of elements i and the following.
@@ -188,16 +184,10 @@ void store_weight(const AdamSpan& p, int64_t i, const float* w, const uint32_t* 
   if (p.stochastic)
     return p.weight.type == DType::bf16 ? store_stochastic<bf16>(p, i, w, starts, n)
                                         : store_stochastic<f16>(p, i, w, starts, n);
-  if (p.remainder == nullptr)
+  if (p.remainder.bytes == 0)
     return store_any(at(p.weight.values, p.weight.type, i), p.weight.type, w, n,
                      1.0f / p.weight.new_scale);
-  auto* high = static_cast<bf16*>(p.weight.values) + i;
-  uint16_t* low = p.remainder + i;
-  QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) {
-    high[j] = master_high(w[j]);
-    low[j] = master_low(w[j]);
-  }
+  split_masters(static_cast<bf16*>(p.weight.values), p.remainder, w, i, n);
 }
 
 // Encodes and stores the moments of a run.

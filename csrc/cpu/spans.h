@@ -29,7 +29,7 @@ struct AdamSpan {
   DType grad_type;
   float grad_scale;
   uint8_t* fp8;         // e4m3 GEMM copy of the span, or null
-  uint16_t* remainder;  // of a bf16 weight, or null
+  Remainder remainder;  // of a bf16 weight
   bool stochastic;      // of a 16-bit weight
   bool stochastic_exp_avg;
   Dither dither;

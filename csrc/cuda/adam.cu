@@ -38,7 +38,8 @@ QUAVER_DEVICE Loaded load_elements(const Entry& e, const Plan& p, int64_t i, int
     l.scale[k] = s.scaling == Scaling::tensor ? p.scale[k] : n > 0 ? s.scale[i / kGroup] : 1.0f;
   }
   l.grad = load_quad(e.grad, e.grad_type, i, n, e.aligned);
-  if (e.remainder != nullptr) l.remainder = load_quad(e.remainder, DType::bf16, i, n, e.aligned);
+  if (e.remainder.bytes != 0)
+    l.remainder = load_quad(e.remainder.data, remainder_type(e.remainder), i, n, e.aligned);
   return l;
 }
 
@@ -63,20 +64,12 @@ QUAVER_DEVICE void decode_state(const State& s, const AnyQuad& v, float scale,
     decode_any(s.type, v, 0, scale, x);
 }
 
-QUAVER_DEVICE uint32_t half_of(const AnyQuad& v, int j) {
-  return v.word[j / 2] >> j % 2 * 16 & 0xffff;
-}
-
-QUAVER_DEVICE void put_half(AnyQuad& v, int j, uint32_t bits) {
-  v.word[j / 2] = (v.word[j / 2] & ~(0xffffu << j % 2 * 16)) | bits << j % 2 * 16;
-}
-
 QUAVER_DEVICE void decode_weight(const Entry& e, const Loaded& l, float (&w)[kQuad]) {
-  if (e.remainder == nullptr) return decode_any(e.state[0].type, l.state[0], 0, l.scale[0], w);
+  if (e.remainder.bytes == 0) return decode_any(e.state[0].type, l.state[0], 0, l.scale[0], w);
 #pragma unroll
   for (int j = 0; j < kQuad; ++j)
     w[j] = join_master(bf16{static_cast<uint16_t>(half_of(l.state[0], j))},
-                       static_cast<uint16_t>(half_of(l.remainder, j)));
+                       low_of(e.remainder, l.remainder, j));
 }
 
 QUAVER_DEVICE void dither_starts(const Dither& d, uint64_t index, uint32_t (&start)[kQuad]) {
@@ -99,13 +92,11 @@ QUAVER_DEVICE void encode_stochastic(const Plan& p, const float (&w)[kQuad],
 
 QUAVER_DEVICE void encode_weight(const Entry& e, const Plan& p, const float (&w)[kQuad],
                                  const uint32_t (&start)[kQuad], Loaded& l) {
-  if (e.remainder != nullptr) {
+  if (e.remainder.bytes != 0) {
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) {
-      put_half(l.state[0], j, master_high(w[j]).bits);
-      put_half(l.remainder, j, master_low(w[j]));
-    }
-    store_quad(e.remainder, DType::bf16, l.i, l.remainder, l.n, e.aligned);
+    for (int j = 0; j < kQuad; ++j)
+      put_half(l.state[0], j, put_low(e.remainder, w[j], l.remainder, j).bits);
+    store_quad(e.remainder.data, remainder_type(e.remainder), l.i, l.remainder, l.n, e.aligned);
   } else if (e.stochastic) {
     if (e.state[0].type == DType::bf16)
       encode_stochastic<bf16>(p, w, start, l);

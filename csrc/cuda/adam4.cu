@@ -239,7 +239,7 @@ Entry make_entry(const Adam4Parameter& p, int64_t first, float* maxima) {
   e.numel = p.weight.numel();
   e.scales = second_scale_count(p.second, p.shape, e.numel);
   e.first = first;
-  e.aligned = is_aligned(p.weight.data) && is_aligned(p.grad.data) && is_aligned(p.remainder);
+  e.aligned = is_aligned(p.weight.data) && is_aligned(p.grad.data) && is_aligned(p.remainder.data);
   e.codes_aligned = is_aligned(p.exp_avg) && is_aligned(p.exp_avg_sq);
   return e;
 }

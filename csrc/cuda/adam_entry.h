@@ -4,6 +4,7 @@
 
 #include "../arguments.h"
 #include "quaver/dither.h"
+#include "remainder.h"
 #include "state_block.h"
 #include "transpose.h"
 
@@ -28,7 +29,7 @@ struct Entry {
   const float* grad_amax;
   uint8_t *fp8, *fp8_t;  // null: none
   float* fp8_scale;
-  uint16_t* remainder;  // null: none
+  Remainder remainder;
   Subsets subsets;
   const float* subset_sums;
   float* rates;  // of subsets; null: none
@@ -88,7 +89,7 @@ inline Entry make_entry(const AdamParameter& p, int64_t first, float* rates) {
   const bool grouped =
       p.exp_avg.scaling != Scaling::tensor || p.exp_avg_sq.scaling != Scaling::tensor;
   e.tiled = p.fp8.data != nullptr && !(grouped && p.fp8.cols % kGroup != 0);
-  e.aligned = is_aligned(p.grad.data) && is_aligned(p.fp8.data) && is_aligned(p.remainder) &&
+  e.aligned = is_aligned(p.grad.data) && is_aligned(p.fp8.data) && is_aligned(p.remainder.data) &&
               (!e.tiled || p.fp8.cols % kVector == 0);
   const StateView* states[kStates] = {&p.weight, &p.exp_avg, &p.exp_avg_sq};
   for (int k = 0; k < kStates; ++k) {

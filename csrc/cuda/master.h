@@ -3,13 +3,13 @@
 #pragma once
 
 #include "quaver/dither.h"
-#include "runtime_type.h"
+#include "remainder.h"
 
 namespace quaver::cuda {
 
 struct Master {
   void* weight;
-  uint16_t* remainder;  // null: none
+  Remainder remainder;
   DType type;
   bool stochastic, aligned;
 };
@@ -19,27 +19,23 @@ struct MasterBits {
   AnyPacked weight, low;
 };
 
-QUAVER_DEVICE uint32_t half_of(const AnyPacked& v, int j) {
-  return v.word[j / 2] >> j % 2 * 16 & 0xffff;
-}
-QUAVER_DEVICE void put_half(AnyPacked& v, int j, uint32_t bits) {
-  v.word[j / 2] = (v.word[j / 2] & ~(0xffffu << j % 2 * 16)) | bits << j % 2 * 16;
-}
-
 QUAVER_DEVICE MasterBits load_master(const Master& m, int64_t i, int64_t n) {
   MasterBits bits = {load_any(m.weight, m.type, i, n, m.aligned), {}};
-  if (m.remainder != nullptr) bits.low = load_any(m.remainder, DType::bf16, i, n, m.aligned);
+  if (m.remainder.bytes != 0)
+    bits.low = load_any(m.remainder.data, remainder_type(m.remainder), i, n, m.aligned);
   return bits;
 }
 
 QUAVER_DEVICE void decode_master(const Master& m, const MasterBits& bits, int quad,
                                  float (&w)[kQuad]) {
   decode_any(m.type, bits.weight, quad, 1.0f, w);
-  if (m.remainder == nullptr) return;
+  if (m.remainder.bytes == 0) return;
 #pragma unroll
-  for (int j = 0; j < kQuad; ++j)
-    w[j] = join_master(bf16{static_cast<uint16_t>(half_of(bits.weight, quad * kQuad + j))},
-                       static_cast<uint16_t>(half_of(bits.low, quad * kQuad + j)));
+  for (int j = 0; j < kQuad; ++j) {
+    const int k = quad * kQuad + j;
+    w[j] = join_master(bf16{static_cast<uint16_t>(half_of(bits.weight, k))},
+                       low_of(m.remainder, bits.low, k));
+  }
 }
 
 QUAVER_DEVICE uint32_t rounded_half(const Master& m, const Dither& dither, float w,
@@ -53,24 +49,25 @@ QUAVER_DEVICE uint32_t rounded_half(const Master& m, const Dither& dither, float
 // The thread's first element is `i`.
 QUAVER_DEVICE void encode_master(const Master& m, const Dither& dither, int64_t i, int quad,
                                  const float (&w)[kQuad], MasterBits& bits) {
-  if (m.remainder == nullptr && !m.stochastic)
+  if (m.remainder.bytes == 0 && !m.stochastic)
     return encode_any(m.type, w, 1.0f, quad, bits.weight);
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     const int k = quad * kQuad + j;
-    if (m.remainder == nullptr) {
+    if (m.remainder.bytes == 0) {
       put_half(bits.weight, k, rounded_half(m, dither, w[j], static_cast<uint64_t>(i + k)));
       continue;
     }
-    put_half(bits.weight, k, master_high(w[j]).bits);
-    put_half(bits.low, k, master_low(w[j]));
+    put_half(bits.weight, k, put_low(m.remainder, w[j], bits.low, k).bits);
   }
 }
 
 QUAVER_DEVICE void store_master(const Master& m, const MasterBits& bits, int64_t i, int64_t n) {
   const int64_t bytes = size_of(m.type);
   store(static_cast<char*>(m.weight) + i * bytes, bits.weight, int(bytes), n, m.aligned);
-  if (m.remainder != nullptr) store(m.remainder + i, bits.low, 2, n, m.aligned);
+  if (m.remainder.bytes != 0)
+    store(static_cast<char*>(m.remainder.data) + i * m.remainder.bytes, bits.low, m.remainder.bytes,
+          n, m.aligned);
 }
 
 }  // namespace quaver::cuda

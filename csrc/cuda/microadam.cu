@@ -200,7 +200,7 @@ Entry make_entry(const MicroAdamParameter& p, int64_t first, Range* joined) {
   e.joined = joined;
   e.numel = p.weight.numel();
   e.first = first;
-  e.aligned = is_aligned(p.weight.data) && is_aligned(p.grad.data) && is_aligned(p.remainder);
+  e.aligned = is_aligned(p.weight.data) && is_aligned(p.grad.data) && is_aligned(p.remainder.data);
   e.error_aligned = is_aligned(p.error);
   return e;
 }

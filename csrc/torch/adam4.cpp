@@ -71,9 +71,7 @@ Adam4Parameter parameter(const Arguments& a, size_t i, const Tensor& grad, const
   p.exp_avg_scale = static_cast<float*>(
       data_of(kOp, "exp_avg_scale", a.exp_avg_scales[i], group_count(n), ScalarType::Float));
   read_second(a, i, n, &p);
-  if (!a.remainders.empty() && a.remainders[i].numel() > 0)
-    p.remainder =
-        static_cast<uint16_t*>(data_of(kOp, "remainder", a.remainders[i], n, ScalarType::Short));
+  p.remainder = remainder_of(kOp, a.remainders, i, n);
   read_step(kOp, i, grad, a.grad_scales[i], grad_amax, a.seeds, a.hyper, &p);
   p.step = static_cast<int64_t*>(data_of(kOp, "step", a.steps[i], 1, ScalarType::Long));
   return p;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device.h"
+#include "quaver/codec.h"
 #include "quaver/subset.h"
 
 namespace quaver::binding {
@@ -25,6 +26,19 @@ void check_length(const char* op, const char* name, const List& list, size_t wan
                   bool optional = false) {
   QUAVER_CHECK(list.size() == wanted || (optional && list.empty()), op, ": wanted ", wanted, " ",
                name, ", got ", list.size());
+}
+
+// The further bits of a bf16 weight of `count` values: int16, or int8 of a 24-bit master.
+inline Remainder remainder_of(const char* op, const Tensors& remainders, size_t i, int64_t count) {
+  if (remainders.empty() || remainders[i].numel() == 0) return {};
+  const Tensor& t = remainders[i];
+  const bool wide = t.scalar_type() == ScalarType::Short;
+  QUAVER_CHECK(
+      t.numel() == count && (wide || t.scalar_type() == ScalarType::Char) && t.is_contiguous(), op,
+      ": a remainder must be ", count, " contiguous int16, or int8 of a 24-bit master, got ",
+      t.numel(), " of ", torch::headeronly::toString(t.scalar_type()));
+  check_aligned(op, "remainder", t);
+  return {t.data_ptr(), wide ? 2 : 1};
 }
 
 // Subsets as an op's argument has them: k, or -k for strided ones.

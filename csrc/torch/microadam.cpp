@@ -63,9 +63,7 @@ MicroAdamParameter parameter(const Arguments& a, size_t i, const Tensor& grad,
       static_cast<uint8_t*>(data_of(kOp, "error", a.errors[i], (n + 1) / 2, ScalarType::Byte));
   p.range = static_cast<bf16*>(data_of(
       kOp, "range", a.ranges[i], 2 * error_block_count(n, p.error_block), ScalarType::BFloat16));
-  if (!a.remainders.empty() && a.remainders[i].numel() > 0)
-    p.remainder =
-        static_cast<uint16_t*>(data_of(kOp, "remainder", a.remainders[i], n, ScalarType::Short));
+  p.remainder = remainder_of(kOp, a.remainders, i, n);
   read_step(kOp, i, grad, a.grad_scales[i], grad_amax, a.seeds, a.hyper, &p);
   p.step = static_cast<int64_t*>(data_of(kOp, "step", a.steps[i], 1, ScalarType::Long));
   return p;

@@ -32,15 +32,6 @@ StateView state(const char* name, const Tensor& values, const Tensor& scale, con
   return s;
 }
 
-uint16_t* remainder(const Tensor& t, int64_t numel) {
-  if (t.numel() == 0) return nullptr;
-  QUAVER_CHECK(t.numel() == numel && t.scalar_type() == ScalarType::Short && t.is_contiguous(), kOp,
-               ": a remainder must be ", numel, " contiguous int16, got ", t.numel(), " of ",
-               torch::headeronly::toString(t.scalar_type()));
-  check_aligned(kOp, "remainder", t);
-  return static_cast<uint16_t*>(t.data_ptr());
-}
-
 // One int64 of the device, which the step counts up.
 int64_t* counter(const char* name, const Tensor& t) {
   QUAVER_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Long, kOp, ": ", name,
@@ -88,7 +79,7 @@ AdamParameter parameter(const Arguments& a, size_t i, const Tensor& grad, const 
   for (size_t k = 0, j = i; k < kStates; ++k, j += n)
     *states[k] = state(kNames[k], a.values[j], a.scales[j], a.amaxes[j],
                        a.scalings.empty() ? 0 : a.scalings[j]);
-  if (!a.remainders.empty()) p.remainder = remainder(a.remainders[i], p.weight.values.numel());
+  p.remainder = remainder_of(kOp, a.remainders, i, p.weight.values.numel());
   if (!a.subsets.empty()) p.subsets = subsets_of(kOp, a.subsets[i]);
   if (p.subsets.width != 0 && !a.subset_sums.empty())
     p.subset_sums = static_cast<const float*>(

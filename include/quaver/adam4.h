@@ -85,8 +85,8 @@ struct Adam4Parameter {
   float* exp_avg_sq_scale = nullptr;  // second_scale_count numbers
   Second second = Second::block;
   Shape shape;
-  uint16_t* remainder = nullptr;  // the low bits of a bf16 weight's f32 master (codec.h)
-  bool stochastic = false;        // round a 16-bit weight by dither.h, from seed, step, element
+  Remainder remainder;      // the low bits of a bf16 weight's f32 master (codec.h)
+  bool stochastic = false;  // round a 16-bit weight by dither.h, from seed, step, element
   uint64_t seed = 0;
   int64_t* step = nullptr;        // counts the steps taken, 0 <= *step < 2^63 - 1
   const double* hyper = nullptr;  // lr, beta1, beta2, eps, weight_decay

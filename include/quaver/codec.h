@@ -186,21 +186,41 @@ QUAVER_HD float contract(uint32_t code, uint32_t max_code, float log2_code, floa
   return bit_cast<float>(select(code == 0u, 0u, select(code > max_code, 0x7fc00000u, x)));
 }
 
-// An exact f32 in a bf16 and 16 further bits. The bf16 is the nearest one, ties away from zero:
-// with ties to even, the halfway f32 on both sides of an even bf16 would have the same bits.
-QUAVER_HD float join_master(bf16 high, uint16_t low) {
-  return bit_cast<float>((uint32_t(high.bits) << 16) + low - (uint32_t(low & 0x8000u) << 1));
-}
-// The bits of a master: every NaN has the same, because the payload that an operation on two NaNs
+// The bits of an f32 master beside its bf16 weight: the 16 that make an exact f32, or 8 that make a
+// value of 24 bits, the f32 rounded to nearest even at 15 bits of mantissa.
+struct Remainder {
+  void* data = nullptr;
+  int bytes = 0;  // of an element: 2, or 1; 0 for none
+};
+
+// The bits of a master. Every NaN has the same, because the payload that an operation on two NaNs
 // leaves depends on the compiler.
 QUAVER_HD uint32_t master_bits(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   return select((bits & 0x7fffffffu) > 0x7f800000u, 0x7fc00000u, bits);
 }
-QUAVER_HD bf16 master_high(float x) {
-  return bf16{static_cast<uint16_t>((master_bits(x) + 0x8000u) >> 16)};
+// As far as a bf16 and a Low, uint16_t or uint8_t, keep them.
+template <class Low>
+QUAVER_HD uint32_t master_bits(float x) {
+  const uint32_t bits = master_bits(x);
+  return sizeof(Low) == 2 ? bits : (bits + 0x7fu + (bits >> 8 & 1u)) & ~0xffu;
 }
-QUAVER_HD uint16_t master_low(float x) { return static_cast<uint16_t>(master_bits(x)); }
+
+// Of such bits the bf16 is the nearest one, ties away from zero, and the rest is signed: with ties
+// to even, the halfway values on both sides of an even bf16 would have the same bits.
+QUAVER_HD bf16 master_high(uint32_t bits) {
+  return bf16{static_cast<uint16_t>((bits + 0x8000u) >> 16)};
+}
+template <class Low>
+QUAVER_HD Low master_low(uint32_t bits) {
+  return static_cast<Low>(bits >> (16 - 8 * sizeof(Low)));
+}
+QUAVER_HD float join_master(bf16 high, uint16_t low) {
+  return bit_cast<float>((uint32_t(high.bits) << 16) + low - (uint32_t(low & 0x8000u) << 1));
+}
+QUAVER_HD float join_master(bf16 high, uint8_t low) {
+  return join_master(high, static_cast<uint16_t>(low << 8));
+}
 
 // A 16-bit weight over its scale, rounded up with the probability of the bits that the format
 // lacks: steps far below half an ulp then move it in expectation, and nearest rounding would lose

@@ -163,8 +163,8 @@ struct MicroAdamParameter {
   uint8_t* error = nullptr;  // two codes a byte, the even element's in the low bits
   bf16* range = nullptr;     // low and high of each error block
   int64_t error_block = 64;
-  uint16_t* remainder = nullptr;  // the low bits of a bf16 weight's f32 master (codec.h)
-  bool stochastic = false;        // round a 16-bit weight by noise of (seed, step, element)
+  Remainder remainder;      // the low bits of a bf16 weight's f32 master (codec.h)
+  bool stochastic = false;  // round a 16-bit weight by noise of (seed, step, element)
   uint64_t seed = 0;
   int64_t* step = nullptr;        // counts the steps taken, 0 <= *step < 2^63 - 1
   const double* hyper = nullptr;  // kMicroHyper numbers

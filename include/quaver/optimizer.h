@@ -32,8 +32,8 @@ struct AdamParameter {
   const float* grad_amax = nullptr;   // of the decoded gradient; non-finite skips the whole step
   TensorView fp8, fp8_t;              // e4m3 GEMM copies of an f16 weight, or empty
   float* fp8_scale = nullptr;
-  uint16_t* remainder = nullptr;  // the low bits of a bf16 weight's f32 master (codec.h)
-  bool stochastic = false;        // round a 16-bit weight by dither.h, from seed, step, element
+  Remainder remainder;      // the low bits of a bf16 weight's f32 master (codec.h)
+  bool stochastic = false;  // round a 16-bit weight by dither.h, from seed, step, element
   uint64_t seed = 0;
   int64_t first_element = 0;      // of the weight in the whole tensor, of which it may be a shard
   int64_t* step = nullptr;        // counts the steps taken, 0 <= *step < 2^63 - 1

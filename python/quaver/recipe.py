@@ -198,8 +198,9 @@ class Recipe:
             all other parameters too. Or a Subspace and a SubsetNorm, for the matrices among plain
             parameters; beside one of them the other moment is "f32" or "bf16".
         bf16_master: the rounding of a bf16 parameter's update: "nearest", "stochastic" (unbiased,
-            no further bytes) or "remainder" (16 more bits in the optimizer's state, which make
-            it an exact f32 master).
+            no further bytes), "remainder" (16 more bits in the optimizer's state, which make
+            it an exact f32 master) or "remainder8" (8 more bits: a master of 24 bits, the f32
+            rounded to nearest at 15 bits of mantissa).
         master_rounding: the rounding of an f16 master's update, "stochastic" or "nearest".
         replica: what distributed.ZeroAdamW leaves of a converted weight on every rank, beside the
             master of its owner; None leaves copies of the master.
@@ -235,7 +236,7 @@ class Recipe:
             self,
             autocast=(None, torch.bfloat16, torch.float16),
             plain_moments=flags,
-            bf16_master=("nearest", "stochastic", "remainder"),
+            bf16_master=("nearest", "stochastic", "remainder", "remainder8"),
             master_rounding=("stochastic", "nearest"),
             replica=(None, E4M3, E5M2),
             fp8_sum=flags,

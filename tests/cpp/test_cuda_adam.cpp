@@ -14,7 +14,8 @@ struct Layout {
   bool fp8 = false;
   int64_t skew = 0;
   Scaling exp_avg_scaling = Scaling::tensor, exp_avg_sq_scaling = Scaling::tensor;
-  bool remainder = false, stochastic = false, scaled = true;  // an f16 weight's scale
+  int remainder = 0;                       // bytes of an element, of a bf16 weight
+  bool stochastic = false, scaled = true;  // an f16 weight's scale
   int64_t first_element = 0;
   Subsets subsets;
 
@@ -92,7 +93,7 @@ class Parameter {
                 Buffer(l.numel(2) * size_of(l.exp_avg_sq), l.skew * size_of(l.exp_avg_sq))},
           sums(l.numel(2)),
           groups{Buffer(0), group_scales(l), group_scales(l)},
-          remainder(make(l, DType::bf16, l.remainder)),
+          remainder(l.shape.rows * l.shape.cols * l.remainder, l.skew * l.remainder),
           grad(make(l, l.grad)),
           fp8(make(l, DType::e4m3, l.fp8)),
           fp8_t(make(l, DType::e4m3, l.fp8)) {
@@ -130,7 +131,7 @@ class Parameter {
         p.subset_sums = sums.data();
         p.exp_avg_sq = {view(state[2], l.exp_avg_sq, 1, l.numel(2))};
       }
-      if (l.remainder) p.remainder = remainder.as<uint16_t>();
+      if (l.remainder > 0) p.remainder = {remainder.data(), l.remainder};
       p.stochastic = l.stochastic;
       p.seed = 17;
       p.first_element = l.first_element;
@@ -224,10 +225,13 @@ TEST(groups_beside_gemm_copies) {
 TEST(masters_of_bf16_weights) {
   for (const int64_t n : {5, 128, 700}) {
     Layout exact = coat({1, n}, DType::bf16), random = exact, half = coat({1, n}, DType::f16);
-    exact.remainder = random.stochastic = true;
+    exact.remainder = 2;
+    random.stochastic = true;
     half.scaled = false;
-    check({exact, random, half});
-    for (Layout* l : {&exact, &random, &half}) {
+    Layout short_one = exact;
+    short_one.remainder = 1;
+    check({exact, random, half, short_one});
+    for (Layout* l : {&exact, &random, &half, &short_one}) {
       l->skew = 1;
       check({*l});
     }
@@ -260,7 +264,7 @@ TEST(second_moments_of_subsets) {
     Layout l = {shape, weight, first, second, DType::f32};
     l.subsets = subsets;
     l.stochastic = weight == DType::bf16 && shape.rows % 2 == 1;
-    l.remainder = weight == DType::bf16 && shape.rows % 2 == 0;
+    l.remainder = weight == DType::bf16 && shape.rows % 2 == 0 ? int(1 + shape.rows / 2 % 2) : 0;
     return l;
   };
   for (const Shape& s : kShapes)
@@ -319,7 +323,7 @@ TEST(wrong_arguments_are_named) {
 
 TEST(a_master_needs_a_bf16_weight) {
   Layout layout = coat({4, 8}, DType::f32);
-  layout.remainder = true;
+  layout.remainder = 2;
   Parameter p(layout, 1);
   AdamParameter a = p.cuda();
   CHECK_THROWS(cuda::adam(&a, 1, nullptr, nullptr, nullptr),

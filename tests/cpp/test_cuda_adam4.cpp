@@ -14,7 +14,8 @@ struct Layout {
   std::vector<int64_t> shape;
   Second second = Second::rank1;
   DType weight = DType::f32, grad = DType::f32;
-  bool remainder = false, stochastic = false;
+  int remainder = 0;  // bytes of an element, of a bf16 weight
+  bool stochastic = false;
   int64_t skew = 0;  // elements of weight and gradient, bytes of the codes
 
   int64_t numel() const {
@@ -39,7 +40,7 @@ class Copy {
         n_(l.numel()),
         weight(n_ * size_of(l.weight), l.skew * size_of(l.weight)),
         grad(n_ * size_of(l.grad), l.skew * size_of(l.grad)),
-        remainder(l.remainder ? n_ * 2 : 0, l.skew * 2),
+        remainder(n_ * l.remainder, l.skew * l.remainder),
         first((n_ + 1) / 2, l.skew),
         first_scale(group_count(n_) * 4),
         second(l.second == Second::factor ? 0 : (n_ + 1) / 2, l.skew),
@@ -69,7 +70,7 @@ class Copy {
     p.exp_avg_sq_scale = second_scale.as<float>();
     p.second = l_.second;
     p.shape = l_.axes();
-    p.remainder = l_.remainder ? remainder.as<uint16_t>() : nullptr;
+    if (l_.remainder > 0) p.remainder = {remainder.data(), l_.remainder};
     p.stochastic = l_.stochastic;
     p.seed = 17;
     p.step = &step;
@@ -159,9 +160,8 @@ TEST(masters_of_bf16_weights_and_views_that_are_not_aligned) {
     for (const Second second : {Second::block, Second::rank1}) {
       Layout l = {{91, 99}, second};
       l.weight = DType::bf16;
-      l.remainder = true;
       l.skew = skew;
-      check({l});
+      for (l.remainder = 1; l.remainder <= 2; ++l.remainder) check({l});
     }
 }
 

@@ -12,7 +12,8 @@ struct Layout {
   DType weight = DType::f32, grad = DType::f32;
   int64_t kept = 41, window = 3, error_block = 64;
   double alpha = 0.0;
-  bool remainder = false, stochastic = false;
+  int remainder = 0;  // bytes of an element, of a bf16 weight
+  bool stochastic = false;
   int64_t skew = 0;    // elements of weight and gradient, bytes of the errors
   bool equal = false;  // gradients of one magnitude: ties
 };
@@ -25,7 +26,7 @@ class Copy {
         row_(row(l)),
         weight(l.n * size_of(l.weight), l.skew * size_of(l.weight)),
         grad(l.n * size_of(l.grad), l.skew * size_of(l.grad)),
-        remainder(l.remainder ? l.n * 2 : 0, l.skew * 2),
+        remainder(l.n * l.remainder, l.skew * l.remainder),
         index(l.window * row_ * 2),
         value(l.window * row_ * 2),
         error((l.n + 1) / 2, l.skew),
@@ -57,7 +58,7 @@ class Copy {
     p.error = error.data();
     p.range = range.as<bf16>();
     p.error_block = l_.error_block;
-    p.remainder = l_.remainder ? remainder.as<uint16_t>() : nullptr;
+    if (l_.remainder > 0) p.remainder = {remainder.data(), l_.remainder};
     p.stochastic = l_.stochastic;
     p.seed = 17;
     p.step = &step;
@@ -156,9 +157,8 @@ TEST(masters_of_bf16_weights_and_views_that_are_not_aligned) {
     for (const int64_t block : {64, 5008}) {
       Layout l = of(9001, block);
       l.weight = DType::bf16;
-      l.remainder = true;
       l.skew = skew;
-      check({l});
+      for (l.remainder = 1; l.remainder <= 2; ++l.remainder) check({l});
     }
 }
 

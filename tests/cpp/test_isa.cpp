@@ -243,11 +243,11 @@ TEST(states_in_groups) {
 
 TEST(adam_with_states_in_groups) {
   for (const int64_t n : kSizes)
-    for (const bool exact : {false, true})
+    for (const int further : {0, 1, 2})  // bytes of a master beside its bf16
       same_everywhere([&](Bytes* bytes) {
         const std::vector<float> grad = some_values(n, 4);
         std::vector<bf16> weight(n, bf16{0x3f80});
-        std::vector<uint16_t> remainder(n, 0);
+        std::vector<uint8_t> remainder(n * further, 0);
         std::vector<uint8_t> moments[2] = {std::vector<uint8_t>(n), std::vector<uint8_t>(n)};
         std::vector<float> scales[2] = {std::vector<float>(group_count(n), 1.0f),
                                         std::vector<float>(group_count(n), 1.0f)};
@@ -264,8 +264,8 @@ TEST(adam_with_states_in_groups) {
         p.grad_amax = &grad_amax;
         p.step = &step;
         p.hyper = hyper;
-        p.remainder = exact ? remainder.data() : nullptr;
-        p.stochastic = !exact;
+        p.remainder = {remainder.data(), further};
+        p.stochastic = further == 0;
         p.seed = 3;
         p.first_element = 1;
         for (int i = 0; i < 3; ++i) cpu::adam(&p, 1, &skipped);

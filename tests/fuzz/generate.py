@@ -382,7 +382,7 @@ class Generator:
             self.tensor(self.numbers(shape, self.pick(ANY))),
             self.scales() if self.chance(0.5) else none,
             self.tensor(torch.tensor(self.pick((0, 1, 1000, 2**62, 2**63 - 2))), True),
-            self.tensor(self.bits(shape, torch.int16), True) if exact else none,
+            self.remainder(shape) if exact else none,
             second, self.random.randrange(2**31) if rounded else -1,
         )  # fmt: skip
 
@@ -415,7 +415,7 @@ class Generator:
             self.tensor(self.numbers(shape, self.pick(ANY))),
             self.scales() if self.chance(0.5) else none,
             self.tensor(torch.tensor(self.pick((0, 1, 1000, 2**62, 2**63 - 2))), True),
-            self.tensor(self.bits(shape, torch.int16), True) if exact else none,
+            self.remainder(shape) if exact else none,
             kept, block, self.random.randrange(2**31) if rounded else -1,
         )  # fmt: skip
 
@@ -455,12 +455,15 @@ class Generator:
             "grad": self.tensor(self.numbers(shape, self.pick(ANY))),
             "grad_scale": self.scales() if self.chance(0.5) else none,
             "step": self.tensor(torch.tensor(self.pick((0, 1, 1000, 2**62, 2**63 - 2))), True),
-            "remainder": self.tensor(self.bits(shape, torch.int16), True) if exact else none,
+            "remainder": self.remainder(shape) if exact else none,
             "seed": self.random.randrange(2**31) if rounded else -1,
             "first": self.pick((0, 0, 128, 2**40)),
             "subsets": subsets,
             "sums": self.tensor(self.numbers(shapes[2]).abs(), True) if subsets else none,
         }  # fmt: skip
+
+    def remainder(self, shape) -> Tensor:
+        return self.tensor(self.bits(shape, self.pick((torch.int16, torch.int8))), True)
 
     def subsets(self, shape) -> int:
         """How elements of a matrix share a second moment: by rows, by columns, or in runs."""

@@ -53,8 +53,8 @@ def adam_4bit_(
         hyper: float64 [n, 5], rows of lr, beta1, beta2, eps, weight_decay.
         skipped: int64 of one element.
         seconds: n values of SECONDS; 1 and 2 need 2 to 8 axes.
-        remainders: n int16 tensors of the weights' shapes: the low bits of float32 masters whose
-            high bits are bfloat16 weights; None for none.
+        remainders: n tensors of the weights' shapes: the low bits of masters whose high bits are
+            bfloat16 weights, int16 of float32 masters or int8 of 24-bit ones; None for none.
         seeds: n keys of the noise by which bfloat16 and float16 weights round stochastically; -1
             rounds to nearest.
 

@@ -52,8 +52,8 @@ def micro_adam_(
         kept: n counts of values that a whole block keeps; 0 where there is none.
         error_blocks: n counts of flat elements that share a range: a power of two from 16 to 4096,
             or a larger multiple of 16.
-        remainders: n int16 tensors of the weights' shapes: the low bits of float32 masters whose
-            high bits are bfloat16 weights; None for none.
+        remainders: n tensors of the weights' shapes: the low bits of masters whose high bits are
+            bfloat16 weights, int16 of float32 masters or int8 of 24-bit ones; None for none.
         seeds: n keys of the noise by which bfloat16 and float16 weights round stochastically; -1
             rounds to nearest.
 

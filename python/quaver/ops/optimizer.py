@@ -85,8 +85,8 @@ def adam_(
             flat blocks of 128, 2 by such blocks after expansion. Default: all 0.
         copies: n triples (q, qt, scale): float8_e4m3fn codes [N, K] and [K, N] and a float32, which
             receive the GEMM copies of a float16 ScaledTensor weight; None for none.
-        remainders: n int16 tensors of the weights' shapes: the low bits of float32 masters whose
-            high bits are bfloat16 weights; None for none.
+        remainders: n tensors of the weights' shapes: the low bits of masters whose high bits are
+            bfloat16 weights, int16 of float32 masters or int8 of 24-bit ones; None for none.
         seeds: n keys of the noise by which bfloat16 and float16 weights round stochastically, a
             function of (seed, step, element); -1 rounds to nearest.
         first_elements: n flat indices of the weights' first elements in whole tensors of which

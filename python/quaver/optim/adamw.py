@@ -12,7 +12,7 @@ from . import packed, subspace
 from .base import Item, Optimizer
 from .composed import ComposedStep
 from .hyper import HyperTable
-from .moments import MOMENTS, REMAINDER, Remainder
+from .moments import MOMENTS, Remainder, remainder_slot, remainders_of, rounding_of
 from .states import scaling
 from .subset import SubsetSums
 
@@ -30,11 +30,11 @@ class AdamW(Optimizer):
     "adamw-4bit-block", "adamw-4bit-factor") plain parameters of more than 4096 values have two
     codes a byte (optim/packed.py), and the others float32. f16 masters round their update by
     the recipe's `master_rounding`, bf16 and f16 parameters by its `bf16_master`; the 16 bits of
-    "remainder" are a state of that name. The noise of stochastic rounding is a function of
-    (index of the parameter, step, element), in which errors of successive steps cancel: a run
-    has the same bits on every machine and number of ranks. A step with a non-finite gradient
-    changes nothing and is counted in `skipped`. Of FSDP2's parameters each rank steps its
-    shard, with the scales of the whole tensor: the codes of all shards are those of one
+    "remainder" and the 8 of "remainder8" are the state "remainder". The noise of stochastic
+    rounding is a function of (index of the parameter, step, element), in which errors of successive
+    steps cancel: a run has the same bits on every machine and number of ranks. A step with a
+    non-finite gradient changes nothing and is counted in `skipped`. Of FSDP2's parameters each rank
+    steps its shard, with the scales of the whole tensor: the codes of all shards are those of one
     process, and all ranks skip alike.
 
     A CUDA graph may capture `step()`: its number and hyperparameters are read on the device. After
@@ -155,7 +155,7 @@ class AdamW(Optimizer):
         return slots | self._remainder(p)
 
     def _remainder(self, p: Tensor) -> dict[str, Remainder]:
-        return {"remainder": REMAINDER} if self._rounding(p) == "remainder" else {}
+        return remainder_slot(self._rounding(p))
 
     def _check_parameter(self, p: Tensor) -> None:
         super()._check_parameter(p)
@@ -172,12 +172,10 @@ class AdamW(Optimizer):
         self._composed.forget()
 
     def _rounding(self, p: Tensor) -> str:
-        """The rounding of p's update: "nearest", "stochastic" or "remainder"."""
+        """The rounding of p's update, one of a recipe's."""
         if isinstance(local(p), ScaledTensor):
             return self.recipe.master_rounding
-        rule = self.recipe.bf16_master
-        exact = p.dtype == torch.float32 or (rule == "remainder" and p.dtype != torch.bfloat16)
-        return "nearest" if exact else rule
+        return rounding_of(p, self.recipe.bf16_master)
 
     # The step
 
@@ -234,7 +232,7 @@ class AdamW(Optimizer):
             skipped=skipped,
             scalings=[scaling(t) for t in (*params, *firsts, *seconds)],
             copies=[None if c is None else (c.q, c.qt, c.scale) for c in copies],
-            remainders=[s.get("remainder") for s in states] if "remainder" in rounding else (),
+            remainders=remainders_of(states),
             seeds=[
                 item.ordinal if how == "stochastic" else -1
                 for item, how in zip(items, rounding, strict=True)

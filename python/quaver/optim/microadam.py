@@ -14,7 +14,7 @@ from ..recipe import Recipe
 from ..tensor import ScaledTensor, is_sharded
 from .base import Item, Optimizer
 from .hyper import HyperTable
-from .moments import REMAINDER, Part, Remainder
+from .moments import Part, Remainder, remainder_slot, remainders_of, rounding_of
 
 TOP_BLOCK = 4096  # kTopBlock of microadam.h: flat elements among which the largest are kept
 ERROR_UNIT = 16  # kErrorUnit
@@ -66,7 +66,8 @@ class MicroAdam(Optimizer):
             larger multiple of 16 up to 2^30.
         alpha: the share of the error that the update applies at once, in [0, 1).
         bf16_master: the rounding of bfloat16 and float16 parameters, as Recipe's: "stochastic",
-            "nearest" or "remainder" (2 more bytes, an exact float32 master of a bfloat16 one).
+            "nearest", "remainder" (2 more bytes, an exact float32 master of a bfloat16 one) or
+            "remainder8" (1 more byte, a master of 24 bits).
 
     Raises:
         ValueError: options out of range, a parameter of another dtype, one that is sharded or whose
@@ -136,13 +137,11 @@ class MicroAdam(Optimizer):
             "error": Part(torch.uint8, ((n + 1) // 2,)),
             "error_range": Part(torch.bfloat16, (-(-n // self.error_block), 2)),
         }
-        return slots | ({"remainder": REMAINDER} if self._rounding(p) == "remainder" else {})
+        return slots | remainder_slot(self._rounding(p))
 
     def _rounding(self, p: Tensor) -> str:
-        """The rounding of p's update: "nearest", "stochastic" or "remainder"."""
-        rule = self.recipe.bf16_master
-        exact = p.dtype == torch.float32 or (rule == "remainder" and p.dtype != torch.bfloat16)
-        return "nearest" if exact else rule
+        """The rounding of p's update, one of a recipe's."""
+        return rounding_of(p, self.recipe.bf16_master)
 
     def update(self, device: torch.device, items: list[Item], amaxes: Tensor) -> None:
         params, states = [i.parameter for i in items], [i.state for i in items]
@@ -157,7 +156,7 @@ class MicroAdam(Optimizer):
             skipped=self._skipped[device],
             kept=[kept_of(p.numel(), self.density)[0] for p in params],
             error_blocks=[self.error_block] * len(items),
-            remainders=[s.get("remainder") for s in states] if "remainder" in rounding else (),
+            remainders=remainders_of(states),
             seeds=[
                 item.ordinal if how == "stochastic" else -1
                 for item, how in zip(items, rounding, strict=True)

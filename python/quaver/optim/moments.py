@@ -78,23 +78,44 @@ class Part:
 
 @dataclass(frozen=True)
 class Remainder:
-    """The 16 low bits of a float32 master whose high bits are a bf16 parameter."""
+    """The low bits of a master whose high bits are a bf16 parameter: int16 of an exact float32 or
+    int8 of 24 bits."""
 
+    dtype: torch.dtype
     is_flat = False
 
     def zeros(self, p: Tensor) -> Tensor:
         """The remainder before the first step: none, the parameter is its own master."""
-        return torch.zeros(p.shape, dtype=torch.int16, device=p.device)
+        return torch.zeros(p.shape, dtype=self.dtype, device=p.device)
 
     def fits(self, value: object, p: Tensor) -> bool:
         """Whether `value` is such a remainder of p."""
-        return isinstance(value, Tensor) and (value.dtype, value.shape) == (torch.int16, p.shape)
+        return isinstance(value, Tensor) and (value.dtype, value.shape) == (self.dtype, p.shape)
 
     def __str__(self) -> str:
-        return "int16"
+        return str(self.dtype).removeprefix("torch.")
 
 
-REMAINDER = Remainder()
+# The remainders by the values of a recipe's `bf16_master`.
+REMAINDERS = {"remainder": Remainder(torch.int16), "remainder8": Remainder(torch.int8)}
+
+
+def remainder_slot(rounding: str) -> dict[str, Remainder]:
+    """The slot of the remainder under that rounding, if it has one."""
+    return {"remainder": REMAINDERS[rounding]} if rounding in REMAINDERS else {}
+
+
+def remainders_of(states: list[dict]) -> list[Tensor | None] | tuple[()]:
+    """The remainders in states, as the list ops take them."""
+    found = [s.get("remainder") for s in states]
+    return () if all(r is None for r in found) else found
+
+
+def rounding_of(p: Tensor, bf16_master: str) -> str:
+    """How a plain p is rounded under that rule of a recipe: one of its values."""
+    exact = p.dtype == torch.float32 or (bf16_master in REMAINDERS and p.dtype != torch.bfloat16)
+    return "nearest" if exact else bf16_master
+
 
 # The moments by the names that recipes use.
 MOMENTS: dict[str, Ema | PlainEma] = {name: Ema(name) for name in STATES} | {"bf16": PlainEma()}

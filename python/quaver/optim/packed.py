@@ -10,7 +10,7 @@ from ..layout import FLAT_BLOCK
 from ..ops.adam4 import SECONDS
 from ..tensor import ScaledTensor, local
 from .base import Item
-from .moments import Part
+from .moments import Part, remainders_of
 
 LEAST = 4096  # a parameter of so many values or fewer keeps f32 moments
 MOST_AXES = 8  # kMaxAxes of adam4.h
@@ -40,7 +40,7 @@ def slots(p: Tensor, second: str) -> dict[str, Part]:
 def step(items: list[Item], second: str, amaxes: Tensor, hyper: Tensor, skipped: Tensor,
          rounding: list[str]) -> None:  # fmt: skip
     """Steps the items by adam_4bit_, whose hyper, amaxes and skipped these are. `rounding` is of
-    each weight: "nearest", "stochastic" or "remainder"."""
+    each weight, one of a recipe's."""
     params, states = [item.parameter for item in items], [item.state for item in items]
     forms = [second_of(p, second) for p in params]
     none = torch.empty(0, dtype=torch.uint8, device=skipped.device)
@@ -60,7 +60,7 @@ def step(items: list[Item], second: str, amaxes: Tensor, hyper: Tensor, skipped:
         hyper=hyper,
         skipped=skipped,
         seconds=[SECONDS[form] for form in forms],
-        remainders=[s.get("remainder") for s in states] if "remainder" in rounding else (),
+        remainders=remainders_of(states),
         seeds=[
             item.ordinal if how == "stochastic" else -1
             for item, how in zip(items, rounding, strict=True)

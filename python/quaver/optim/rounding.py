@@ -10,15 +10,17 @@ from torch import Tensor
 def store_(p: Tensor, new: Tensor, how: str, remainder: Tensor | None, seed: int,
            step: Tensor) -> None:  # fmt: skip
     """Writes `new` (float32, of p's shape) to p, rounded to nearest, "stochastic"ally by the noise
-    of (seed, step, element), or with its 16 low bits in `remainder` (int16).
+    of (seed, step, element), or with its low bits in `remainder` (int16, or int8 of 24 bits).
 
     `step` (int64, 0-D) counts the steps taken before. bfloat16 and float32 parameters have the bits
     that `ops.adam_` would give them; float16 rounds to nearest.
     """
-    if how == "remainder" and remainder is not None:
-        bits = new.view(torch.int32)
+    if remainder is not None:
+        bits = new.contiguous().view(torch.int32)
+        if remainder.dtype == torch.int8:
+            bits = (bits + 0x7F + (bits >> 8 & 1)) & -0x100  # to nearest even
         p.copy_(((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16))
-        remainder.copy_(bits.to(torch.int16))
+        remainder.copy_((bits >> _shift(remainder)).to(remainder.dtype))
     elif how == "stochastic" and p.dtype == torch.bfloat16:
         bits = new.contiguous().view(torch.int32)
         up = (bits + _noise(bits, seed, step)) >> 16
@@ -32,9 +34,12 @@ def master(p: Tensor, remainder: Tensor | None) -> Tensor:
     """The float32 values that p and its remainder stand for."""
     if remainder is None:
         return p.float()
-    return ((p.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(
-        torch.float32
-    )
+    low = remainder.to(torch.int32) << _shift(remainder)
+    return ((p.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+
+
+def _shift(remainder: Tensor) -> int:
+    return 0 if remainder.dtype == torch.int16 else 8
 
 
 def _noise(like: Tensor, seed: int, step: Tensor) -> Tensor:

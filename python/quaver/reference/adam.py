@@ -127,16 +127,23 @@ def adamw_fp8(
     return stored
 
 
-def split_master(x: Tensor) -> tuple[Tensor, Tensor]:
-    """An f32 master as its nearest bf16, ties away from zero, and its low 16 bits as int16."""
-    bits = torch.where(x.isnan(), 0x7FC00000, x.view(torch.int32).to(torch.int64))
+def split_master(x: Tensor, low_bits: int = 16) -> tuple[Tensor, Tensor]:
+    """An f32 master as its nearest bf16, ties away from zero, and its low 16 bits as int16. With 8
+    low bits x is first rounded to nearest even at 24 bits, and the rest is int8."""
+    bits = torch.where(x.isnan(), 0x7FC00000, x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF)
+    if low_bits == 8:
+        kept, dropped = bits >> 8, bits & 0xFF
+        up = (dropped > 0x80) | ((dropped == 0x80) & (kept % 2 == 1))
+        bits = kept + up << 8
     high = (bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
-    return high, bits.to(torch.int16)
+    return high, (bits.to(torch.int16) if low_bits == 16 else (bits >> 8).to(torch.int8))
 
 
 def join_master(high: Tensor, low: Tensor) -> Tensor:
-    """The f32 of `split_master`: a low half of 0x8000 or more was rounded up."""
-    bits = (high.view(torch.int16).to(torch.int64) << 16) + low.to(torch.int64)
+    """The f32 of `split_master`: a low half of 0x8000 or more, or a low byte of 0x80 or more, was
+    rounded up."""
+    shift = 0 if low.dtype == torch.int16 else 8
+    bits = (high.view(torch.int16).to(torch.int64) << 16) + (low.to(torch.int64) << shift)
     return bits.to(torch.int32).view(torch.float32)
 
 
