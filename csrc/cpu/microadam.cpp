@@ -70,8 +70,8 @@ struct CrossingRanges {
       }
     }
     for (size_t i = 0; i < whole.size(); ++i) {
-      range[2 * i] = bf16_below(at_order(whole[i].low));
-      range[2 * i + 1] = bf16_above(at_order(whole[i].high));
+      range[2 * i] = range_low(whole[i].low, whole[i].high);
+      range[2 * i + 1] = range_high(whole[i].high);
     }
   }
 

@@ -174,8 +174,8 @@ void find_ranges(const float* a, const MicroAdamSpan& s, int64_t begin, int64_t 
       *partial++ = r;
       return;
     }
-    s.p.range[2 * block] = bf16_below(at_order(r.low));
-    s.p.range[2 * block + 1] = bf16_above(at_order(r.high));
+    s.p.range[2 * block] = range_low(r.low, r.high);
+    s.p.range[2 * block + 1] = range_high(r.high);
   });
 }
 

@@ -123,12 +123,11 @@ QUAVER_DEVICE Range range_of(const float (&a)[kVector], int64_t n) {
   return r;
 }
 
+QUAVER_DEVICE int32_t highest(const Range& r) { return static_cast<int32_t>(r.high ^ 0x80000000u); }
 QUAVER_DEVICE bf16 low_of(const Range& r) {
-  return bf16_below(at_order(static_cast<int32_t>(~r.low ^ 0x80000000u)));
+  return range_low(static_cast<int32_t>(~r.low ^ 0x80000000u), highest(r));
 }
-QUAVER_DEVICE bf16 high_of(const Range& r) {
-  return bf16_above(at_order(static_cast<int32_t>(r.high ^ 0x80000000u)));
-}
+QUAVER_DEVICE bf16 high_of(const Range& r) { return range_high(highest(r)); }
 
 // The range of the error block that a thread's values belong to, where `threads` make one.
 QUAVER_DEVICE Range range_of_block(const Range& mine, int threads) {

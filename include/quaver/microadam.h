@@ -124,9 +124,10 @@ QUAVER_HD uint32_t encode_error(const ErrorCodec& c, float x) {
   return static_cast<uint32_t>(static_cast<int32_t>(bit_cast<float>(limited)));
 }
 
-// Integers in the order of floats, -0 below 0; the function is its own inverse on the bits.
+// Integers in the order of floats, -0 below 0, and every NaN the same, above all.
 QUAVER_HD int32_t order_of(float x) {
-  const int32_t bits = bit_cast<int32_t>(x);
+  const auto bits = static_cast<int32_t>(select((bit_cast<uint32_t>(x) & 0x7fffffffu) > 0x7f800000u,
+                                                0x7fc00000u, bit_cast<uint32_t>(x)));
   return bits ^ (bits >> 31 & 0x7fffffff);
 }
 QUAVER_HD float at_order(int32_t order) {
@@ -145,6 +146,14 @@ QUAVER_HD bf16 bf16_above(float x) {
   const bool away = (bits >> 31 == 0) & ((bits & 0xffffu) != 0);
   return bf16{static_cast<uint16_t>((bits >> 16) + select(away, 1u, 0u))};
 }
+
+// The ends of an error range whose values have orders from `low` to `high`; both are NaN where a
+// value is.
+QUAVER_HD bf16 range_low(int32_t low, int32_t high) {
+  constexpr int32_t infinity = 0x7f800000;
+  return bf16_below(at_order(high > infinity ? high : low));
+}
+QUAVER_HD bf16 range_high(int32_t high) { return bf16_above(at_order(high)); }
 
 // The blocks of a tensor of `numel` elements.
 constexpr int64_t top_block_count(int64_t numel) { return (numel + kTopBlock - 1) / kTopBlock; }
