@@ -40,13 +40,10 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 
-# The same bits as the CPU: IEEE division and square root, subnormals kept, no contraction into
-# fma. NDEBUG whatever the build type: without it ptxas serialises wgmma (C7510).
 add_library(quaver_cuda_flags INTERFACE)
 target_link_libraries(quaver_cuda_flags INTERFACE quaver_flags)
 target_compile_options(quaver_cuda_flags INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:
-  --expt-relaxed-constexpr -fmad=false -prec-div=true -prec-sqrt=true -ftz=false -DNDEBUG
-  -Xcompiler=-Wall,-Wextra>)
+  ${QUAVER_CUDA_ARITHMETIC} -Xcompiler=-Wall,-Wextra>)
 
 # One translation unit for each row of the table of tactics: a kernel of CUTLASS takes a minute and
 # up to 4 GB to compile, so the machine's memory says how many compile at a time.

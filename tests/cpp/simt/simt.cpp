@@ -15,6 +15,8 @@ namespace quaver::simt {
 
 dim3 thread_index, block_index, block_size, grid_size;
 Control control;
+Interpreter interpreter = nullptr;
+void (*narrow)(const void*, size_t) = nullptr;
 
 namespace {
 
@@ -139,20 +141,27 @@ std::vector<int> ordered_threads(int threads) {
 
 void set_order(Order order) { order_of_run = order; }
 
-void run(const char* op, int64_t blocks, int threads, void (*body)(void*), void* context) {
-  if (threads < 1 || threads > 1024)
-    throw std::runtime_error("simt: cannot launch blocks of " + std::to_string(threads) +
+void run(const Launch& l) {
+  if (l.threads < 1 || l.threads > 1024)
+    throw std::runtime_error("simt: cannot launch blocks of " + std::to_string(l.threads) +
                              " threads");
-  if (control.seen) control.seen(op, blocks);
-  if (static_cast<int>(block.fibers.size()) < threads) block.fibers.resize(threads);
-  block.warps.resize((threads + 31) / 32);
-  block.threads = threads;
-  block.body = body;
-  block.argument = context;
-  grid_size.x = static_cast<unsigned>(blocks);
-  block_size.x = static_cast<unsigned>(threads);
-  const std::vector<int> order = ordered_threads(threads);
-  for (const int64_t b : control.chosen ? control.chosen(blocks) : ordered(blocks)) {
+  if (control.seen) control.seen(l.op, l.blocks);
+  const std::vector<int64_t> blocks = control.chosen ? control.chosen(l.blocks) : ordered(l.blocks);
+  if (interpreter) {
+    std::vector<int> warps;
+    for (const int64_t warp : ordered((l.threads + 31) / 32))
+      warps.push_back(static_cast<int>(warp));
+    return interpreter(l, blocks, warps);
+  }
+  if (static_cast<int>(block.fibers.size()) < l.threads) block.fibers.resize(l.threads);
+  block.warps.resize((l.threads + 31) / 32);
+  block.threads = l.threads;
+  block.body = l.body;
+  block.argument = l.context;
+  grid_size.x = static_cast<unsigned>(l.blocks);
+  block_size.x = static_cast<unsigned>(l.threads);
+  const std::vector<int> order = ordered_threads(l.threads);
+  for (const int64_t b : blocks) {
     block_index.x = static_cast<unsigned>(b);
     run_block(order);
   }

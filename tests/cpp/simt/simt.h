@@ -1,7 +1,8 @@
 // Runs CUDA kernels on the host: the threads of a block are fibers, blocks run one after another.
 // csrc/cuda/launch.h includes this file where the compiler is not nvcc. It is strict: a barrier
 // that some thread of the block never reaches is an error, and threads and blocks run in an order
-// that a test chooses, so that a missing barrier shows as a difference between orders.
+// that a test chooses, so that a missing barrier shows as a difference between orders. The programs
+// test_cuda_*_ptx execute the kernel's PTX instead (tests/ptx), from the same launches.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -47,8 +49,30 @@ struct Control {
 };
 extern Control control;
 
-// Runs body(context) for every thread of every block.
-void run(const char* op, int64_t blocks, int threads, void (*body)(void*), void* context);
+struct Argument {
+  const void* value;
+  size_t bytes;
+};
+
+struct Launch {
+  const char* op;
+  int64_t blocks;
+  int threads;
+  void (*body)(void*);  // the kernel for one thread, with its arguments in `context`
+  void* context;
+  const void* kernel;  // its address, by which PTX is found
+  std::vector<Argument> arguments;
+};
+
+// Runs the body for every thread of every block, or the interpreter where one is linked.
+void run(const Launch& launch);
+
+using Interpreter = void (*)(const Launch& launch, const std::vector<int64_t>& blocks,
+                             const std::vector<int>& warps);
+extern Interpreter interpreter;
+
+// Memory of which a kernel may touch this part alone, where an interpreter checks it.
+extern void (*narrow)(const void* data, size_t bytes);
 
 // Waits for all threads of the block.
 void sync_block();
@@ -118,10 +142,18 @@ template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
             const Arguments&... arguments) {
   check_blocks(op, blocks);
-  auto call = [&] { kernel(static_cast<Parameters>(arguments)...); };
-  simt::run(
-      op, blocks, threads, [](void* context) { (*static_cast<decltype(call)*>(context))(); },
-      &call);
+  std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...>* values;
+  } call{kernel, &values};
+  const auto body = [](void* context) {
+    const Call& c = *static_cast<Call*>(context);
+    std::apply(c.kernel, *c.values);
+  };
+  std::vector<simt::Argument> all;
+  std::apply([&](auto&... value) { (all.push_back({&value, sizeof(value)}), ...); }, values);
+  simt::run({op, blocks, threads, body, &call, reinterpret_cast<const void*>(kernel), all});
 }
 
 inline void clear(const char*, void* memory, int64_t bytes, void*) {

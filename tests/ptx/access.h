@@ -1,0 +1,18 @@
+// How instructions reach memory: every access is checked.
+#pragma once
+
+#include "machine.h"
+
+namespace quaver::ptx {
+
+// The memory that one lane's access of `bytes` at `address` touches.
+unsigned char* reach(Warp& w, const Instruction& in, int lane, uint64_t address, uint64_t bytes,
+                     Access kind);
+
+// The address of a lane, with the instruction's displacement.
+inline uint64_t address_of(const Warp& w, const Instruction& in, int lane) {
+  const uint64_t base = in.a.size == 4 ? w.at<uint32_t>(in.a)[lane] : w.at<uint64_t>(in.a)[lane];
+  return base + static_cast<uint64_t>(in.displacement);
+}
+
+}  // namespace quaver::ptx

@@ -1,0 +1,38 @@
+// Runs launches of the SIMT tests on PTX: the programs test_cuda_*_ptx are those tests, linked with
+// this. QUAVER_PTX_DIR names the folder of .ptx files, else the one that the build filled.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "machine.h"
+#include "parser.h"
+#include "simt.h"
+
+namespace quaver::ptx {
+
+class Driver {
+ public:
+  explicit Driver(const std::string& folder);
+  // Runs these blocks, with warps in this order.
+  void run(const simt::Launch& launch, const std::vector<int64_t>& blocks,
+           const std::vector<int>& warps);
+
+ private:
+  struct Place {
+    const Module* module;
+    std::string kernel;
+  };
+  const Program& program_of(const void* kernel);
+
+  std::vector<std::unique_ptr<Module>> modules_;
+  std::map<std::string, Place> places_;  // by file and plain name
+  std::map<const void*, Program> programs_;
+};
+
+// Arguments where the kernel expects them.
+std::vector<unsigned char> pack(const Kernel& kernel, const std::vector<simt::Argument>& arguments);
+
+}  // namespace quaver::ptx

@@ -1,0 +1,233 @@
+"""Faults put into the kernels' PTX, each of which the tests on the interpreter must find.
+
+    python tests/ptx/mutations.py build/cuda
+
+A mutation edits one kernel's text and runs the test programs on it; a fault that no test or check
+finds is an error. The programs must pass on the text as it is (`check_ptx` runs them).
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    fault: str
+    kernel: str  # file:part of the kernel's name
+    pattern: str
+    replacement: str
+    tests: str  # program:filter
+    found_by: str = ""  # what the output must say; otherwise a check of values fails
+    number: int = 0  # of the matches in the kernel
+
+
+CAST = "cast_transpose:cast_transpose_kernelINS_4bf16ENS_4e4m3E"
+NORM = "normalize:normalize_rows_kernelINS_4bf16E"
+TEST_CAST, TEST_QUANTIZE = "test_cuda_cast_transpose", "test_cuda_quantize"
+TEST_NORM, TEST_ADAM = "test_cuda_normalize", "test_cuda_adam:low_precision"
+RACE, BOUNDS = "a race: ", "outside of every buffer"
+
+MUTATIONS = [
+    Mutation("a barrier dropped: tile", CAST, r"bar\.sync[^;]*;", "", TEST_CAST, RACE),
+    Mutation(
+        "a barrier dropped: table", "nf4:encode", r"bar\.sync[^;]*;", "", "test_cuda_nf4", RACE
+    ),
+    Mutation("a barrier under a predicate", CAST, r"(bar\.sync[^;]*;)", r"@%p1 \1", TEST_CAST),
+    Mutation(
+        "a swapped stride",
+        CAST,
+        r"mul\.lo\.s64 (\s*%rd112, %rd50), %rd56",
+        r"mul.lo.s64 \1, %rd57",
+        TEST_CAST,
+    ),
+    Mutation(
+        "a store widened",
+        CAST,
+        r"st\.global\.u8 (\s*\[%rd49\+15\])",
+        r"st.global.u16 \1",
+        TEST_CAST,
+    ),
+    Mutation("a store past the buffer", CAST, r"\[%rd52\], \{", "[%rd52+16], {", TEST_CAST),
+    Mutation(
+        "a bound off by one", CAST, r"(setp\.lt\.s64 \s*%p513, %rd45), 16", r"\1, 15", TEST_CAST
+    ),
+    Mutation("a predicate dropped", CAST, r"@%p514 bra", "@!%p514 bra", TEST_CAST),
+    Mutation(
+        "a misaligned vector",
+        CAST,
+        r"st\.global\.v4\.u32 (\s*\[%rd\d+)\]",
+        r"st.global.v4.u32 \1+4]",
+        TEST_CAST,
+        "no multiple",
+    ),
+    Mutation("a wrong swizzle", CAST, r"xor\.b32", "or.b32", TEST_CAST),
+    Mutation(
+        "bytes permuted wrongly",
+        CAST,
+        r"prmt\.b32 (\s*%r\d+), (%r\d+), (%r\d+),",
+        r"prmt.b32 \1, \3, \2,",
+        TEST_CAST,
+    ),
+    Mutation(
+        "truncation becomes rounding",
+        "quantize:quantize_tensor_kernelINS_4bf16ENS_4e4m3ELb1E",
+        r"cvt\.rzi",
+        "cvt.rni",
+        TEST_QUANTIZE,
+    ),
+    Mutation(
+        "f16 rounds to zero",
+        "quantize:quantize_tensor_kernelIfNS_3f16ELb0E",
+        r"cvt\.rn\.satfinite\.f16x2",
+        "cvt.rz.satfinite.f16x2",
+        TEST_QUANTIZE,
+    ),
+    Mutation("a maximum becomes a minimum", CAST, r"(atom\.(?:global\.)?)max", r"\1min", TEST_CAST),
+    Mutation(
+        "a shuffle over a wrong distance",
+        NORM,
+        r"(shfl\.sync\.bfly\.b32 [^,]*, %r\d+), %r\d+",
+        r"\1, 3",
+        TEST_NORM,
+    ),
+    Mutation(
+        "a lane left out of a mask",
+        NORM,
+        r"(shfl\.sync\.bfly\.b32 [^;]*), %r\d+;",
+        r"\1, 1;",
+        TEST_NORM,
+        "not in the mask",
+    ),
+    Mutation(
+        "a product without its addend",
+        "activate:activate_kernelINS_4bf16E",
+        r"fma\.rn\.f32 (\s*%f\d+, %f\d+, [^,]*), [^;]*;",
+        r"mul.rn.f32 \1;",
+        "test_cuda_activate",
+    ),
+    Mutation(
+        "a division turned around",
+        "adam:update_kernel",
+        r"div\.rn\.f32 (\s*%f\d+), ([^,]*), ([^;]*);",
+        r"div.rn.f32 \1, \3, \2;",
+        TEST_ADAM,
+    ),
+    Mutation(
+        "Philox with a wrong operation",
+        "quantize:quantize_tensor_kernelINS_4bf16ENS_4e4m3ELb1E",
+        r"xor\.b64",
+        "or.b64",
+        TEST_QUANTIZE,
+    ),
+    Mutation(
+        "a choice swapped",
+        "adam:begin_kernel",
+        r"selp\.f64 (\s*%fd\d+), ([^,]*), ([^,]*),",
+        r"selp.f64 \1, \3, \2,",
+        TEST_ADAM,
+    ),
+    Mutation(
+        "an update that is no atomic",
+        "nf4:encode",
+        r"atom\.shared\.max\.u32 \s*(%r\d+), (\[[^]]*\]), ([^;]*);",
+        r"ld.shared.u32 \1, \2; st.shared.u32 \2, \3;",
+        "test_cuda_nf4",
+        RACE,
+    ),
+    Mutation(
+        "a barrier dropped: sums", "grad_norm:piece", r"bar\.sync[^;]*;", "", "test_cuda_grad", RACE
+    ),
+    Mutation(
+        "a loop that never ends",
+        "transpose:transpose_kernel",
+        r"setp\.gt\.s64 (\s*%p4, %rd150), 1;",
+        r"setp.gt.s64 \1, -9;",
+        "test_cuda_state",
+        "limit of instructions",
+    ),
+    Mutation(
+        "a barrier that half of the block waits for",
+        "grad_norm:piece",
+        r"bar\.sync \s*0;",
+        "bar.sync 0, 512;",
+        "test_cuda_grad",
+        "wait at line",
+    ),
+]
+
+
+def mutated(text, m):
+    """The module's text with the fault in one kernel."""
+    name = m.kernel.partition(":")[2]
+    start = re.search(rf"\.entry \S*{name}", text)
+    if not start:
+        sys.exit(f"mutations: {m.fault}: no kernel {m.kernel}")
+    end = text.find(".entry", start.end())
+    end = len(text) if end < 0 else end
+    body = text[start.start() : end]
+    found = list(re.finditer(m.pattern, body))
+    if len(found) <= m.number:
+        sys.exit(f"mutations: {m.fault}: {len(found)} places in {m.kernel} match {m.pattern}")
+    at = found[m.number]
+    body = body[: at.start()] + at.expand(m.replacement) + body[at.end() :]
+    return text[: start.start()] + body + text[end:]
+
+
+def run(build, folder, m):
+    """Exit status and output of the tests on the PTX of `folder`."""
+    program, _, tests = m.tests.partition(":")
+    command = [build / "tests" / f"{program}_ptx", *([tests] if tests else [])]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "QUAVER_PTX_DIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    return done.returncode, done.stdout
+
+
+def caught(build, m):
+    """Whether the fault is found as it should be, and the first line that says so."""
+    source = build / "ptx"
+    changed = m.kernel.partition(":")[0] + ".ptx"
+    with tempfile.TemporaryDirectory() as folder:
+        for path in source.glob("*.ptx"):
+            (Path(folder) / path.name).symlink_to(path)
+        (Path(folder) / changed).unlink()
+        (Path(folder) / changed).write_text(mutated((source / changed).read_text(), m))
+        status, output = run(build, folder, m)
+    lines = [line.strip() for line in output.splitlines() if m.found_by in line]
+    failed = [line for line in output.splitlines() if line.startswith("FAILED")]
+    return status == 1 and bool(failed) and bool(lines), lines[
+        1 if len(lines) > 1 else 0 : 2
+    ] or output
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("build", type=Path, help="build folder with tests/test_cuda_*_ptx and ptx/")
+    parser.add_argument("--only", default="", help="only faults whose description contains this")
+    arguments = parser.parse_args()
+    missed = []
+    chosen = [m for m in MUTATIONS if arguments.only in m.fault]
+    for m in chosen:
+        found, said = caught(arguments.build.resolve(), m)
+        print(
+            f"{'caught' if found else 'MISSED'}: {m.fault} ({m.kernel}): {str(said)[:160]}",
+            flush=True,
+        )
+        if not found:
+            missed.append(m.fault)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} mutations caught")
+    return 1 if missed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
