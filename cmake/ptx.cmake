@@ -56,3 +56,9 @@ add_dependencies(ptx_tests test_interpreter_ptx)
 find_program(QUAVER_PTX_PYTHON NAMES python3 python REQUIRED)
 add_test(NAME mutations_ptx COMMAND ${QUAVER_PTX_PYTHON}
   ${CMAKE_SOURCE_DIR}/tests/ptx/mutations.py ${CMAKE_BINARY_DIR})
+
+add_executable(count_ptx EXCLUDE_FROM_ALL tests/ptx/count/count.cpp)
+target_include_directories(count_ptx PRIVATE tests/cpp csrc)
+target_link_libraries(count_ptx PRIVATE quaver_core quaver_ptx -Wl,--wrap=mmap,--wrap=munmap)
+set_target_properties(count_ptx PROPERTIES RUNTIME_OUTPUT_DIRECTORY bench)
+add_dependencies(count_ptx ptx_files)

@@ -27,18 +27,34 @@ unsigned char* reach_global(Warp& w, int lane, uint64_t address, uint64_t bytes,
   return reinterpret_cast<unsigned char*>(address);
 }
 
+// The space that a generic address lies in, and the address there.
+Space resolve(Space space, uint64_t* address) {
+  if (space != Space::generic) return space;
+  const uint64_t window = *address & kWindowMask;
+  if (window != kSharedWindow && window != kLocalWindow) return Space::global;
+  *address &= ~kWindowMask;
+  return window == kSharedWindow ? Space::shared : Space::local;
+}
+
 }  // namespace
+
+void count_request(Warp& w, const Instruction& in, uint32_t lanes, uint64_t bytes, bool writes) {
+  if (!w.machine->traffic) return;
+  uint64_t global[kLanes], shared[kLanes];
+  int globals = 0, shareds = 0;
+  for_lanes(lanes, [&](int lane) {
+    uint64_t address = address_of(w, in, lane);
+    const Space space = resolve(in.space, &address);
+    if (space == Space::global) global[globals++] = address;
+    if (space == Space::shared) shared[shareds++] = address;
+  });
+  if (globals) count_global(w.machine->traffic, global, globals, bytes, writes);
+  if (shareds) count_shared(w.machine->traffic, shared, shareds, bytes);
+}
 
 unsigned char* reach(Warp& w, const Instruction& in, int lane, uint64_t address, uint64_t bytes,
                      Access kind) {
-  Space space = in.space;
-  if (space == Space::generic) {
-    const uint64_t window = address & kWindowMask;
-    space = window == kSharedWindow  ? Space::shared
-            : window == kLocalWindow ? Space::local
-                                     : Space::global;
-    if (space != Space::global) address &= ~kWindowMask;
-  }
+  const Space space = resolve(in.space, &address);
   if (address % bytes != 0)
     fail("thread ", w.thread(lane), " ", name_of(kind), " ", bytes, " bytes at ", address,
          ", which is no multiple of that");

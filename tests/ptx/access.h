@@ -15,4 +15,7 @@ inline uint64_t address_of(const Warp& w, const Instruction& in, int lane) {
   return base + static_cast<uint64_t>(in.displacement);
 }
 
+// Counts the request of a warp, where the machine counts.
+void count_request(Warp& w, const Instruction& in, uint32_t lanes, uint64_t bytes, bool writes);
+
 }  // namespace quaver::ptx

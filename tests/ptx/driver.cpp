@@ -1,5 +1,6 @@
 #include "driver.h"
 
+#include <cxxabi.h>
 #include <dirent.h>
 
 #include <algorithm>
@@ -14,6 +15,8 @@
 #include "symbols.h"
 
 namespace quaver::ptx {
+
+std::vector<Record>* records = nullptr;
 
 namespace {
 
@@ -37,6 +40,18 @@ std::string content(const std::string& path) {
   text << file.rdbuf();
   if (!file) fail("ptx: cannot read ", path);
   return text.str();
+}
+
+// quaver::cuda::(anonymous namespace)::encode_kernel(...) -> encode_kernel
+std::string demangled(const std::string& name) {
+  int status = 0;
+  char* all = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
+  std::string s = status == 0 ? all : name;
+  std::free(all);
+  const size_t kernel = s.find("_kernel");
+  const size_t start = s.rfind("::", kernel);
+  const size_t end = std::min(s.find_first_of("(<", kernel), s.size());
+  return start == std::string::npos ? s : s.substr(start + 2, end - start - 2);
 }
 
 void interpret(const simt::Launch& launch, const std::vector<int64_t>& blocks,
@@ -74,28 +89,43 @@ Driver::Driver(const std::string& folder) {
   }
 }
 
-const Program& Driver::program_of(const void* kernel) {
-  const auto known = programs_.find(kernel);
-  if (known != programs_.end()) return known->second;
+Driver::Ready::Ready(Kernel kernel)
+    : program(decode(std::move(kernel))), machine(program, host_memory()) {}
+
+Driver::Ready& Driver::ready(const void* kernel) {
+  std::unique_ptr<Ready>& known = ready_[kernel];
+  if (known) return *known;
   const Function function = function_at(kernel);
   const std::string name = function.file + ": " + plain_name(function.name);
   const auto found = places_.find(name);
   if (found == places_.end()) fail("ptx: no PTX was compiled for the kernel ", name);
-  const Place& place = found->second;
-  return programs_[kernel] = decode(place.module->kernel(place.kernel));
+  known.reset(new Ready(found->second.module->kernel(found->second.kernel)));
+  return *known;
 }
 
 void Driver::run(const simt::Launch& launch, const std::vector<int64_t>& blocks,
                  const std::vector<int>& warps) {
-  const Program& program = program_of(launch.kernel);
-  Options options;
-  options.warps = warps;
+  // Warps in a shuffled order take turns too: they meet between barriers as they would by chance.
+  constexpr uint64_t kTurn = 61;
+  const bool ordered =
+      std::is_sorted(warps.begin(), warps.end()) || std::is_sorted(warps.rbegin(), warps.rend());
+  Ready& kernel = ready(launch.kernel);
   Launch l;
   l.blocks = launch.blocks;
   l.threads = launch.threads;
   l.chosen = blocks;
-  l.parameters = pack(program.kernel, launch.arguments);
-  Machine(program, host_memory(), options).run(l);
+  l.parameters = pack(kernel.program.kernel, launch.arguments);
+  l.warps = warps;
+  l.turn = ordered ? 0 : kTurn;
+  if (!records) return kernel.machine.run(l);
+  Record record;
+  record.kernel = demangled(kernel.program.kernel.name);
+  const uint64_t before = kernel.machine.counts().instructions;
+  kernel.machine.traffic = &record.traffic;
+  kernel.machine.run(l);
+  kernel.machine.traffic = nullptr;
+  record.instructions = kernel.machine.counts().instructions - before;
+  records->push_back(record);
 }
 
 std::vector<unsigned char> pack(const Kernel& kernel,

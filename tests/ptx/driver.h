@@ -13,6 +13,16 @@
 
 namespace quaver::ptx {
 
+// What one launch did, for those who count.
+struct Record {
+  std::string kernel;  // demangled, without its parameters
+  uint64_t instructions = 0;
+  Traffic traffic;
+};
+
+// Every launch is added to it, where there is one.
+extern std::vector<Record>* records;
+
 class Driver {
  public:
   explicit Driver(const std::string& folder);
@@ -25,11 +35,17 @@ class Driver {
     const Module* module;
     std::string kernel;
   };
-  const Program& program_of(const void* kernel);
+  // A kernel that was launched before keeps its program and the memory of its registers.
+  struct Ready {
+    explicit Ready(Kernel kernel);
+    const Program program;
+    Machine machine;
+  };
+  Ready& ready(const void* kernel);
 
   std::vector<std::unique_ptr<Module>> modules_;
   std::map<std::string, Place> places_;  // by file and plain name
-  std::map<const void*, Program> programs_;
+  std::map<const void*, std::unique_ptr<Ready>> ready_;
 };
 
 // Arguments where the kernel expects them.

@@ -30,6 +30,7 @@ inline void put(const Warp& w, const Slot& to, int lane, T value) {
 template <class T>
 void load(Warp& w, const Instruction& in, uint32_t lanes) {
   const uint64_t bytes = sizeof(T) * in.more.size();
+  count_request(w, in, lanes, bytes, false);
   for_lanes(lanes, [&](int i) {
     const unsigned char* from = reach(w, in, i, address_of(w, in, i), bytes, Access::read);
     for (const Slot& to : in.more) {
@@ -44,6 +45,7 @@ void load(Warp& w, const Instruction& in, uint32_t lanes) {
 template <class T>
 void store(Warp& w, const Instruction& in, uint32_t lanes) {
   const uint64_t bytes = sizeof(T) * in.more.size();
+  count_request(w, in, lanes, bytes, true);
   for_lanes(lanes, [&](int i) {
     unsigned char* to = reach(w, in, i, address_of(w, in, i), bytes, Access::write);
     for (const Slot& from : in.more) {

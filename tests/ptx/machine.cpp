@@ -39,8 +39,8 @@ std::string described(const Statement& s) {
 
 }  // namespace
 
-Machine::Machine(const Program& program_, const Memory& memory_, const Options& options_)
-    : program(program_), memory(memory_), options(options_) {
+Machine::Machine(const Program& program_, const Memory& memory_)
+    : program(program_), memory(memory_) {
   counts_.executed.assign(program.code.size(), 0);
 }
 
@@ -49,34 +49,40 @@ void Machine::run(const Launch& launch_) {
     fail("ptx: cannot launch blocks of ", launch_.threads, " threads");
   launch = &launch_;
   ranges.assign(program.code.size(), Range{});
-  Cta cta;
-  cta.threads = launch_.threads;
-  cta.warps.resize((launch_.threads + kLanes - 1) / kLanes);
-  auto* constants = const_cast<uint64_t*>(program.constants.data());  // no result goes there
-  for (size_t i = 0; i < cta.warps.size(); ++i) {
-    Warp& w = cta.warps[i];
-    w.cta = &cta;
-    w.machine = this;
-    w.index = static_cast<int>(i);
-    w.storage.resize((program.register_bytes + 2 * kAlign) / sizeof(uint64_t));
-    std::memset(w.storage.data(), kPoison, w.storage.size() * sizeof(uint64_t));
-    w.banks[0] = aligned(&w.storage);
-    w.banks[1] = reinterpret_cast<unsigned char*>(constants);
-  }
+  cta_.threads = launch_.threads;
+  prepare();
   for (const int64_t block : launch_.chosen) {
-    start(&cta, block);
-    run_cta(&cta);
+    start(block);
+    run_cta();
   }
+  counts_.instructions = 0;
   for (const uint64_t n : counts_.executed) counts_.instructions += n;
 }
 
-void Machine::start(Cta* cta, int64_t index) {
-  cta->index = index;
-  cta->shared.start(program.kernel.shared_bytes);
-  cta->local.assign(program.kernel.local_bytes * cta->threads, kPoison);
-  for (Barrier& b : cta->barriers) b = {};
-  for (Warp& w : cta->warps) {
-    const int threads = std::min(kLanes, cta->threads - w.index * kLanes);
+void Machine::prepare() {
+  cta_.warps.resize((cta_.threads + kLanes - 1) / kLanes);
+  auto* constants = const_cast<uint64_t*>(program.constants.data());  // no result goes there
+  for (size_t i = 0; i < cta_.warps.size(); ++i) {
+    Warp& w = cta_.warps[i];
+    w.cta = &cta_;
+    w.machine = this;
+    w.index = static_cast<int>(i);
+    if (w.storage.empty()) {
+      w.storage.resize((program.register_bytes + 2 * kAlign) / sizeof(uint64_t));
+      std::memset(w.storage.data(), kPoison, w.storage.size() * sizeof(uint64_t));
+    }
+    w.banks[0] = aligned(&w.storage);
+    w.banks[1] = reinterpret_cast<unsigned char*>(constants);
+  }
+}
+
+void Machine::start(int64_t block) {
+  cta_.index = block;
+  cta_.shared.start(program.kernel.shared_bytes);
+  cta_.local.assign(program.kernel.local_bytes * cta_.threads, kPoison);
+  for (Barrier& b : cta_.barriers) b = {};
+  for (Warp& w : cta_.warps) {
+    const int threads = std::min(kLanes, cta_.threads - w.index * kLanes);
     w.live = w.lanes = 0xffffffffu >> (kLanes - threads);
     w.pc = 0;
     w.wait = Wait::none;
@@ -87,23 +93,23 @@ void Machine::start(Cta* cta, int64_t index) {
   }
 }
 
-void Machine::run_cta(Cta* cta) {
-  const uint64_t turns = options.turn == 0 ? options.limit : options.turn;
+void Machine::run_cta() {
+  const uint64_t turns = launch->turn == 0 ? launch->limit : launch->turn;
   uint64_t used = 0;
   for (bool alive = true; alive;) {
     alive = false;
     bool progress = false;
-    for (const int index : options.warps) {
-      Warp& w = cta->warps[index];
+    for (const int index : launch->warps) {
+      Warp& w = cta_.warps[index];
       if (w.live == 0) continue;
       alive = true;
       settle(&w);
       if (w.lanes == 0) continue;
       used += run_warp(&w, turns);
       progress = true;
-      if (used > options.limit) report_hang(*cta, "still runs after the limit of instructions");
+      if (used > launch->limit) report_hang("still runs after the limit of instructions");
     }
-    if (alive && !progress) report_hang(*cta, "hangs");
+    if (alive && !progress) report_hang("hangs");
   }
 }
 
@@ -164,7 +170,8 @@ void Machine::report(const Warp& w, const std::string& what) const {
        program.kernel.name, ", block ", w.cta->index, ", warp ", w.index, ")");
 }
 
-void Machine::report_hang(const Cta& cta, const char* why) const {
+void Machine::report_hang(const char* why) const {
+  const Cta& cta = cta_;
   std::ostringstream text;
   int waiting = 0;
   for (const Warp& w : cta.warps) waiting += __builtin_popcount(w.live);

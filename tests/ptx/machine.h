@@ -11,6 +11,7 @@
 #include "memory.h"
 #include "program.h"
 #include "shared_memory.h"
+#include "traffic.h"
 
 namespace quaver::ptx {
 
@@ -110,45 +111,45 @@ struct Cta {
   Barrier barriers[16];
 };
 
-struct Options {
-  std::vector<int> warps;       // their order
-  uint64_t turn = 0;            // instructions before another warp gets its turn; 0: any number
-  uint64_t limit = 50'000'000;  // instructions of the warps of a CTA together
-};
-
 struct Launch {
   int64_t blocks = 1;
   int threads = 1;
   std::vector<int64_t> chosen;  // blocks that run, in their order
   std::vector<unsigned char> parameters;
+  std::vector<int> warps;       // their order
+  uint64_t turn = 0;            // instructions before another warp gets its turn; 0: any number
+  uint64_t limit = 50'000'000;  // instructions of the warps of a CTA together
 };
 
-// What a launch did, by instruction.
+// What the launches of a machine did.
 struct Counts {
   std::vector<uint64_t> executed;  // by threads
   uint64_t instructions = 0;
 };
 
+// Runs one kernel, as often as it is launched.
 class Machine {
  public:
-  Machine(const Program& program, const Memory& memory, const Options& options);
+  Machine(const Program& program, const Memory& memory);
   void run(const Launch& launch);
   const Counts& counts() const { return counts_; }
 
   const Program& program;
   const Memory& memory;
-  const Options options;
   const Launch* launch = nullptr;
-  std::vector<Range> ranges;  // of global memory, by instruction: the one that it touched last
+  Traffic* traffic = nullptr;  // where requests are counted, if at all
+  std::vector<Range> ranges;   // of global memory, by instruction: the one that it touched last
 
  private:
-  void start(Cta* cta, int64_t index);
-  void run_cta(Cta* cta);
+  void prepare();
+  void start(int64_t block);
+  void run_cta();
   uint64_t run_warp(Warp* warp, uint64_t turns);
   void settle(Warp* warp);
   [[noreturn]] void report(const Warp& warp, const std::string& what) const;
-  [[noreturn]] void report_hang(const Cta& cta, const char* why) const;
+  [[noreturn]] void report_hang(const char* why) const;
 
+  Cta cta_;  // its registers keep their memory from launch to launch
   Counts counts_;
 };
 

@@ -34,16 +34,15 @@ Result run(const std::string& body, int threads, std::vector<uint32_t> words,
   const ptx::Program program = ptx::decode(module.kernel("k"));
   Memory memory;
   memory.add(words.data(), words.size() * 4);
-  ptx::Options options;
-  options.limit = limit;
-  options.warps = order;
-  for (int w = 0; order.empty() && w * 32 < threads; ++w) options.warps.push_back(w);
   uint32_t* data = words.data();
   ptx::Launch launch;
   launch.threads = threads;
   launch.chosen = {0};
+  launch.limit = limit;
+  launch.warps = order;
+  for (int w = 0; order.empty() && w * 32 < threads; ++w) launch.warps.push_back(w);
   launch.parameters = ptx::pack(program.kernel, {{&data, sizeof(data)}});
-  ptx::Machine machine(program, memory, options);
+  ptx::Machine machine(program, memory);
   machine.run(launch);
   return {std::move(words), machine.counts().instructions};
 }
