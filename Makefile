@@ -108,7 +108,8 @@ cuda: $(READY) $(if $(QUAVER_CUTLASS_DIR),,build/cutlass/.$(CUTLASS)) $(if $(she
 	  -DCMAKE_CUDA_FLAGS="-Werror=all-warnings -Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
 	cmake --build build/cuda --target quaver_cuda bench_cuda test_cutlass_schedule
 	build/cuda/tests/test_cutlass_schedule
-	cmake --build build/cuda --target check_ptx
+	cmake --build build/cuda --target check_ptx count_ptx
+	$(PY) bench/bench_ptx.py --check
 	PATH="$$PATH:$(CURDIR)/build/cuobjdump/nvidia/cu13/bin" $(PY) cmake/check_cuda.py build/cuda/libquaver_cuda.a $(subst ;, ,$(ARCHS))
 
 # A build for `make gpu-report` on a machine that cannot compile, of QUAVER_PYTHON's version: carry dist/.
