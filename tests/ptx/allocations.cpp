@@ -56,7 +56,7 @@ void release(void* memory) {
   std::free(memory);
 }
 
-constexpr size_t kAlign = 16;
+constexpr size_t kAlign = 128;  // of whole sectors and lines, so that counts repeat
 
 }  // namespace
 

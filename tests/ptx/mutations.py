@@ -74,11 +74,7 @@ MUTATIONS = [
         TEST_CAST,
     ),
     Mutation(
-        "truncation becomes rounding",
-        "quantize:quantize_tensor_kernelINS_4bf16ENS_4e4m3ELb1E",
-        r"cvt\.rzi",
-        "cvt.rni",
-        TEST_QUANTIZE,
+        "bf16 rounds to zero", "nf4:decode", r"cvt\.rn\.bf16x2", "cvt.rz.bf16x2", "test_cuda_nf4"
     ),
     Mutation(
         "f16 rounds to zero",
@@ -90,7 +86,7 @@ MUTATIONS = [
     Mutation("a maximum becomes a minimum", CAST, r"(atom\.(?:global\.)?)max", r"\1min", TEST_CAST),
     Mutation(
         "a shuffle over a wrong distance",
-        NORM,
+        "normalize:normalize_rows_kernelIfE",
         r"(shfl\.sync\.bfly\.b32 [^,]*, %r\d+), %r\d+",
         r"\1, 3",
         TEST_NORM,
@@ -123,6 +119,7 @@ MUTATIONS = [
         r"xor\.b64",
         "or.b64",
         TEST_QUANTIZE,
+        number=4,
     ),
     Mutation(
         "a choice swapped",
@@ -140,19 +137,19 @@ MUTATIONS = [
         RACE,
     ),
     Mutation(
-        "a barrier dropped: sums", "grad_norm:piece", r"bar\.sync[^;]*;", "", "test_cuda_grad", RACE
+        "a barrier dropped: sums", "grad_norm:total", r"bar\.sync[^;]*;", "", "test_cuda_grad", RACE
     ),
     Mutation(
         "a loop that never ends",
-        "transpose:transpose_kernel",
-        r"setp\.gt\.s64 (\s*%p4, %rd150), 1;",
+        "pack:pack_kernelINS_4e4m3E",
+        r"setp\.gt\.s64 (\s*%p\d+, %rd\d+), 1;",
         r"setp.gt.s64 \1, -9;",
-        "test_cuda_state",
+        "test_cuda_all_reduce",
         "limit of instructions",
     ),
     Mutation(
         "a barrier that half of the block waits for",
-        "grad_norm:piece",
+        "grad_norm:total",
         r"bar\.sync \s*0;",
         "bar.sync 0, 512;",
         "test_cuda_grad",

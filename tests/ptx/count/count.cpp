@@ -78,7 +78,7 @@ TEST(activate) {
   for (Buffer* b : {&x, &up, &dy}) fill_small(b, DType::bf16, kElements, 2);
   CastMemory y(kShape, DType::e4m3, 0, 0), dx(kShape, DType::e5m2, 0, 0),
       dup(kShape, DType::e4m3, 0, 0);
-  for (CastMemory* m : {&y, &dx, &dup}) m->history(17);
+  for (CastMemory* m : {&y, &dx, &dup}) m->history.assign(17, 0.0f);
   GroupMemory x_saved(kShape, kBlock, 0, 0), up_saved(kShape, kBlock, 0, 0);
   const double saved = 1 + 1.0 / kBlock;
   count("activate SwiGLU bf16, delayed", 6 + 2 * saved, [&] {
@@ -98,7 +98,7 @@ TEST(normalize) {
   fill_small(&x, DType::bf16, kElements, 3);
   fill_small(&weight, DType::f32, kShape.cols, 4);
   CastMemory y(kShape, DType::e4m3, 0, 0);
-  y.history(17);
+  y.history.assign(17, 0.0f);
   GroupMemory saved(kShape, kBlock, 0, 0);
   std::vector<float> rstd(kShape.rows);
   count("normalize RMSNorm bf16, delayed", 5 + 1.0 / kBlock, [&] {
