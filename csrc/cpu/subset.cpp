@@ -61,9 +61,9 @@ void subset_sums(float* amax, const SubsetGrad* grads, int64_t count) {
   for (size_t k = 0; k < pieces.size(); ++k)
     most[pieces[k].grad] = std::max(most[pieces[k].grad], maxima[k]);
   for (int64_t i = 0; i < count; ++i) {
-    const float* carried = grads[i].grad.amax;
-    amax[i] = carried == nullptr || is_finite(*carried) ? bit_cast<float>(most[i])
-                                                        : std::numeric_limits<float>::quiet_NaN();
+    const ScaledView& g = grads[i].grad;
+    const bool finite = is_finite(scale_of(g)) && (g.amax == nullptr || is_finite(*g.amax));
+    amax[i] = finite ? bit_cast<float>(most[i]) : std::numeric_limits<float>::quiet_NaN();
   }
 }
 

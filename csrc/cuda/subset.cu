@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Problem p) {
   const int64_t block = blockIdx.x - e.first;
   const float scale = e.scale != nullptr ? *e.scale : 1.0f;
   uint32_t seen = 0;
-  if (block == 0 && e.amax != nullptr && !is_finite(*e.amax)) seen = 0x7fc00000u;
+  const bool finite = is_finite(scale) && (e.amax == nullptr || is_finite(*e.amax));
+  if (block == 0 && !finite) seen = 0x7fc00000u;
   if (e.strided)
     sum_columns(e, scale, block, seen);
   else

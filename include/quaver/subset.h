@@ -37,7 +37,7 @@ struct SubsetGrad {
 namespace cpu {
 
 // sums = sums of squares of scale * value over each subset of each gradient. amax[i] = the largest
-// |scale * value| of gradient i, or NaN where the amax that it carries is not finite.
+// |scale * value| of gradient i, or NaN where its scale or the amax that it carries is not finite.
 void subset_sums(float* amax, const SubsetGrad* grads, int64_t count);
 
 }  // namespace cpu

@@ -20,9 +20,8 @@ bool same(float a, float b) {
 
 // All cases in one call, their types in turn from `turn` on; some with a scale and an amax.
 void check(const std::vector<Case>& cases, size_t turn = 0, int64_t skew = 0, float carried = 1.0f,
-           float value = 0.0f) {
+           float value = 0.0f, float scale = -0.375f) {
   const auto count = static_cast<int64_t>(cases.size());
-  const float scale = -0.375f;
   std::vector<Buffer> grads, sums[2];
   for (size_t i = 0; i < cases.size(); ++i) {
     const DType type = kTypes[(turn + i) % 5];
@@ -100,6 +99,9 @@ TEST(what_is_not_finite_shows_in_the_amax) {
   for (const float value : {inf, -inf, std::numeric_limits<float>::quiet_NaN(), 1e30f})
     for (size_t turn : {0, 4}) check(cases, turn, 0, 1.0f, value);
   check(cases, 0, 0, inf);
+  // Times infinity a zero is NaN and other values are not, so neither may decide.
+  for (const float scale : {inf, std::numeric_limits<float>::quiet_NaN()})
+    for (size_t turn = 0; turn < 5; ++turn) check(cases, turn, 0, 1.0f, 0.0f, scale);
 }
 
 // A table of several pages, and more gradients than threads.

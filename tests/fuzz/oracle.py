@@ -159,7 +159,7 @@ def subset_sums(grads, scales, amaxes, subsets):
     amax, sums = [], []
     for grad, scale, seen, width in zip(grads, scales, amaxes, subsets, strict=True):
         x = grad.float() * scale if scale.numel() else grad.float()
-        bad = seen.numel() and not seen.isfinite().all()
+        bad = not (seen.isfinite().all() and scale.isfinite().all())
         most = x.abs().max() if x.numel() else torch.zeros(())
         amax.append(torch.full((), torch.nan) if bad else most)
         sums.append(reference.subset_sums(x, width))

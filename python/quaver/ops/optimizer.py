@@ -138,8 +138,8 @@ def subset_sums(grads: list[Tensor], subsets: Sequence[int]) -> tuple[Tensor, li
             other, -k for every k-th element (a column of a matrix with k), 0 for none.
 
     Returns:
-        The amaxes (float32 [n]; a non-finite value gives a non-finite one), and n tensors of the
-        sums: float32 [subsets].
+        The amaxes (float32 [n]; a non-finite value gives a non-finite one, a non-finite scale NaN),
+        and n tensors of the sums: float32 [subsets].
 
     Raises:
         RuntimeError or ValueError: no gradients, mixed devices, another dtype, a count that is
