@@ -31,7 +31,7 @@ target_compile_options(quaver_ptx PRIVATE -march=native)  # it runs where it is 
 
 add_custom_target(ptx_tests DEPENDS ptx_files)
 add_custom_target(check_ptx
-  COMMAND ${CMAKE_CTEST_COMMAND} --output-on-failure --no-tests=error -R _ptx$ USES_TERMINAL)
+  COMMAND ${CMAKE_CTEST_COMMAND} --output-on-failure --no-tests=error -R "_ptx$" VERBATIM USES_TERMINAL)
 add_dependencies(check_ptx ptx_tests)
 file(GLOB ptx_test_sources CONFIGURE_DEPENDS tests/cpp/test_cuda_*.cpp)
 foreach(source IN LISTS ptx_test_sources)
