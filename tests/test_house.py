@@ -179,8 +179,9 @@ def test_the_library_serves_the_oldest_torch_it_promises():
 
 
 # An inline function compiled with AVX-512 flags, left outside of its namespace, would be a copy
-# that the linker may choose for the portable code, and so a crash on an older CPU.
-def test_vector_objects_share_no_symbols():
+# that the linker may choose for the portable code, and a variable initialised at load would run
+# there: both crash an older CPU.
+def test_vector_objects_share_no_symbols_and_run_nothing_at_load():
     if not BUILD.is_dir():
         pytest.skip(f"there is no {BUILD.relative_to(ROOT)}: not a built source tree")
     assert shutil.which("nm"), "nm (binutils) is needed to look into the objects"
@@ -193,3 +194,7 @@ def test_vector_objects_share_no_symbols():
         symbols = re.findall(r"^[0-9a-f]+ \w (.+)$", output, re.M)
         assert symbols
         assert [name for name in symbols if not name.startswith(f"quaver::cpu::{isa}::")] == []
+        command = ["readelf", "-S", "--wide", *map(str, objects)]
+        sections = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert ".text" in sections
+        assert re.findall(r"\.(?:init_array|ctors)\S*", sections) == []

@@ -18,9 +18,9 @@ constexpr int64_t kRun = kGroup;
 
 // What the codes decode to, over their scales.
 struct Levels {
-  float dynamic[16], linear[16];
+  float dynamic[16] = {}, linear[16] = {};
 
-  Levels() {
+  constexpr Levels() {
     for (uint32_t code = 0; code < 16; ++code) {
       dynamic[code] = decode_dynamic4(code);
       linear[code] = decode_linear4(code);
@@ -28,7 +28,8 @@ struct Levels {
   }
 };
 
-const Levels levels;
+// Known when compiled: code that ran at load would stop a CPU without these instructions.
+constexpr Levels levels;
 
 // A whole run has loops of a constant count, which have no remainders.
 template <class Body>

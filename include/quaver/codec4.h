@@ -18,7 +18,7 @@ QUAVER_HD float over_scale(float x, float scale) {
 // are finer near 0. There is no -1.
 constexpr uint32_t kDynamicZero = 7;
 
-QUAVER_HD float dynamic_magnitude(uint32_t k) {
+QUAVER_HD constexpr float dynamic_magnitude(uint32_t k) {
   float x = 0.0f;
   x = k >= 1 ? 0.0055f : x;
   x = k >= 2 ? 0.0325f : x;
@@ -30,7 +30,7 @@ QUAVER_HD float dynamic_magnitude(uint32_t k) {
   return k >= 8 ? 1.0f : x;
 }
 
-QUAVER_HD float decode_dynamic4(uint32_t code) {
+QUAVER_HD constexpr float decode_dynamic4(uint32_t code) {
   return code < kDynamicZero ? -dynamic_magnitude(kDynamicZero - code)
                              : dynamic_magnitude(code - kDynamicZero);
 }
@@ -61,7 +61,7 @@ QUAVER_HD uint32_t encode_dynamic4(float y) {
 
 // The second moment: sixteenths from 1 to 16. Without a code for 0 no element's root vanishes
 // beside a first moment that does not.
-QUAVER_HD float decode_linear4(uint32_t code) {
+QUAVER_HD constexpr float decode_linear4(uint32_t code) {
   return static_cast<float>(static_cast<int32_t>(code) + 1) / 16.0f;
 }
 
