@@ -32,6 +32,9 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc includ
 BUILT := build/.built$(subst /,-,$(PY))
 # What `make cuda` compiles for; a build in place is for sm_90a alone unless told otherwise.
 ARCHS := $(or $(QUAVER_CUDA_ARCHS),80;89;90a;100)
+# Processes of pytest, each on one thread: most tests are too small for more.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 CALLS ?= 100000
 CASES ?= 10000
 SEED ?= 0
@@ -59,7 +62,7 @@ compare-tuning: $(BUILT)
 
 test: $(BUILT)
 	cmake --build build/release --target check
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST)
 
 test-sanitize: $(READY)
 	cmake -S . -B build/sanitize -G Ninja -DQUAVER_SANITIZE=address,undefined -DQUAVER_BINDING=OFF -DQUAVER_CUDA=off
@@ -93,7 +96,7 @@ test-abi: wheel $(ABI_VENV)/.installed
 	ours=$$($(PY) -c "$(SHA256)"); echo "$$ours"
 	theirs=$$(PYTHONPATH= $(ABI_VENV)/bin/python -c "$(SHA256)"); echo "$$theirs"
 	test "$$(cut -d' ' -f3 <<< "$$ours")" = "$$(cut -d' ' -f3 <<< "$$theirs")" || { echo "test-abi: the two libraries differ"; exit 1; }
-	PYTHONPATH= $(ABI_VENV)/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 PYTHONPATH= $(ABI_VENV)/bin/python $(PYTEST) -m "not slow"
 
 bench: $(BUILT)
 	cmake --build build/release --target microbench
@@ -158,7 +161,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 $(ABI_VENV)/.installed: pyproject.toml
 	test -x $(ABI_VENV)/bin/python || $(PY) -m venv $(ABI_VENV)
 	$(ABI_VENV)/bin/python -m pip install "$(ABI_TORCH)"
-	$(ABI_VENV)/bin/python -m pip install numpy safetensors tqdm matplotlib pytest ml_dtypes transformers accelerate peft \
+	$(ABI_VENV)/bin/python -m pip install numpy safetensors tqdm matplotlib pytest pytest-xdist ml_dtypes transformers accelerate peft \
 	  "compressed-tensors==0.20.0; python_version >= '3.11'"
 	touch $@
 
