@@ -42,7 +42,7 @@ HAS_TORCH := import importlib.metadata as m; assert tuple(map(int, m.version('to
 SHA256 := import hashlib, torch, quaver._load as q; \
 	print('torch', torch.__version__, hashlib.sha256(q.LIBRARY.read_bytes()).hexdigest(), q.LIBRARY)
 
-.PHONY: build demo compare compare-tuning test test-sanitize fuzz fuzz-files kills test-abi bench cuda carried gpu-report gpu-report-plan wheel lint format clean check-python
+.PHONY: build demo compare compare-tuning test test-sanitize fuzz fuzz-files kills test-abi bench cuda carried gpu-report gpu-report-plan wheel docs lint format clean check-python
 
 build: $(BUILT)
 
@@ -132,6 +132,10 @@ wheel: $(BUILT)
 	rm -rf dist
 	$(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
 
+# The site, without a warning. Nothing is built or imported: the API pages are read from the source.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 lint: $(READY)
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format --dry-run -Werror
 	ruff check .
@@ -155,7 +159,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $$($(PYTHON) -c "$(HAS_TORCH)" 2> /dev/null && echo --system-site-packages) $(VENV)
 	$(PY) -c "$(HAS_TORCH)" 2> /dev/null || $(PY) -m pip install "$(TORCH)"
 	$(PY) -m pip install "setuptools>=77" wheel "cmake>=3.18" ninja "pybind11>=2.13"
-	$(PY) -m pip install --no-build-isolation -e ".[build,lint,test]"
+	$(PY) -m pip install --no-build-isolation -e ".[build,docs,lint,test]"
 	touch $@
 
 $(ABI_VENV)/.installed: pyproject.toml
