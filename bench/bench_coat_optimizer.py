@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import quaver as qv
 from quaver import data, models, recipe, train
-from quaver.job import BETAS, CLIP, learning_rate, parameter_groups
+from quaver.schedule import learning_rate, parameter_groups
+from quaver.settings import BETAS, CLIP
 
 BAR = 0.5  # percent of the f32 run's loss
 COAT = recipe.get("coat")

@@ -13,8 +13,8 @@ from torch import nn
 
 from quaver import AdamW, MicroAdam, data, machine, models, train
 from quaver.distributed import World
-from quaver.job import BETAS, Job, Run
-from quaver.schedule import WEIGHT_DECAY
+from quaver.job import Job, Run
+from quaver.settings import BETAS, WEIGHT_DECAY
 
 LOSS = ("at most", 1.5)  # percent above AdamW
 SPEED = 0.3  # times as fast

@@ -14,8 +14,8 @@ from torch import nn
 
 from quaver import AdamW, data, machine, memory_report, models, recipe, train
 from quaver.distributed import World
-from quaver.job import BETAS, Job, Run
-from quaver.schedule import WEIGHT_DECAY
+from quaver.job import Job, Run
+from quaver.settings import BETAS, WEIGHT_DECAY
 
 BAR = ("at most", 0.0)  # percent above AdamW
 SPEED = 1.2  # times as fast

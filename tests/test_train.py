@@ -60,15 +60,20 @@ def losses(out, name="f32"):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(out, name)]
 
 
-def test_a_run_equals_a_loop_in_plain_torch(settings):
-    s = settings(accumulate=2)
+FLAGS = {"betas": (0.8, 0.99), "weight_decay": 0.3, "clip": 0.05, "schedule": "linear"}
+
+
+@pytest.mark.parametrize("flags", [{}, FLAGS, {"clip": 0.0}])
+def test_a_run_equals_a_loop_in_plain_torch(settings, flags):
+    s = settings(accumulate=2, **flags)
     train.run(s)
     torch.manual_seed(0)
     model = models.build(models.load(s.model))
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    decays = {"params": matrices, "weight_decay": s.weight_decay}
+    groups = [decays, {"params": others, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, betas=s.betas)
     text = data.load(s.data, s.seq)
     for line in read_metrics(s.out):
         step = line["step"]
@@ -77,12 +82,13 @@ def test_a_run_equals_a_loop_in_plain_torch(settings):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = line["lr"]
         optimizer.step()
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert line["lr"] == learning_rate(step, s)
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth(settings):
@@ -92,6 +98,11 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth(settings):
     assert sorted(rates[9:], reverse=True) == rates[9:]
     assert rates[54] == pytest.approx(1.1)  # half of the way down
     assert rates[-1] == pytest.approx(0.2)
+    line = [learning_rate(step, settings(steps=100, warmup=10, lr=2.0, schedule="linear"))
+            for step in (5, 10, 55, 100)]  # fmt: skip
+    assert line == pytest.approx([1.0, 2.0, 1.1, 0.2])
+    flat = settings(steps=100, warmup=10, lr=2.0, schedule="constant")
+    assert [learning_rate(step, flat) for step in (5, 11, 100)] == [1.0, 2.0, 2.0]
     # Rates do not depend on how a run is cut: step 1 of no warmup is on the cosine already.
     assert learning_rate(1, settings(steps=1, warmup=0, lr=2.0)) == pytest.approx(0.2)
 
@@ -105,7 +116,9 @@ def test_what_a_run_writes(settings, capsys):
         lines = read_metrics(s.out, name)
         assert [line["step"] for line in lines] == list(range(1, 41))
         keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "skipped"}
-        assert all(set(line) == keys for line in lines)
+        assert all(set(line) == keys for line in lines[:-1])
+        assert lines[-1].keys() == keys | {"val_loss"}
+        assert lines[-1]["val_loss"] == result["val_loss"]
         # 5 % of 40 steps.
         assert result["final_loss"] == pytest.approx((lines[38]["loss"] + lines[39]["loss"]) / 2)
         assert result["final_loss"] < lines[0]["loss"]
@@ -117,7 +130,7 @@ def test_what_a_run_writes(settings, capsys):
     for picture in ("loss.png", "memory.png"):
         assert Path(s.out, picture).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     shown = capsys.readouterr().out
-    assert "bf16  step 40/40  loss" in shown
+    assert "bf16  step 40/40  held-out" in shown
     assert table(summary["recipes"]) in shown
 
 
@@ -258,6 +271,54 @@ def test_resume_with_other_settings_names_them(settings, tmp_path):
     train.run(settings(data=(str(moved),), resume=True, save_every=5))
 
 
+def test_more_steps_on_resumption(settings, tmp_path):
+    """At a rate that does not depend on their number, as if there had been more from the start."""
+    recipes = {"recipe": ("f32", "coat"), "schedule": "constant", "warmup": 2}
+    train.run(settings(**recipes, steps=10, out=str(tmp_path / "whole")))
+    train.run(settings(**recipes, steps=6))
+    train.run(settings(**recipes, steps=10, resume=True))
+    for name in ("f32", "coat"):
+        assert losses(settings().out, name) == losses(tmp_path / "whole", name)
+    first, second = (json.loads(Path(out, "summary.json").read_text())["recipes"]["coat"]
+                     for out in (tmp_path / "whole", settings().out))  # fmt: skip
+    assert first["val_loss"] == second["val_loss"] and second["steps"] == 10
+    assert train.run(settings(**recipes, steps=10, resume=True))["recipes"]["coat"] == second
+    with pytest.raises(UsageError, match=r"was started with steps 10 \(now 6\)"):
+        train.run(settings(**recipes, steps=6, resume=True))
+    train.run(settings(**recipes | {"warmup": None}, steps=50, resume=True))  # its share of them
+    assert len(losses(settings().out)) == 50
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8lm-o2", "coat"])
+def test_held_out_losses_on_the_way_change_nothing(settings, tmp_path, name, capsys):
+    train.run(settings(recipe=(name,), eval_every=0, out=str(tmp_path / "without")))
+    train.run(settings(recipe=(name,), eval_every=3))
+    assert losses(settings().out, name) == losses(tmp_path / "without", name)
+    found = {line["step"]: line["val_loss"] for line in read_metrics(settings().out, name)
+             if "val_loss" in line}  # fmt: skip
+    assert list(found) == [3, 6, 8]
+    assert found[8] == read_metrics(tmp_path / "without", name)[-1]["val_loss"]
+    assert f"step 6/8  held-out {found[6]:.4f}  loss" in capsys.readouterr().out
+    s = settings(recipe=(name,), steps=6, out=str(tmp_path / "shorter"), warmup=0)
+    train.run(s)  # the step of the same number, at another rate
+    assert read_metrics(s.out, name)[-1]["val_loss"] != found[6]
+
+
+def test_tensorboard_has_the_held_out_loss(settings):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="the package tensorboard is not installed",
+    )
+    s = settings(eval_every=4, tensorboard=True)
+    train.run(s)
+    logs = accumulator.EventAccumulator(str(RunDir(s.out).tensorboard_path("f32")))
+    logs.Reload()
+    found = [(event.step, event.value) for event in logs.Scalars("val_loss")]
+    lines = [line for line in read_metrics(s.out) if "val_loss" in line]
+    assert [step for step, _ in found] == [line["step"] for line in lines] == [4, 8]
+    assert [value for _, value in found] == pytest.approx([line["val_loss"] for line in lines])
+
+
 def test_a_damaged_checkpoint_is_refused_and_the_run_kept(settings):
     s = settings()
     train.run(s)
@@ -321,6 +382,11 @@ def test_metrics_keep_the_lines_before_the_checkpoint(tmp_path):
         ({"lr": float("nan")}, "--lr must be a positive number, got nan"),
         ({"warmup": 8}, "--warmup must be 0 to 7, got 8"),
         ({"probe": -1}, "--probe must be at least 0, got -1"),
+        ({"eval_every": -1}, "--eval-every must be at least 0, got -1"),
+        ({"schedule": "step"}, "--schedule must be one of cosine, linear, constant, got 'step'"),
+        ({"weight_decay": -0.1}, "--weight-decay must be a number of at least 0, got -0.1"),
+        ({"clip": float("inf")}, "--clip must be a number of at least 0, got inf"),
+        ({"betas": (0.9, 1.0)}, "--betas must be two numbers of 0 to below 1, got 0.9 1.0"),
         ({"recipe": ("f32", "f32")}, "--recipe names one twice: f32,f32"),
         ({"recipe": ()}, "--recipe names none"),
         ({"recipe": ("fp9",)}, "fp9"),

@@ -13,9 +13,7 @@ from .recipe import Recipe
 from .schedule import parameter_groups
 from .settings import Settings
 
-__all__ = ["BETAS", "build_model", "build_optimizer", "is_fsdp", "shard"]
-
-BETAS = (0.9, 0.95)
+__all__ = ["build_model", "build_optimizer", "is_fsdp", "shard"]
 
 
 def is_fsdp(settings: Settings, world: distributed.World) -> bool:
@@ -74,9 +72,9 @@ def build_optimizer(
     setting = optimizers.Setting(
         model=model,
         recipe=recipe,
-        groups=parameter_groups(model),
+        groups=parameter_groups(model, settings.weight_decay),
         lr=settings.lr,
-        betas=BETAS,
+        betas=settings.betas,
         dim=config.dim,
         zero=settings.parallel.kind == "zero",
         sharded=is_fsdp(settings, world),

@@ -37,8 +37,8 @@ class Board:
         """A step's line of metrics."""
         if self._logs is None:
             return
-        for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
-            if line[key] is not None:
+        for key in ("val_loss", "loss", "lr", "grad_norm", "tokens_per_s"):
+            if line.get(key) is not None:
                 self._logs.add_scalar(key, line[key], line["step"])
         for key, value in _probe_scalars(line.get("probe", {})):
             self._logs.add_scalar(key, value, line["step"])

@@ -24,7 +24,7 @@ from .distributed.launch import announce
 from .errors import UsageError
 from .exporting import add_export
 from .planning import command as planning
-from .settings import RunSettings, names
+from .settings import SCHEDULES, RunSettings, names
 from .tune.flags import add_chat, add_method
 
 __all__ = ["command", "main"]
@@ -38,7 +38,7 @@ class _Help(argparse.HelpFormatter):
             return action.help
         default = action.default
         if isinstance(default, (list, tuple)):
-            default = " ".join(default)
+            default = " ".join(map(str, default))
         return f"{action.help} (default: {default})"
 
 
@@ -97,10 +97,26 @@ def _add_task(p: argparse.ArgumentParser, default: train.Settings) -> None:
 
 
 def _add_steps(p: argparse.ArgumentParser, default: RunSettings) -> None:
-    p.add_argument("--steps", type=int, default=default.steps, help="optimizer steps")
+    p.add_argument("--steps", type=int, default=default.steps, help="optimizer steps, in all")
     p.add_argument("--batch", type=int, default=default.batch, help="sequences a micro-batch")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
     p.add_argument("--warmup", type=int, help="steps of warmup; 5 %% of the steps if not given")
+    p.add_argument(
+        "--schedule", default=default.schedule, help=f"of the rate: {', '.join(SCHEDULES)}"
+    )
+    p.add_argument(
+        "--weight-decay", type=float, default=default.weight_decay, help="of matrices alone"
+    )
+    p.add_argument(
+        "--betas", type=float, nargs=2, default=default.betas, metavar=("B1", "B2"), help="of Adam"
+    )
+    p.add_argument(
+        "--clip",
+        type=float,
+        default=default.clip,
+        metavar="NORM",
+        help="the largest norm of the gradient; 0 for any",
+    )
     p.add_argument("--seed", type=int, default=default.seed, help="of weights and batches")
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default=default.device, help="where to run"
@@ -123,6 +139,13 @@ def _add_run(p: argparse.ArgumentParser, default: RunSettings) -> None:
         metavar="N",
         help="steps between checkpoints",
     )
+    p.add_argument(
+        "--eval-every",
+        type=int,
+        default=default.eval_every,
+        metavar="N",
+        help="steps between held-out losses; 0: at the end alone",
+    )
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs too")
     p.add_argument(
         "--probe",
@@ -133,7 +156,9 @@ def _add_run(p: argparse.ArgumentParser, default: RunSettings) -> None:
         "k), into metrics.jsonl and TensorBoard; 0 never",
     )
     again = p.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue the run in --out")
+    again.add_argument(
+        "--resume", action="store_true", help="continue the run in --out, with more --steps too"
+    )
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
 
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import distributed, recipe
-from .assembly import BETAS, build_model, build_optimizer, is_fsdp
+from .assembly import build_model, build_optimizer, is_fsdp
 from .optimizers import label
 from .schedule import learning_rate, parameter_groups
-from .training import CLIP, Run, Training, finished, finite
+from .training import Run, Training, finished, finite
 
-__all__ = ["BETAS", "CLIP", "Job", "Run", "finished", "learning_rate", "parameter_groups"]
+__all__ = ["Job", "Run", "finished", "learning_rate", "parameter_groups"]
 
 
 class Job(Training):

@@ -14,6 +14,7 @@ from .schema import Maybe, SchemaError, check, parse
 __all__ = ["Metrics"]
 
 LINE = {"step": int, "loss": Maybe(float), "tokens_per_s": float, "skipped": int}
+HELD_OUT = {"val_loss": Maybe(float)}
 
 
 class Metrics:
@@ -67,7 +68,7 @@ def _complete_lines(path: Path, count: int) -> tuple[list[str], list[dict]]:
         for text in read_text(path).splitlines(keepends=True)[:count]:
             try:
                 line = parse(text)
-                check(line, LINE, "line")
+                check(line, LINE | (HELD_OUT if "val_loss" in line else {}), "line")
             except SchemaError:
                 break
             texts.append(text)

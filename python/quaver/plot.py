@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from .files import replacing
@@ -17,7 +18,7 @@ def smooth(values: list[float | None], window: int) -> list[float]:
     result = []
     for i in range(len(values)):
         seen = [v for v in values[max(0, i - window + 1) : i + 1] if v is not None]
-        result.append(sum(seen) / len(seen) if seen else float("nan"))
+        result.append(sum(seen) / len(seen) if seen else math.nan)
     return result
 
 
@@ -72,37 +73,53 @@ def plot_memory(path: Path, memories: dict[str, dict], title: str, base: str) ->
         figure.savefig(file, format="png")
 
 
-def plot_losses(path: Path, losses: dict[str, list], title: str, base: str) -> None:
-    """Draws {recipe: [loss of step 1, 2, ..]} (None where it was not finite) to a PNG file: the raw
-    curves faint, their trailing means bold, and below the difference of each to the first
-    recipe."""
-    several = len(losses) > 1
-    figure = new_figure(6 if several else 4.5)
-    heights = [3, 1] if several else [1]
+def plot_losses(path: Path, curves: dict[str, list[dict]], title: str, base: str) -> None:
+    """Draws {recipe: its metrics} to a PNG file: the held-out losses bold, with the last one in the
+    legend, and the training losses behind them, each step faint and their trailing mean (a loss
+    that was not finite is None). Below, the difference of each held-out loss to the recipe
+    `base`'s."""
+    held_out = {
+        name: {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+        for name, lines in curves.items()
+    }
+    figure = new_figure(6 if len(curves) > 1 else 4.5)
+    heights = [3, 1] if len(curves) > 1 else [1]
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
-    top = axes[0][0]
-    window = max(1, max(map(len, losses.values())) // 30)
-    means = {name: smooth(values, window) for name, values in losses.items()}
-    for i, (name, values) in enumerate(losses.items()):
-        steps = range(1, len(values) + 1)
-        raw = [float("nan") if value is None else value for value in values]
-        top.plot(steps, raw, color=f"C{i}", alpha=0.2, linewidth=0.8)
-        # Curves that agree lie on each other: dashes let the one below show.
-        style = "-" if i == 0 else (0, (4, 2))
-        top.plot(steps, means[name], color=f"C{i}", linestyle=style, label=name)
-    top.set_ylabel("training loss (nats per token)")
-    top.set_title(title, fontsize=10)
-    top.legend(frameon=False)
-    if several:
-        bottom = axes[1][0]
-        for i, values in enumerate(means.values()):
-            percent = [(a / b - 1) * 100 for a, b in zip(values, means[base], strict=False)]
-            bottom.plot(range(1, len(percent) + 1), percent, color=f"C{i}")
-        bottom.set_ylabel(f"% to {base}")
-    bold = f" (bold: mean of {window})" if window > 1 else ""
-    axes[-1][0].set_xlabel(f"step{bold}")
+    window = max(1, max(map(len, curves.values())) // 30)
+    _draw_losses(axes[0][0], curves, held_out, window)
+    axes[0][0].set_title(title, fontsize=10)
+    if len(curves) > 1:
+        _draw_changes(axes[1][0], held_out, base)
+    axes[-1][0].set_xlabel(f"step (thin: training, mean of {window})")
     for row in axes:
         row[0].grid(alpha=0.25)
         row[0].spines[["top", "right"]].set_visible(False)
     with replacing(path) as file:
         figure.savefig(file, format="png")
+
+
+def _draw_losses(axes, curves: dict[str, list[dict]], held_out: dict, window: int) -> None:
+    for i, (name, lines) in enumerate(curves.items()):
+        color, steps = f"C{i}", [line["step"] for line in lines]
+        values = [line["loss"] for line in lines]
+        raw = [math.nan if value is None else value for value in values]
+        axes.plot(steps, raw, color=color, alpha=0.15, linewidth=0.8)
+        axes.plot(steps, smooth(values, window), color=color, alpha=0.6, linewidth=0.8)
+        # Curves that agree lie on each other: dashes let the one below show.
+        style = "-" if i == 0 else (0, (4, 2))
+        found = [math.nan if value is None else value for value in held_out[name].values()]
+        label = f"{name}: held-out {found[-1]:.4f}"
+        at = list(held_out[name])
+        axes.plot(at, found, color=color, marker="o", markersize=4, linestyle=style, label=label)
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+
+
+def _draw_changes(axes, held_out: dict[str, dict], base: str) -> None:
+    wanted = held_out[base]
+    for i, found in enumerate(held_out.values()):
+        pairs = {step: (loss, wanted.get(step)) for step, loss in found.items()}
+        known = {step: pair for step, pair in pairs.items() if None not in pair}
+        percent = [(loss / other - 1) * 100 for loss, other in known.values()]
+        axes.plot(list(known), percent, color=f"C{i}", marker="o", markersize=4)
+    axes.set_ylabel(f"held-out,\n% to {base}")

@@ -27,12 +27,13 @@ def _duration(seconds: float) -> str:
 
 class Progress:
     """Shows steps `start`+1..`steps` of one recipe. On a terminal a tqdm bar; otherwise a line for
-    the first and last step and every ten seconds between. One that is not `shown` prints none."""
+    the first and last step, those with a held-out loss, and every ten seconds between. One that is
+    not `shown` prints none."""
 
     def __init__(self, name: str, start: int, steps: int, shown: bool = True):
         self.name, self.start, self.steps, self.quiet = name, start, steps, not shown
         self.began = self.shown = time.monotonic()
-        self.bar = None
+        self.bar, self.held_out = None, ""
         if shown and sys.stdout.isatty():
             # The size is passed on, since tqdm shows nothing on a terminal that reports none.
             size = shutil.get_terminal_size()
@@ -66,17 +67,21 @@ class Progress:
             return
         trouble = f"  skipped {line['skipped']}" if line["skipped"] else ""
         loss, speed = number(line["loss"]), f"{line['tokens_per_s']:,.0f}"
+        if "val_loss" in line:
+            self.held_out = f"held-out {number(line['val_loss'])}  "
         if self.bar:
-            self.bar.set_postfix_str(f"loss {loss}  {speed} tokens/s{trouble}", refresh=False)
+            text = f"{self.held_out}loss {loss}  {speed} tokens/s{trouble}"
+            self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
             return
         now = time.monotonic()
-        if step in (self.start + 1, self.steps) or now - self.shown >= SECONDS_PER_LINE:
+        first_or_last = step in (self.start + 1, self.steps) or "val_loss" in line
+        if first_or_last or now - self.shown >= SECONDS_PER_LINE:
             self.shown = now
             left = (now - self.began) / (step - self.start) * (self.steps - step)
             print(
-                f"{self.name}  step {step}/{self.steps}  loss {loss}  {speed} tokens/s"
-                f"  {_duration(left)} left{trouble}",
+                f"{self.name}  step {step}/{self.steps}  {self.held_out}loss {loss}"
+                f"  {speed} tokens/s  {_duration(left)} left{trouble}",
                 flush=True,
             )
 

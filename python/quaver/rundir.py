@@ -26,7 +26,7 @@ from .errors import FileError, UsageError
 from .files import expanded, locked, read_text, remove_known, write_text
 from .schema import Each, Maybe, SchemaError, check, parse, with_crc32, without_crc32
 
-__all__ = ["RESULT", "Kind", "RunDir", "differences"]
+__all__ = ["RESULT", "Kind", "RunDir", "changes"]
 
 CONFIG = {"data_sha256": str, "model": dict, "seed": int}
 MEMORY = {"bytes_per_param": Each(float), "activation": int, "activation_linear": int,
@@ -100,6 +100,17 @@ def differences(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key} {json.dumps(a)} (now {json.dumps(b)})"
 
 
+def changes(old: dict, new: dict) -> list[str]:
+    """The differences between two configurations by which a run of the one does not continue as the
+    other. More steps are none, nor the warmup that follows from them, nor the path of the text,
+    which its fingerprint identifies."""
+    free = {"data": None}
+    before, now = old.get("steps"), new.get("steps")
+    if isinstance(before, int) and isinstance(now, int) and before < now:
+        free |= {"steps": None, "warmup": None}
+    return list(differences(old | free, new | free))
+
+
 class RunDir:
     """The folder `out` of a run. Raises UsageError for one that must not be written to."""
 
@@ -125,10 +136,7 @@ class RunDir:
         return self.path / name / "tuned"
 
     def check(self, config: dict, resume: bool = False, overwrite: bool = False) -> None:
-        """Refuses to start a run of `config` here where that would lose or mix up results.
-
-        `data` may differ on resumption: it is the text's path; the fingerprint identifies the text.
-        """
+        """Refuses to start a run of `config` here where that would lose or mix up results."""
         out = self.path
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out {out} is not a folder")
@@ -138,8 +146,7 @@ class RunDir:
                 raise UsageError(
                     f"{out} holds a run already: --resume continues it, --overwrite replaces it"
                 )
-            old = self._config()
-            found = list(differences({**old, "data": None}, {**config, "data": None}))
+            found = changes(self._config(), config)
             if resume and found:
                 raise UsageError(f"--resume: {out} was started with {', '.join(found)}")
         elif out.is_dir() and any(not name.startswith(".") for name in os.listdir(out)):
@@ -176,7 +183,7 @@ class RunDir:
         with locked(self.lock_path):
             if self.config_path.exists() and not resume:
                 self._remove()
-            if not self.config_path.exists():
+            if not self.config_path.exists() or self._config().get("steps") != config.get("steps"):
                 write_text(self.config_path, json.dumps(config, indent=2) + "\n")
             yield
 
@@ -190,16 +197,16 @@ class RunDir:
         self.config_path.unlink()
 
     def results(self, config: dict) -> dict:
-        """{name: result} of the trainings of `config` that are done. UsageError for a summary that
-        is damaged or of another run."""
+        """{name: result} of the trainings of `config` that are done: none of them where it has more
+        steps. UsageError for a summary that is damaged or of another run."""
         if not self.summary_path.exists():
             return {}
         summary = _read_json(self.summary_path, self.kind.summary, without_crc32)
         before = {key: value for key, value in summary["config"].items() if key != "parallel"}
-        found = list(differences({**before, "data": None}, {**config, "data": None}))
+        found = changes(before, config)
         if found:
             raise UsageError(f"{self.summary_path} is of a run with {', '.join(found)}")
-        return summary[self.kind.noun]
+        return summary[self.kind.noun] if before.get("steps") == config.get("steps") else {}
 
     def write_summary(self, summary: dict) -> None:
         """Writes `summary`, with a checksum as its `crc32`."""

@@ -13,12 +13,17 @@ from .data import Data
 from .errors import UsageError
 from .parallel import Parallel
 
-__all__ = ["FREE", "RunSettings", "Settings", "configuration", "model_config", "names"]
+__all__ = ["BETAS", "CLIP", "FREE", "SCHEDULES", "WEIGHT_DECAY", "RunSettings", "Settings",
+           "configuration", "model_config", "names"]  # fmt: skip
 
 # Settings that do not decide the numbers of a run: it may be resumed with others.
-FREE = ("out", "resume", "overwrite", "save_every", "tensorboard", "probe", "recipe", "optimizer",
-        "parallel")  # fmt: skip
+FREE = ("out", "resume", "overwrite", "save_every", "eval_every", "tensorboard", "probe", "recipe",
+        "optimizer", "parallel")  # fmt: skip
 RATE = 1e-3
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
+CLIP = 1.0
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -29,7 +34,9 @@ def names(text: str) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class RunSettings:
     """The options of any training run. `batch` is the size of a micro-batch, of which `accumulate`
-    make a step. Raises UsageError naming a flag out of range."""
+    make a step. `clip` is the largest norm of the gradient, 0 for none; the held-out loss is taken
+    every `eval_every` steps (0: never) and at the end. Raises UsageError naming a flag out of
+    range."""
 
     data: tuple[str, ...] = ("stdlib",)
     steps: int = 300
@@ -38,10 +45,15 @@ class RunSettings:
     accumulate: int = 1
     lr: float | None = None
     warmup: int | None = None
+    schedule: str = "cosine"
+    weight_decay: float = WEIGHT_DECAY
+    betas: tuple[float, float] = BETAS
+    clip: float = CLIP
     seed: int = 0
     device: str = "auto"
     out: str = "runs/demo"
     save_every: int = 100
+    eval_every: int = 100
     resume: bool = False
     overwrite: bool = False
     tensorboard: bool = False
@@ -50,7 +62,9 @@ class RunSettings:
     def __post_init__(self):
         for name in ("steps", "batch", "seq", "accumulate", "save_every"):
             self._check_range(name, 1)
-        self._check_range("probe", 0)
+        for name in ("probe", "eval_every"):
+            self._check_range(name, 0)
+        self._check_step()
         if not -(2**63) <= self.seed < 2**63:
             raise UsageError(f"--seed must have at most 63 bits, got {self.seed}")
         if self.warmup is None:
@@ -63,6 +77,20 @@ class RunSettings:
         if not least <= value < 2**31:
             bound = f"at least {least}" if value < least else "below 2^31"
             raise UsageError(f"--{flag} must be {bound}, got {value}")
+
+    def _check_step(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise UsageError(
+                f"--schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
+        for name in ("weight_decay", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} must be a number of at least 0, got {value}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            shown = " ".join(map(str, self.betas))
+            raise UsageError(f"--betas must be two numbers of 0 to below 1, got {shown}")
 
     def _check_rate(self, lr: float) -> None:
         if not (math.isfinite(lr) and lr > 0):
@@ -144,6 +172,7 @@ def configuration(
     checkpoint, and compared when a run is resumed."""
     config = {key: value for key, value in asdict(settings).items() if key not in FREE} | {
         "data": list(settings.data),
+        "betas": list(settings.betas),
         "data_sha256": text.fingerprint,
         "recipes": list(settings.recipe),
         "model": model.as_dict(),

@@ -88,17 +88,17 @@ def _run(settings: Settings, world: distributed.World, writer: Callable | None) 
             "machine": machine.describe(),
             "config": config | {"parallel": parallel},
         }
-        losses = {}
+        curves = {}
         for recipe, optimizer in settings.trainings:
             name = label(recipe, optimizer)
             if name in results:
-                losses[name] = finished(run, name, results[name])
+                curves[name] = finished(run, name, results[name])
             else:
-                results[name], losses[name] = Job(run, recipe, optimizer).train(stop)
+                results[name], curves[name] = Job(run, recipe, optimizer).train(stop)
             world.first(lambda: run.folder.write_summary(summary))
-            if 1 < len(losses) < len(settings.trainings):
+            if 1 < len(curves) < len(settings.trainings):
                 show(f"\n{table(results)}\n")
-        world.first(lambda: _plot(run, losses, results))
+        world.first(lambda: _plot(run, curves, results))
     folder = run.folder
     paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
     show(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
@@ -123,11 +123,11 @@ def _show_data(run: Run, show: Callable) -> None:
     show(f"{tokens:,} tokens to train on, {held_out:,} held out; {world.device.type}{ranks}")
 
 
-def _plot(run: Run, losses: dict, results: dict) -> None:
+def _plot(run: Run, curves: dict, results: dict) -> None:
     settings, folder = run.settings, run.folder
     rows = settings.batch * settings.accumulate
     title = f"{settings.model}, {rows} x {settings.seq} tokens a step"
-    plot_losses(folder.plot_path, losses, title, baseline(losses))
+    plot_losses(folder.plot_path, curves, title, baseline(curves))
     memories = {name: result["memory"] for name, result in results.items()}
     title = f"{settings.model}, {settings.batch} x {settings.seq} tokens a micro-batch"
     plot_memory(folder.memory_plot_path, memories, title, baseline(memories))

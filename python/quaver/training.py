@@ -33,14 +33,13 @@ from .memory import memory_report
 from .metrics import Metrics
 from .probe import Probe
 from .progress import Progress
-from .rundir import RunDir, differences
+from .rundir import RunDir, changes
 from .schedule import learning_rate
 from .schema import SchemaError, check
 from .settings import RunSettings
 
-__all__ = ["CLIP", "Run", "Training", "finished", "finite"]
+__all__ = ["Run", "Training", "finished", "finite"]
 
-CLIP = 1.0
 LAST = 0.05  # part of the steps over which the training loss is averaged
 NOTES = {"skipped": int, "metrics_crc32": int, "recipe": str, "configuration": dict}
 
@@ -68,11 +67,11 @@ class Run:
         return self.world.rank == 0
 
 
-def finished(run: Run, name: str, result: dict) -> list:
-    """The losses of all steps of a training that has its `result`."""
+def finished(run: Run, name: str, result: dict) -> list[dict]:
+    """The metrics of all steps of a training that has its `result`."""
     steps, crc32 = run.settings.steps, result["metrics_crc32"]
     with Metrics(run.folder.metrics_path(name), steps, crc32, run.writes) as metrics:
-        return [line["loss"] for line in metrics.lines]
+        return metrics.lines
 
 
 class Training:
@@ -122,8 +121,8 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def train(self, stop: threading.Event) -> tuple[dict, list]:
-        """Trains from the checkpoint, or from the start. Returns the result and the losses of all
+    def train(self, stop: threading.Event) -> tuple[dict, list[dict]]:
+        """Trains from the checkpoint, or from the start. Returns the result and the metrics of all
         steps. Raises Interrupted, after saving, on the step after `stop` was set."""
         run, name, settings = self.run, self.name, self.settings
         report = convert_report(self.model)
@@ -143,6 +142,9 @@ class Training:
                 line = self.step(step)
                 asked = self._agree(line, stop)
                 line["skipped"] = skipped + self.optimizer.skipped
+                if self._evaluates(step):
+                    with machine.bf16_products(self.device):
+                        line["val_loss"] = self._validate()
                 metrics.write(line)
                 progress.step(step, line)
                 board.write(line)
@@ -154,7 +156,11 @@ class Training:
         result = self._result(metrics)
         if any(self.world.all_gather(stop.is_set())):
             raise Interrupted
-        return result, [line["loss"] for line in metrics.lines]
+        return result, metrics.lines
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.settings.eval_every
+        return step == self.settings.steps or (every > 0 and step % every == 0)
 
     @property
     def _checkpoint(self) -> Path:
@@ -232,7 +238,7 @@ class Training:
             raise CheckpointError(f"{self._checkpoint}: not of a run: {error}") from None
         old = self._own(extra["configuration"], extra["recipe"])
         new = self._own(self.run.configuration, self.name)
-        found = list(differences(old, new))
+        found = changes(old, new)
         if found:
             raise UsageError(f"--resume: {self._checkpoint} is of a run with {', '.join(found)}")
 
@@ -295,9 +301,10 @@ class Training:
         return total
 
     def _clip(self) -> Tensor:
+        limit = self.settings.clip or math.inf
         if isinstance(self.optimizer, distributed.ZeroAdamW):
-            return self.optimizer.clip_grad_norm_(CLIP)
-        return clip_grad_norm_(self.model.parameters(), CLIP)
+            return self.optimizer.clip_grad_norm_(limit)
+        return clip_grad_norm_(self.model.parameters(), limit)
 
     # The result
 
@@ -321,10 +328,10 @@ class Training:
         last = [line["loss"] for line in lines[-max(1, round(len(lines) * LAST)) :]]
         sent = [line.get("communication", {}) for line in lines]
         with machine.bf16_products(self.device):
-            val_loss, memory = self._validate(), self._memory()
+            memory = self._memory()
         return {
             "final_loss": None if None in last else statistics.fmean(last),
-            "val_loss": val_loss,
+            "val_loss": lines[-1]["val_loss"],
             "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
             "memory": memory,
             "peak_memory": self._peak_memory(),

@@ -262,13 +262,13 @@ class Bench:
         with folder.started(config, resume=True):
             results = folder.results(config)
             run = Run(self.run.settings, None, None, self.run.world, folder, config)
-            losses = {name: finished(run, name, result) for name, result in results.items()}
+            done = {name: finished(run, name, result) for name, result in results.items()}
         expected = RunDir(self.out).results(config)
         if not results:  # the summary is gone: the run goes on from its checkpoint
             return [], []
         lines = (self.out / RECIPE / "metrics.jsonl").read_text().splitlines()
-        wanted = {RECIPE: [json.loads(line)["loss"] for line in lines]}
-        return [bits(results), losses], [bits(expected), wanted]
+        wanted = {RECIPE: [json.loads(line) for line in lines]}
+        return [bits(results), done], [bits(expected), wanted]
 
     def forge_checkpoint(self, draw, path):
         tensors, document = read_tensors(path, checkpoint.FORMAT, checkpoint.VERSION)

@@ -17,14 +17,13 @@ from ..convert import convert
 from ..errors import UsageError
 from ..parallel import Parallel
 from ..schedule import parameter_groups
+from ..settings import BETAS, RATE
 from .ledger import Peak
 from .simulated import HostValues, mesh_of, spread
 from .sources import Source
 from .step import Training, materialise, measure, recompute_blocks
 
 __all__ = ["Job", "quiet"]
-
-RATE, BETAS = 1e-3, (0.9, 0.95)
 
 
 @dataclass(frozen=True)

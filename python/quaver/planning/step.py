@@ -19,12 +19,11 @@ from ..grad import clip_grad_norm_
 from ..memory import fp8_copies, memory_report
 from ..nn import LinearBase
 from ..optim import release_gradients
+from ..settings import CLIP
 from ..tensor import ScaledTensor
 from .ledger import Ledger, Peak
 
 __all__ = ["Training", "materialise", "measure", "recompute_blocks"]
-
-CLIP = 1.0  # as `quaver train`
 
 
 @dataclass

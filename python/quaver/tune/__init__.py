@@ -81,16 +81,16 @@ def _run(run: Run, untouched: float | None) -> dict:
         "machine": machine.describe(),
         "config": run.configuration,
     }
-    losses = {}
+    curves = {}
     with stop_signals() as stop:
         for method in settings.method:
             if method in results:
-                losses[method] = finished(run, method, results[method])
+                curves[method] = finished(run, method, results[method])
             else:
-                results[method], losses[method] = Tuning(run, method).train(stop)
+                results[method], curves[method] = Tuning(run, method).train(stop)
             folder.write_summary(summary)
     title = f"{settings.batch * settings.accumulate} conversations a step"
-    plot_losses(folder.plot_path, losses, title, settings.method[0])
+    plot_losses(folder.plot_path, curves, title, settings.method[0])
     memories = {name: result["memory"] for name, result in results.items()}
     plot_memory(folder.memory_plot_path, memories, title, settings.method[0])
     paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)

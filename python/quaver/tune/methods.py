@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from .. import distributed, optimizers, recipe
-from ..assembly import BETAS
 from ..convert import convert
 from ..errors import UsageError
 from ..nn.frozen import FrozenLinear, check_format
@@ -88,9 +87,8 @@ def freeze_base(model: nn.Module, format: str) -> None:
             module.base_layer = FrozenLinear(layer.weight, layer.bias, format, is_conv1d(layer))
 
 
-def _groups(model: nn.Module, lr: float) -> list[dict]:
-    """Matrices and vectors apart, as `optimizers` wants them, without weight decay: tuning is too
-    short for it."""
+def _groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+    """Matrices and vectors apart, as `optimizers` wants them; the first decay."""
     if isinstance(model, SideTuned):
         found = model.side_parameter_groups(lr)
     else:
@@ -100,7 +98,8 @@ def _groups(model: nn.Module, lr: float) -> list[dict]:
         for group in found:
             params = [p for p in group["params"] if (p.dim() >= 2) == wide]
             if params:
-                groups.append({**group, "params": params, "weight_decay": 0.0})
+                decay = weight_decay if wide else 0.0
+                groups.append({**group, "params": params, "weight_decay": decay})
     return groups
 
 
@@ -110,14 +109,14 @@ def build_optimizer(
     """The optimizer of --optimizer at the rate `settings.lr`, for a model of `build`; bf16
     parameters keep the bits that their updates would lose. Raises UsageError where it does not take
     the model."""
-    groups = _groups(model, settings.lr)
+    groups = _groups(model, settings.lr, settings.weight_decay)
     states = replace(recipe.get(settings.recipe), bf16_master="remainder")
     setting = optimizers.Setting(
         model=model,
         recipe=states,
         groups=groups,
         lr=settings.lr,
-        betas=BETAS,
+        betas=settings.betas,
         dim=min(min(p.shape) for p in groups[0]["params"]),
         zero=False,
         sharded=False,

@@ -33,6 +33,8 @@ class Settings(RunSettings):
     response_field: str = "response"
     seq: int = 512
     lr: float | dict[str, float] | None = None
+    weight_decay: float = 0.0  # tuning is too short for it
+    eval_every: int = 0  # takes as long as dozens of steps
     dtype: str = "auto"
     recipe: str = "bf16"
     optimizer: str = "adamw"
@@ -100,6 +102,7 @@ def configuration(settings: Settings, model: dict, device: str, fingerprint: str
     free = {*FREE, *PATHS, "method"} - {"recipe", "optimizer"}
     return {key: value for key, value in asdict(settings).items() if key not in free} | {
         "data": list(settings.data),
+        "betas": list(settings.betas),
         "data_sha256": fingerprint,
         "methods": list(settings.method),
         "lr": {method: settings.rate(method) for method in settings.method},
