@@ -8,17 +8,15 @@ _C = load_library()  # before the rest: it registers torch.ops.quaver
 build_info = _C.build_info
 __version__ = build_info()["version"]
 
-from . import distributed, nn, optim, recipe, tensor_ops  # noqa: E402, F401
+from . import nn, optim, recipe, tensor_ops  # noqa: E402, F401
 from .activations import saved_activations  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .convert import convert, convert_report, restore  # noqa: E402
 from .export import ExportReport, export  # noqa: E402
 from .grad import clip_grad_norm_  # noqa: E402
-from .hf.pretrained import load_pretrained  # noqa: E402
 from .memory import memory_report  # noqa: E402
 from .nf4 import NF4Weight, quantize_nf4  # noqa: E402
 from .nn import cached_weights  # noqa: E402
-from .nn.side import side_tune  # noqa: E402
 from .ops import cast_transpose, dequantize, gemm, quantize  # noqa: E402
 from .optim import (  # noqa: E402
     AdamW,
@@ -67,9 +65,22 @@ __all__ = [
     "side_tune",
 ]
 
+# What a loop on one device does without is imported where it is first used, by (module, name).
+_LATER = {
+    "distributed": ("distributed", None),
+    "load_pretrained": ("hf.pretrained", "load_pretrained"),
+    "plan": ("planning", "plan"),
+    "side_tune": ("nn.side", "side_tune"),
+}
+
 
 def __getattr__(name):
-    # A command's settings and models are imported for those who plan.
-    if name != "plan":
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.planning").plan
+    module, attribute = _LATER[name]
+    found = importlib.import_module(f"{__name__}.{module}")
+    return found if attribute is None else getattr(found, attribute)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
