@@ -119,7 +119,9 @@ def measure(recipe, parallel, kills, steps, seed):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "model.json").write_text(json.dumps(MODEL))
-        (folder / "text.txt").write_bytes(random.Random(0).randbytes(1000) * 20)
+        (folder / "text.txt").write_bytes(
+            random.Random(0).randbytes(1000).replace(b"\0", b" ") * 20
+        )
         whole = finish(folder, folder / "whole", recipe, parallel, steps)
         cut = folder / "cut"
         # Moments by step as well as by time, so that a fast machine is hit everywhere too.

@@ -17,7 +17,7 @@ MODEL = {"dim": 32, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 48, "context"
 
 @pytest.fixture
 def paths(tmp_path):
-    (tmp_path / "text.txt").write_bytes(bytes(range(256)) * 40)
+    (tmp_path / "text.txt").write_bytes(bytes(range(1, 256)) * 40)
     (tmp_path / "model.json").write_text(json.dumps(MODEL))
     return tmp_path
 

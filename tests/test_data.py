@@ -1,11 +1,16 @@
 """Batches are a pure function of (seed, step); sources keep their order; errors name the source."""
 
+import gzip
 import json
+import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from quaver import data
+from quaver import data, documents, tokens
+from quaver.errors import UsageError
 
 
 def write(path, text):
@@ -16,7 +21,7 @@ def write(path, text):
 
 @pytest.fixture
 def text(tmp_path):
-    return str(write(tmp_path / "text.txt", bytes(range(256)) * 40))
+    return str(write(tmp_path / "text.txt", bytes(range(1, 256)) * 40))
 
 
 def test_batch_is_the_text_at_its_offset(text):
@@ -24,8 +29,8 @@ def test_batch_is_the_text_at_its_offset(text):
     inputs, targets = source.batch(seed=3, step=7, batch=5, length=32)
     assert inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    # The text counts up modulo 256, so the next token is known.
-    assert torch.equal(targets, (inputs + 1) % 256)
+    # The text counts up from 1 to 255 again and again, so the next token is known.
+    assert torch.equal(targets, inputs % 255 + 1)
 
 
 def test_batch_depends_on_seed_step_and_micro_alone(text):
@@ -50,7 +55,7 @@ def test_the_held_out_tail_is_never_trained_on(tmp_path):
 
 
 def test_validation_covers_the_tail_from_end_to_end(tmp_path):
-    text = torch.randint(0, 256, (1000,), dtype=torch.uint8).numpy().tobytes()
+    text = torch.randint(1, 256, (1000,), dtype=torch.uint8).numpy().tobytes()
     source = data.load([str(write(tmp_path / "t", text))], 10)
     inputs = torch.cat([x for x, _ in source.validation(3, 10)])
     targets = torch.cat([y for _, y in source.validation(3, 10)])
@@ -79,14 +84,14 @@ def test_folder_is_read_in_order_without_binaries_and_hidden_files(tmp_path):
     binary = write(root / "c.bin", b"x\0y")
     write(root / ".hidden", b"no")
     write(root / ".git" / "config", b"no")
-    texts, skipped = data.read_sources([str(root)])
-    assert texts == [b"first", b"second"]
-    assert skipped == [binary]
-    assert data.read_sources([str(binary)])[0] == [b"x\0y"]
+    notes = documents.Notes()
+    assert list(documents.documents([str(root)], "text", notes)) == [b"first", b"second"]
+    assert notes.binary == [binary]
+    assert str(notes) == f"left out 1 binary files, such as {binary}"
 
 
 def test_stdlib_is_sorted_text_without_installed_packages():
-    files = data.stdlib_files()
+    files = documents.stdlib_files()
     names = [file.as_posix() for file in files]
     assert any(name.endswith("/argparse.py") for name in names)
     assert not any("site-packages" in name or "/test/" in name for name in names)
@@ -97,8 +102,8 @@ def test_stdlib_is_sorted_text_without_installed_packages():
 
 
 def test_the_stdlib_stops_at_its_cap(monkeypatch):
-    monkeypatch.setattr(data, "STDLIB_CAP", 100_000)
-    texts, _ = data.read_sources(["stdlib"])
+    monkeypatch.setattr(documents, "STDLIB_CAP", 100_000)
+    texts = list(documents.documents(["stdlib"], "text", documents.Notes()))
     assert 0 < sum(map(len, texts)) <= 100_000
 
 
@@ -115,32 +120,116 @@ def test_missing_and_special_sources_are_named(tmp_path):
         data.load(["/dev/null"], 16)
 
 
-def test_tokenizer_file(tmp_path):
-    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
-    words = {"[UNK]": 0, "one": 1, "two": 2, "three": 9}
+def read(paths, column="text"):
+    """The documents of files, and what was left out."""
+    notes = documents.Notes()
+    return list(documents.documents([str(path) for path in paths], column, notes)), notes
+
+
+def lines(path, rows):
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def test_rows_of_jsonl_and_parquet_are_documents(tmp_path):
+    rows = [{"id": 1, "text": "one"}, {"id": 2, "text": ""}, {"id": 3, "text": "drei\u00df"}]
+    wanted = [b"one", "drei\u00df".encode()]
+    table = tmp_path / "a [b]*" / "t.parquet"  # a path is no pattern
+    table.parent.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    first = lines(tmp_path / "t.jsonl", [*rows, {"id": 4}])
+    packed = write(tmp_path / "t.jsonl.gz", gzip.compress(first.read_bytes()))
+    assert read([table])[0] == read([first])[0] == read([packed])[0] == wanted
+    found, notes = read([first, table])
+    assert found == wanted * 2 and notes.empty == 3
+    assert str(notes) == "left out 3 rows without text"
+    # In a folder too, beside text.
+    write(tmp_path / "a [b]*" / "u.txt", b"two")
+    assert read([table.parent])[0] == [*wanted, b"two"]
+    assert read([write(tmp_path / "empty.jsonl", b"")])[0] == []
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.csv", b"a,b", r"data of unknown kind \(\.csv\); wanted \.jsonl, .* or text such as"),
+    ("a.bin", b"ab", r"data of unknown kind \(\.bin\)"),
+    ("a.txt", b"a\0b", r"a\.txt: binary data \(a byte of 0\)"),
+    ("README", b"a\0b", r"README: binary data"),
+    ("a.jsonl", b'{"body": "x"}\n', r"no field 'text' among body; --text-field names the one"),
+    ("a.jsonl", b'{"text": 4}\n', r"row 1: 'text' is a int, wanted text"),
+    ("a.jsonl", b'{"text": "x"}\n{"te', r"a\.jsonl: cannot be read: "),
+    ("a.parquet", b"PAR1", r"a\.parquet: cannot be read: "),
+])  # fmt: skip
+def test_wrong_files_are_named(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(data.DataError, match=f"--data .*{message}") as error:
+        read([path])
+    assert str(error.value).count("\n") == 0
+
+
+def test_a_parquet_file_without_the_column(tmp_path):
+    pq.write_table(pa.table({"content": ["a"], "n": [1]}), tmp_path / "t.parquet")
+    with pytest.raises(data.DataError, match="no field 'text' among content, n; --text-field"):
+        read([tmp_path / "t.parquet"])
+    assert read([tmp_path / "t.parquet"], "content")[0] == [b"a"]
+
+
+def test_tables_without_the_package_are_refused(tmp_path, monkeypatch):
+    path = lines(tmp_path / "t.jsonl", [{"text": "a"}])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(data.DataError, match=r"needs the package `datasets`: pip install quaver"):
+        read([path])
+
+
+WHOLE = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+WORDS = {"[UNK]": 0, "one": 1, "two": 2, "three": 9}
+
+
+def word_tokenizer(path, **more):
     spec = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [],
+        "added_tokens": [
+            {"id": i, "content": text, "special": True, **WHOLE} for text, i in more.items()
+        ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Whitespace"},
         "post_processor": None,
         "decoder": None,
-        "model": {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"},
+        "model": {"type": "WordLevel", "vocab": WORDS | more, "unk_token": "[UNK]"},
     }
-    tokenizer = write(tmp_path / "tokenizer.json", json.dumps(spec).encode())
-    text = write(tmp_path / "t", b"one two three four " * 20)
-    source = data.load([str(text)], 16, tokenizer=str(tokenizer))
-    assert source.vocab == 10
-    assert source.train[:5].tolist() == [1, 2, 9, 0, 1]
+    return str(write(path, json.dumps(spec).encode()))
+
+
+def test_documents_end_with_the_end_token(tmp_path):
+    path = word_tokenizer(tmp_path / "tokenizer.json", **{"<eos>": 5})
+    found = {"a.txt": b"one two three four", "b.txt": b"two <eos>", "c.txt": b""}
+    texts = [write(tmp_path / name, text) for name, text in found.items()]
+    coder = tokens.load_coder("--tokenizer", path)
+    assert (coder.vocab, coder.end) == (10, 5)
+    assert coder.encode(read(texts)[0]).tolist() == [1, 2, 9, 0, 5, 2, 5, 5]
+    source = data.load([str(texts[0])] * 20, 16, coder)
+    assert source.vocab == 10 and source.train[:7].tolist() == [1, 2, 9, 0, 5, 1, 2]
+    assert source.decode([1, 2]) == "one two"
+    assert data.load(["stdlib"], 16).decode([104, 105]) == "hi"
+    named = tokens.load_coder("--tokenizer", path, end="three")
+    assert named.encode([b"one"]).tolist() == [1, 9]
+    named.save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "three"
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
+    path = word_tokenizer(tmp_path / "endless.json")
+    with pytest.raises(data.DataError, match=r"endless\.json: the tokenizer has no end token, by"):
+        tokens.load_coder("--tokenizer", path)
+    with pytest.raises(data.DataError, match=r"--end-token <s>: the tokenizer of .* no such token"):
+        tokens.load_coder("--tokenizer", path, "<s>")
 
 
 def test_bad_tokenizer_files_are_named(tmp_path):
-    text = str(write(tmp_path / "t", b"x" * 100))
     with pytest.raises(data.DataError, match=r"--tokenizer /no/such: no such file"):
-        data.load([text], 16, tokenizer="/no/such")
-    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+        tokens.load_coder("--tokenizer", "/no/such")
     bad = write(tmp_path / "bad.json", b"{}")
     with pytest.raises(data.DataError, match=r"--tokenizer .*bad.json: "):
-        data.load([text], 16, tokenizer=str(bad))
+        tokens.load_coder("--tokenizer", str(bad))
+    with pytest.raises(UsageError, match=r"the folder has no tokenizer \(tokenizer.json\)"):
+        tokens.load_coder("--tokenizer", str(tmp_path))

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -15,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import quaver as qv
 from quaver import tune
 from quaver.errors import UsageError
-from quaver.tune import base_model, chat
+from quaver.hf.pretrained import quiet
+from quaver.tune import chat
 from quaver.tune.job import Tuning
 
 METHODS = ("qst", "lora", "full")
@@ -47,7 +50,7 @@ def write_model(folder, coder=None, **changes):
         "initializer_range": 0.1,
     }  # fmt: skip
     config = transformers.LlamaConfig(**sizes | changes)
-    with base_model.quiet():
+    with quiet():
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
     (coder or tokenizer()).save_pretrained(folder)
     return folder
@@ -244,7 +247,7 @@ def test_gpt2_an_answer_at_the_end_of_its_context_and_a_probe(paths, capsys):
     config = transformers.GPT2Config(
         vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=257
     )
-    with base_model.quiet():
+    with quiet():
         transformers.GPT2LMHeadModel(config).save_pretrained(paths / "gpt2")
     tokenizer().save_pretrained(paths / "gpt2")
     rows = [{"prompt": "a" * 42, "response": "b"} for _ in range(4)]
@@ -330,6 +333,18 @@ def test_long_examples_are_cut_or_left_out_and_counted(tmp_path):
         examples(tmp_path, rows, seq=8)
 
 
+def test_rows_of_parquet_are_lines_of_jsonl(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"say {i}"},
+                          {"role": "assistant", "content": "yes"}]} for i in range(4)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "chat.parquet")
+    write_lines(tmp_path / "chat.jsonl", rows)
+    one, other = (
+        chat.load(tune.Settings(data=(str(tmp_path / name),), seq=48), tokenizer())
+        for name in ("chat.parquet", "chat.jsonl")
+    )
+    assert one == other and len(one.train) == 3
+
+
 def test_batches_are_epochs_that_depend_on_the_seed_alone(tmp_path):
     found = examples(tmp_path, [{"prompt": str(i), "response": "x"} for i in range(5)])
     order = found.batch(3, 0, 5)
@@ -409,10 +424,13 @@ def test_a_wrong_line_is_named(paths, capsys, line, message):
 def test_wrong_data_and_tokenizers_are_named(paths, capsys):
     (paths / "data.csv").write_text("a,b\n")
     (paths / "empty.jsonl").write_text("\n")
+    table = pa.table({"prompt": ["a", "b"], "response": ["c", None]})
+    pq.write_table(table, paths / "null.parquet")
     one = write_lines(paths / "one.jsonl", [{"prompt": "a", "response": "b"}])
     for data, message in (
-        (paths / "data.csv", "data of unknown kind (.csv); wanted a .jsonl file"),
+        (paths / "data.csv", "data of unknown kind (.csv); wanted a .jsonl or .parquet file"),
         (paths, "data of unknown kind (folder)"),
+        (paths / "null.parquet", "null.parquet:2: the line.response must be a text, got null"),
         (paths / "empty.jsonl", "no examples"),
         (one, "--data: one example; wanted one to train on and one held out"),
     ):
@@ -452,10 +470,10 @@ def test_wrong_folders_are_named(paths, capsys):
             path.unlink()
 
     for name, change, message in (
-        ("a", cut, "the model cannot be read"),
+        ("a", cut, "model.safetensors: cut short or damaged"),
         ("b", lack, "1 weights are missing, such as model.norm.weight"),
         ("c", other, "a vit model has no causal language-model head"),
-        ("d", lambda folder: (folder / "model.safetensors").unlink(), "the model cannot be read"),
+        ("d", lambda folder: (folder / "model.safetensors").unlink(), "download the weights"),
         ("e", lambda folder: (folder / "config.json").unlink(), "the folder has no config.json"),
         ("f", no_tokenizer, "the folder has no tokenizer"),
         ("g", lambda folder: (folder / "config.json").write_text("{"), "the config cannot be read"),
@@ -473,7 +491,7 @@ def test_missing_packages_are_named(paths, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     refused(flags(paths, method="lora"), paths, capsys, "--method lora needs the package `peft`")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    refused(flags(paths), paths, capsys, "tune needs the package `transformers`")
+    refused(flags(paths), paths, capsys, "needs the package `transformers`")
 
 
 def test_a_run_is_not_mixed_with_another(paths, capsys):

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import distributed, models, optimizers
 from .convert import convert
 from .errors import UsageError
+from .hf.start import Start
 from .recipe import Recipe
 from .schedule import parameter_groups
 from .settings import Settings
@@ -22,14 +23,15 @@ def is_fsdp(settings: Settings, world: distributed.World) -> bool:
 
 
 def build_model(
-    settings: Settings, config: models.Config, recipe: Recipe, world: distributed.World
+    settings: Settings, config: models.Config | Start, recipe: Recipe, world: distributed.World
 ) -> nn.Module:
-    """The model of `config` with the weights of the seed, converted by `recipe` and split over
-    ranks. Raises UsageError where it cannot be."""
+    """The model of `config` with the weights of the seed, or of a folder, converted by `recipe` and
+    split over ranks. Raises UsageError where it cannot be."""
     torch.manual_seed(settings.seed)
     try:
         # Initialised on the CPU: the same values whatever the device.
-        model = models.build(config).to(world.device)
+        started = isinstance(config, Start)
+        model = (config.build() if started else models.build(config)).to(world.device)
     except (RuntimeError, MemoryError, OverflowError) as error:  # sizes beyond any memory
         reason = str(error).splitlines()[0]
         raise UsageError(f"--model {settings.model} cannot be built: {reason}") from None
@@ -61,7 +63,7 @@ def shard(model: nn.Module, recipe: Recipe, mesh: DeviceMesh | None = None) -> N
 
 def build_optimizer(
     settings: Settings,
-    config: models.Config,
+    config: models.Config | Start,
     recipe: Recipe,
     world: distributed.World,
     model: nn.Module,

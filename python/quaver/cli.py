@@ -69,15 +69,28 @@ def _add_task(p: argparse.ArgumentParser, default: train.Settings) -> None:
         nargs="+",
         default=list(default.data),
         metavar="PATH",
-        help="files, folders, or stdlib: the text of Python's standard library",
+        help="text, .jsonl and .parquet files, folders, or stdlib: the text of Python's standard "
+        "library",
     )
     p.add_argument(
         "--tokenizer",
-        metavar="FILE",
-        help="JSON file of the package tokenizers; without it a token is a byte",
+        metavar="PATH",
+        help="JSON file of the package tokenizers, or a folder of transformers; without it that of "
+        "--model DIR, or a token is a byte",
     )
     p.add_argument(
-        "--model", default=default.model, help=f"{', '.join(models.PRESETS)}, or a JSON file"
+        "--end-token", metavar="TEXT", help="of --tokenizer, behind each document; found if usual"
+    )
+    p.add_argument(
+        "--text-field",
+        default=default.text_field,
+        metavar="NAME",
+        help="of the rows of .jsonl and .parquet files",
+    )
+    p.add_argument(
+        "--model",
+        default=default.model,
+        help=f"{', '.join(models.PRESETS)}, a JSON file, or a folder of transformers to start from",
     )
     p.add_argument(
         "--recipe",

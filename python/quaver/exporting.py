@@ -15,6 +15,7 @@ from .errors import FileError, UsageError
 from .export import FORMATS, export
 from .files import expanded, opened, read_text
 from .hf.pretrained import load_pretrained
+from .hf.start import rebuild
 from .nn.linear import is_converted
 from .recipe import Recipe
 from .recipe import get as recipe_of
@@ -53,7 +54,7 @@ def _export(arguments: argparse.Namespace) -> None:
     config = _json(source / "config.json")
     tokenizer = _Files(source)
     if "data_sha256" in config:
-        model, tokenizer = load_run(source, arguments.recipe), _run_tokenizer(config)
+        model, tokenizer = load_run(source, arguments.recipe), _Files(RunDir(source).base_path)
     elif arguments.recipe is not None:
         raise UsageError(f"--recipe is for a run's folder, and {source} is none")
     else:
@@ -94,18 +95,6 @@ class _Files:
                 shutil.copyfile(self.folder / name, Path(folder) / name)
 
 
-def _run_tokenizer(config: dict):
-    """The tokenizer of a run, for transformers; None where its tokens are bytes."""
-    path = config.get("tokenizer")
-    if path is None:
-        return None
-    if not expanded(path).is_file():
-        raise UsageError(f"{path}: the run's tokenizer is gone")
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_file=str(expanded(path)))
-
-
 def load_run(folder: str | os.PathLike, recipe: str | None = None) -> torch.nn.Module:
     """The trained model of a run's folder, converted as it was trained; of a run of several
     trainings the one called `recipe` (RECIPE, or RECIPE+OPTIMIZER).
@@ -133,7 +122,10 @@ def load_run(folder: str | os.PathLike, recipe: str | None = None) -> torch.nn.M
             "model of one process"
         )
     try:
-        model = models.build(models.Config(**config["model"]))
+        started = "sha256" in config["model"]
+        model = (
+            rebuild(run.base_path) if started else models.build(models.Config(**config["model"]))
+        )
         chosen = recipe_of(name.partition("+")[0])
         convert(model, chosen)
     except (KeyError, TypeError, ValueError) as error:

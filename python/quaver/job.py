@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import distributed, recipe
 from .assembly import build_model, build_optimizer, is_fsdp
+from .hf.start import Start
 from .optimizers import label
 from .schedule import learning_rate, parameter_groups
 from .training import Run, Training, finished, finite
@@ -51,11 +52,16 @@ class Job(Training):
         lr = lr.get(self.chosen) if isinstance(lr, dict) else lr
         return configuration | free | {"recipe": name, "lr": lr}
 
+    def _logits(self, tokens: Tensor) -> Tensor:
+        if isinstance(self.run.model, Start):
+            return self.run.model.logits(self.model, tokens)
+        return self.model(tokens)
+
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         dtype = self.recipe.autocast
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            logits = self.model(inputs)
+            logits = self._logits(inputs)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def _batch(self, step: int, micro: int) -> list[Tensor]:

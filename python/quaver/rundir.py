@@ -1,6 +1,7 @@
 """The folder of a training run: its configuration, metrics, checkpoints and summary.
 
     OUT/config.json  OUT/summary.json  OUT/loss.png  OUT/memory.png
+    OUT/base/: the tokenizer, and the config of the folder that a run started from
     OUT/NAME/metrics.jsonl  OUT/NAME/checkpoint/state.safetensors  OUT/NAME/tensorboard/
 
 NAME is RECIPE, or RECIPE+OPTIMIZER where --optimizer names one; of `quaver tune` it is a method,
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from . import optimizers
 from .errors import FileError, UsageError
-from .files import expanded, locked, read_text, remove_known, write_text
+from .files import expanded, locked, new_folder, read_text, remove_known, write_text
 from .schema import Each, Maybe, SchemaError, check, parse, with_crc32, without_crc32
 
 __all__ = ["RESULT", "Kind", "RunDir", "changes"]
@@ -42,6 +43,7 @@ RESULT = {
 }
 SUMMARY = {"machine": dict, "config": dict}
 
+BASE = {r"[\w.-]+\.(json|jinja|txt|model)": None}  # the contents of base/
 # The contents of a training's folder, by regular expressions: folders as dicts, files as None.
 OURS = {
     r"metrics\.jsonl": None,
@@ -120,6 +122,7 @@ class RunDir:
         self.summary_path = self.path / "summary.json"
         self.plot_path = self.path / "loss.png"
         self.memory_plot_path = self.path / "memory.png"
+        self.base_path = self.path / "base"
         self.lock_path = self.path / ".lock"
 
     def metrics_path(self, name: str) -> Path:
@@ -165,7 +168,7 @@ class RunDir:
         return config
 
     def _refuse_links(self) -> None:
-        files = (self.config_path, self.summary_path, self.lock_path)
+        files = (self.config_path, self.summary_path, self.lock_path, self.base_path)
         for path in (*files, *(path for name in self.kind.names() for path in self._paths(name))):
             if path.is_symlink():
                 raise UsageError(f"{path} is a symbolic link: a run's folder holds none")
@@ -177,20 +180,26 @@ class RunDir:
         return (self.path / name, checkpoint.parent, *paths)
 
     @contextmanager
-    def started(self, config: dict, resume: bool = False) -> Iterator[None]:
+    def started(
+        self, config: dict, resume: bool = False, base: Callable[[Path], None] | None = None
+    ) -> Iterator[None]:
         """Makes the folder ready and keeps other processes out of it until the block ends. Without
-        `resume` an earlier run's files go."""
+        `resume` an earlier run's files go. `base` fills the new folder base/."""
         with locked(self.lock_path):
             if self.config_path.exists() and not resume:
                 self._remove()
             if not self.config_path.exists() or self._config().get("steps") != config.get("steps"):
                 write_text(self.config_path, json.dumps(config, indent=2) + "\n")
+            if base is not None and not self.base_path.exists():
+                with new_folder(self.base_path, "train") as inside:
+                    base(inside)
             yield
 
     def _remove(self) -> None:
         """The files of any run; whatever else lies there stays."""
         for name in self.kind.names():
             remove_known(self.path / name, OURS)
+        remove_known(self.base_path, BASE)
         for path in (self.summary_path, self.plot_path, self.memory_plot_path):
             path.unlink(missing_ok=True)
         # Last, so that a removal that was cut short can be repeated.

@@ -11,14 +11,17 @@ import torch
 from . import models, optimizers, recipe
 from .data import Data
 from .errors import UsageError
+from .files import expanded
+from .hf.start import Start, load_start
 from .parallel import Parallel
+from .tokens import Coder, load_coder
 
 __all__ = ["BETAS", "CLIP", "FREE", "SCHEDULES", "WEIGHT_DECAY", "RunSettings", "Settings",
-           "configuration", "model_config", "names"]  # fmt: skip
+           "coder_of", "configuration", "model_config", "names", "start_of"]  # fmt: skip
 
 # Settings that do not decide the numbers of a run: it may be resumed with others.
-FREE = ("out", "resume", "overwrite", "save_every", "eval_every", "tensorboard", "probe", "recipe",
-        "optimizer", "parallel")  # fmt: skip
+FREE = ("out", "tokenizer", "text_field", "end_token", "resume", "overwrite", "save_every",
+        "eval_every", "tensorboard", "probe", "recipe", "optimizer", "parallel")  # fmt: skip
 RATE = 1e-3
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -116,6 +119,8 @@ class Settings(RunSettings):
     optimizers. `lr` of None is each optimizer's own."""
 
     tokenizer: str | None = None
+    text_field: str = "text"
+    end_token: str | None = None
     model: str = "tiny"
     recipe: tuple[str, ...] | None = None
     optimizer: tuple[str, ...] | None = None
@@ -153,20 +158,45 @@ class Settings(RunSettings):
         return RATE * optimizers.rate(optimizer) if self.lr is None else self.lr
 
 
-def model_config(settings: Settings, vocab: int) -> models.Config:
-    """The model of --model for data of `vocab` tokens; UsageError if they do not fit."""
-    config = models.load(settings.model)
+def start_of(settings: Settings) -> models.Config | Start:
+    """The model of --model: a preset, a JSON file, or a folder of transformers. UsageError for
+    another, and for one that --parallel does not split."""
+    if not expanded(settings.model).is_dir():
+        return models.load(settings.model)
+    if settings.parallel.tensor > 1:
+        raise UsageError(
+            f"--parallel {settings.parallel}: tp splits the models that --model names or a .json "
+            "file gives; a folder of transformers takes dp, zero or fsdp"
+        )
+    return load_start(settings.model, settings.seq)
+
+
+def coder_of(settings: Settings, start: models.Config | Start) -> Coder | None:
+    """The tokenizer of --tokenizer, or of the folder that --model names; None for bytes."""
+    if settings.tokenizer is not None:
+        return load_coder("--tokenizer", settings.tokenizer, settings.end_token)
+    if isinstance(start, Start):
+        return load_coder("--model", settings.model, settings.end_token)
+    if settings.end_token is not None:
+        raise UsageError("--end-token is of a tokenizer, and without --tokenizer tokens are bytes")
+    return None
+
+
+def model_config(
+    settings: Settings, config: models.Config | Start, vocab: int
+) -> models.Config | Start:
+    """The model of `start_of` for data of `vocab` tokens; UsageError if they do not fit."""
     if settings.model in models.PRESETS:
         config = config.replace(vocab=vocab)
     if config.vocab < vocab:
         raise UsageError(f"--model {settings.model}: vocab {config.vocab}, the data needs {vocab}")
-    if config.context < settings.seq:
+    if config.context is not None and config.context < settings.seq:
         raise UsageError(f"--seq {settings.seq} exceeds the model's context {config.context}")
     return config
 
 
 def configuration(
-    settings: Settings, model: models.Config, device: torch.device, text: Data
+    settings: Settings, model: models.Config | Start, device: torch.device, text: Data
 ) -> dict:
     """All that decides the numbers of a run, as JSON values: kept in config.json and in every
     checkpoint, and compared when a run is resumed."""

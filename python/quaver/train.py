@@ -9,20 +9,26 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from . import data, distributed, machine, models
+from .assembly import build_optimizer
 from .board import summary_writer
+from .convert import convert
 from .distributed.launch import joined
 from .errors import UsageError
+from .hf.start import Start
 from .interrupt import Interrupted, stop_signals
 from .job import Job, Run, finished
 from .optimizers import label
 from .plot import plot_losses, plot_memory
 from .progress import baseline, table
+from .recipe import get
 from .rundir import RunDir
-from .settings import Settings, configuration, model_config
+from .settings import Settings, coder_of, configuration, model_config, start_of
 
 __all__ = ["Interrupted", "Settings", "run"]
 
@@ -35,7 +41,6 @@ def run(settings: Settings) -> dict:
     after saving when SIGINT or SIGTERM asked to stop.
     """
     device = machine.choose_device(settings.device)
-    models.load(settings.model)  # before the data is read, which takes longer
     writer = summary_writer() if settings.tensorboard else None
     with _world(settings, device) as world:
         return _run(settings, world, writer)
@@ -72,8 +77,10 @@ def _flags(settings: Settings, device: torch.device) -> dict[str, str]:
 
 
 def _run(settings: Settings, world: distributed.World, writer: Callable | None) -> dict:
-    text = data.load(settings.data, settings.seq, settings.tokenizer)
-    model = model_config(settings, text.vocab)
+    start = start_of(settings)  # before the data is read, which takes longer
+    coder = coder_of(settings, start)
+    text = data.load(settings.data, settings.seq, coder, settings.text_field)
+    model = model_config(settings, start, text.vocab)
     config = configuration(settings, model, world.device, text)
     world.agree({"--data": text.fingerprint, "--model": model.as_dict()})
     run = Run(settings, model, text, world, RunDir(settings.out), config, writer)
@@ -106,18 +113,23 @@ def _run(settings: Settings, world: distributed.World, writer: Callable | None) 
 
 
 def _check_optimizers(run: Run) -> None:
-    """Builds each chosen optimizer for a model of one layer: what one of them refuses is an error
-    before anything is written, and not after the others have trained."""
-    small = replace(run, model=run.model.replace(layers=1))
-    for recipe, optimizer in run.settings.trainings:
-        if optimizer is not None:
-            Job(small, recipe, optimizer)
+    """Builds each chosen optimizer for a model of one layer, or one without memory: what one of
+    them refuses is an error before anything is written, and not after the others have trained."""
+    for name, optimizer in run.settings.trainings:
+        if optimizer is None:
+            continue
+        if isinstance(run.model, models.Config):
+            Job(replace(run, model=run.model.replace(layers=1)), name, optimizer)
+            continue
+        settings, chosen = replace(run.settings, lr=run.settings.rate(optimizer)), get(name)
+        model = convert(run.model.skeleton(), chosen)
+        build_optimizer(settings, run.model, chosen, run.world, model, optimizer)
 
 
 def _show_data(run: Run, show: Callable) -> None:
     text, world = run.text, run.world
-    if text.skipped:
-        show(f"left out {len(text.skipped)} binary files, such as {text.skipped[0]}")
+    if str(text.notes):
+        show(text.notes)
     tokens, held_out = len(text.train), len(text.held_out)
     ranks = f", {run.settings.parallel}" if world.size > 1 else ""
     show(f"{tokens:,} tokens to train on, {held_out:,} held out; {world.device.type}{ranks}")
@@ -133,9 +145,18 @@ def _plot(run: Run, curves: dict, results: dict) -> None:
     plot_memory(folder.memory_plot_path, memories, title, baseline(memories))
 
 
+def _keep(run: Run, folder: Path) -> None:
+    """The files of the run's base/: its tokenizer, and the config of the folder that it starts
+    from."""
+    run.text.coder.save(folder)
+    if isinstance(run.model, Start):
+        run.model.save(folder)
+
+
 def _open(run: Run, stack: ExitStack) -> dict:
     """Makes the folder ready; returns the results of the trainings that are done."""
     settings, folder = run.settings, run.folder
     folder.check(run.configuration, settings.resume, settings.overwrite)
-    stack.enter_context(folder.started(run.configuration, settings.resume))
+    kept = None if run.text.coder is None else partial(_keep, run)
+    stack.enter_context(folder.started(run.configuration, settings.resume, kept))
     return folder.results(run.configuration) if settings.resume else {}

@@ -15,7 +15,7 @@ from ..errors import FileError, UsageError
 from ..files import expanded, read_text
 from ..schema import Each, SchemaError, check, parse
 
-__all__ = ["load_pretrained", "quiet"]
+__all__ = ["check_files", "class_of", "load_pretrained", "quiet"]
 
 INDEX = "model.safetensors.index.json"
 METHODS = ("fp8", "compressed-tensors")
@@ -34,19 +34,13 @@ def load_pretrained(folder: str | os.PathLike, *, dtype: torch.dtype | None = No
             missing or of another shape; a package that is not installed.
     """
     path = expanded(folder)
-    described = _config(path)
-    tensors = _tensors(path)
-    method = _method(path, described)
-    if method == "fp8":
-        _check_blocks(path, described["quantization_config"], tensors)
+    method = check_files(path)
     transformers = _transformers()
     with quiet(), _one_line(path):
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
         if method is not None:
             config.quantization_config["dequantize"] = True
-        names = config.architectures or ["AutoModelForCausalLM"]
-        kind = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
-        model, found = kind.from_pretrained(
+        model, found = class_of(config).from_pretrained(
             str(path),
             config=config,
             dtype=dtype or "auto",
@@ -60,6 +54,25 @@ def load_pretrained(folder: str | os.PathLike, *, dtype: torch.dtype | None = No
                 f"{path}: {len(keys)} weights are {what.removesuffix('_keys')}, such as {keys[0]}"
             )
     return _plain(model)
+
+
+def class_of(config) -> type:
+    """The class of transformers that a config names; the causal model where it names none."""
+    transformers = _transformers()
+    names = config.architectures or ["AutoModelForCausalLM"]
+    kind = getattr(transformers, names[0], None)
+    return kind or transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def check_files(path: Path) -> str | None:
+    """The quantisation of a folder, None for plain weights, once its config and the headers of all
+    its files are read. Raises UsageError as load_pretrained does."""
+    described = _config(path)
+    tensors = _tensors(path)
+    method = _method(path, described)
+    if method == "fp8":
+        _check_blocks(path, described["quantization_config"], tensors)
+    return method
 
 
 def _transformers():

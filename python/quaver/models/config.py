@@ -92,7 +92,8 @@ def load(name):
     path = expanded(name)
     if path.suffix != ".json":
         raise ConfigError(
-            f"unknown model {name!r}: give one of {', '.join(PRESETS)} or a .json file"
+            f"unknown model {name!r}: give one of {', '.join(PRESETS)}, a .json file, or a folder "
+            "of transformers that exists"
         )
     try:
         values = parse(read_text(path, follow=True))

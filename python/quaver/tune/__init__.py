@@ -9,11 +9,12 @@ from dataclasses import replace
 from .. import distributed, machine
 from ..board import summary_writer
 from ..errors import UsageError
+from ..hf import folder as hf_folder
 from ..interrupt import stop_signals
 from ..plot import plot_losses, plot_memory
 from ..rundir import RESULT, Kind, RunDir
 from ..training import Run, finished
-from . import base_model, chat, methods
+from . import chat, methods
 from .job import Tuning, held_out_loss
 from .report import samples, table
 from .settings import METHODS, RATES, Settings, configuration
@@ -35,12 +36,12 @@ def run(settings: Settings) -> dict:
         raise UsageError(f"tune is one process, {os.environ['WORLD_SIZE']} were started")
     world = distributed.World(machine.choose_device(settings.device))
     writer = summary_writer() if settings.tensorboard else None
-    config = base_model.load_config(settings)
-    tokenizer = base_model.load_tokenizer(settings)
+    config = hf_folder.load_config(settings.model, settings.seq)
+    tokenizer = hf_folder.load_tokenizer(settings.model)
     _check_methods(settings, config, tokenizer, world)
     text = chat.load(settings, tokenizer)
-    untouched = _untouched(settings, text, world)
-    identity = base_model.identity(settings, config)
+    untouched = _untouched(settings, config, text, world)
+    identity = hf_folder.identity(settings.model, config)
     device = world.device.type
     run = Run(
         settings=settings,
@@ -59,15 +60,18 @@ def run(settings: Settings) -> dict:
 def _check_methods(settings: Settings, config, tokenizer, world: distributed.World) -> None:
     """Builds each method on the model without memory: what one of them refuses is an error before
     anything is written, and not after the others have trained."""
-    base_model.check_model(settings, base_model.skeleton(settings, config), tokenizer)
+    made = hf_folder.skeleton(config, settings.torch_dtype)
+    hf_folder.check_model(settings.model, made, len(tokenizer))
     for method in settings.method:
         own = replace(settings, lr=settings.rate(method))
-        model = methods.build(method, base_model.skeleton(own, config), own)
+        model = methods.build(method, hf_folder.skeleton(config, own.torch_dtype), own)
         methods.build_optimizer(model, own, world)
 
 
-def _untouched(settings: Settings, text: chat.Chat, world: distributed.World) -> float | None:
-    model = base_model.load_model(settings).to(world.device)
+def _untouched(
+    settings: Settings, config, text: chat.Chat, world: distributed.World
+) -> float | None:
+    model = hf_folder.load_model(settings.model, config, settings.torch_dtype).to(world.device)
     return held_out_loss(model, text, settings.batch, settings.recipe)
 
 

@@ -1,4 +1,4 @@
-"""Conversations of jsonl files as tokens, of which the answers alone are trained on.
+"""Conversations of jsonl and parquet files as tokens, of which the answers alone are trained on.
 
 A line is {"prompt": ..., "response": ...}, or {"messages": [{"role": ..., "content": ...}, ...]}. A
 tokenizer's chat template lays it out; without one it is PLAIN. An answer and what comes before it
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data import DataError
+from ..documents import DataError, table_rows
 from ..files import expanded, read_text
 from ..schema import SchemaError, check, parse
 
@@ -153,22 +153,29 @@ def _examples(flag: str, paths: Sequence[str], settings, tokenizer, notes: Notes
 
 
 def _conversations(flag: str, path: Path, settings) -> Iterator[tuple[str, list[dict]]]:
-    """("file:line", messages) of every line of a file that is not empty."""
+    """("file:line", messages) of every line of a file that is not empty, or every row."""
     if not path.exists():
         raise DataError(f"{flag} {path}: no such file")
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix not in (".jsonl", ".parquet") or not path.is_file():
         kind = path.suffix or ("folder" if path.is_dir() else "file")
-        raise DataError(f"{flag} {path}: data of unknown kind ({kind}); wanted a .jsonl file")
-    for number, line in enumerate(read_text(path, follow=True).split("\n"), 1):
-        if not line.strip():
-            continue
+        raise DataError(
+            f"{flag} {path}: data of unknown kind ({kind}); wanted a .jsonl or .parquet file"
+        )
+    read = _lines(path) if path.suffix == ".jsonl" else enumerate(table_rows(flag, path), 1)
+    for number, line in read:
         where = f"{path}:{number}"
         try:
-            value = parse(line)
+            value = parse(line) if isinstance(line, str) else line
             check(value, dict, "the line")
             yield where, _messages(value, settings.prompt_field, settings.response_field)
         except SchemaError as error:
             raise DataError(f"{where}: {error}") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(read_text(path, follow=True).split("\n"), 1):
+        if line.strip():
+            yield number, line
 
 
 def _messages(value: dict, prompt: str, response: str) -> list[dict]:

@@ -17,7 +17,7 @@ def add_chat(p: argparse.ArgumentParser, default: Settings) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help=".jsonl files; a line has a prompt and a response, or messages",
+        help=".jsonl and .parquet files; a line has a prompt and a response, or messages",
     )
     p.add_argument("--eval-data", nargs="+", metavar="FILE", help="held-out examples")
     p.add_argument(

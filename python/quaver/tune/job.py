@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import machine, recipe
+from ..hf.folder import load_config, load_model
+from ..hf.pretrained import quiet
 from ..training import Run, Training, finite
-from . import base_model, methods
+from . import methods
 from .chat import IGNORED, Chat, Example, collate
 
 __all__ = ["Tuning", "held_out_loss"]
@@ -51,7 +53,8 @@ class Tuning(Training):
     def __init__(self, run: Run, method: str):
         super().__init__(run, method, replace(run.settings, lr=run.settings.rate(method)))
         settings = self.settings
-        model = base_model.load_model(settings).to(self.device)
+        config = load_config(settings.model, settings.seq)
+        model = load_model(settings.model, config, settings.torch_dtype).to(self.device)
         torch.manual_seed(settings.seed)
         self.model = methods.build(method, model, settings).train()
         self.optimizer = methods.build_optimizer(self.model, settings, self.world)
@@ -109,7 +112,7 @@ class Tuning(Training):
         following = folder.with_name("tuned.next")
         if following.exists():
             shutil.rmtree(following)
-        with base_model.quiet():
+        with quiet():
             methods.save(self.name, self.model, following, self.run.model)
         folder.mkdir(exist_ok=True)
         for path in following.iterdir():
@@ -127,7 +130,7 @@ class Tuning(Training):
         prompt = torch.tensor([start], device=self.device)
         self.model.eval()
         with (
-            base_model.quiet(),
+            quiet(),
             machine.bf16_products(self.device),
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
         ):

@@ -11,10 +11,10 @@ from torch import nn
 from .. import distributed, optimizers, recipe
 from ..convert import convert
 from ..errors import UsageError
+from ..hf.pretrained import quiet
 from ..nn.frozen import FrozenLinear, check_format
 from ..nn.side import SideTuned, side_tune
 from ..structure import is_conv1d
-from .base_model import quiet
 from .settings import Settings
 
 __all__ = ["Trained", "build", "build_optimizer", "check_peft", "save", "trained"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import torch
+
 from .. import optimizers, recipe
 from ..errors import UsageError
 from ..nn.frozen import FORMATS
@@ -83,6 +85,11 @@ class Settings(RunSettings):
             raise UsageError(f"--lr gives a rate to {unknown[0]}, which --method does not name")
         for method in self.method:
             self._check_rate(self.rate(method))
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype of the weights; None: the folder's."""
+        return None if self.dtype == "auto" else getattr(torch, self.dtype)
 
     def rate(self, method: str) -> float:
         """The peak learning rate of a method."""
