@@ -68,6 +68,7 @@ __all__ = [
 # What a loop on one device does without is imported where it is first used, by (module, name).
 _LATER = {
     "distributed": ("distributed", None),
+    "lightning": ("lightning", None),
     "load_pretrained": ("hf.pretrained", "load_pretrained"),
     "plan": ("planning", "plan"),
     "side_tune": ("nn.side", "side_tune"),
