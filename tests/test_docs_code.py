@@ -17,8 +17,12 @@ from quaver import models
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 TOKENS = torch.arange(24).repeat(8, 1) + torch.arange(8)[:, None]
-# Too large for a test; its plan against real steps is in test_plan.py.
-SMALLER = {"docs/memory.md": (('"7b"', '"tiny"'), ("24 * 10**9", "4 * 10**7"))}
+# Too large here: test_plan.py has plans of real steps, test_tensor_parallel.py has ranks.
+SMALLER = {
+    "docs/memory.md": (('"7b"', '"tiny"'), ("24 * 10**9", "4 * 10**7")),
+    "docs/tensor_parallel.md": (('"cuda"', '"cpu"'), ("(2, 4)", "(1, 1)")),
+}
+MODEL = [f"docs/{name}.md" for name in ("choose", "distributed", "export", "tensor_parallel")]
 
 
 def pages():
@@ -53,7 +57,7 @@ def reader(page):
     if page == "docs/finetuning.md":
         names |= {"AutoModelForCausalLM": transformers.AutoModelForCausalLM, "labels": TOKENS}
         names |= {"batch": {"input_ids": TOKENS}, "prompt": {"input_ids": TOKENS[:1]}}
-    if page in ("docs/choose.md", "docs/export.md", "docs/distributed.md"):
+    if page in MODEL:
         names["model"] = transformers.AutoModelForCausalLM.from_pretrained("my-model")
     if page == "docs/distributed.md":
         names |= {"batches": [[TOKENS[:4], TOKENS[4:]]], "path": "checkpoint", "n": 1}
