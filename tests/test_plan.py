@@ -360,7 +360,7 @@ def test_the_command_draws_the_peak_by_kind(tmp_path, monkeypatch, capsys):
     status, _, err = run([*flags, str(path)], capsys)
     assert (status, err) == (
         2,
-        "quaver plan: error: --plot needs matplotlib: pip install matplotlib\n",
+        "quaver plan: error: --plot needs matplotlib: pip install quaver[train]\n",
     )
 
 

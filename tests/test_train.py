@@ -1,5 +1,6 @@
 """The loop: what a step computes, what a run writes, and that a stopped run loses nothing."""
 
+import importlib.util
 import json
 import math
 import os
@@ -302,6 +303,16 @@ def test_held_out_losses_on_the_way_change_nothing(settings, tmp_path, name, cap
     s = settings(recipe=(name,), steps=6, out=str(tmp_path / "shorter"), warmup=0)
     train.run(s)  # the step of the same number, at another rate
     assert read_metrics(s.out, name)[-1]["val_loss"] != found[6]
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "tqdm"])
+def test_a_run_without_its_packages_names_the_extra(missing, settings, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == missing else found(n))
+    s = settings()
+    with pytest.raises(UsageError, match=rf"train needs {missing}: pip install quaver\[train\]"):
+        train.run(s)
+    assert not Path(s.out).exists()
 
 
 def test_tensorboard_has_the_held_out_loss(settings):

@@ -15,7 +15,7 @@ def summary_writer() -> Callable:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UsageError("--tensorboard needs `tensorboard`: pip install tensorboard") from None
+        raise UsageError("--tensorboard needs `tensorboard`: pip install quaver[train]") from None
     return SummaryWriter
 
 

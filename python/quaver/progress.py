@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import shutil
 import sys
 import time
 from collections.abc import Iterable
 
-from tqdm import tqdm
+from .errors import UsageError
 
-__all__ = ["MIB", "Progress", "baseline", "grid", "number", "table"]
+__all__ = ["MIB", "Progress", "baseline", "check_installed", "grid", "number", "table"]
 
 SECONDS_PER_LINE = 10
 
@@ -25,6 +26,13 @@ def _duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
+def check_installed(command: str) -> None:
+    """Raises UsageError where a package of the extra `train` is missing that a run needs."""
+    missing = [p for p in ("matplotlib", "tqdm") if importlib.util.find_spec(p) is None]
+    if missing:
+        raise UsageError(f"{command} needs {' and '.join(missing)}: pip install quaver[train]")
+
+
 class Progress:
     """Shows steps `start`+1..`steps` of one recipe. On a terminal a tqdm bar; otherwise a line for
     the first and last step, those with a held-out loss, and every ten seconds between. One that is
@@ -35,6 +43,8 @@ class Progress:
         self.began = self.shown = time.monotonic()
         self.bar, self.held_out = None, ""
         if shown and sys.stdout.isatty():
+            from tqdm import tqdm
+
             # The size is passed on, since tqdm shows nothing on a terminal that reports none.
             size = shutil.get_terminal_size()
             self.bar = tqdm(

@@ -66,7 +66,9 @@ def load_coder(flag: str, path: str, end: str | None = None) -> Coder:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise DataError(f"{flag} needs the package `tokenizers`: pip install tokenizers") from None
+        raise DataError(
+            f"{flag} needs the package `tokenizers`: pip install quaver[train]"
+        ) from None
     try:
         tokenizer = Tokenizer.from_file(str(place))
     except Exception as error:  # the package raises bare Exception for a file it cannot parse

@@ -25,7 +25,7 @@ from .interrupt import Interrupted, stop_signals
 from .job import Job, Run, finished
 from .optimizers import label
 from .plot import plot_losses, plot_memory
-from .progress import baseline, table
+from .progress import baseline, check_installed, table
 from .recipe import get
 from .rundir import RunDir
 from .settings import Settings, coder_of, configuration, model_config, start_of
@@ -40,6 +40,7 @@ def run(settings: Settings) -> dict:
     Raises UsageError, before anything is written, for settings that cannot work, and Interrupted
     after saving when SIGINT or SIGTERM asked to stop.
     """
+    check_installed("train")
     device = machine.choose_device(settings.device)
     writer = summary_writer() if settings.tensorboard else None
     with _world(settings, device) as world:

@@ -26,7 +26,7 @@ def _transformers():
         import transformers
     except ImportError:
         raise UsageError(
-            "a folder of transformers needs the package `transformers`: pip install transformers"
+            "a folder of transformers needs the package `transformers`: pip install quaver[hf]"
         ) from None
     return transformers
 

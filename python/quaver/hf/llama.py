@@ -38,7 +38,7 @@ def config(ours: Config, tied: bool):
     try:
         from transformers import LlamaConfig
     except ImportError:
-        raise UsageError("export: wanted transformers; pip install transformers") from None
+        raise UsageError("export: wanted transformers; pip install quaver[hf]") from None
     made = LlamaConfig(
         vocab_size=ours.vocab,
         hidden_size=ours.dim,

@@ -79,7 +79,7 @@ def _transformers():
     try:
         import transformers
     except ImportError:
-        raise UsageError("load_pretrained: wanted transformers; pip install transformers") from None
+        raise UsageError("load_pretrained: wanted transformers; pip install quaver[hf]") from None
     return transformers
 
 

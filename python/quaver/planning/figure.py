@@ -21,7 +21,7 @@ def plot_plans(path: Path, plans: dict[str, Plan], title: str, size: int | None)
     try:
         figure = new_figure(1.8 + 0.5 * len(plans))
     except ImportError:
-        raise UsageError("plan: --plot needs matplotlib: pip install matplotlib") from None
+        raise UsageError("plan: --plot needs matplotlib: pip install quaver[train]") from None
     axes = figure.subplots()
     left = dict.fromkeys(plans, 0.0)
     for i, kind in enumerate(PEAK_KINDS):

@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..hf import folder as hf_folder
 from ..interrupt import stop_signals
 from ..plot import plot_losses, plot_memory
+from ..progress import check_installed
 from ..rundir import RESULT, Kind, RunDir
 from ..training import Run, finished
 from . import chat, methods
@@ -34,6 +35,7 @@ def run(settings: Settings) -> dict:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
         raise UsageError(f"tune is one process, {os.environ['WORLD_SIZE']} were started")
+    check_installed("tune")
     world = distributed.World(machine.choose_device(settings.device))
     writer = summary_writer() if settings.tensorboard else None
     config = hf_folder.load_config(settings.model, settings.seq)

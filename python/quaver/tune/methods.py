@@ -39,7 +39,7 @@ def check_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise UsageError("--method lora needs the package `peft`: pip install peft") from None
+        raise UsageError("--method lora needs the package `peft`: pip install quaver[hf]") from None
 
 
 def build(method: str, model: nn.Module, settings: Settings) -> nn.Module:
