@@ -16,7 +16,10 @@ namespace {
 
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTurns = kChunk / (kThreads * kQuad);
-constexpr int kAhead = 2;  // turns whose loads are in flight together
+
+// Turns whose loads are in flight together: two have no room beside expanded moments.
+template <Kind kKind>
+constexpr int kAhead = kKind == Kind::expanded ? 1 : 2;
 
 using Problem = ListOp<Entry, Plan>;
 
@@ -34,12 +37,13 @@ QUAVER_DEVICE Loaded load_elements(const Entry& e, const Plan& p, int64_t i, int
   for (int k = 0; k < kStates; ++k) {
     const State& s = e.state[k];
     const bool shared = k == 2 && e.rates != nullptr;
-    l.state[k] = load_quad(s.values, s.type, i, shared ? 0 : n, e.aligned);
+    l.state[k] = load_quad(s.values, s.type, i, shared ? 0 : n, e.aligned, e.whole);
     l.scale[k] = s.scaling == Scaling::tensor ? p.scale[k] : n > 0 ? s.scale[i / kGroup] : 1.0f;
   }
-  l.grad = load_quad(e.grad, e.grad_type, i, n, e.aligned);
+  l.grad = load_quad(e.grad, e.grad_type, i, n, e.aligned, e.whole);
   if (e.remainder.bytes != 0)
-    l.remainder = load_quad(e.remainder.data, remainder_type(e.remainder), i, n, e.aligned);
+    l.remainder =
+        load_quad(e.remainder.data, remainder_type(e.remainder), i, n, e.aligned, e.whole);
   return l;
 }
 
@@ -96,7 +100,8 @@ QUAVER_DEVICE void encode_weight(const Entry& e, const Plan& p, const float (&w)
 #pragma unroll
     for (int j = 0; j < kQuad; ++j)
       put_half(l.state[0], j, put_low(e.remainder, w[j], l.remainder, j).bits);
-    store_quad(e.remainder.data, remainder_type(e.remainder), l.i, l.remainder, l.n, e.aligned);
+    store_quad(e.remainder.data, remainder_type(e.remainder), l.i, l.remainder, l.n, e.aligned,
+               e.whole);
   } else if (e.stochastic) {
     if (e.state[0].type == DType::bf16)
       encode_stochastic<bf16>(p, w, start, l);
@@ -164,7 +169,7 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, const Logarithms& l
   for (int k = 0; k < kStates; ++k) {
     if (k >= own) continue;
     const State& s = e.state[k];
-    store_quad(s.values, s.type, l.i, l.state[k], l.n, e.aligned);
+    store_quad(s.values, s.type, l.i, l.state[k], l.n, e.aligned, e.whole);
     if (!s.scaled) continue;
     decode_any(s.type, l.state[k], 0, p.new_scale[k], x[k]);  // the amax of what is stored
     seen[k] = max_bits(seen[k], amax_bits(x[k]));
@@ -173,29 +178,29 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, const Logarithms& l
   // The copy is made from the new codes, so that a reload gives the same one.
   decode_any(DType::f16, l.state[0], 0, 1.0f / kMasterToFp8, x[0]);
   AnyQuad codes = {{convert_word<e4m3>(x[0])}};
-  store_quad(e.fp8, DType::e4m3, l.i, codes, l.n, e.aligned);
+  store_quad(e.fp8, DType::e4m3, l.i, codes, l.n, e.aligned, e.whole);
   return codes.word[0];
 }
 
-__global__ void __launch_bounds__(kThreads, 2) update_kernel(Problem p) {
-  __shared__ Tile tile;
-  __shared__ Logarithms logarithms;
-  if (*p.skip) return;
-  fill(logarithms, threadIdx.x);
-  __syncthreads();
-  const int64_t owner = owner_of(p.table, p.count, blockIdx.x);
-  const Entry& e = p.table[owner];
-  Plan& plan = p.plans[owner];
+// Updates one chunk of a parameter.
+template <Kind kKind>
+QUAVER_DEVICE void update_chunk(const Problem& p, int64_t owner, const Logarithms& logarithms,
+                                Tile& tile) {
+  // Where the types are known copies need not be read again after each store; all of an entry and
+  // its plan are too much for registers.
+  using Held = std::conditional_t<kKind == Kind::any, const Entry&, const Entry>;
+  Held e = with_known<kKind>(p.table[owner]);
+  const Plan& plan = p.plans[owner];
   const int64_t chunk = blockIdx.x - e.first;
   const bool tiled = e.tiled;
   const int64_t row0 = chunk / e.tiles.across * kTile, col0 = chunk % e.tiles.across * kTile;
   const int word = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;  // a warp takes a tile's row
   uint32_t seen[kStates] = {};
 #pragma unroll 1
-  for (int turn = 0; turn < kTurns; turn += kAhead) {
-    Loaded loaded[kAhead];
+  for (int turn = 0; turn < kTurns; turn += kAhead<kKind>) {
+    Loaded loaded[kAhead<kKind>];
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
+    for (int a = 0; a < kAhead<kKind>; ++a) {
       int64_t i = chunk * kChunk + ((turn + a) * kThreads + int(threadIdx.x)) * kQuad;
       int64_t n = e.numel - i;
       if (tiled) {
@@ -206,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(Problem p) {
       loaded[a] = load_elements(e, plan, i, n);
     }
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
+    for (int a = 0; a < kAhead<kKind>; ++a) {
       const uint32_t codes = update(e, plan, logarithms, loaded[a], seen);
       if (tiled) put_word(tile, (turn + a) * kWarps + warp, word, codes);
     }
@@ -216,7 +221,21 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(Problem p) {
     store_transposed(e.fp8_t, tile, e.tiles, row0, col0, threadIdx.x, e.aligned_t);
   }
 #pragma unroll
-  for (int k = 0; k < kStates; ++k) block_atomic_max(&plan.amax[k], seen[k]);
+  for (int k = 0; k < kStates; ++k) block_atomic_max(&p.plans[owner].amax[k], seen[k]);
+}
+
+__global__ void __launch_bounds__(kThreads, 2) update_kernel(Problem p) {
+  __shared__ Tile tile;
+  __shared__ Logarithms logarithms;
+  if (*p.skip) return;
+  fill(logarithms, threadIdx.x);
+  __syncthreads();
+  const int64_t owner = owner_of(p.table, p.count, blockIdx.x);
+  switch (p.table[owner].kind) {
+    case Kind::scaled: update_chunk<Kind::scaled>(p, owner, logarithms, tile); break;
+    case Kind::expanded: update_chunk<Kind::expanded>(p, owner, logarithms, tile); break;
+    default: update_chunk<Kind::any>(p, owner, logarithms, tile);
+  }
 }
 
 // Runs in one block.

@@ -22,6 +22,11 @@ struct State {
   bool scaled;  // as a whole: the step chooses its scale and records its amax
 };
 
+// Parameters whose states have types that a kernel is compiled for, so that its branches on them
+// vanish: `scaled` f16, e4m3 and f16, each with one scale (FP8-LM), `expanded` moments of e4m3
+// beside a plain weight (COAT).
+enum class Kind : uint8_t { any, scaled, expanded };
+
 struct Entry {
   State state[kStates];
   const void* grad;
@@ -41,6 +46,8 @@ struct Entry {
   Tiles tiles;
   DType grad_type;
   bool stochastic, stochastic_exp_avg, tiled, aligned, aligned_t;
+  bool whole;  // no four elements of an access cross an edge
+  Kind kind;
 };
 
 // The constants of one step of one parameter, computed once.
@@ -81,6 +88,47 @@ QUAVER_DEVICE void plan_step(const Entry& e, Plan* plan) {
   *plan = p;
 }
 
+// What `kind_of` found, as constants.
+template <Kind kKind, std::enable_if_t<kKind == Kind::any, int> = 0>
+QUAVER_DEVICE const Entry& with_known(const Entry& e) {
+  return e;
+}
+
+template <Kind kKind, std::enable_if_t<kKind != Kind::any, int> = 0>
+QUAVER_DEVICE Entry with_known(Entry e) {
+  const bool scaled = kKind == Kind::scaled;
+#pragma unroll
+  for (int k = 0; k < kStates; ++k) {
+    e.state[k].scaled = scaled;
+    e.state[k].scaling = scaled || k == 0 ? Scaling::tensor : Scaling::expand;
+    if (scaled || k > 0) e.state[k].type = scaled && k != 1 ? DType::f16 : DType::e4m3;
+  }
+  e.rates = nullptr;
+  e.whole = true;
+  if (scaled) {
+    e.remainder.bytes = 0;
+  } else {
+    e.fp8 = nullptr;
+    e.tiled = false;
+  }
+  return e;
+}
+
+inline Kind kind_of(const Entry& e) {
+  const auto has = [&](int k, DType type, Scaling scaling, bool scaled) {
+    const State& s = e.state[k];
+    return s.type == type && s.scaling == scaling && s.scaled == scaled;
+  };
+  if (!e.whole || e.rates != nullptr) return Kind::any;
+  if (has(0, DType::f16, Scaling::tensor, true) && has(1, DType::e4m3, Scaling::tensor, true) &&
+      has(2, DType::f16, Scaling::tensor, true) && e.remainder.bytes == 0)
+    return Kind::scaled;
+  if (!e.state[0].scaled && has(1, DType::e4m3, Scaling::expand, false) &&
+      has(2, DType::e4m3, Scaling::expand, false) && e.fp8 == nullptr)
+    return Kind::expanded;
+  return Kind::any;
+}
+
 inline Entry make_entry(const AdamParameter& p, int64_t first, float* rates) {
   Entry e = {};
   e.first = first;
@@ -115,6 +163,8 @@ inline Entry make_entry(const AdamParameter& p, int64_t first, float* rates) {
   e.first_element = p.first_element;
   e.step = p.step;
   e.hyper = p.hyper;
+  e.whole = e.aligned && (e.tiled || e.numel % kQuad == 0);
+  e.kind = kind_of(e);
   return e;
 }
 

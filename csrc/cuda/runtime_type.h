@@ -17,13 +17,16 @@ QUAVER_DEVICE AnyPacked load_any(const void* p, DType type, int64_t i, int64_t n
   return load<kMaxSize>(static_cast<const char*>(p) + i * size, static_cast<int>(size), n, aligned);
 }
 
-// Four elements, in one access of 4 to 16 bytes where they are whole and aligned.
+// Four elements, in one access of 4 to 16 bytes where they are whole and aligned. `whole` says that
+// all four are inside or outside, so that single elements need no code.
 using AnyQuad = Packed<1>;
 
-QUAVER_DEVICE AnyQuad load_quad(const void* p, DType type, int64_t i, int64_t n, bool aligned) {
+QUAVER_DEVICE AnyQuad load_quad(const void* p, DType type, int64_t i, int64_t n, bool aligned,
+                                bool whole = false) {
   AnyQuad v = {};
+  if (whole && n <= 0) return v;
   const void* from = static_cast<const char*>(p) + i * size_of(type);
-  if (!aligned || n < kQuad) {
+  if (!whole && (!aligned || n < kQuad)) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
       if (k >= n) continue;
@@ -47,9 +50,10 @@ QUAVER_DEVICE AnyQuad load_quad(const void* p, DType type, int64_t i, int64_t n,
 }
 
 QUAVER_DEVICE void store_quad(void* p, DType type, int64_t i, const AnyQuad& v, int64_t n,
-                              bool aligned) {
+                              bool aligned, bool whole = false) {
+  if (whole && n <= 0) return;
   void* to = static_cast<char*>(p) + i * size_of(type);
-  if (!aligned || n < kQuad) {
+  if (!whole && (!aligned || n < kQuad)) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
       if (k >= n) continue;

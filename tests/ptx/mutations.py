@@ -112,6 +112,7 @@ MUTATIONS = [
         r"div\.rn\.f32 (\s*%f\d+), ([^,]*), ([^;]*);",
         r"div.rn.f32 \1, \3, \2;",
         TEST_ADAM,
+        number=12,  # of states with one scale: those of other kinds come before and behind
     ),
     Mutation(
         "Philox with a wrong operation",

@@ -107,6 +107,7 @@ TEST(normalize) {
   });
 }
 
+// FP8-LM with its masters, which round stochastically as its recipe lets them.
 TEST(adam) {
   Buffer weight(2 * kElements), exp_avg(kElements), exp_avg_sq(2 * kElements), grad(kElements),
       fp8(kElements), fp8_t(kElements);
@@ -127,6 +128,8 @@ TEST(adam) {
   p.grad_amax = &grad_amax;
   p.step = &step;
   p.hyper = hyper;
+  p.stochastic = true;
+  p.seed = 1;
   Buffer workspace(cuda::adam_workspace_bytes(&p, 1));
   count("adam fp8lm-o2", 13, [&] { cuda::adam(&p, 1, &skipped, workspace.data(), nullptr); });
 }
