@@ -3,9 +3,13 @@ same batches, each optimizer at the best of its learning rates, and its bytes a 
 
 Three rates are trained with seed 0, and further ones, each a factor of two away, until the best has
 worse ones on both sides; then the best with the other seeds.
+
+Each training is kept in bench/results/optimizer_loss_runs.jsonl with its commit and instruction
+set, and not made again: the whole takes hours on two cores and may be done in pieces.
 """
 
 import argparse
+import json
 import math
 import multiprocessing
 import os
@@ -23,13 +27,15 @@ RATES = (0.5, 1.0, 2.0)  # times the default of `quaver train`
 BARS = {"subset-norm": 0.0, "snsm": 0.0, "grass": 4.0}  # percent above AdamW
 BAR = 1.5  # of the others
 JUDGED = 1000  # steps from which on the bars hold: MicroAdam and Grass see little of a short run
+RUNS = common.RESULTS / "optimizer_loss_runs.jsonl"
 
 
 def trained(flags: dict, name: str, lr: float, seed: int) -> dict:
     """The held-out loss and the memory of one training, on one thread."""
     torch.set_num_threads(1)
-    recipe = flags["recipe"][0]
-    settings = train.Settings(**flags, optimizer=(name,), lr=lr, seed=seed)
+    recipe = flags["recipe"]
+    chosen = flags | {"recipe": (recipe,), "optimizer": (name,)}
+    settings = train.Settings(**chosen, lr=lr, seed=seed)
     text = data.load(settings.data, settings.seq)
     config = models.load(settings.model).replace(vocab=text.vocab)
     job = Job(Run(settings, config, text, World(torch.device("cpu"))), recipe, name)
@@ -54,13 +60,33 @@ def _missing(name: str, tried: dict) -> list[float]:
     return [lr for lr in (best / 2, best * 2) if not any(math.isclose(lr, t) for t in tried)]
 
 
+def kept(run: dict) -> dict | None:
+    """What RUNS has of a training: its loss and memory, or None."""
+    lines = RUNS.read_text().splitlines() if RUNS.exists() else []
+    found = [line for line in map(json.loads, lines) if line["run"] == run]
+    return found[-1] if found else None
+
+
+def trained_once(flags: dict, name: str, lr: float, seed: int) -> dict:
+    """`trained`, unless RUNS has it."""
+    run = {**flags, "optimizer": name, "lr": lr, "seed": seed}
+    result = kept(run)
+    if result is None:
+        machine = common.machine()
+        of = {key: machine[key] for key in ("commit", "isa")}
+        result = {"run": run, **trained(flags, name, lr, seed), **of}
+        with RUNS.open("a") as file:  # one write of a short line is whole, whoever else writes
+            file.write(json.dumps(result) + "\n")
+    return result
+
+
 def rows_of(flags: dict, names: list[str], seeds: int, workers: int) -> list[dict]:
     """A row for each optimizer, at the best of its rates."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool:
 
         def start(name, lr, seed):
-            return pool.submit(trained, flags, name, lr, seed)
+            return pool.submit(trained_once, flags, name, lr, seed)
 
         tried = {name: {} for name in names}
         while missing := {n: lrs for n in names if (lrs := _missing(n, tried[n]))}:
@@ -133,7 +159,7 @@ def main():
     args = parser.parse_args()
     print(common.describe(common.machine()))
     flags = {key: getattr(args, key) for key in ("model", "steps", "batch", "seq")}
-    flags["recipe"] = (args.recipe,)
+    flags["recipe"] = args.recipe
     names = ["adamw", *(name for name in args.only.split(",") if name != "adamw")]
     rows = rows_of(flags, names, args.seeds, args.workers)
     print(table(rows), flush=True)
