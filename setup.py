@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
@@ -35,6 +36,7 @@ class CMakeBuild(build_ext):
         cmake(
             *("-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DQUAVER_PYTHONS={os.environ.get('QUAVER_PYTHONS', '')}",
             f"-DQUAVER_CUDA={os.environ.get('QUAVER_CUDA', 'auto')}",
             f"-DQUAVER_CUDA_ARCHS={os.environ.get('QUAVER_CUDA_ARCHS', '90a')}",
             f"-DQUAVER_CUTLASS_DIR={os.environ.get('QUAVER_CUTLASS_DIR', '')}",
@@ -43,7 +45,17 @@ class CMakeBuild(build_ext):
         cmake("--install", BUILD, "--component", "python", "--prefix", package)
 
 
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        """Names every Python whose module is inside; a wheel of an editable install holds none."""
+        python, abi, platform = super().get_tag()
+        built = Path(self.get_finalized_command("build").build_lib, "quaver")
+        versions = sorted(path.name.split("-")[1] for path in built.glob("_C.cpython-*.so"))
+        pythons = ".".join(f"cp{version}" for version in versions)
+        return pythons or python, pythons or abi, platform
+
+
 setup(
     ext_modules=[Extension("quaver._C", [])],
-    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
+    cmdclass={"bdist_wheel": Wheel, "build": FreshBuild, "build_ext": CMakeBuild},
 )

@@ -107,7 +107,7 @@ def carried(work):
     if stamp["sources"] != digest():
         raise BuildError(f"the carried build is of other sources, commit {stamp['commit']}")
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    wheels = sorted((ROOT / "dist").glob(f"quaver-*-{tag}-*.whl"))
+    wheels = sorted((ROOT / "dist").glob(f"quaver-*-*{tag}*-*.whl"))
     if wheels:
         site = work / "site"
         shutil.rmtree(site, ignore_errors=True)
@@ -120,7 +120,7 @@ def carried(work):
         return ROOT / "python"
     raise BuildError(
         f"no carried build for Python {platform.python_version()}: neither "
-        f"dist/quaver-*-{tag}-*.whl nor {module}"
+        f"dist/quaver-*-*{tag}*-*.whl nor {module}"
     )
 
 

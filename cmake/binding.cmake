@@ -28,17 +28,38 @@ set_source_files_properties(csrc/cpu/isa.cpp csrc/gemm_choice.cpp
 
 list(JOIN isas "," isa_names)
 list(JOIN QUAVER_CUDA_ARCHS "," arch_names)
-Python_add_library(quaver_module MODULE WITH_SOABI csrc/python/module.cpp)
-set_target_properties(quaver_module PROPERTIES OUTPUT_NAME _C
-  BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/lib")
-target_include_directories(quaver_module SYSTEM PRIVATE ${pybind11_include})
-target_compile_definitions(quaver_module PRIVATE
-  QUAVER_VERSION="${PROJECT_VERSION}" QUAVER_TORCH_VERSION="${torch_version}"
-  QUAVER_TORCH_TARGET=${torch_target} QUAVER_ISAS="${isa_names}"
-  QUAVER_ARCHS="$<$<TARGET_EXISTS:quaver_cuda>:${arch_names}>"
-  QUAVER_CUTLASS="${cutlass_version}")
-target_link_libraries(quaver_module PRIVATE quaver_flags quaver_ops)
-target_link_options(quaver_module PRIVATE -Wl,--allow-shlib-undefined)
+# The library serves every Python; the module is compiled for each, by its headers alone.
+function(quaver_python_module target include suffix)
+  add_library(${target} MODULE csrc/python/module.cpp)
+  set_target_properties(${target} PROPERTIES OUTPUT_NAME _C PREFIX "" SUFFIX ${suffix}
+    BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/lib")
+  target_include_directories(${target} SYSTEM PRIVATE ${include} ${pybind11_include})
+  target_compile_definitions(${target} PRIVATE
+    QUAVER_VERSION="${PROJECT_VERSION}" QUAVER_TORCH_VERSION="${torch_version}"
+    QUAVER_TORCH_TARGET=${torch_target} QUAVER_ISAS="${isa_names}"
+    QUAVER_ARCHS="$<$<TARGET_EXISTS:quaver_cuda>:${arch_names}>"
+    QUAVER_CUTLASS="${cutlass_version}")
+  target_link_libraries(${target} PRIVATE quaver_flags quaver_ops)
+  target_link_options(${target} PRIVATE -Wl,--allow-shlib-undefined)
+  install(TARGETS ${target} LIBRARY DESTINATION . COMPONENT python)
+endfunction()
 
 install(TARGETS quaver_ops LIBRARY DESTINATION lib COMPONENT python)
-install(TARGETS quaver_module LIBRARY DESTINATION . COMPONENT python)
+set(suffixes)
+foreach(python IN LISTS Python_EXECUTABLE QUAVER_PYTHONS)
+  execute_process(COMMAND ${python} -c
+    "import sysconfig as s; print(s.get_path('include'), s.get_config_var('EXT_SUFFIX'), sep=';')"
+    OUTPUT_VARIABLE found ERROR_VARIABLE problem OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(NOT found)
+    message(FATAL_ERROR "QUAVER_PYTHONS: ${python} does not run:\n${problem}")
+  endif()
+  list(GET found 0 include)
+  list(GET found 1 suffix)
+  if(NOT EXISTS ${include}/Python.h)
+    message(FATAL_ERROR "QUAVER_PYTHONS: ${python} has no headers: there is no ${include}/Python.h")
+  endif()
+  if(NOT suffix IN_LIST suffixes)
+    quaver_python_module(quaver_module${suffix} ${include} ${suffix})
+    list(APPEND suffixes ${suffix})
+  endif()
+endforeach()

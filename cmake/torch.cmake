@@ -1,6 +1,6 @@
 # torch is found through the interpreter and not through its CMake package: the stable ABI needs
 # its headers and two libraries and none of its flags.
-find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(Python 3.10 REQUIRED COMPONENTS Interpreter)
 execute_process(
   COMMAND ${Python_EXECUTABLE} -c
     "import importlib.metadata as m, importlib.util as u, pybind11

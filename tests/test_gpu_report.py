@@ -389,9 +389,11 @@ def test_a_carried_build_must_be_of_these_sources(tmp_path, monkeypatch):
         gpu_build.carried(tmp_path)
     gpu_build.stamp()
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    with pytest.raises(gpu_build.BuildError, match=f"neither dist/quaver-\\*-{tag}-"):
+    with pytest.raises(gpu_build.BuildError, match=f"neither dist/quaver-.*{tag}"):
         gpu_build.carried(tmp_path)
-    with zipfile.ZipFile(tmp_path / "dist" / f"quaver-1-{tag}-{tag}-linux.whl", "w") as wheel:
+    with zipfile.ZipFile(
+        tmp_path / "dist" / f"quaver-1-cp39.{tag}-cp39.{tag}-linux.whl", "w"
+    ) as wheel:
         wheel.writestr("quaver/__init__.py", "x = 1")
     site = gpu_build.carried(tmp_path / "work")
     assert (site / "quaver" / "__init__.py").read_text() == "x = 1"

@@ -1,9 +1,11 @@
 """The wheel installs and trains where there is no compiler and no source tree."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -22,9 +24,15 @@ def run(*command, **options):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    """With a module for this Python, and one for a further Python that has the same headers."""
     folder = tmp_path_factory.mktemp("wheel")
+    further = folder / "python3.99"
+    include = sysconfig.get_path("include")
+    further.write_text(f'#!/bin/sh\necho "{include};.cpython-399-x86_64-linux-gnu.so"\n')
+    further.chmod(0o755)
     pip = (sys.executable, "-m", "pip")
-    run(*pip, "wheel", ROOT, "--no-build-isolation", "--no-deps", "-w", folder)
+    env = {**os.environ, "QUAVER_PYTHONS": str(further)}
+    run(*pip, "wheel", ROOT, "--no-build-isolation", "--no-deps", "-w", folder, env=env)
     (path,) = folder.glob("quaver-*.whl")
     return path
 
@@ -32,12 +40,12 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "quaver/lib/libquaver.so" in names
-    assert sum(name.startswith("quaver/_C.") for name in names) == 1
+    assert sum(name.startswith("quaver/_C.") for name in names) == 2
     sources = {str(p.relative_to(ROOT / "python")) for p in (ROOT / "python").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
     assert {Path(name).suffix for name in names if name.startswith("quaver/")} == {".py", ".so"}
-    python, _, platform = wheel.stem.split("-")[2:]
-    assert python == f"cp{sys.version_info.major}{sys.version_info.minor}"
+    python, abi, platform = wheel.stem.split("-")[2:]
+    assert python == abi == f"cp{sys.version_info.major}{sys.version_info.minor}.cp399"
     assert platform.startswith("linux_")
 
 
