@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,11 @@ def test_what_a_run_writes(settings, capsys):
     shown = capsys.readouterr().out
     assert "bf16  step 40/40  held-out" in shown
     assert table(summary["recipes"]) in shown
+    sample = summary["recipes"]["bf16"]["sample"]
+    assert f"prompt  {' '.join(sample['prompt'].split())}\n" in shown
+    held_out = data.load(s.data, s.seq).held_out[:16].tolist()
+    decoded = bytes(held_out[:8]).decode(errors="replace")
+    assert (sample["prompt"], len(sample["answer"]) > 0) == (decoded, True)
 
 
 def test_recipes_start_alike_and_see_the_same_batches(settings):
@@ -328,6 +334,56 @@ def test_tensorboard_has_the_held_out_loss(settings):
     lines = [line for line in read_metrics(s.out) if "val_loss" in line]
     assert [step for step, _ in found] == [line["step"] for line in lines] == [4, 8]
     assert [value for _, value in found] == pytest.approx([line["val_loss"] for line in lines])
+
+
+def test_the_sample_is_the_models_likeliest_text(settings):
+    s = settings(steps=40, lr=3e-3, recipe=("coat",))
+    sample = train.run(s)["recipes"]["coat"]["sample"]
+    model = qv.convert(models.build(models.load(s.model)), "coat").eval()
+    qv.load(RunDir(s.out).checkpoint_path("coat"), model)
+    row = data.load(s.data, s.seq).held_out[:8].long().tolist()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(8):  # of the length so far: what lies behind a token changes nothing
+            row.append(model(torch.tensor([row]))[0, -1].argmax().item())
+    assert sample["answer"] == bytes(row[8:]).decode(errors="replace")
+
+
+class FakeRuns:
+    """wandb as far as a run is logged."""
+
+    def __init__(self):
+        self.made = []
+
+    def init(self, **options):
+        if options["project"] == "private":
+            raise RuntimeError("api_key not configured\nmore")
+        self.made.append(SimpleNamespace(options=options, lines=[], done=False))
+        return self
+
+    def log(self, values, step):
+        self.made[-1].lines.append((step, values))
+
+    def finish(self):
+        self.made[-1].done = True
+
+
+def test_weights_and_biases(settings, monkeypatch):
+    runs = FakeRuns()
+    monkeypatch.setitem(sys.modules, "wandb", runs)
+    s = settings(eval_every=4, wandb="mine", recipe=("f32", "bf16"))
+    train.run(s)
+    assert [run.options["name"] for run in runs.made] == ["run/f32", "run/bf16"]
+    assert runs.made[0].options["config"]["steps"] == 8 and all(run.done for run in runs.made)
+    lines = read_metrics(s.out)
+    for key in ("loss", "val_loss"):
+        found = [(step, values[key]) for step, values in runs.made[0].lines if key in values]
+        assert found == [(line["step"], line[key]) for line in lines if key in line]
+    with pytest.raises(UsageError, match=r"--wandb private: api_key not configured$"):
+        train.run(settings(wandb="private", overwrite=True))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="--wandb needs the package `wandb`: pip install wandb"):
+        train.run(settings(wandb="mine", out="no"))
+    assert not os.path.exists("no")
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_run_kept(settings):

@@ -160,6 +160,7 @@ def _add_run(p: argparse.ArgumentParser, default: RunSettings) -> None:
         help="steps between held-out losses; 0: at the end alone",
     )
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs too")
+    p.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
     p.add_argument(
         "--probe",
         type=int,

@@ -17,6 +17,8 @@ from .training import Run, Training, finished, finite
 
 __all__ = ["Job", "Run", "finished", "learning_rate", "parameter_groups"]
 
+SAMPLE = 48  # tokens of a prompt, and as many behind it
+
 
 class Job(Training):
     """Recipe `name` of a run with an optimizer of --optimizer (None: AdamW with the recipe's own
@@ -52,17 +54,17 @@ class Job(Training):
         lr = lr.get(self.chosen) if isinstance(lr, dict) else lr
         return configuration | free | {"recipe": name, "lr": lr}
 
-    def _logits(self, tokens: Tensor) -> Tensor:
-        if isinstance(self.run.model, Start):
-            return self.run.model.logits(self.model, tokens)
-        return self.model(tokens)
+    def _predict(self, tokens: Tensor) -> Tensor:
+        """Logits [batch, length, vocab] of tokens int64 [batch, length]."""
+        tokens, dtype = tokens.to(self.device), self.recipe.autocast
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            if isinstance(self.run.model, Start):
+                return self.run.model.logits(self.model, tokens)
+            return self.model(tokens)
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
-        dtype = self.recipe.autocast
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            logits = self._logits(inputs)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        logits = self._predict(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.to(self.device).flatten())
 
     def _batch(self, step: int, micro: int) -> list[Tensor]:
         """This rank's part of a micro-batch."""
@@ -91,3 +93,20 @@ class Job(Training):
         everywhere = {int(i): pair for part in parts for i, pair in part.items()}
         pairs = [everywhere[i] for i in range(len(everywhere))]
         return finite(sum(total for total, _ in pairs) / sum(count for _, count in pairs))
+
+    @torch.no_grad()
+    def _sample(self) -> dict[str, str]:
+        """The first held-out tokens, and the likeliest token behind them each time. Every rank
+        takes part, because forwards of a sharded model are collective."""
+        text, parts = self.run.text, self.settings.parallel.tensor
+        # Of one length, which the ranks of a split model share: what lies behind is not seen.
+        length = min(self.settings.seq, 2 * SAMPLE // parts * parts)
+        wanted = text.held_out[:length].long()
+        row, start = wanted.clone(), (length + 1) // 2
+        row[start:] = 0
+        self.model.eval()
+        for at in range(start, length):
+            row[at] = self._predict(row[None])[0, at - 1].argmax()
+        self.model.train()
+        cut = {"prompt": wanted[:start], "wanted": wanted[start:], "answer": row[start:]}
+        return {key: text.decode(ids.tolist()) for key, ids in cut.items()}

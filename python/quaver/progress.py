@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from .errors import UsageError
 
-__all__ = ["MIB", "Progress", "baseline", "check_installed", "grid", "number", "table"]
+__all__ = ["MIB", "Progress", "baseline", "check_installed", "grid", "number", "samples",
+           "table"]  # fmt: skip
 
 SECONDS_PER_LINE = 10
 
@@ -80,7 +81,8 @@ class Progress:
         if "val_loss" in line:
             self.held_out = f"held-out {number(line['val_loss'])}  "
         if self.bar:
-            text = f"{self.held_out}loss {loss}  {speed} tokens/s{trouble}"
+            # A terminal has room for one loss: the held-out one, as soon as there is one.
+            text = f"{self.held_out or f'loss {loss}  '}{speed} tokens/s{trouble}"
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
             return
@@ -97,12 +99,15 @@ class Progress:
 
 
 MIB = 2**20
+CUT = 240  # characters of a sample
 LEGEND = """\
-held-out: loss of text that was not trained on; train: mean loss of the last 5 %
-of the steps. B/param: master, gradient and moments of a linear weight; +copies:
-with its cached FP8 copies. saved MiB: activations kept for backward by all
-layers, and by the linear ones. total MiB: parameters, gradients, states and
-saved activations; x less: the baseline's bytes divided by these."""
+held-out: loss of text that was not trained on. Another --seed moves a change by
+most of a percent in short runs: try two before you trust one. train: mean loss
+of the last 5 % of the steps, which is noisier. B/param: master, gradient and
+moments of a linear weight; +copies: with its cached FP8 copies. saved MiB:
+activations kept for backward by all layers, and by the linear ones. total MiB:
+parameters, gradients, states and saved activations; x less: the baseline's
+bytes divided by these."""
 STATES = """
 states: the optimizer's part of B/param."""
 
@@ -160,3 +165,17 @@ def grid(head: dict[str, str], rows: list[dict[str, str]]) -> str:
         lines.append("  ".join(cells))
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
+
+
+def samples(results: dict[str, dict]) -> str:
+    """What each training's model makes of one held-out text, as lines."""
+    first = next(iter(results.values()))["sample"]
+    lines = [("prompt", first["prompt"]), ("wanted", first["wanted"])]
+    lines += [(name, result["sample"]["answer"]) for name, result in results.items()]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name.ljust(width)}  {_short(text)}" for name, text in lines)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= CUT else f"{text[:CUT]}..."

@@ -35,6 +35,7 @@ MEMORY = {"bytes_per_param": Each(float), "activation": int, "activation_linear"
 RESULT = {
     "final_loss": Maybe(float),
     "val_loss": Maybe(float),
+    "sample": {"prompt": str, "wanted": str, "answer": str},
     "tokens_per_s": float,
     "memory": MEMORY,
     "steps": int,

@@ -20,8 +20,9 @@ __all__ = ["BETAS", "CLIP", "FREE", "SCHEDULES", "WEIGHT_DECAY", "RunSettings", 
            "coder_of", "configuration", "model_config", "names", "start_of"]  # fmt: skip
 
 # Settings that do not decide the numbers of a run: it may be resumed with others.
-FREE = ("out", "tokenizer", "text_field", "end_token", "resume", "overwrite", "save_every",
-        "eval_every", "tensorboard", "probe", "recipe", "optimizer", "parallel")  # fmt: skip
+FREE = ("out", "tokenizer", "text_field", "end_token", "resume", "overwrite",
+        "save_every", "eval_every", "tensorboard", "wandb", "probe", "recipe", "optimizer",
+        "parallel")  # fmt: skip
 RATE = 1e-3
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -60,6 +61,7 @@ class RunSettings:
     resume: bool = False
     overwrite: bool = False
     tensorboard: bool = False
+    wandb: str | None = None
     probe: int = 0
 
     def __post_init__(self):

@@ -16,7 +16,7 @@ import torch
 
 from . import data, distributed, machine, models
 from .assembly import build_optimizer
-from .board import summary_writer
+from .board import writers
 from .convert import convert
 from .distributed.launch import joined
 from .errors import UsageError
@@ -25,7 +25,7 @@ from .interrupt import Interrupted, stop_signals
 from .job import Job, Run, finished
 from .optimizers import label
 from .plot import plot_losses, plot_memory
-from .progress import baseline, check_installed, table
+from .progress import baseline, check_installed, samples, table
 from .recipe import get
 from .rundir import RunDir
 from .settings import Settings, coder_of, configuration, model_config, start_of
@@ -42,9 +42,9 @@ def run(settings: Settings) -> dict:
     """
     check_installed("train")
     device = machine.choose_device(settings.device)
-    writer = summary_writer() if settings.tensorboard else None
+    logs = writers(settings)
     with _world(settings, device) as world:
-        return _run(settings, world, writer)
+        return _run(settings, world, logs)
 
 
 @contextmanager
@@ -77,14 +77,14 @@ def _flags(settings: Settings, device: torch.device) -> dict[str, str]:
     }
 
 
-def _run(settings: Settings, world: distributed.World, writer: Callable | None) -> dict:
+def _run(settings: Settings, world: distributed.World, logs: tuple[Callable, ...]) -> dict:
     start = start_of(settings)  # before the data is read, which takes longer
     coder = coder_of(settings, start)
     text = data.load(settings.data, settings.seq, coder, settings.text_field)
     model = model_config(settings, start, text.vocab)
     config = configuration(settings, model, world.device, text)
     world.agree({"--data": text.fingerprint, "--model": model.as_dict()})
-    run = Run(settings, model, text, world, RunDir(settings.out), config, writer)
+    run = Run(settings, model, text, world, RunDir(settings.out), config, logs)
     _check_optimizers(run)
     show = print if run.writes else lambda *args: None
     with ExitStack() as stack, stop_signals() as stop:
@@ -109,7 +109,7 @@ def _run(settings: Settings, world: distributed.World, writer: Callable | None) 
         world.first(lambda: _plot(run, curves, results))
     folder = run.folder
     paths = (folder.summary_path, folder.plot_path, folder.memory_plot_path)
-    show(f"\n{table(results)}\n\n{'  '.join(map(str, paths))}")
+    show(f"\n{samples(results)}\n\n{table(results)}\n\n{'  '.join(map(str, paths))}")
     return summary
 
 

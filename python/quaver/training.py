@@ -52,7 +52,7 @@ def finite(value: float) -> float | None:
 class Run:
     """The values that all trainings of a run share. `model` is what each builds its model from,
     `text` what it takes batches from. `configuration` is kept in every checkpoint;
-    `writer` makes TensorBoard logs of a folder, if any are wanted."""
+    `writers` make the logs that are wanted (board.writers)."""
 
     settings: RunSettings
     model: object
@@ -60,7 +60,7 @@ class Run:
     world: distributed.World
     folder: RunDir | None = None
     configuration: dict = field(default_factory=dict)
-    writer: Callable | None = None
+    writers: tuple[Callable, ...] = ()
 
     @property
     def writes(self) -> bool:
@@ -77,8 +77,8 @@ def finished(run: Run, name: str, result: dict) -> list[dict]:
 class Training:
     """A training called `name` of a run, on this rank.
 
-    A subclass makes `model` and `optimizer` and gives `_batch`, `_loss`, `_tokens`, `_validate` and
-    `_own`. `settings.lr` is the training's own peak rate.
+    A subclass makes `model` and `optimizer` and gives `_batch`, `_loss`, `_tokens`, `_validate`,
+    `_sample` and `_own`. `settings.lr` is the training's own peak rate.
     """
 
     model: nn.Module
@@ -112,6 +112,10 @@ class Training:
         """The mean loss of the held-out data; None where it is not finite."""
         raise NotImplementedError
 
+    def _sample(self) -> dict[str, str]:
+        """A held-out text, cut: "prompt", the "wanted" rest, and the model's own as "answer"."""
+        raise NotImplementedError
+
     def _own(self, configuration: dict, name: str) -> dict:
         """The part of a run's configuration that this training depends on, with its name."""
         raise NotImplementedError
@@ -137,7 +141,8 @@ class Training:
             if start:
                 progress.say(f"{name} continues after step {start}")
             folder = run.folder.tensorboard_path(name)
-            board = stack.enter_context(Board(run.writer if run.writes else None, folder, start))
+            logs = run.writers if run.writes else ()
+            board = stack.enter_context(Board(logs, name, folder, run.configuration, start))
             for step in range(start + 1, settings.steps + 1):
                 line = self.step(step)
                 asked = self._agree(line, stop)
@@ -328,10 +333,11 @@ class Training:
         last = [line["loss"] for line in lines[-max(1, round(len(lines) * LAST)) :]]
         sent = [line.get("communication", {}) for line in lines]
         with machine.bf16_products(self.device):
-            memory = self._memory()
+            memory, sample = self._memory(), self._sample()
         return {
             "final_loss": None if None in last else statistics.fmean(last),
             "val_loss": lines[-1]["val_loss"],
+            "sample": sample,
             "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines),
             "memory": memory,
             "peak_memory": self._peak_memory(),

@@ -7,23 +7,22 @@ import os
 from dataclasses import replace
 
 from .. import distributed, machine
-from ..board import summary_writer
+from ..board import writers
 from ..errors import UsageError
 from ..hf import folder as hf_folder
 from ..interrupt import stop_signals
 from ..plot import plot_losses, plot_memory
-from ..progress import check_installed
+from ..progress import check_installed, samples
 from ..rundir import RESULT, Kind, RunDir
 from ..training import Run, finished
 from . import chat, methods
 from .job import Tuning, held_out_loss
-from .report import samples, table
+from .report import table
 from .settings import METHODS, RATES, Settings, configuration
 
 __all__ = ["METHODS", "RATES", "Settings", "run"]
 
-SAMPLE = {"prompt": str, "wanted": str, "answer": str}
-KIND = Kind("methods", lambda: METHODS, RESULT | {"trained": int, "sample": SAMPLE})
+KIND = Kind("methods", lambda: METHODS, RESULT | {"trained": int})
 
 
 def run(settings: Settings) -> dict:
@@ -37,7 +36,7 @@ def run(settings: Settings) -> dict:
         raise UsageError(f"tune is one process, {os.environ['WORLD_SIZE']} were started")
     check_installed("tune")
     world = distributed.World(machine.choose_device(settings.device))
-    writer = summary_writer() if settings.tensorboard else None
+    logs = writers(settings)
     config = hf_folder.load_config(settings.model, settings.seq)
     tokenizer = hf_folder.load_tokenizer(settings.model)
     _check_methods(settings, config, tokenizer, world)
@@ -52,7 +51,7 @@ def run(settings: Settings) -> dict:
         world=world,
         folder=RunDir(settings.out, KIND),
         configuration=configuration(settings, identity, device, text.fingerprint),
-        writer=writer,
+        writers=logs,
     )
     run.folder.check(run.configuration, settings.resume, settings.overwrite)
     with run.folder.started(run.configuration, settings.resume):

@@ -104,7 +104,7 @@ class Tuning(Training):
         result = super()._result(metrics)
         self._write()
         count = sum(p.numel() for p in methods.trained(self.model))
-        return result | {"trained": count, "sample": self._sample()}
+        return result | {"trained": count}
 
     def _write(self) -> None:
         """The folder of the result. A run that is killed here writes it again."""

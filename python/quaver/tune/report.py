@@ -1,17 +1,16 @@
-"""The closing table and the samples of `quaver tune`."""
+"""The closing table of `quaver tune`."""
 
 from __future__ import annotations
 
 from ..progress import MIB, grid, number
 
-__all__ = ["samples", "table"]
+__all__ = ["table"]
 
 LEGEND = """\
 trains: parameters. held-out: loss over the answers' tokens of examples that were
 not trained on; train: of the last 5 % of the steps. state MiB: weights, gradients
 and optimizer states; saved MiB: activations kept for backward; x less: the
 bytes of both against the first method's. peak MiB: the most that the GPU held."""
-CUT = 240  # characters of a sample
 
 
 def _row(name: str, result: dict, first: dict, untouched: float | None) -> dict[str, str]:
@@ -45,17 +44,3 @@ def table(results: dict[str, dict], untouched: float | None) -> str:
         del head["skipped"]
     base = dict.fromkeys(head, "-") | {"method": "untouched", "held-out": number(untouched)}
     return f"{grid(head, [base, *rows])}\n\n{LEGEND}"
-
-
-def samples(results: dict[str, dict]) -> str:
-    """The answers of all methods to one held-out example."""
-    first = next(iter(results.values()))["sample"]
-    lines = [("prompt", first["prompt"]), ("wanted", first["wanted"])]
-    lines += [(name, result["sample"]["answer"]) for name, result in results.items()]
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name.ljust(width)}  {_short(text)}" for name, text in lines)
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= CUT else f"{text[:CUT]}..."
