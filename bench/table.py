@@ -157,12 +157,12 @@ def _rows(rows):
 
 
 def _training(rows):
-    lines = ["| trained | tokens/s | against bf16 | peak memory, GiB | final loss | steps |",
+    lines = ["| trained | tokens/s | against bf16 | peak memory, GiB | held-out loss | steps |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         ratio = f"{row['ratio']:.2f} x" if "ratio" in row else "-"
         peak = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**30:.2f}"
-        loss = "not finite" if row["final_loss"] is None else f"{row['final_loss']:.4f}"
+        loss = "not finite" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
         lines.append(
             f"| {row['name']} | {row['tokens_per_s']:,.0f} | {ratio} | {peak} | {loss} "
             f"| {row['steps']} |"

@@ -322,7 +322,7 @@ def a_report(tmp_path, started="2026-01-02T03:04:05Z"):
     (tmp_path / "train").mkdir(exist_ok=True)
     result = {"tokens_per_s": 100.0, "peak_memory": 2**30, "final_loss": 1.5, "val_loss": 1.6,
               "steps": 10, "skipped": 0}  # fmt: skip
-    recipes = {"bf16": result, "fp8lm-o2": result | {"tokens_per_s": 150.0, "final_loss": None}}
+    recipes = {"bf16": result, "fp8lm-o2": result | {"tokens_per_s": 150.0, "val_loss": None}}
     (tmp_path / "train" / "summary.json").write_text(json.dumps({"recipes": recipes}))
     (tmp_path / "tests.xml").write_text(
         '<testsuites><testsuite><testcase classname="t" name="a"/>'
