@@ -70,6 +70,9 @@ target_include_directories(quaver_gemm PRIVATE csrc)
 # The matrix products are written for sm_90a alone; what surrounds them runs on other machines too.
 target_compile_options(quaver_gemm PRIVATE -gencode=arch=compute_90a,code=sm_90a
   "SHELL:-isystem ${Cutlass_INCLUDE_DIRS}")
+if(NOT QUAVER_BINDING)  # PTX beside the machine code costs nothing, and tests/ptx runs it
+  target_compile_options(quaver_gemm PRIVATE -gencode=arch=compute_90a,code=compute_90a)
+endif()
 set_target_properties(quaver_gemm PROPERTIES JOB_POOL_COMPILE gemm)
 
 add_library(quaver_cuda STATIC ${cuda_sources} $<TARGET_OBJECTS:quaver_gemm>)

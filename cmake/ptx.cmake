@@ -1,11 +1,13 @@
-# The kernels' own machine-independent code, run without a GPU: nvcc makes PTX of every kernel except
-# the matrix products, and tests/ptx interprets it under the tests of the SIMT shim. `check_ptx`
-# builds and runs them; it needs nvcc, no CUTLASS and no GPU.
+# The kernels' own machine-independent code, run without a GPU: nvcc makes PTX of every kernel, and
+# tests/ptx interprets it. `check_ptx` builds and runs the tests; it needs nvcc and no GPU. It runs the
+# matrix products too where the build compiles them, which takes CUTLASS.
 find_program(QUAVER_NVCC nvcc HINTS ENV CUDACXX PATHS /usr/local/cuda/bin)
 if(NOT QUAVER_NVCC)
   message(STATUS "check_ptx left out: no nvcc was found")
   return()
 endif()
+
+find_program(QUAVER_PTX_PYTHON NAMES python3 python REQUIRED)
 
 set(ptx_dir ${CMAKE_BINARY_DIR}/ptx)
 set(ptx_files "")
@@ -45,15 +47,40 @@ foreach(source IN LISTS ptx_test_sources)
   add_dependencies(ptx_tests ${name}_ptx)
 endforeach()
 
-# The interpreter itself, and the proof that it finds faults.
-add_executable(test_interpreter_ptx EXCLUDE_FROM_ALL tests/ptx/tests/test_interpreter.cpp)
-target_include_directories(test_interpreter_ptx PRIVATE tests/cpp csrc)
-target_link_libraries(test_interpreter_ptx PRIVATE quaver_core quaver_ptx
-  -Wl,--wrap=mmap,--wrap=munmap)
-set_target_properties(test_interpreter_ptx PROPERTIES RUNTIME_OUTPUT_DIRECTORY tests)
-add_test(NAME test_interpreter_ptx COMMAND test_interpreter_ptx)
-add_dependencies(ptx_tests test_interpreter_ptx)
-find_program(QUAVER_PTX_PYTHON NAMES python3 python REQUIRED)
+# The interpreter itself, and below the proof that it finds faults.
+foreach(name test_interpreter test_asynchronous)
+  add_executable(${name}_ptx EXCLUDE_FROM_ALL tests/ptx/tests/${name}.cpp)
+  target_include_directories(${name}_ptx PRIVATE tests/cpp csrc)
+  target_link_libraries(${name}_ptx PRIVATE quaver_core quaver_ptx -Wl,--wrap=mmap,--wrap=munmap)
+  set_target_properties(${name}_ptx PROPERTIES RUNTIME_OUTPUT_DIRECTORY tests)
+  add_test(NAME ${name}_ptx COMMAND ${name}_ptx)
+  add_dependencies(ptx_tests ${name}_ptx)
+endforeach()
+
+# The matrix products: their object files hold their PTX, and the host code that ships, which calls
+# a CUDA runtime of ours.
+if(TARGET quaver_gemm AND NOT QUAVER_BINDING)
+  find_program(QUAVER_CUOBJDUMP cuobjdump HINTS ${CMAKE_SOURCE_DIR}/build/cuobjdump/nvidia/cu13/bin
+    REQUIRED)
+  add_custom_command(OUTPUT ${ptx_dir}/.gemm
+    COMMAND ${CMAKE_COMMAND} -E make_directory ${ptx_dir}
+    COMMAND ${QUAVER_PTX_PYTHON} ${CMAKE_SOURCE_DIR}/cmake/extract_ptx.py ${QUAVER_CUOBJDUMP} ${ptx_dir}
+      $<TARGET_OBJECTS:quaver_gemm>
+    COMMAND ${CMAKE_COMMAND} -E touch ${ptx_dir}/.gemm
+    DEPENDS cmake/extract_ptx.py $<TARGET_OBJECTS:quaver_gemm> COMMAND_EXPAND_LISTS VERBATIM)
+  add_custom_target(gemm_ptx_files DEPENDS ${ptx_dir}/.gemm)
+  add_executable(test_gemm_ptx EXCLUDE_FROM_ALL tests/ptx/tests/test_gemm.cpp
+    tests/ptx/runtime/runtime.cpp $<TARGET_OBJECTS:quaver_gemm>)
+  target_include_directories(test_gemm_ptx PRIVATE tests/cpp csrc)
+  target_include_directories(test_gemm_ptx SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  target_link_libraries(test_gemm_ptx PRIVATE quaver_core quaver_ptx -Wl,--wrap=mmap,--wrap=munmap)
+  set_target_properties(test_gemm_ptx PROPERTIES RUNTIME_OUTPUT_DIRECTORY tests
+    LINKER_LANGUAGE CXX CUDA_RUNTIME_LIBRARY None)
+  add_test(NAME test_gemm_ptx COMMAND test_gemm_ptx)
+  add_dependencies(test_gemm_ptx gemm_ptx_files)
+  add_dependencies(ptx_tests test_gemm_ptx)
+endif()
+
 add_test(NAME mutations_ptx COMMAND ${QUAVER_PTX_PYTHON}
   ${CMAKE_SOURCE_DIR}/tests/ptx/mutations.py ${CMAKE_BINARY_DIR})
 

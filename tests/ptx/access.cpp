@@ -59,7 +59,11 @@ unsigned char* reach(Warp& w, const Instruction& in, int lane, uint64_t address,
     fail("thread ", w.thread(lane), " ", name_of(kind), " ", bytes, " bytes at ", address,
          ", which is no multiple of that");
   if (space == Space::global) return reach_global(w, lane, address, bytes, kind);
-  if (space == Space::shared) return w.cta->shared.access(address, bytes, kind, w.thread(lane));
+  if (space == Space::shared) {
+    if (address < kClusterWindow) return w.cta->shared.access(address, bytes, kind, w.thread(lane));
+    fail("thread ", w.thread(lane), " ", name_of(kind),
+         " another CTA's shared memory, which is not ", "supported");
+  }
   const bool local = space == Space::local;
   const uint64_t size =
       local ? w.machine->program.kernel.local_bytes : w.machine->program.kernel.parameter_bytes;

@@ -15,6 +15,12 @@ inline uint64_t address_of(const Warp& w, const Instruction& in, int lane) {
   return base + static_cast<uint64_t>(in.displacement);
 }
 
+// Addresses of another CTA's shared memory have its rank, plus one, in these bits and above.
+constexpr uint32_t kClusterWindow = 1u << 24;
+
+// The CTA that an address of shared memory names, which becomes an address there.
+Cta& owner_of(Warp& w, uint32_t* address);
+
 // Counts the request of a warp, where the machine counts.
 void count_request(Warp& w, const Instruction& in, uint32_t lanes, uint64_t bytes, bool writes);
 

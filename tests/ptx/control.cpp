@@ -1,4 +1,4 @@
-// bra, ret, exit, bar, fences; shfl, redux.
+// bra, ret, exit, bar; fences and hints; shfl, redux, elect.
 #include <algorithm>
 
 #include "decode.h"
@@ -26,24 +26,20 @@ void end(Warp& w, const Instruction&, uint32_t lanes) {
 
 void nothing(Warp&, const Instruction&, uint32_t) {}
 
-int uniform(const Warp& w, const Slot& s, uint32_t lanes) {
-  const uint32_t* values = w.at<uint32_t>(s);
-  const auto first = values[__builtin_ctz(lanes)];
-  for_lanes(lanes, [&](int i) {
-    if (values[i] != first) fail("an operand differs between the lanes of a warp");
-  });
-  return static_cast<int>(first);
+void fence_proxy(Warp& w, const Instruction&, uint32_t lanes) {
+  for_lanes(lanes, [&](int i) { w.cta->shared.fence_proxy(w.thread(i)); });
 }
 
 void barrier(Warp& w, const Instruction& in, uint32_t lanes) {
-  const int threads = in.more.empty() ? w.cta->threads : uniform(w, in.more[0], lanes);
+  const int threads =
+      in.more.empty() ? w.cta->threads : static_cast<int>(uniform(w, in.more[0], lanes));
   const uint32_t vote = in.votes ? w.predicate(in.b) : 0;
-  arrive(&w, lanes, uniform(w, in.a, lanes), threads, vote);
+  arrive(&w, lanes, static_cast<int>(uniform(w, in.a, lanes)), threads, vote);
 }
 
 // True when all lanes that the mask names are here. Otherwise those that are wait for the rest.
 bool together(Warp* w, uint32_t lanes, const Slot& mask) {
-  const auto named = static_cast<uint32_t>(uniform(*w, mask, lanes));
+  const uint32_t named = uniform(*w, mask, lanes);
   if ((named & lanes) != lanes) fail("a lane is not in the mask of its exchange");
   if (named == lanes) return true;
   if (lanes != w->lanes) w->others.push_back({w->pc + 1, w->lanes & ~lanes, Wait::none, 0});
@@ -85,6 +81,14 @@ void reduce_max(Warp& w, const Instruction& in, uint32_t lanes) {
   for_lanes(lanes, [=](int i) { to[i] = most; });
 }
 
+void elect(Warp& w, const Instruction& in, uint32_t lanes) {
+  if (!together(&w, lanes, in.more[0])) return;
+  const int leader = __builtin_ctz(lanes);
+  uint32_t* to = w.at<uint32_t>(in.to);
+  for_lanes(lanes, [=](int i) { to[i] = static_cast<uint32_t>(leader); });
+  w.set_predicate(in.also, lanes, 1u << leader);
+}
+
 }  // namespace
 
 bool decode_control(Decoder& d, const Statement& s, Instruction* in) {
@@ -94,9 +98,6 @@ bool decode_control(Decoder& d, const Statement& s, Instruction* in) {
     in->run = branch;
   } else if (op == "ret" || op == "exit") {
     in->run = end;
-  } else if (op == "fence" || op == "membar") {
-    check_modifiers(s, {"acq_rel", "sc", "cta", "gpu", "sys", "gl"});
-    in->run = nothing;  // every access is seen at once
   } else if (op == "bar" && (s.has("sync") || s.has("red"))) {
     in->votes = s.has("red");
     check_modifiers(s, {in->votes ? "red" : "sync", "or"});
@@ -115,8 +116,43 @@ bool decode_control(Decoder& d, const Statement& s, Instruction* in) {
   return true;
 }
 
+// Every access is seen at once, except by the asynchronous proxy.
+bool decode_fence(Decoder&, const Statement& s, Instruction* in) {
+  const std::string& op = s.opcode[0];
+  if (op == "setmaxnreg") {
+    check_modifiers(s, {"inc", "dec", "sync", "aligned"});
+    check_operands(s, 1);
+    const uint64_t registers = s.operands[0].value;
+    if (registers < 24 || registers > 256 || registers % 8 != 0)
+      fail("24 to 256 registers in steps of 8, got ", registers);
+    in->run = nothing;
+    return true;
+  }
+  if (op == "prefetch") {
+    check_modifiers(s, {"tensormap"});
+    check_operands(s, 1);
+    in->run = nothing;
+    return true;
+  }
+  if (op != "fence" && op != "membar") return false;
+  check_modifiers(s, {"acq_rel", "sc", "cta", "gpu", "sys", "gl", "cluster", "mbarrier_init",
+                      "release", "proxy", "async", "shared::cta"});
+  check_operands(s, 0);
+  in->run = s.has("proxy") ? fence_proxy : nothing;
+  return true;
+}
+
 bool decode_warp(Decoder& d, const Statement& s, Instruction* in) {
   const std::string& op = s.opcode[0];
+  if (op == "elect") {
+    check_modifiers(s, {"sync"});
+    check_operands(s, 2);
+    in->to = d.result(s.operands[0].parts.at(0), 4);
+    in->also = d.result(s.operands[0].parts.at(1), 0);
+    in->more.push_back(d.source(s.operands[1], 4));
+    in->run = elect;
+    return true;
+  }
   const bool shuffles = op == "shfl";
   if (!shuffles && !(op == "redux" && s.has("max") && type_at(s) == Type::u32)) return false;
   check_modifiers(s, {"sync", "bfly", "idx", "max"});

@@ -13,9 +13,10 @@ constexpr uint32_t kAlign = 64;
 constexpr uint8_t kRegisters = 0, kConstants = 1;
 
 using Decode = bool (*)(Decoder&, const Statement&, Instruction*);
-constexpr Decode kFamilies[] = {decode_arithmetic, decode_bits,    decode_compare,
-                                decode_convert,    decode_move,    decode_memory,
-                                decode_atomic,     decode_control, decode_warp};
+constexpr Decode kFamilies[] = {decode_arithmetic, decode_bits,      decode_compare, decode_convert,
+                                decode_move,       decode_memory,    decode_atomic,  decode_control,
+                                decode_fence,      decode_warp,      decode_cluster, decode_matrix,
+                                decode_mbarrier,   decode_bulk_copy, decode_wgmma};
 
 void decode_statement(Decoder& d, const Statement& s, Instruction* in) {
   if (s.guard >= 0) {
@@ -43,6 +44,8 @@ Program decode(Kernel kernel) {
     Instruction& in = program.code[i];
     in.index = static_cast<int>(i);
     in.target = s.target;
+    for (const char* family : {"mbarrier", "cp", "wgmma"})
+      program.asynchronous = program.asynchronous || s.opcode[0] == family;
     try {
       decode_statement(decoder, s, &in);
     } catch (const std::exception& error) {
@@ -50,6 +53,7 @@ Program decode(Kernel kernel) {
            ")");
     }
   }
+  mark_accumulators(&program);
   return program;
 }
 

@@ -44,6 +44,12 @@ bool decode_move(Decoder& d, const Statement& s, Instruction* in);
 bool decode_memory(Decoder& d, const Statement& s, Instruction* in);
 bool decode_atomic(Decoder& d, const Statement& s, Instruction* in);
 bool decode_control(Decoder& d, const Statement& s, Instruction* in);
+bool decode_fence(Decoder& d, const Statement& s, Instruction* in);
+bool decode_cluster(Decoder& d, const Statement& s, Instruction* in);
+bool decode_mbarrier(Decoder& d, const Statement& s, Instruction* in);
+bool decode_bulk_copy(Decoder& d, const Statement& s, Instruction* in);
+bool decode_matrix(Decoder& d, const Statement& s, Instruction* in);
+bool decode_wgmma(Decoder& d, const Statement& s, Instruction* in);
 bool decode_warp(Decoder& d, const Statement& s, Instruction* in);
 
 // The n-th type among the modifiers of an opcode; Type::none where there is none.

@@ -12,6 +12,7 @@
 #include "allocations.h"
 #include "decode.h"
 #include "quaver/check.h"
+#include "simt.h"
 #include "symbols.h"
 
 namespace quaver::ptx {
@@ -57,9 +58,7 @@ std::string demangled(const std::string& name) {
 void interpret(const simt::Launch& launch, const std::vector<int64_t>& blocks,
                const std::vector<int>& warps) {
   const Unregistered own;
-  const char* folder = std::getenv("QUAVER_PTX_DIR");
-  static auto* driver = new Driver(folder ? folder : QUAVER_PTX_DIR);
-  driver->run(launch, blocks, warps);
+  shared_driver().run(launch, blocks, warps);
 }
 
 void narrow(const void* data, size_t bytes) { host_memory().narrow(data, bytes); }
@@ -72,6 +71,12 @@ const bool installed = [] {
 }();
 
 }  // namespace
+
+Driver& shared_driver() {
+  const char* folder = std::getenv("QUAVER_PTX_DIR");
+  static auto* driver = new Driver(folder ? folder : QUAVER_PTX_DIR);
+  return *driver;
+}
 
 Driver::Driver(const std::string& folder) {
   for (const std::string& name : files_of(folder)) {
@@ -103,6 +108,24 @@ Driver::Ready& Driver::ready(const void* kernel) {
   return *known;
 }
 
+Driver::Ready& Driver::ready(const std::string& kernel) {
+  std::unique_ptr<Ready>& known = named_[kernel];
+  if (known) return *known;
+  const auto found = places_.find(": " + plain_name(kernel));
+  if (found == places_.end()) fail("ptx: no PTX was compiled for the kernel ", kernel);
+  known.reset(new Ready(found->second.module->kernel(found->second.kernel)));
+  return *known;
+}
+
+void Driver::run(const std::string& kernel, Launch launch, const void* const* arguments) {
+  Ready& k = ready(kernel);
+  std::vector<simt::Argument> all;
+  for (size_t i = 0; i < k.program.kernel.parameters.size(); ++i)
+    all.push_back({arguments[i], k.program.kernel.parameters[i].bytes});
+  launch.parameters = pack(k.program.kernel, all);
+  k.machine.run(launch);
+}
+
 void Driver::run(const simt::Launch& launch, const std::vector<int64_t>& blocks,
                  const std::vector<int>& warps) {
   // Warps in a shuffled order take turns too: they meet between barriers as they would by chance.
@@ -111,7 +134,7 @@ void Driver::run(const simt::Launch& launch, const std::vector<int64_t>& blocks,
       std::is_sorted(warps.begin(), warps.end()) || std::is_sorted(warps.rbegin(), warps.rend());
   Ready& kernel = ready(launch.kernel);
   Launch l;
-  l.blocks = launch.blocks;
+  l.grid.x = static_cast<uint32_t>(launch.blocks);
   l.threads = launch.threads;
   l.chosen = blocks;
   l.parameters = pack(kernel.program.kernel, launch.arguments);

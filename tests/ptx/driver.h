@@ -9,7 +9,11 @@
 
 #include "machine.h"
 #include "parser.h"
-#include "simt.h"
+
+namespace quaver::simt {
+struct Argument;
+struct Launch;
+}  // namespace quaver::simt
 
 namespace quaver::ptx {
 
@@ -29,6 +33,8 @@ class Driver {
   // Runs these blocks, with warps in this order.
   void run(const simt::Launch& launch, const std::vector<int64_t>& blocks,
            const std::vector<int>& warps);
+  // Runs a kernel, by its mangled name, with arguments of the sizes that it declares.
+  void run(const std::string& kernel, Launch launch, const void* const* arguments);
 
  private:
   struct Place {
@@ -42,11 +48,16 @@ class Driver {
     Machine machine;
   };
   Ready& ready(const void* kernel);
+  Ready& ready(const std::string& kernel);
 
   std::vector<std::unique_ptr<Module>> modules_;
   std::map<std::string, Place> places_;  // by file and plain name
   std::map<const void*, std::unique_ptr<Ready>> ready_;
+  std::map<std::string, std::unique_ptr<Ready>> named_;
 };
+
+// The one that the tests' launches share.
+Driver& shared_driver();
 
 // Arguments where the kernel expects them.
 std::vector<unsigned char> pack(const Kernel& kernel, const std::vector<simt::Argument>& arguments);

@@ -42,6 +42,13 @@ void load(Warp& w, const Instruction& in, uint32_t lanes) {
   });
 }
 
+// Loops over such loads wait for other CTAs.
+template <class T>
+void load_acquire(Warp& w, const Instruction& in, uint32_t lanes) {
+  load<T>(w, in, lanes);
+  poll(&w, w.pc + 1);
+}
+
 template <class T>
 void store(Warp& w, const Instruction& in, uint32_t lanes) {
   const uint64_t bytes = sizeof(T) * in.more.size();
@@ -137,6 +144,8 @@ bool decode_memory(Decoder& d, const Statement& s, Instruction* in) {
   }
   d.address(memory, space_of(s), in);
   in->run = loads ? load_of(type) : store_of(type);
+  if (loads && s.has("acquire")) in->run = type == Type::b32 ? load_acquire<uint32_t> : nullptr;
+  if (!in->run) return false;
   return true;
 }
 

@@ -1,9 +1,7 @@
 #include "machine.h"
 
 #include <algorithm>
-#include <climits>
 #include <cstring>
-#include <sstream>
 
 #include "quaver/check.h"
 
@@ -13,31 +11,69 @@ namespace {
 
 constexpr size_t kAlign = 64;
 constexpr unsigned char kPoison = 0xdb;  // of registers that nothing has written
+constexpr int kPatience = 3;             // rounds of polling alone that show a hang
 
 unsigned char* aligned(std::vector<uint64_t>* storage) {
   const auto start = reinterpret_cast<uintptr_t>(storage->data());
   return reinterpret_cast<unsigned char*>((start + kAlign - 1) / kAlign * kAlign);
 }
 
+Dim coordinates(int64_t index, const Dim& of) {
+  const int64_t x = of.x, y = of.y;
+  return {static_cast<uint32_t>(index % x), static_cast<uint32_t>(index / x % y),
+          static_cast<uint32_t>(index / x / y)};
+}
+
+Dim clusters_of(const Launch& l) {
+  const Dim &g = l.grid, &c = l.cluster;
+  if (g.x % c.x != 0 || g.y % c.y != 0 || g.z % c.z != 0)
+    fail("ptx: a grid of ", g.x, " x ", g.y, " x ", g.z, " is no multiple of its clusters of ", c.x,
+         " x ", c.y, " x ", c.z);
+  return {g.x / c.x, g.y / c.y, g.z / c.z};
+}
+
+// The value of a special register that has an x, a y and a z.
+bool find_special(const std::string& name, const Dim& value, uint32_t* found) {
+  const size_t dot = name.size() - 2;
+  *found = name[dot + 1] == 'x' ? value.x : name[dot + 1] == 'y' ? value.y : value.z;
+  return name[dot] == '.';
+}
+
 uint32_t special_value(const std::string& name, const Warp& w, int lane, const Launch& launch) {
+  const Cta& cta = *w.cta;
   const auto thread = static_cast<uint32_t>(w.thread(lane));
-  if (name == "%tid.x") return thread;
-  if (name == "%ntid.x") return static_cast<uint32_t>(launch.threads);
-  if (name == "%ctaid.x") return static_cast<uint32_t>(w.cta->index);
-  if (name == "%nctaid.x") return static_cast<uint32_t>(launch.blocks);
+  const Dim &at = cta.at, &of = launch.cluster;
+  const Dim values[] = {{thread, 0, 0},
+                        {static_cast<uint32_t>(launch.threads), 1, 1},
+                        at,
+                        launch.grid,
+                        {at.x % of.x, at.y % of.y, at.z % of.z},
+                        of,
+                        {at.x / of.x, at.y / of.y, at.z / of.z},
+                        clusters_of(launch)};
+  const char* const names[] = {"%tid.",       "%ntid.",          "%ctaid.",
+                               "%nctaid.",    "%cluster_ctaid.", "%cluster_nctaid.",
+                               "%clusterid.", "%nclusterid."};
+  uint32_t value = 0;
+  for (size_t i = 0; i < std::size(names); ++i)
+    if (name.size() == std::strlen(names[i]) + 1 &&
+        name.compare(0, name.size() - 1, names[i]) == 0 && find_special(name, values[i], &value))
+      return value;
   if (name == "%laneid") return static_cast<uint32_t>(lane);
   if (name == "%warpid") return static_cast<uint32_t>(w.index);
-  if (name == "%tid.y" || name == "%tid.z" || name == "%ctaid.y" || name == "%ctaid.z") return 0;
-  if (name == "%ntid.y" || name == "%ntid.z" || name == "%nctaid.y" || name == "%nctaid.z")
-    return 1;
+  if (name == "%cluster_ctarank") return cta.rank;
   fail("ptx: the special register ", name, " is not supported");
 }
 
-std::string described(const Statement& s) {
-  return "line " + std::to_string(s.line) + ": " + s.text;
+}  // namespace
+
+bool Cta::live() const {
+  return std::any_of(warps.begin(), warps.end(), [](const Warp& w) { return w.live != 0; });
 }
 
-}  // namespace
+bool Cluster::live() const {
+  return std::any_of(ctas.begin(), ctas.end(), [](const auto& cta) { return cta->live(); });
+}
 
 Machine::Machine(const Program& program_, const Memory& memory_)
     : program(program_), memory(memory_) {
@@ -49,24 +85,48 @@ void Machine::run(const Launch& launch_) {
     fail("ptx: cannot launch blocks of ", launch_.threads, " threads");
   launch = &launch_;
   ranges.assign(program.code.size(), Range{});
-  cta_.threads = launch_.threads;
   prepare();
-  for (const int64_t block : launch_.chosen) {
-    start(block);
-    run_cta();
+  size_t next = 0;
+  for (int idle = 0; refill(&next);) {
+    if (round(false) || (launch->timing.late_cta >= 0 && round(true)) || land_one(this))
+      idle = 0;
+    else if (++idle == kPatience)
+      report_hang("hangs");
   }
   counts_.instructions = 0;
   for (const uint64_t n : counts_.executed) counts_.instructions += n;
 }
 
 void Machine::prepare() {
-  cta_.warps.resize((cta_.threads + kLanes - 1) / kLanes);
+  const size_t resident = std::min(static_cast<size_t>(launch->resident), launch->chosen.size());
+  while (clusters_.size() < resident) clusters_.emplace_back(new Cluster);
+  clusters_.resize(resident);
+  const auto ctas = static_cast<size_t>(launch->cluster.count());
+  for (const auto& cluster : clusters_) {
+    cluster->loads.clear();
+    while (cluster->ctas.size() < ctas) cluster->ctas.emplace_back(new Cta);
+    cluster->ctas.resize(ctas);
+    for (size_t rank = 0; rank < ctas; ++rank) {
+      Cta& cta = *cluster->ctas[rank];
+      cta.cluster = cluster.get();
+      cta.rank = static_cast<uint32_t>(rank);
+      cta.threads = launch->threads;
+      prepare(&cta);
+    }
+  }
+}
+
+void Machine::prepare(Cta* cta) {
+  cta->stores.clear();
+  cta->warps.resize((cta->threads + kLanes - 1) / kLanes);
   auto* constants = const_cast<uint64_t*>(program.constants.data());  // no result goes there
-  for (size_t i = 0; i < cta_.warps.size(); ++i) {
-    Warp& w = cta_.warps[i];
-    w.cta = &cta_;
+  for (size_t i = 0; i < cta->warps.size(); ++i) {
+    Warp& w = cta->warps[i];
+    w.cta = cta;
     w.machine = this;
     w.index = static_cast<int>(i);
+    w.live = 0;
+    w.products = {};
     if (w.storage.empty()) {
       w.storage.resize((program.register_bytes + 2 * kAlign) / sizeof(uint64_t));
       std::memset(w.storage.data(), kPoison, w.storage.size() * sizeof(uint64_t));
@@ -76,152 +136,53 @@ void Machine::prepare() {
   }
 }
 
-void Machine::start(int64_t block) {
-  cta_.index = block;
-  cta_.shared.start(program.kernel.shared_bytes);
-  cta_.local.assign(program.kernel.local_bytes * cta_.threads, kPoison);
-  for (Barrier& b : cta_.barriers) b = {};
-  for (Warp& w : cta_.warps) {
-    const int threads = std::min(kLanes, cta_.threads - w.index * kLanes);
+// Starts the next clusters where others have ended; false when all are done.
+bool Machine::refill(size_t* next) {
+  bool alive = false;
+  for (const auto& cluster : clusters_) {
+    if (!cluster->live()) {
+      for (const auto& cta : cluster->ctas) check_settled(*cta);
+      if (*next < launch->chosen.size()) start(cluster.get(), launch->chosen[(*next)++]);
+    }
+    alive = alive || cluster->live();
+  }
+  return alive;
+}
+
+void Machine::start(Cluster* cluster, int64_t index) {
+  const Dim at = coordinates(index, clusters_of(*launch)), of = launch->cluster,
+            grid = launch->grid;
+  cluster->loads.clear();
+  cluster->arrived = 0;
+  cluster->used = 0;
+  for (const auto& cta : cluster->ctas) {
+    const Dim inside = coordinates(cta->rank, of);
+    cta->at = {at.x * of.x + inside.x, at.y * of.y + inside.y, at.z * of.z + inside.z};
+    cta->index = cta->at.x + (int64_t(cta->at.y) + int64_t(cta->at.z) * grid.y) * grid.x;
+    start(cta.get());
+  }
+}
+
+void Machine::start(Cta* cta) {
+  const Kernel& k = program.kernel;
+  const uint64_t shared = std::max(k.shared_bytes, k.dynamic_shared + launch->dynamic_shared);
+  cta->shared.start(shared, launch->threads, !program.asynchronous);
+  cta->local.assign(k.local_bytes * cta->threads, kPoison);
+  cta->mbarriers.clear();
+  cta->stores.clear();
+  for (Barrier& b : cta->barriers) b = {};
+  for (Warp& w : cta->warps) {
+    const int threads = std::min(kLanes, cta->threads - w.index * kLanes);
     w.live = w.lanes = 0xffffffffu >> (kLanes - threads);
     w.pc = 0;
     w.wait = Wait::none;
     w.others.clear();
+    w.products = {};
+    w.unfenced = true;
     for (const Special& s : program.specials)
       for (int lane = 0; lane < kLanes; ++lane)
         w.at<uint32_t>(s.slot)[lane] = special_value(s.name, w, lane, *launch);
   }
-}
-
-void Machine::run_cta() {
-  const uint64_t turns = launch->turn == 0 ? launch->limit : launch->turn;
-  uint64_t used = 0;
-  for (bool alive = true; alive;) {
-    alive = false;
-    bool progress = false;
-    for (const int index : launch->warps) {
-      Warp& w = cta_.warps[index];
-      if (w.live == 0) continue;
-      alive = true;
-      settle(&w);
-      if (w.lanes == 0) continue;
-      used += run_warp(&w, turns);
-      progress = true;
-      if (used > launch->limit) report_hang("still runs after the limit of instructions");
-    }
-    if (alive && !progress) report_hang("hangs");
-  }
-}
-
-// Chooses the group that runs: of those that can, the one at the smallest address.
-void Machine::settle(Warp* warp) {
-  Warp& w = *warp;
-  if (w.lanes != 0) w.others.push_back({w.pc, w.lanes, w.wait, w.barrier});
-  w.lanes = 0;
-  w.wait = Wait::none;
-  w.regroup = false;
-  int first = INT_MAX;
-  for (const Group& g : w.others)
-    if (g.wait == Wait::none) first = std::min(first, g.pc);
-  if (first == INT_MAX) return;
-  w.pc = first;
-  // Those that wait there for these lanes go on with them.
-  for (size_t i = 0; i < w.others.size();) {
-    if (w.others[i].pc == first && w.others[i].wait != Wait::barrier) {
-      w.lanes |= w.others[i].lanes;
-      w.others[i] = w.others.back();
-      w.others.pop_back();
-    } else {
-      ++i;
-    }
-  }
-}
-
-uint64_t Machine::run_warp(Warp* warp, uint64_t turns) {
-  Warp& w = *warp;
-  const Instruction* code = program.code.data();
-  uint64_t used = 0;
-  try {
-    while (w.lanes != 0 && used < turns) {
-      int meeting = INT_MAX;
-      for (const Group& g : w.others)
-        if (g.wait != Wait::barrier) meeting = std::min(meeting, g.pc);
-      do {
-        const Instruction& in = code[w.pc];
-        const uint32_t lanes = in.guarded ? w.lanes & w.predicate(in.guard) : w.lanes;
-        const int threads = __builtin_popcount(w.lanes);
-        w.next = w.pc + 1;
-        if (lanes != 0) in.run(w, in, lanes);
-        // Lanes that wait for others execute the instruction again.
-        if (w.wait != Wait::lanes) counts_.executed[w.pc] += static_cast<uint64_t>(threads);
-        w.pc = w.next;
-        ++used;
-      } while (!w.regroup && w.pc < meeting && used < turns);
-      settle(&w);
-    }
-  } catch (const Error& error) {
-    report(w, error.what());
-  }
-  return used;
-}
-
-void Machine::report(const Warp& w, const std::string& what) const {
-  fail("ptx: ", what, " (", described(program.kernel.body[program.code[w.pc].index]), "; kernel ",
-       program.kernel.name, ", block ", w.cta->index, ", warp ", w.index, ")");
-}
-
-void Machine::report_hang(const char* why) const {
-  const Cta& cta = cta_;
-  std::ostringstream text;
-  int waiting = 0;
-  for (const Warp& w : cta.warps) waiting += __builtin_popcount(w.live);
-  text << "ptx: a block " << why << ": " << waiting << " of " << cta.threads << " threads of block "
-       << cta.index << " wait (kernel " << program.kernel.name << ")";
-  for (const Warp& w : cta.warps) {
-    std::vector<Group> groups = w.others;
-    if (w.lanes != 0) groups.push_back({w.pc, w.lanes, w.wait, w.barrier});
-    for (const Group& g : groups)
-      text << "\n  warp " << w.index << ": " << __builtin_popcount(g.lanes)
-           << (g.wait == Wait::none ? " lanes run at " : " lanes wait at ")
-           << described(program.kernel.body[program.code[g.pc].index]);
-  }
-  fail(text.str());
-}
-
-void arrive(Warp* warp, uint32_t lanes, int id, int expected, uint32_t vote) {
-  Warp& w = *warp;
-  if (lanes != w.lanes) fail("some lanes of the warp skip a barrier");
-  if (id < 0 || id > 15) fail("there is no barrier ", id);
-  Cta& cta = *w.cta;
-  Barrier& b = cta.barriers[id];
-  if (b.arrived > 0 && b.expected != expected)
-    fail("barrier ", id, " expects ", b.expected, " threads and then ", expected);
-  b.expected = expected;
-  b.arrived += __builtin_popcount(lanes);
-  b.voted |= vote & lanes;
-  w.next = w.pc;  // it goes on when the barrier is complete
-  w.wait = Wait::barrier;
-  w.barrier = id;
-  w.regroup = true;
-  if (b.arrived < b.expected) return;
-  if (b.arrived > b.expected) fail("barrier ", id, " expects ", b.expected, " threads, got more");
-  const bool any = b.voted != 0;
-  b = {};
-  if (expected == cta.threads) cta.shared.barrier();
-  const auto release = [&](Warp& other, Group& g) {
-    const Instruction& in = w.machine->program.code[g.pc];
-    if (in.run != w.machine->program.code[w.pc].run) fail("two kinds of barrier meet");
-    if (in.votes) other.set_predicate(in.to, g.lanes, any ? ~0u : 0u);
-    ++g.pc;
-    g.wait = Wait::none;
-  };
-  for (Warp& other : cta.warps)
-    for (Group& g : other.others)
-      if (g.wait == Wait::barrier && g.barrier == id) release(other, g);
-  Group self{w.pc, w.lanes, w.wait, w.barrier};
-  release(w, self);
-  w.next = self.pc;
-  w.wait = Wait::none;
 }
 
 }  // namespace quaver::ptx

@@ -30,7 +30,11 @@ CAST = "cast_transpose:cast_transpose_kernelINS_4bf16ENS_4e4m3E"
 NORM = "normalize:normalize_rows_kernelINS_4bf16E"
 TEST_CAST, TEST_QUANTIZE = "test_cuda_cast_transpose", "test_cuda_quantize"
 TEST_NORM, TEST_ADAM = "test_cuda_normalize", "test_cuda_adam:low_precision"
-RACE, BOUNDS = "a race: ", "outside of every buffer"
+RACE = "a race: "
+GEMM = "gemm_sm90_e4m3_e4m3_fast_half_128x256:gemm_kernel"
+TEST_LATE = "test_gemm:as_late_as_they_may_be"
+TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, [^;]*;"
+STORE = r"(cp\.async\.bulk\.tensor\.3d\.global[^{]*\{)(%r\d+), (%r\d+),"
 
 MUTATIONS = [
     Mutation("a barrier dropped: tile", CAST, r"bar\.sync[^;]*;", "", TEST_CAST, RACE),
@@ -156,6 +160,116 @@ MUTATIONS = [
         "test_cuda_grad",
         "wait at line",
     ),
+    Mutation(
+        "a wait for products dropped",
+        GEMM,
+        r"wgmma\.wait_group\.sync\.aligned 0;",
+        "",
+        TEST_LATE,
+        "an accumulator is touched",
+    ),
+    Mutation(
+        "operands released before their product",
+        GEMM,
+        r"wgmma\.wait_group\.sync\.aligned 1;",
+        "",
+        TEST_LATE,
+        RACE,
+    ),
+    Mutation(
+        "a group of products not committed",
+        GEMM,
+        r"wgmma\.commit_group\.sync\.aligned;",
+        "",
+        TEST_LATE,
+        RACE,
+    ),
+    Mutation(
+        "a fence of accumulators dropped",
+        GEMM,
+        r"wgmma\.fence\.sync\.aligned;",
+        "",
+        TEST_LATE,
+        "no wgmma.fence",
+    ),
+    Mutation(
+        "a proxy fence dropped",
+        GEMM,
+        r"fence\.proxy\.async\.shared::cta;",
+        "",
+        TEST_LATE,
+        "no fence.proxy.async",
+    ),
+    Mutation(
+        "operands read before they land", GEMM, TRY_WAIT, "setp.eq.s32 P1, 0, 0;", TEST_LATE, RACE
+    ),
+    Mutation(
+        "operands loaded before their stage is free",
+        GEMM,
+        TRY_WAIT,
+        "setp.eq.s32 P1, 0, 0;",
+        TEST_LATE,
+        "more arrivals than",
+        number=4,
+    ),
+    Mutation(
+        "an arrival dropped",
+        GEMM,
+        r"mbarrier\.arrive\.shared::cluster\.b64 [^;]*;",
+        "",
+        TEST_LATE,
+        "wait at line",
+    ),
+    Mutation(
+        "fewer bytes expected than come",
+        GEMM,
+        r"(mbarrier\.arrive\.expect_tx\.[^,]*, \[%r\d+\]), %r\d+;",
+        r"\1, 1024;",
+        TEST_LATE,
+        "wait at line",
+    ),
+    Mutation(
+        "a multicast to one CTA",
+        GEMM,
+        r"(multicast::cluster[^;]*), %rs\d+,",
+        r"\1, 1,",
+        TEST_LATE,
+    ),
+    Mutation(
+        "a stage of the output written while it is stored",
+        GEMM,
+        r"cp\.async\.bulk\.wait_group\.read 1;",
+        "",
+        TEST_LATE,
+        RACE,
+    ),
+    Mutation(
+        "a block that ends before its stores",
+        GEMM,
+        r"cp\.async\.bulk\.wait_group\.read 0;",
+        "",
+        TEST_LATE,
+        "ends before copies",
+    ),
+    Mutation("a named barrier dropped", GEMM, r"bar\.sync [^;]*;", "", TEST_LATE, number=1),
+    Mutation(
+        "a cluster that does not wait for its mbarriers",
+        GEMM,
+        r"barrier\.cluster\.wait\.aligned;",
+        "",
+        "test_gemm:a_cta_of_a_cluster",
+        "there is no mbarrier",
+    ),
+    Mutation("axes of a stored box swapped", GEMM, STORE, r"\1\3, \2,", TEST_LATE),
+    Mutation(
+        "a wrong stride in a matrix descriptor",
+        GEMM,
+        r"4611686293305360384",
+        "4611686155866406912",
+        TEST_LATE,
+        number=1,
+    ),
+    Mutation("a wrong swizzle of the output", GEMM, r"xor\.b32", "or.b32", TEST_LATE, number=5),
 ]
 
 
@@ -215,6 +329,9 @@ def main():
     arguments = parser.parse_args()
     missed = []
     chosen = [m for m in MUTATIONS if arguments.only in m.fault]
+    if not (arguments.build / "tests" / "test_gemm_ptx").exists():
+        print("the matrix products' mutations are left out: this build has no CUTLASS")
+        chosen = [m for m in chosen if m.kernel != GEMM]
     for m in chosen:
         found, said = caught(arguments.build.resolve(), m)
         print(

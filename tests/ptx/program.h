@@ -10,6 +10,11 @@ namespace quaver::ptx {
 
 constexpr int kLanes = 32;
 
+struct Dim {
+  uint32_t x = 1, y = 1, z = 1;
+  int64_t count() const { return int64_t(x) * y * z; }
+};
+
 enum class Type : uint8_t {
   none,
   pred,

@@ -7,19 +7,40 @@
 
 namespace quaver::ptx {
 
-void SharedMemory::start(uint64_t bytes) {
+void SharedMemory::start(uint64_t bytes, int threads, bool barriers_alone) {
   constexpr unsigned char kPattern = 0xcd;
   bytes_.assign(bytes, kPattern);
-  if (shadow_.size() != bytes || epoch_ > (1u << 31)) {
+  held_.clear();
+  fences_.assign(barriers_alone ? 0 : threads, 0);
+  written_.assign(barriers_alone ? 0 : bytes, Written{});
+  if (!barriers_alone) {
+    shadow_.clear();
+  } else if (shadow_.size() != bytes || epoch_ > (1u << 31)) {
     shadow_.assign(bytes, Shadow{});
     epoch_ = 0;
   }
   ++epoch_;
 }
 
-unsigned char* SharedMemory::access(uint64_t address, uint64_t bytes, Access kind, int thread) {
+void SharedMemory::check_bounds(uint64_t address, uint64_t bytes) const {
   if (address > bytes_.size() || bytes > bytes_.size() - address)
     fail("byte ", address, " of ", bytes_.size(), " bytes of shared memory");
+}
+
+unsigned char* SharedMemory::access(uint64_t address, uint64_t bytes, Access kind, int thread) {
+  check_bounds(address, bytes);
+  if (!shadow_.empty()) {
+    check_race(address, bytes, kind, thread);
+  } else if (!written_.empty()) {
+    check_held(address, bytes, kind);
+    if (kind != Access::read)
+      for (uint64_t i = address; i < address + bytes; ++i)
+        written_[i] = {static_cast<uint16_t>(thread), fences_[thread]};
+  }
+  return bytes_.data() + address;
+}
+
+void SharedMemory::check_race(uint64_t address, uint64_t bytes, Access kind, int thread) {
   const auto self = static_cast<uint16_t>(thread);
   const uint16_t who = kind == Access::atomic ? kAtomic : self;
   for (Shadow* s = &shadow_[address]; s < &shadow_[address] + bytes; ++s) {
@@ -34,7 +55,47 @@ unsigned char* SharedMemory::access(uint64_t address, uint64_t bytes, Access kin
       s->written = epoch_;
     }
   }
+}
+
+unsigned char* SharedMemory::copy(uint64_t address, uint64_t bytes, Access kind) {
+  check_bounds(address, bytes);
+  if (kind == Access::read) check_fenced(address, bytes);
+  if (kind == Access::write)
+    for (uint64_t i = address; i < address + bytes; ++i) written_[i].writer = kNobody;
   return bytes_.data() + address;
+}
+
+void SharedMemory::check_fenced(uint64_t address, uint64_t bytes) const {
+  for (uint64_t i = address; i < address + bytes; ++i) {
+    const Written& w = written_[i];
+    if (w.writer != kNobody && w.fences == fences_[w.writer])
+      fail("the async proxy reads byte ", i, " of shared memory, which thread ", w.writer,
+           " wrote, with no fence.proxy.async after it");
+  }
+}
+
+void SharedMemory::hold(uint64_t address, uint64_t bytes, Access kind) {
+  check_bounds(address, bytes);
+  check_held(address, bytes, kind);
+  held_.push_back({address, address + bytes, kind});
+}
+
+void SharedMemory::release(uint64_t address, uint64_t bytes, Access kind) {
+  const auto found = std::find_if(held_.begin(), held_.end(), [=](const Held& h) {
+    return h.first == address && h.end == address + bytes && h.kind == kind;
+  });
+  if (found == held_.end()) fail("shared memory at ", address, " is not held");
+  *found = held_.back();
+  held_.pop_back();
+}
+
+void SharedMemory::check_held(uint64_t address, uint64_t bytes, Access kind) const {
+  for (const Held& h : held_)
+    if (address < h.end && address + bytes > h.first &&
+        (kind != Access::read || h.kind != Access::read))
+      fail("a race: bytes ", address, " to ", address + bytes - 1, " of shared memory are ",
+           kind == Access::read ? "read" : "written", " before the end of an asynchronous ",
+           h.kind == Access::read ? "read" : "write", " of bytes ", h.first, " to ", h.end - 1);
 }
 
 void SharedMemory::race(uint64_t address, const Shadow& s, Access kind, int thread) const {

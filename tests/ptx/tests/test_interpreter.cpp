@@ -4,6 +4,7 @@
 #include "formats.h"
 #include "quaver/fp8.h"
 #include "quaver/philox.h"
+#include "simt.h"
 #include "test.h"
 
 using namespace quaver;
