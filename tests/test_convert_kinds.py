@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from helpers import assert_same, randn
 from test_linear import RECIPES, plain
 from torch import nn
@@ -149,11 +150,53 @@ def test_embeddings_and_vectors_are_not_named():
 
 def test_a_lazy_layer_converts_after_its_first_batch():
     model = nn.Sequential(nn.LazyLinear(16), nn.ReLU())
-    qv.convert(model, "coat")
+    with pytest.raises(ValueError, match="it has no shape yet; run a batch through the model"):
+        qv.convert(model, "coat")
     model(randn(4, 8))
     qv.convert(model, "coat")
     assert qv.convert_report(model).converted == {"0": "linear"}
     model(randn(4, 8)).sum().backward()
+
+
+# roles
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(32, 64), nn.ModuleList([nn.Linear(32, 32)])
+        self.shared_expert_gate = nn.Linear(32, 1)
+
+
+def test_heads_routers_and_gates_are_left_for_their_role():
+    model = transformers.LlamaForSequenceClassification(tiny_llama(num_labels=32))
+    model.model.layers[0].mlp = Experts()
+    report = qv.convert_report(qv.convert(model, "tensorwise"))
+    left = {name.removeprefix("model.layers.0.mlp."): why for name, why in report.left.items()}
+    assert left == {
+        "score": "it is the model's head",
+        "gate": "it chooses between experts",
+        "shared_expert_gate": "it chooses between experts",
+    }
+    assert report.share == 1 and "100% of the weights" in str(report)
+    named = qv.convert(transformers.LlamaForSequenceClassification(tiny_llama()), skip=())
+    assert "score" in qv.convert_report(named).converted, "names in skip take the place of roles"
+    small = qv.convert(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 10)))
+    assert "its output has 10 values" in qv.convert_report(small).left["1"]
+
+
+def tiny_llama(**changes):
+    return transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=0, **changes,
+    )  # fmt: skip
+
+
+def test_a_warning_names_the_share_where_it_is_small():
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.LSTM(16, 64), "c": nn.Embedding(99, 64)})
+    with pytest.warns(UserWarning, match="only 1% of the weights are FP8(.|\n)*left b: it is a LS"):
+        qv.convert(model, "tensorwise")
+    assert qv.convert_report(model).share == 16 / (16 + 4 * (16 + 64) * 4)
 
 
 # skip

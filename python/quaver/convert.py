@@ -20,23 +20,28 @@ from .nn.norm import Norm
 from .nn.swap import is_wrapped, swap, swap_back
 from .nn.weight import convert_weight, freeze_weight, set_dtype
 from .ops import FLOATS
+from .roles import by_role, check_share, share_of
 from .tensor import ScaledTensor, is_sharded
 
 HEAD = ("lm_head",)  # the default of `skip`, allowed for models without such a layer too
+SKIPPED, TRAINS = "it is skipped", "it trains"
 
 
 @dataclass(frozen=True)
 class Report:
     """The result of `convert`. `converted`: {module name: "linear", "norm" or "mlp"}; `left`:
-    {module name: the reason why it stayed as it was}."""
+    {module name: the reason why it stayed as it was}; `share`: the part of the weights that is FP8,
+    of all matrices except for embeddings and what is left for its role or by `skip`."""
 
     converted: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    share: float = 0.0
 
     def __str__(self) -> str:
         kinds = list(self.converted.values())
         counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
-        lines = [f"converted {', '.join(counts) or 'nothing'}"]
+        share = f", {self.share:.0%} of the weights" if counts else ""
+        lines = [f"converted {', '.join(counts) or 'nothing'}{share}"]
         reasons: dict[str, list[str]] = {}
         for name, why in self.left.items():
             reasons.setdefault(why, []).append(name or "the model")
@@ -61,6 +66,7 @@ def convert(
     skip: Iterable[str] = HEAD,
     *,
     frozen: str | None = None,
+    allow_empty: bool = False,
 ) -> nn.Module:
     """Make every linear layer of `model` multiply in FP8, in place; returns the model.
 
@@ -78,14 +84,20 @@ def convert(
     Args:
         recipe: a name or a Recipe; one without FP8 linear layers leaves the model as it is.
         skip: names to leave alone: a module's full name, its last part, or a pattern ("*.gate").
+            By default heads (of transformers' models, and what is called lm_head), routers of
+            experts and layers with less than 16 outputs; names given here take their place.
         frozen: "fp8" converts the linear layers whose weight does not need gradients, and no other:
             it becomes e4m3 codes with one scale, 1 byte a value, which forward and backward
             multiply by. Layers that train (LoRA's) stay as they are.
+        allow_empty: whether a model in which nothing becomes FP8 is returned as it is.
+
+    Warns where less than half of the weights became FP8, with the reasons of `convert_report`.
 
     Raises:
         TypeError: `skip` is a string, the model is no module, or a weight is, say, float64.
         ValueError: an unknown recipe, a model that was converted by another one, a sharded one, a
-            name in `skip` that fits no layer, or `frozen` of a model whose weights all train.
+            name in `skip` that fits no layer, `frozen` of a model whose weights all train, or a
+            model without a layer that becomes FP8.
     """
     if isinstance(skip, str):
         raise TypeError(f"convert: skip must be several names, got the string {skip!r}")
@@ -100,12 +112,16 @@ def convert(
     if chosen.linear is None:
         return model
     report = Report()
-    _convert_linear(model, chosen, skip, report, frozen is not None)
+    roles = by_role(model) if skip == HEAD else {}
+    _convert_linear(model, chosen, skip, roles, report, frozen is not None)
     if chosen.activation is not None:
         if chosen.activation.norm:
             _convert_norms(model, chosen, skip, report)
         if chosen.activation.mlp:
             _convert_mlps(model, chosen, skip, report)
+    apart = [n for n, why in report.left.items() if why in (SKIPPED, TRAINS) or n in roles]
+    report = replace(report, share=share_of(model, report.converted, apart))
+    check_share(report.share, report, not report.converted, allow_empty)
     _share_casts(model)
     _reports[model] = report
     return model
@@ -145,7 +161,7 @@ def _holds_linear(module: nn.Module) -> bool:
     return any(isinstance(m, (nn.Linear, LinearBase)) for m in module.modules() if m is not module)
 
 
-def _convert_linear(model, chosen, skip, report, frozen) -> None:
+def _convert_linear(model, chosen, skip, roles, report, frozen) -> None:
     targets = {}
     for name, module in model.named_modules():
         _check_recipe(name, module, chosen)
@@ -156,9 +172,9 @@ def _convert_linear(model, chosen, skip, report, frozen) -> None:
         if not isinstance(module, nn.Linear) and not structure.is_conv1d(module):
             why = _why_matrices_stay(module)
         else:
-            why = _why_linear_stays(name, module, skip)
+            why = _why_linear_stays(name, module, skip) or roles.get(name)
             if why is None and frozen and module.weight.requires_grad:
-                why = "it trains"
+                why = TRAINS
         if why is not None:
             report.left[name] = why
         elif isinstance(module, nn.Linear) or structure.is_conv1d(module):
@@ -232,7 +248,7 @@ def _why_linear_stays(name: str, module: nn.Module, skip: tuple[str, ...]) -> st
         return "it has no shape yet; run a batch through the model, then convert"
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
         return f"it is a {kind}, a linear layer of another kind"
-    return "it is skipped" if _matches(name, skip) else None
+    return SKIPPED if _matches(name, skip) else None
 
 
 def _why_matrices_stay(module: nn.Module) -> str | None:
@@ -260,7 +276,7 @@ def _convert_norms(model, chosen, skip, report) -> None:
             if not structure.is_norm(norm):
                 continue
             if _matches(name, skip):
-                report.left[name] = "it is skipped"
+                report.left[name] = SKIPPED
                 continue
             try:
                 form = structure.norm_form(norm)
@@ -282,7 +298,7 @@ def _convert_mlps(model, chosen, skip, report) -> None:
         if not structure.mlp_candidate(module):
             continue
         if _matches(name, skip):
-            report.left[name] = "it is skipped"
+            report.left[name] = SKIPPED
             continue
         try:
             plan = structure.mlp_plan(module)
