@@ -82,6 +82,7 @@ class ScaledTensor(Interchange):
     owned_rows = None  # the rows of FSDP2's shard, in memory that it pads
     source: ScaledTensor | None = None  # the tensor whose codes this one shares
     is_transient = False  # FSDP2 frees and refills the codes of an all-gathered weight
+    is_frozen = False  # a weight that does not train, and what is made of it
     sequence_input = None  # tensor_parallel/linear.py's Input, on a gathered activation
 
     @staticmethod
@@ -175,6 +176,8 @@ class ScaledTensor(Interchange):
         )
         if self.grad_format != "bf16":
             out.grad_format = self.grad_format
+        if self.is_frozen:
+            out.is_frozen = True
         return out
 
     def _map(self, function, dtype=None) -> ScaledTensor:

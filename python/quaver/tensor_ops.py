@@ -52,6 +52,11 @@ def _decoded(func, args, kwargs):
     targets = {id(t): t for t in written(func, args, kwargs) if isinstance(t, ScaledTensor)}
     if targets:
         _refuse_writes(func)
+        if func not in ASSIGNMENTS | OVERWRITES and any(t.is_frozen for t in targets.values()):
+            raise RuntimeError(
+                f"{func.name()}: a frozen FP8 weight has 3 bits of mantissa, which round most of "
+                "an adapter away; call quaver.restore(model) before you merge into it"
+            )
     plain = {}
 
     def decode(t):
@@ -260,6 +265,7 @@ def _accumulate_(func, target, other, *, alpha=1):
     hold no sum, so the second makes them bf16 (or `grad_format`), which keep scale 1."""
     fits = (
         isinstance(target, ScaledTensor)
+        and not target.is_frozen
         and target.qlayout.format != "f16"
         and target.qlayout.grain == "tensor"
         and target.amax is not None

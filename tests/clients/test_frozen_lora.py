@@ -98,6 +98,15 @@ def test_forward_and_backward_multiply_by_the_same_codes():
     torch.testing.assert_close(x.grad, wanted, rtol=0, atol=48 * 2.0**-24 * 30)
 
 
+@pytest.mark.parametrize("safe", [False, True])
+def test_merging_into_codes_is_refused_and_changes_nothing(safe):
+    model = adapted("tensorwise")
+    wanted = logits(model)
+    with pytest.raises(RuntimeError, match=r"3 bits of mantissa.*call quaver.restore\(model\)"):
+        model.merge_and_unload(safe_merge=safe)
+    assert torch.equal(logits(model), wanted)
+
+
 def test_restore_makes_merging_exact_to_bf16():
     """Merged into FP8 codes an adapter would be rounded to 3 bits of mantissa."""
     model = adapted("tensorwise")

@@ -109,7 +109,9 @@ def freeze_weight(weight: nn.Parameter, rule: recipes.LinearRecipe) -> nn.Parame
         return weight
     q, scale, amax = _ops.quantize(weight.detach(), rule.weight)
     scale = nan_unless_finite(scale, amax)
-    return nn.Parameter(ScaledTensor(q, scale, amax, weight.dtype), requires_grad=False)
+    codes = ScaledTensor(q, scale, amax, weight.dtype)
+    codes.is_frozen = True
+    return nn.Parameter(codes, requires_grad=False)
 
 
 def set_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> None:
