@@ -179,7 +179,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 $(ABI_VENV)/.installed: pyproject.toml
 	test -x $(ABI_VENV)/bin/python || $(PY) -m venv $(ABI_VENV)
 	$(ABI_VENV)/bin/python -m pip install "$(ABI_TORCH)"
-	$(ABI_VENV)/bin/python -m pip install numpy safetensors tqdm matplotlib tensorboard pytest pytest-xdist ml_dtypes transformers accelerate peft datasets lightning \
+	$(ABI_VENV)/bin/python -m pip install numpy safetensors tqdm matplotlib tensorboard pytest pytest-xdist ml_dtypes transformers accelerate peft datasets lightning trl \
 	  "compressed-tensors==0.20.0; python_version >= '3.11'"
 	touch $@
 
