@@ -23,6 +23,8 @@ ELSEWHERE = {
     "gemm": "test_gemm_device.py",
     "gemm_": "test_gemm_device.py",
     "gemm_quantize": "test_gemm_device.py",
+    "linear": "test_linear_ops.py",
+    "linear_backward": "test_linear_ops.py",
     "comm_id_": "test_comm.py",
     "comm_create": "test_comm.py",
     "comm_all_to_all_": "test_comm.py",

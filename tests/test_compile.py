@@ -139,11 +139,13 @@ def test_a_compiled_graph_shares_the_cast_of_a_norm():
             y = self.norm(x)
             return self.q(y) + self.k(y) + self.v(y)
 
-    ops = []
+    ops, given = [], []
 
     def count(graph, inputs):
         for node in graph.graph.nodes:
             ops.extend(str(part) for part in (node.target, *node.args[:1]))
+            if "quaver.linear" in "".join(map(str, node.args[:1])):
+                given.append(node.kwargs["codes"] is not None)
         return make_boxed_func(graph)
 
     net = qv.convert(Three(), "coat")
@@ -151,4 +153,5 @@ def test_a_compiled_graph_shares_the_cast_of_a_norm():
     run(randn(16, 32).requires_grad_())
     assert any("quaver.normalize" in op for op in ops)
     assert not any("quaver.cast_transpose" in op for op in ops)
-    assert sum("quaver.quantize" in op for op in ops) == 3  # of the weights
+    assert not any("quaver.quantize" in op for op in ops)
+    assert given == [True] * 3  # the norm's codes

@@ -104,9 +104,9 @@ import torch, quaver
 def no_memory(*args, **kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 library = torch.library.Library("aten", "IMPL")
-library.impl("new_empty", no_memory, "CPU")
+library.impl("clone", no_memory, "CPU")
 try:
-    quaver.quantize(torch.ones(4))
+    quaver.quantize(torch.ones(4, 3).t())
 except torch.OutOfMemoryError as error:
     print("caught", error)
 """

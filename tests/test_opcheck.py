@@ -96,6 +96,8 @@ A, B = qv.quantize(randn(16, 32)), qv.quantize(randn(48, 32), E5M2)
 GEMM = (A.qdata, A.scale, B.qdata, B.scale)
 LAYOUT = [("tensor", 1, (8, 40)), ("row", 1, (3, 5, 40)), ("block", 16, (8, 40)), ("row", 1, ())]
 NO = torch.empty(0)
+LINEAR = (A.qdata, A.scale, qv.quantize(randn(32, 32)).qdata, ONE)  # [16, 32] and [32, 32]
+SAVED = qv.quantize(randn(32, 16)).qdata, ONE
 
 
 X, XT = randn(20, 40), randn(40, 20).t()
@@ -138,6 +140,19 @@ CASES = [
     (ops.gemm_, (randn(16, 48).bfloat16(), *GEMM, randn(48), False, False)),
     (ops.gemm_quantize, (*GEMM, None, E4M3, ONE, True)),
     (ops.gemm_quantize, (*GEMM, randn(48).bfloat16(), E5M2, ONE, False)),
+    (ops.linear, (randn(3, 5, 20), None, None, randn(24, 20), None, randn(24), 24, E4M3, E4M3,
+                  torch.float32, True, False, history())),
+    (ops.linear, (randn(10, 30), *LINEAR, None, 20, E4M3, E4M3, torch.bfloat16,
+                  False, False, None)),
+    (ops.linear, (randn(7, 20), None, None, randn(20, 24), None, None, 24, E4M3, E4M3,
+                  torch.float32, False, True, None)),
+    (ops.linear_backward, (randn(2, 5, 20), None, None, None, *LINEAR[2:], *SAVED, None, 20, 30,
+                           E5M2, E4M3, torch.float32, torch.bfloat16, None, False, history())),
+    (ops.linear_backward, (randn(10, 20), None, None, None, randn(20, 30), ONE, *SAVED,
+                           randn(30), 20, 30, E5M2, E4M3, torch.float32, torch.float32, E4M3, False,
+                           None)),
+    (ops.linear_backward, (randn(18, 20), None, None, None, randn(20, 30), ONE, None, None, None,
+                           20, 30, E5M2, E4M3, torch.float32, torch.float32, None, False, None)),
     (ops.grad_norm, ([randn(4, 5), A.qdata], [NO, A.scale], [NO, A.amax])),
     (ops.subset_sums,
      ([randn(4, 5), randn(4, 5).half(), A.qdata], [NO, NO, A.scale], [NO, NO, A.amax],

@@ -18,6 +18,7 @@ from quaver.distributed import Transport
 from quaver.distributed import tensor_parallel as tp
 from quaver.distributed.tensor_parallel import sequence
 from quaver.distributed.tensor_parallel.state import join
+from quaver.nn.weight import cast_weight
 from quaver.placement import shard_of
 
 E4M3, E5M2 = FP8
@@ -97,8 +98,8 @@ def parts_of_products(name, ranks):
         runs = zip(a.chunk(ranks, 1), w.chunk(ranks, 1), strict=True)
         return torch.stack([p @ q.t() for p, q in runs]), a.abs() @ w.abs().t(), w
 
-    down, down_scale, _ = model.down.operands()
-    up, up_scale, _ = model.up.operands()
+    down, down_scale = cast_weight(model.down.weight, E4M3, both=False)[:2]
+    up, up_scale = cast_weight(model.up.weight, E4M3, both=False)[:2]
     forward = product(act.detach(), down, down_scale, E4M3)
     backward = product(hidden.grad, up.t(), up_scale, E5M2)
     return (*forward, act.detach()), (*backward, hidden.grad)

@@ -115,6 +115,7 @@ void cast_both(const GemmCast* outputs, int count, int64_t rows, int64_t cols, P
       use_scale(&state[k], to, scale_from_amax(amax, finite_max, to.power_of_two));
       again = true;
     }
+    if (to.source.spread_nan && !to.source.given) *to.scale = nan_unless_finite(*to.scale, amax);
     if (to.source.history != nullptr) record_amax(to.source.history, amax);
   }
   if (again) pass(false, true);

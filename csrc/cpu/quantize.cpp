@@ -51,7 +51,7 @@ void cast_whole(const TensorView& x, DType type, bool power_of_two, float* scale
     chosen = scale_from_amax(*amax, finite_max, power_of_two);
     pass(chosen, false);
   }
-  *scale = chosen;
+  *scale = source.spread_nan && !source.given ? nan_unless_finite(chosen, *amax) : chosen;
   if (source.history != nullptr) record_amax(source.history, *amax);
 }
 

@@ -9,8 +9,10 @@ __global__ void prologue_kernel(TensorScale s) {
 }
 
 __global__ void epilogue_kernel(TensorScale s) {
-  if (is_stale(*s.scale, *s.amax, s.finite_max))
-    *s.scale = scale_from_amax(*s.amax, s.finite_max, s.power_of_two);
+  float scale = *s.scale;
+  if (is_stale(scale, *s.amax, s.finite_max))
+    scale = scale_from_amax(*s.amax, s.finite_max, s.power_of_two);
+  *s.scale = written_scale(s, scale);
   record_amax(s.history, *s.amax);
 }
 

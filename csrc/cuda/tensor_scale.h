@@ -21,7 +21,7 @@ struct TensorScale {
   float* amax;
   float* history;
   float finite_max;
-  bool power_of_two;
+  bool power_of_two, spread_nan;
   ScaleMode mode;
 };
 
@@ -30,7 +30,13 @@ inline TensorScale tensor_scale(DType type, const TensorView& scale, const Tenso
   const ScaleMode mode = source.given                ? ScaleMode::given
                          : source.history != nullptr ? ScaleMode::delayed
                                                      : ScaleMode::now;
-  return {scale.as<float>(), amax.as<float>(), source.history, scale_max(type), power_of_two, mode};
+  return {scale.as<float>(),
+          amax.as<float>(),
+          source.history,
+          scale_max(type),
+          power_of_two,
+          source.spread_nan,
+          mode};
 }
 
 // Before the passes: clears the amax, and reads the history's forecast where there is one.
@@ -48,6 +54,11 @@ void cast_in_passes(const char* op, const TensorScale& s, void* stream, Pass pas
   end_scale(op, s, stream);
 }
 
+// The scale that readers get.
+QUAVER_DEVICE float written_scale(const TensorScale& s, float scale) {
+  return s.spread_nan ? nan_unless_finite(scale, *s.amax) : scale;
+}
+
 // The work of a pass: to encode, to collect the amax, both or nothing.
 struct CastPass {
   bool encode, collect;
@@ -61,7 +72,8 @@ QUAVER_DEVICE CastPass cast_pass(const TensorScale& s, bool first) {
   if (!is_stale(forecast, *s.amax, s.finite_max)) return {false, false, forecast};
   const float scale = scale_from_amax(*s.amax, s.finite_max, s.power_of_two);
   // Only this mode: a delayed cast's other blocks still read the forecast.
-  if (s.mode == ScaleMode::now && blockIdx.x == 0 && threadIdx.x == 0) *s.scale = scale;
+  if (s.mode == ScaleMode::now && blockIdx.x == 0 && threadIdx.x == 0)
+    *s.scale = written_scale(s, scale);
   return {true, false, scale};
 }
 

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -90,8 +91,24 @@ inline void prefer_huge_pages(const Tensor& t) {
 #endif
 }
 
+// Contiguous, on the device of `like`. By torch's allocator directly: new_empty goes through the
+// dispatcher, which takes longer than the allocation.
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
-  Tensor t = torch::stable::new_empty(like, shape, type);
+  constexpr size_t most = 8;  // axes; more take memory of their own
+  int64_t few[most];
+  Shape many(shape.size() > most ? shape.size() : 0);
+  int64_t* strides = many.empty() ? few : many.data();
+  for (size_t d = shape.size(), step = 1; d-- > 0;
+       step *= static_cast<size_t>(std::max<int64_t>(shape[d], 1)))
+    strides[d] = static_cast<int64_t>(step);
+  int32_t kind = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &kind));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), kind, index, &made));
+  Tensor t(made);
   prefer_huge_pages(t);
   return t;
 }

@@ -12,6 +12,7 @@
 #include "quaver/cpu.h"
 #include "quaver/gemm_choice.h"
 #include "quaver/quantize.h"
+#include "stages.h"
 
 namespace quaver::binding {
 namespace {
@@ -62,14 +63,16 @@ GemmArguments arguments_of(const Call& c) {
 }
 
 Tensor decode_codes(const Tensor& q, ScalarType type) {
-  Tensor one = empty(q, {}, ScalarType::Float);
-  torch::stable::fill_(one, 1.0);
   Tensor out = empty(q, shape_of(q), type);
   const TensorView to = view("gemm", "operand", out), from = view("gemm", "operand", q);
-  const TensorView scale = view("gemm", "scale", one);
+  static float one = 1.0f;
   on_device(
-      "gemm", q, [&] { cpu::dequantize(to, from, scale, {}); },
-      [&](auto stream) { cuda::dequantize(to, from, scale, {}, stream); });
+      "gemm", q, [&] { cpu::dequantize(to, from, {&one, DType::f32, 1, 1}, {}); },
+      [&](auto stream) {
+        Tensor scale = empty(q, {}, ScalarType::Float);
+        torch::stable::fill_(scale, 1.0);
+        cuda::dequantize(to, from, view("gemm", "scale", scale), {}, stream);
+      });
   return out;
 }
 
@@ -88,13 +91,6 @@ Tensor product(const Tensor& a, const Tensor& b) {
                                     torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
                                     torch::stable::detail::from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor multiply(const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -152,7 +148,6 @@ void run_cpu(Call& c) {
 template <class Stream>
 void run_cuda(Call& c, Stream stream) {
   GemmArguments g = arguments_of(c);
-  check_gemm_cuda(g);
   const cuda::GemmDevice device = cuda::gemm_device();
   if (device.major != 9 || g.out.numel() == 0 || g.a.cols == 0) return compose(c);
   OptionalTensor bias;
@@ -169,15 +164,23 @@ void run_cuda(Call& c, Stream stream) {
   cuda::gemm(g, choice.index, launch);
 }
 
-void run(Call c) {
-  check(c);
-  for (Tensor* t : {&c.a, &c.b, &c.scale_a, &c.scale_b}) *t = dense(*t);
-  const Tensor wanted = c.out;
-  if (!wanted.is_contiguous())
-    c.out = c.accumulate ? dense(wanted) : empty(wanted, shape_of(wanted), wanted.scalar_type());
-  check_gemm(arguments_of(c));
-  QUAVER_CHECK(!(c.accumulate && c.bias.has_value()),
+// Checks everything, and makes the tensors dense.
+void prepare(Call* c) {
+  check(*c);
+  for (Tensor* t : {&c->a, &c->b, &c->scale_a, &c->scale_b}) *t = dense(*t);
+  const Tensor out = c->out;
+  if (!out.is_contiguous())
+    c->out = c->accumulate ? dense(out) : empty(out, shape_of(out), out.scalar_type());
+  const GemmArguments g = arguments_of(*c);
+  check_gemm(g);
+  QUAVER_CHECK(!(c->accumulate && c->bias.has_value()),
                "gemm: bias and accumulate exclude each other");
+  on_device("gemm", c->a, [] {}, [&](auto) { check_gemm_cuda(g); });
+}
+
+void run(Call c) {
+  const Tensor wanted = c.out;
+  prepare(&c);
   on_device("gemm", c.a, [&] { run_cpu(c); }, [&](auto stream) { run_cuda(c, stream); });
   if (!wanted.is_contiguous()) {
     Tensor target = wanted;
@@ -223,6 +226,24 @@ void register_ops(Library& m) {
 }
 
 }  // namespace
+
+Tensor multiply(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+void check_product(const Tensor& out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
+                   const Tensor& scale_b, const OptionalTensor& bias, bool fast_accumulate) {
+  Call c = {out, a, scale_a, b, scale_b, bias, false, fast_accumulate};
+  prepare(&c);
+}
+
+void multiply_into(const Tensor& out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
+                   const Tensor& scale_b, const OptionalTensor& bias, bool fast_accumulate) {
+  run({out, a, scale_a, b, scale_b, bias, false, fast_accumulate});
+}
 
 QUAVER_OPS(register_ops)
 

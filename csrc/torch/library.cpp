@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr const char* kSchemas[] = {
+constexpr const char* kLayerSchemas[] = {
     "quantize(Tensor x, ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, "
     "str granularity='tensor', int block=128, bool power_of_two=True, bool stochastic=False, "
     "int seed=0) -> (Tensor q, Tensor scale, Tensor amax)",
@@ -42,6 +42,18 @@ constexpr const char* kSchemas[] = {
     "gemm_quantize(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
     "ScalarType out_dtype, Tensor out_scale, bool fast_accumulate=True) -> (Tensor q, Tensor "
     "amax)",
+    "linear(Tensor x, Tensor? codes, Tensor? scale, Tensor weight, Tensor? weight_scale, "
+    "Tensor? bias, int n, ScalarType input_dtype, ScalarType weight_dtype, ScalarType out_dtype, "
+    "bool both, bool input_major=False, Tensor(a!)? history=None) "
+    "-> (Tensor y, Tensor q, Tensor qt, Tensor used_scale, Tensor used_weight_scale)",
+    "linear_backward(Tensor dy, Tensor? codes, Tensor? codes_t, Tensor? scale, Tensor? weight, "
+    "Tensor? weight_scale, Tensor? xt, Tensor? x_scale, Tensor? channels, int n, int k, "
+    "ScalarType grad_dtype, ScalarType weight_dtype, ScalarType dx_dtype, ScalarType dw_dtype, "
+    "ScalarType? dw_codes=None, bool input_major=False, Tensor(a!)? history=None) "
+    "-> (Tensor dx, Tensor dw, Tensor dw_scale, Tensor dw_amax)",
+};
+
+constexpr const char* kStepSchemas[] = {
     "grad_norm(Tensor[] grads, Tensor[] scales, Tensor[] amaxes) -> (Tensor norm, Tensor amax)",
     "accumulate_(Tensor(a!) q, Tensor(b!) scale, Tensor(c!) amax, Tensor other, "
     "Tensor? other_scale=None, Tensor? other_amax=None) -> ()",
@@ -88,7 +100,8 @@ constexpr const char* kCommSchemas[] = {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(quaver, m) {
-  for (const char* schema : kSchemas) m.def(schema);
+  for (const char* schema : kLayerSchemas) m.def(schema);
+  for (const char* schema : kStepSchemas) m.def(schema);
   for (const char* schema : kCommSchemas) m.def(schema);
 }
 

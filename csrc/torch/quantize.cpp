@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "results.h"
+#include "stages.h"
 
 namespace quaver::binding {
 namespace {
@@ -26,6 +27,27 @@ Shape scale_shape(const Tensor& x, const Layout& layout) {
   return shape;
 }
 
+void encode(const char* op, const Tensor& x, const Tensor& q, const Tensor& scale,
+            const Tensor& amax, const QuantizeOptions& o, const ScaleSource& source) {
+  const TensorView q_view = view(op, "q", q), x_view = view(op, "x", x);
+  const TensorView scales = view(op, "scale", scale), amaxes = view(op, "amax", amax);
+  on_device(
+      op, x, [&] { cpu::quantize(q_view, scales, amaxes, x_view, o, source); },
+      [&](auto stream) { cuda::quantize(q_view, scales, amaxes, x_view, o, source, stream); });
+}
+
+// q like x, with the scales and amaxes of the layout.
+std::tuple<Tensor, Tensor, Tensor> quantized(const char* op, const Tensor& x, ScalarType dtype,
+                                             const OptionalTensor& scale_in,
+                                             const QuantizeOptions& o, const ScaleSource& source) {
+  const Shape shape = scale_shape(x, o.layout);
+  Tensor q = empty(x, shape_of(x), dtype);
+  Tensor scale = scale_tensor(op, x, scale_in, shape);
+  Tensor amax = empty(x, shape, ScalarType::Float);
+  encode(op, x, q, scale, amax, o, source);
+  return {q, scale, amax};
+}
+
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_in, ScalarType dtype,
                                             const OptionalTensor& scale_in,
                                             const OptionalTensor& history, const Word& granularity,
@@ -39,21 +61,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_in, ScalarType dtype
   const DType type = dtype_of("quantize", "dtype", dtype);
   QUAVER_CHECK(scale_max(type) > 0.0f, "quantize: dtype must be e4m3, e5m2 or f16, got ",
                name_of(type));
-  const Tensor x = dense(x_in);
-  const Shape shape = scale_shape(x, o.layout);
-  Tensor q = empty(x, shape_of(x), dtype);
-  Tensor scale = scale_tensor("quantize", x, scale_in, shape);
-  Tensor amax = empty(x, shape, ScalarType::Float);
   ScaleSource source;
   source.given = scale_in.has_value();
-  source.history = history_of("quantize", x, history);
-  const TensorView q_view = view("quantize", "q", q), x_view = view("quantize", "x", x);
-  const TensorView scales = view("quantize", "scale", scale),
-                   amaxes = view("quantize", "amax", amax);
-  on_device(
-      "quantize", x, [&] { cpu::quantize(q_view, scales, amaxes, x_view, o, source); },
-      [&](auto stream) { cuda::quantize(q_view, scales, amaxes, x_view, o, source, stream); });
-  return {q, scale, amax};
+  source.history = history_of("quantize", x_in, history);
+  return quantized("quantize", dense(x_in), dtype, scale_in, o, source);
 }
 
 Tensor dequantize(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
@@ -73,21 +84,9 @@ Tensor dequantize(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cast_transpose(const Tensor& x_in, ScalarType dtype,
-                                                          const OptionalTensor& scale_in,
-                                                          const OptionalTensor& history,
-                                                          bool power_of_two) {
-  QUAVER_CHECK(x_in.dim() == 2, "cast_transpose: x must be a matrix, got ", x_in.dim(),
-               " dimensions");
-  const Tensor x = dense(x_in);
-  Tensor q = empty(x, {x.size(0), x.size(1)}, dtype);
-  Tensor qt = empty(x, {x.size(1), x.size(0)}, dtype);
-  Tensor scale = scale_tensor("cast_transpose", x, scale_in, {});
-  Tensor amax = empty(x, {}, ScalarType::Float);
-  ScaleSource source;
-  source.given = scale_in.has_value();
-  const char* op = "cast_transpose";
-  source.history = history_of(op, x, history);
+void encode_both(const char* op, const Tensor& x, const Tensor& q, const Tensor& qt,
+                 const Tensor& scale, const Tensor& amax, bool power_of_two,
+                 const ScaleSource& source) {
   const TensorView q_view = view(op, "dtype", q), qt_view = view(op, "dtype", qt);
   const TensorView scales = view(op, "scale", scale), amaxes = view(op, "amax", amax);
   const TensorView x_view = view(op, "x", x);
@@ -97,7 +96,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cast_transpose(const Tensor& x_in, Sc
       [&](auto stream) {
         cuda::cast_transpose(q_view, qt_view, scales, amaxes, x_view, power_of_two, source, stream);
       });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cast_transpose(const Tensor& x_in, ScalarType dtype,
+                                                          const OptionalTensor& scale_in,
+                                                          const OptionalTensor& history,
+                                                          bool power_of_two) {
+  const char* op = "cast_transpose";
+  check_matrix(op, "x", x_in);
+  const Tensor x = dense(x_in);
+  Tensor q = empty(x, {x.size(0), x.size(1)}, dtype);
+  Tensor qt = empty(x, {x.size(1), x.size(0)}, dtype);
+  Tensor scale = scale_tensor(op, x, scale_in, {});
+  Tensor amax = empty(x, {}, ScalarType::Float);
+  ScaleSource source;
+  source.given = scale_in.has_value();
+  source.history = history_of(op, x, history);
+  encode_both(op, x, q, qt, scale, amax, power_of_two, source);
   return {q, qt, scale, amax};
+}
+
+// Zeros up to multiples of 16 in both axes.
+Tensor padded(const Tensor& x) {
+  const int64_t rows = x.size(0), cols = x.size(1);
+  const int64_t more_rows = gemm_padded(rows) - rows, more_cols = gemm_padded(cols) - cols;
+  if (more_rows == 0 && more_cols == 0) return dense(x);
+  const int64_t widths[] = {0, more_cols, 0, more_rows};
+  return torch::stable::pad(x, {widths, 4});
 }
 
 template <class Library>
@@ -108,6 +133,39 @@ void register_ops(Library& m) {
 }
 
 }  // namespace
+
+PendingCast prepare_cast(const char* op, const Tensor& x_in, ScalarType dtype, bool both,
+                         const OptionalTensor& scale, const OptionalTensor& history) {
+  const Tensor x = padded(x_in);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  PendingCast c = {x,
+                   empty(x, {}, ScalarType::Float),
+                   {empty(x, {rows, cols}, dtype), {}, scale_tensor(op, x, scale, {})},
+                   {}};
+  if (both) c.to.qt = empty(x, {cols, rows}, dtype);
+  c.source.given = scale.has_value();
+  c.source.history = history_of(op, x, history);
+  c.source.spread_nan = true;
+  const TensorView q = view(op, "dtype", c.to.q), values = view(op, "x", x);
+  QUAVER_CHECK(is_fp8(q.dtype), op, ": dtype must be e4m3 or e5m2, got ", name_of(q.dtype));
+  check_cast(op, q, values);
+  QUAVER_CHECK(!c.source.history || !c.source.given, op,
+               ": a history and a given scale exclude each other");
+  return c;
+}
+
+void run_cast(const char* op, const PendingCast& c) {
+  if (c.to.qt.has_value())
+    encode_both(op, c.x, c.to.q, *c.to.qt, c.to.scale, c.amax, true, c.source);
+  else
+    encode(op, c.x, c.to.q, c.to.scale, c.amax, {}, c.source);
+}
+
+MatrixCast quantize_whole(const char* op, const Tensor& x, ScalarType dtype, Tensor* amax) {
+  const auto [q, scale, seen] = quantized(op, dense(x), dtype, std::nullopt, {}, {});
+  *amax = seen;
+  return {q, std::nullopt, scale};
+}
 
 QUAVER_OPS(register_ops)
 

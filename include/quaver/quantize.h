@@ -18,6 +18,7 @@ struct ScaleSource {
   bool given = false;        // read `scale`; otherwise it is chosen and written
   float* history = nullptr;  // delayed scaling state (kHistoryState f32), read and updated;
                              // Grain::tensor only, and not together with `given`
+  bool spread_nan = false;   // write a chosen scale as `nan_unless_finite` (Grain::tensor only)
 };
 
 namespace cpu {

@@ -77,6 +77,10 @@ QUAVER_HD bool is_stale(float scale, float amax, float finite_max) {
   return amax > 0.0f && is_finite(amax) && (amax > foreseen || kForecast * amax < foreseen);
 }
 
+// The scale of a cast whose readers see no amax: NaN where a value was not finite. FP8 saturates an
+// infinity to a number, which would pass for a sound one all the way into the weights.
+QUAVER_HD float nan_unless_finite(float scale, float amax) { return scale + (amax - amax); }
+
 // A non-finite amax empties the history, which returns to just in time.
 QUAVER_HD void record_amax(float* state, float amax) {
   if (!is_finite(amax)) {

@@ -263,6 +263,45 @@ class Generator:
         _, n, operands = self.operands()
         return *operands, self.channels(n), self.pick(FP8), self.scales(), self.chance(0.5)
 
+    def linear(self):
+        rows, n, k = (self.pick((0, 1, 3, 16, 17, 48)) for _ in range(3))
+        lead = self.pick([(rows,), (rows, 2), ()])
+        shapes = (math.prod(lead), k), (n, k)
+        (codes, scale), (weight, w_scale) = (self.padded(*s) for s in shapes)
+        cast, cast_weight, input_major = (self.chance(0.5) for _ in range(3))
+        if cast:
+            codes = scale = None
+        if cast_weight:
+            weight, w_scale = self.floating((k, n) if input_major else (n, k)), None
+        return (
+            self.floating((*lead, k)), codes, scale, weight, w_scale, self.channels(n), n,
+            self.pick(FP8), self.pick(FP8), self.pick(FLOATS), self.chance(0.5), input_major,
+            self.maybe(self.history) if cast else None,
+        )  # fmt: skip
+
+    def linear_backward(self):
+        rows, n, k = (self.pick((0, 1, 3, 16, 17, 48)) for _ in range(3))
+        cast, input_major, format = self.chance(0.5), self.chance(0.5), self.pick(FP8)
+        needs_x, needs_weight = self.pick([(True, True), (True, False), (False, True)])
+        codes, scale = self.padded(rows, n)
+        g = (None, None, None) if cast else (codes, self.padded(n, rows)[0], scale)
+        if self.chance(0.5):
+            weight = self.floating((k, n) if input_major else (n, k)), self.scales()
+        else:
+            weight = self.padded(k, n, format)
+        return (
+            self.floating((rows, n)), *g, *(weight if needs_x else (None, None)),
+            *(self.padded(k, rows) if needs_weight else (None, None)),
+            self.channels(n if input_major else k), n, k, self.pick(FP8), format,
+            self.pick(FLOATS), self.pick(FLOATS), self.maybe(lambda: self.pick(FP8)), input_major,
+            self.maybe(self.history) if cast else None,
+        )  # fmt: skip
+
+    def padded(self, rows, cols, dtype=None):
+        """Codes of a matrix, padded to multiples of 16, and their scale."""
+        shape = tuple((size + 15) // 16 * 16 for size in (rows, cols))
+        return self.tensor(self.bits(shape, dtype or self.pick(FP8))), self.scales()
+
     def scaled(self):
         """Values, scale and amax of a gradient; an empty tensor stands for none."""
         values = self.tensor(

@@ -6,6 +6,7 @@ import functools
 import math
 import threading
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -127,14 +128,17 @@ def cast_history(module: nn.Module, history: Tensor | None) -> Tensor | None:
 
     Evaluation casts just in time and does not change it. Activation checkpointing runs a forward
     again inside the backward: that one reads a copy of the history from before the first forward,
-    so that both give the same codes and only the first is recorded.
+    so that both give the same codes and only the first is recorded. The first runs without
+    gradients, or under hooks on what it saves; other forwards copy nothing.
     """
     history = history if module.training else None
     if history is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return history
     if in_backward():
         return None if module.history_before is None else module.history_before.clone()
-    module.history_before = history.clone()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None or not torch.is_grad_enabled():
+        module.history_before = history.clone()
     return history
 
 
@@ -171,18 +175,21 @@ class shared_casts:
             _thread.scopes.pop()
 
 
-def reuse_cast(x: Tensor, key: tuple, make) -> Cast:
-    """The result of `make()`, or the one that this scope keeps of the same x and key."""
+def shared_cast(x: Tensor, key: tuple) -> tuple[Cast | None, Callable[[Cast], None] | None]:
+    """The cast that this scope keeps of the same x and key; or None, and what keeps one that is
+    made now, where there is a scope."""
     if torch.compiler.is_compiling() or not _thread.scopes or x.is_inference():
-        return make()  # inference tensors have no version by which a write would show
+        return None, None  # inference tensors have no version by which a write would show
     scope = _thread.scopes[-1]
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
     key = (*key, x._version, stream)
     if scope[0] is not None and scope[0]() is x and scope[1] == key:
-        return scope[2]
-    made = make()
-    scope[:] = weakref.ref(x), key, made
-    return made
+        return scope[2], None
+
+    def keep(made: Cast) -> None:
+        scope[:] = weakref.ref(x), key, made
+
+    return None, keep
 
 
 class Holder(Swapped):

@@ -13,22 +13,21 @@ from .. import recipe as recipes
 from ..ops import FLOATS
 from ..tensor import ScaledTensor
 from .cast import (
-    Cast,
-    cast,
     cast_history,
     check_devices,
     in_backward,
     keep_f32,
-    matrix,
     new_history,
     output_dtype,
     quantized,
-    reuse_cast,
+    shared_cast,
 )
-from .product import Product, register_product
+from .product import Exchange, Product, register_product
 from .state_dict import load_master, master_scale, save_master
 from .swap import Swapped
 from .weight import GemmWeight, cached_cast, cast_weight, convert_weight, shard_codes
+
+_NONE = None, None, None, None
 
 
 class LinearBase(nn.Module):
@@ -127,8 +126,8 @@ class LinearBase(nn.Module):
         return copies
 
     def operands(self, channels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The weight's codes [N, K], their scale, and the transposed codes [K, N]; None for those
-        where backward casts the weight again."""
+        """The weight's codes [N, K], their scale, and the transposed codes [K, N]. All None where
+        the product casts the weight; None for the last where backward casts it again."""
         dtype = self.rule.weight
         copies = self.fp8_weight if torch.compiler.is_compiling() else self.refresh()
         if copies is not None:
@@ -142,6 +141,8 @@ class LinearBase(nn.Module):
         if kept is not None:
             q, scale, qt, _ = kept
             return (qt, scale, q) if self.input_major else (q, scale, qt)
+        if channels is None and not isinstance(self.weight, ScaledTensor):
+            return None, None, None
         both = self.input_major
         q, scale, qt, _ = cast_weight(self.weight, dtype, both=both, channels=channels)
         return (qt if both else q), scale, None
@@ -169,18 +170,17 @@ class LinearBase(nn.Module):
 
     # The forward
 
-    def cast_input(self, x: Tensor, both: bool) -> Cast:
-        """The input's codes, with their transpose where `both`."""
-        dtype = self.rule.input
-        ready = quantized(x, dtype)
+    def input_codes(self, x: Tensor, both: bool):
+        """The input's codes, with their transpose where `both`, or None: the product casts it, by
+        the history that follows, and calls the function that follows, if any, with the Cast."""
+        rule = self.rule
+        ready = quantized(x, rule.input)
         if ready is not None:
-            return ready
-
-        def make():
-            history = cast_history(self, self.input_history)
-            return cast(matrix(x.detach()), dtype, both=both, history=history)
-
-        return reuse_cast(x, (both, dtype, self.training, self.rule.scaling), make)
+            return ready, None, None
+        shared, keep = shared_cast(x, (both, rule.input, self.training, rule.scaling))
+        if shared is not None:
+            return shared, None, None
+        return None, cast_history(self, self._buffers["input_history"]), keep
 
     def check_input(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -200,19 +200,23 @@ class LinearBase(nn.Module):
         if channels is None and self._buffers["channel_amax"] is not None:
             channels = self.channels()
             x = x / channels.to(x.dtype)
-        out, rule = output_dtype(x), self.rule
-        w_q, w_scale, w_qt = self.operands(channels)
-        q, scale, qt, qt_scale = self.cast_input(
-            x, torch.is_grad_enabled() and self.weight.requires_grad
-        )
+        return self.multiply(x, self.bias, self.operands(channels), channels)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, operands, channels: Tensor | None = None,
+                 exchange: Exchange | None = None) -> Tensor:  # fmt: skip
+        """The layer's product of x and the weight's `operands`, in the layer's output dtype."""
+        out, rule, weight = output_dtype(x), self.rule, self.weight
+        learns = torch.is_grad_enabled() and weight.requires_grad
+        codes, history, keep = self.input_codes(x, learns)
         # FSDP2 reduces gradients itself, from full precision.
-        whole = not getattr(self.weight, "is_transient", False)
+        whole = not getattr(weight, "is_transient", False)
         y = Product.apply(
-            x, self.weight, self.bias, q, scale, qt, qt_scale, w_q, w_scale, w_qt, channels,
-            self.grad_history if self.training else None, product_dtype(out), rule.grad_output,
-            rule.weight_grad if whole else "f32", rule.grad_accumulate, self.input_major,
+            x, weight, bias, *(codes or _NONE), *operands, channels, history,
+            self._buffers["grad_history"] if self.training else None, rule.input, rule.weight,
+            rule.grad_output, product_dtype(out), rule.weight_grad if whole else "f32",
+            rule.grad_accumulate, learns, self.input_major, exchange, keep,
         )  # fmt: skip
-        return y.to(out)
+        return y if y.dtype == out else y.to(out)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -216,11 +216,13 @@ class ColumnParallelLinear(_Column, Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x, taken = self._take(x)
+        rule = self.rule
+        learns = torch.is_grad_enabled() and self.weight.requires_grad
         return Product.apply(
             x, self.weight, self.bias, pad(matrix(x.qdata)), taken.scale, taken.kept, taken.scale,
-            *self.operands(), None, self.grad_history if self.training else None,
-            product_dtype(x.dtype), self.rule.grad_output, self.rule.weight_grad,
-            self.rule.grad_accumulate, False, taken.cache,
+            *self.operands(), None, None, self.grad_history if self.training else None, rule.input,
+            rule.weight, rule.grad_output, product_dtype(x.dtype), rule.weight_grad,
+            rule.grad_accumulate, learns, False, taken.cache,
         ).to(x.dtype)  # fmt: skip
 
 
@@ -234,15 +236,8 @@ class RowParallelLinear(Linear):
                 f"RowParallel: wanted an input [..., sequence, {self.in_features}], got "
                 f"{list(x.shape)}"
             )
-        out = output_dtype(x)
-        cast = self.cast_input(x, torch.is_grad_enabled() and self.weight.requires_grad)
-        y = Product.apply(
-            x, self.weight, None, *cast, *self.operands(), None,
-            self.grad_history if self.training else None, product_dtype(out),
-            self.rule.grad_output, self.rule.weight_grad, self.rule.grad_accumulate, False,
-            _RowExchange(self.tp_group),
-        ).to(out)  # fmt: skip
-        return y if self.bias is None else y + self.bias.to(out)
+        y = self.multiply(x, None, self.operands(), exchange=_RowExchange(self.tp_group))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class PlainColumnParallelLinear(_Column, nn.Linear):
