@@ -79,7 +79,7 @@ def test_all_train_on_the_same_batches(paths, capsys):
         steps = lines(paths / "out", f"bf16+{name}")
         assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["skipped"] == 0
         assert max(line["lr"] for line in steps) <= 1e-3 * optimizers.rate(name)
-        assert f"bf16+{name}  step 12/12  loss" in shown
+        assert f"bf16+{name}  step 12/12  held-out" in shown
     assert table(found["recipes"]) in shown
     for picture in ("loss.png", "memory.png"):
         assert (paths / "out" / picture).read_bytes().startswith(b"\x89PNG")
