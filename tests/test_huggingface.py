@@ -150,7 +150,8 @@ def test_gpt2_converts_its_conv1d_and_trains(name):
 def test_what_stays_of_other_families_is_named():
     left = {}
     for family in ("Mixtral", "Falcon"):
-        left |= qv.convert_report(qv.convert(plain(family), "tensorwise")).left
+        model = qv.convert(plain(family), "tensorwise", allow_empty=family == "Falcon")
+        left |= qv.convert_report(model).left
     assert "gate_up_proj is a stack of matrices" in left["model.layers.0.mlp.experts"]
     assert "MixtralTopKRouter, no linear layer" in left["model.layers.0.mlp.gate"]
     assert (
