@@ -58,9 +58,16 @@ MUTATIONS = [
     ),
     Mutation("a store past the buffer", CAST, r"\[%rd52\], \{", "[%rd52+16], {", TEST_CAST),
     Mutation(
-        "a bound off by one", CAST, r"(setp\.lt\.s64 \s*%p513, %rd45), 16", r"\1, 15", TEST_CAST
+        "a bound off by one",
+        CAST,
+        r"(setp\.lt\.s64 \s*%p\d+, %rd\d+), 16",
+        r"\1, 15",
+        TEST_CAST,
+        number=10,  # in the last row of a tile, whose edge a test has
     ),
-    Mutation("a predicate dropped", CAST, r"@%p514 bra", "@!%p514 bra", TEST_CAST),
+    Mutation(
+        "a predicate turned around", CAST, r"@(%p\d+) bra", r"@!\1 bra", TEST_CAST, number=290
+    ),
     Mutation(
         "a misaligned vector",
         CAST,
