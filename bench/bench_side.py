@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quaver as qv
 from quaver import models
-from quaver.data import read_sources
+from quaver.documents import Notes, documents
 from quaver.nn.frozen import FrozenLinear, freeze_linear
 from quaver.tune.methods import trained
 
@@ -246,7 +246,7 @@ def main():
     rows = plan(args.plan, batch=4, length=2048)
 
     config = config_of(args.width)
-    code = Text(b"\n".join(read_sources(["stdlib"])[0])[: 8 * 2**20], args.batch, 128)
+    code = Text(b"\n".join(documents(["stdlib"], "text", Notes()))[: 8 * 2**20], args.batch, 128)
     manual = Text("\n".join(topics[name] for name in sorted(topics)).encode(), args.batch, 128)
     torch.manual_seed(0)
     base = models.build(config)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from quaver import tune
-from quaver.data import read_sources
+from quaver.documents import Notes, documents
 
 PROMPT, ANSWER = 64, 160  # bytes of a piece of code
 PIECES = 5_000
@@ -51,7 +51,7 @@ def write_lines(path, pairs):
 
 def code():
     """A piece of a file, and how it goes on."""
-    text = b"\n".join(read_sources(["stdlib"])[0]).decode("utf-8", errors="ignore")
+    text = b"\n".join(documents(["stdlib"], "text", Notes())).decode("utf-8", errors="ignore")
     size = PROMPT + ANSWER
     step = max(size, len(text) // PIECES)
     for start in range(0, len(text) - size, step):

@@ -178,9 +178,10 @@ def train_on_a_rank(rank, out, name):
             folder.metrics_path(name).parent.mkdir(parents=True, exist_ok=True)
             job = Job(Run(settings, CONFIG, text, world, folder), name)
             try:
-                result, losses = job.train(stops.pop() if stops else Stop())
+                result, steps = job.train(stops.pop() if stops else Stop())
             except train.Interrupted:
                 dist.barrier()
+        losses = [line["loss"] for line in steps]
         found.append((result["communication"], losses, result["val_loss"]))
     return found
 
@@ -238,7 +239,7 @@ def killed_while_saving(rank, out, where):
                 else:
                     os.replace = cut_renaming
             try:
-                found.append(job.train(Stop())[1])
+                found.append([line["loss"] for line in job.train(Stop())[1]])
             except Killed:
                 dist.barrier()
             finally:
