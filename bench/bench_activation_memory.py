@@ -14,9 +14,8 @@ import torch
 
 import quaver as qv
 from quaver import machine, models, train
-from quaver.activations import ACTIVATION_KINDS
 from quaver.job import Job, Run
-from quaver.memory import KINDS
+from quaver.memory import ACTIVATION_KINDS, KINDS
 from quaver.models.layers import rotary
 from quaver.models.llama import Block
 
