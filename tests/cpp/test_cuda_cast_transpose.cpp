@@ -1,4 +1,7 @@
 // cast_transpose of the CUDA backend, run on the host: the bits of the CPU backend.
+#include <cmath>
+#include <limits>
+
 #include "quaver/quantize.h"
 #include "simt/cases.h"
 
@@ -72,6 +75,33 @@ TEST(delayed_scaling) {
     CHECK(same_bits(scale, cuda_scale) && same_bits(amax, cuda_amax));
     CHECK(same_bits(history, cuda_history));
   }
+}
+
+TEST(the_scale_of_a_value_that_is_not_finite_is_nan_where_asked) {
+  constexpr int64_t rows = 144, cols = 160, n = rows * cols;
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  for (const bool delayed : {false, true})
+    for (const float odd : {1.0f, infinity, -infinity, std::nanf("")}) {
+      Buffer x(4 * n), wanted(n), wanted_t(n), got(n), got_t(n);
+      auto* values = reinterpret_cast<float*>(x.data());
+      for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(i % 37 - 18);
+      values[n / 2] = odd;
+      std::vector<float> history(kHistoryState, 0.0f), cuda_history = history;
+      std::vector<float> scale(1), amax(1), cuda_scale(1), cuda_amax(1);
+      const TensorView from = view(x, DType::f32, rows, cols);
+      const DType to = DType::e4m3;
+      cpu::cast_transpose(view(wanted, to, rows, cols), view(wanted_t, to, cols, rows), view(scale),
+                          view(amax), from, true,
+                          {false, delayed ? history.data() : nullptr, true});
+      cuda::cast_transpose(view(got, to, rows, cols), view(got_t, to, cols, rows), view(cuda_scale),
+                           view(cuda_amax), from, true,
+                           {false, delayed ? cuda_history.data() : nullptr, true}, nullptr);
+      CHECK(std::isnan(scale[0]) == !std::isfinite(odd));
+      CHECK(std::isnan(cuda_scale[0]) == std::isnan(scale[0]));
+      CHECK(std::isnan(scale[0]) || same_bits(scale, cuda_scale));
+      CHECK(wanted.bytes() == got.bytes() && wanted_t.bytes() == got_t.bytes());
+      CHECK(same_bits(history, cuda_history));
+    }
 }
 
 TEST(wrong_arguments_are_named) {
