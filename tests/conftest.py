@@ -1,6 +1,11 @@
+import os
+import sys
+
 import pytest
 
 from quaver.machine import why_not_cuda
+
+CLIENT_SETTINGS = ("ACCELERATE_", "FSDP_")
 
 
 def pytest_collection_modifyitems(items):
@@ -10,3 +15,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=f"no CUDA here: {reason}"))
+
+
+def client_settings():
+    return {name: value for name, value in os.environ.items() if name.startswith(CLIENT_SETTINGS)}
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_of_another_test():
+    """Accelerate keeps a process's first settings, some of them in the environment, and refuses others.
+
+    Without this a test's outcome depends on which tests its process has run before.
+    """
+    before = client_settings()
+    yield
+    for name in client_settings():
+        del os.environ[name]
+    os.environ.update(before)
+    states = sys.modules.get("accelerate.state")
+    if states is not None:
+        states.AcceleratorState._reset_state(reset_partial_state=True)
+        states.GradientState._reset_state()
