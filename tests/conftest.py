@@ -23,7 +23,7 @@ def client_settings():
 
 @pytest.fixture(autouse=True)
 def no_accelerator_of_another_test():
-    """Accelerate keeps the first settings of a process, some in the environment, and refuses others.
+    """Accelerate keeps the first settings of a process, also in the environment, and has no others.
 
     Without this a test's outcome depends on which tests its process has run before.
     """
