@@ -185,9 +185,9 @@ def judge(name, value, wanted, bar, **more):
     return {"name": name, "value": value, "wanted": wanted, "bar": bar, "met": met, **more}
 
 
-def finish(stage, rows):
+def finish(stage, rows, **more):
     """Saves the rows; the process fails where one of them misses its bar."""
-    save(stage, rows)
+    save(stage, rows, **more)
     missed = [row["name"] for row in rows if row.get("met") is False]
     if missed:
         sys.exit(f"{stage}: missed: {'; '.join(missed)}")
@@ -201,12 +201,12 @@ def describe(m):
     )
 
 
-def save(stage, rows, path=None):
-    """Writes `path`, or bench/results/STAGE.json; figures without their machine are worth
-    nothing."""
+def save(stage, rows, path=None, **more):
+    """Writes `path`, or bench/results/STAGE.json, with `more` beside the rows; figures without
+    their machine are worth nothing."""
     path = RESULTS / f"{stage}.json" if path is None else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine(), "rows": rows, **more}, indent=1) + "\n")
     print(f"wrote {os.path.relpath(path, ROOT)}")
 
 

@@ -68,7 +68,12 @@ inline Tensor workspace(const Tensor& like, int64_t bytes) {
 // Calls on_cpu(), or on_cuda(stream) with the device of `t` current. A build without CUDA never
 // instantiates the second.
 template <class OnCpu, class OnCuda>
-void on_device(const char* op, const Tensor& t, OnCpu on_cpu, [[maybe_unused]] OnCuda on_cuda) {
+void on_device([[maybe_unused]] const char* op, [[maybe_unused]] const Tensor& t,
+               [[maybe_unused]] OnCpu on_cpu, [[maybe_unused]] OnCuda on_cuda) {
+#if defined(QUAVER_SIMT)
+  // Kernels that are compiled for the host take the CPU's tensors (tests/cpp/launches).
+  on_cuda(static_cast<void*>(nullptr));
+#else
 #if defined(QUAVER_HAVE_CUDA)
   if (t.is_cuda()) {
     QUAVER_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op,
@@ -84,6 +89,7 @@ void on_device(const char* op, const Tensor& t, OnCpu on_cpu, [[maybe_unused]] O
 #endif
   QUAVER_CHECK(t.is_cpu(), op, ": no code for ", device_name(t), " in this build of quaver");
   on_cpu();
+#endif
 }
 
 }  // namespace quaver::binding

@@ -44,7 +44,8 @@ void set_order(Order order);
 // Options of a test for launches: grids as large as a real device's need not run whole.
 struct Control {
   std::function<std::vector<int64_t>(int64_t blocks)> chosen;  // blocks that run; empty: all
-  std::function<void(const char* op, int64_t blocks)> seen;    // called for each launch
+  // Called for each launch, and with 0 blocks for each clearing of memory.
+  std::function<void(const char* op, int64_t blocks)> seen;
   int64_t multiprocessors = 1;  // few, so that loops over the grid take several turns
 };
 extern Control control;
@@ -156,7 +157,9 @@ void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int t
   simt::run({op, blocks, threads, body, &call, reinterpret_cast<const void*>(kernel), all});
 }
 
-inline void clear(const char*, void* memory, int64_t bytes, void*) {
+inline void clear(const char* op, void* memory, int64_t bytes, void*) {
+  if (bytes == 0) return;
+  if (simt::control.seen) simt::control.seen(op, 0);
   std::memset(memory, 0, static_cast<size_t>(bytes));
 }
 

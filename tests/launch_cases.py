@@ -1,0 +1,67 @@
+"""Calls of ops whose CUDA host code composes several kernels; as a script, over the library that
+runs the kernels on the host (bench/launches.py)."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def warm(amax):
+    """A history that forecasts."""
+    return torch.tensor([16.0] + [amax] * 16)
+
+
+def results():
+    """{name: a call's results and the histories that it wrote}."""
+    ops = torch.ops.quaver
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape, dtype=BF16):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, dy, up = randn(48, 32), randn(48, 64), randn(48, 32)
+    found = {}
+    for name, amax in (("current", None), ("delayed", 6.0), ("stale", 0.01)):
+        for kind, weight in (("bf16", randn(64, 32)), ("f32", randn(64, 32, dtype=F32))):
+            states = [None if amax is None else warm(amax) for _ in range(2)]
+            y, q, qt, scale, w_scale = ops.linear(
+                x, None, None, weight, None, None, 64, E4M3, E4M3, BF16, True, False, states[0]
+            )
+            rest = ops.linear_backward(
+                dy, None, None, None, weight, w_scale, qt, scale, None, 64, 32, E5M2, E4M3, BF16,
+                BF16, E4M3, False, states[1],
+            )  # fmt: skip
+            found[f"linear {name} {kind}"] = q, qt, scale, w_scale, *states
+            found[f"products {name} {kind}"] = y, *rest
+        state = None if amax is None else warm(amax)
+        found[f"quantize {name}"] = *ops.quantize(x, E4M3, None, state), state
+        state = None if amax is None else warm(amax)
+        found[f"cast_transpose {name}"] = *ops.cast_transpose(x, E5M2, None, state), state
+        state = None if amax is None else warm(amax)
+        found[f"normalize {name}"] = *ops.normalize(
+            x, up[0].float(), None, 1e-6, False, E4M3, history=state, block=16
+        ), state  # fmt: skip
+        states = [None if amax is None else warm(amax) for _ in range(3)]
+        made = ops.activate(x, up, "silu", None, E4M3, history=states[0], block=16)
+        found[f"activate {name}"] = *made, states[0]
+        found[f"activate_backward {name}"] = *ops.activate_backward(
+            dy[:, :32].contiguous(), *made[4:8], "silu", None, 16, E5M2, *states[1:]
+        ), *states[1:]  # fmt: skip
+    found["given"] = (
+        *ops.quantize(x, E4M3, torch.tensor(0.5)),
+        *ops.cast_transpose(x, E4M3, torch.tensor(0.5)),
+    )
+    return found
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+    import launches
+
+    library, _ = launches.load()
+    library.quaver_launches_begin(True)
+    torch.save(results(), sys.argv[1])
