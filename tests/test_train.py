@@ -449,6 +449,8 @@ def test_metrics_keep_the_lines_before_the_checkpoint(tmp_path):
         ({"lr": float("nan")}, "--lr must be a positive number, got nan"),
         ({"warmup": 8}, "--warmup must be 0 to 7, got 8"),
         ({"probe": -1}, "--probe must be at least 0, got -1"),
+        ({"watch": -1}, "--watch must be at least 0, got -1"),
+        ({"watch": 2, "parallel": "tp=2"}, "--watch moves no layers that --parallel tp=2 splits"),
         ({"eval_every": -1}, "--eval-every must be at least 0, got -1"),
         ({"schedule": "step"}, "--schedule must be one of cosine, linear, constant, got 'step'"),
         ({"weight_decay": -0.1}, "--weight-decay must be a number of at least 0, got -0.1"),

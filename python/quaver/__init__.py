@@ -63,6 +63,7 @@ __all__ = [
     "save",
     "saved_activations",
     "side_tune",
+    "watch",
 ]
 
 # What a loop on one device does without is imported where it is first used, by (module, name).
@@ -72,6 +73,7 @@ _LATER = {
     "load_pretrained": ("hf.pretrained", "load_pretrained"),
     "plan": ("planning", "plan"),
     "side_tune": ("nn.side", "side_tune"),
+    "watch": ("watching", "watch"),
 }
 
 

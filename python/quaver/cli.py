@@ -106,6 +106,13 @@ def _add_task(p: argparse.ArgumentParser, default: train.Settings) -> None:
     )
     p.add_argument("--lr", type=float, help=_rates(default.lr))
     p.add_argument("--seq", type=int, default=default.seq, help="tokens a sequence")
+    p.add_argument(
+        "--watch",
+        type=int,
+        default=default.watch,
+        metavar="N",
+        help="every N steps move layers whose values FP8 loses to bf16, and others back; 0 never",
+    )
     _add_steps(p, default)
 
 

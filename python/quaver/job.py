@@ -14,6 +14,7 @@ from .hf.start import Start
 from .optimizers import label
 from .schedule import learning_rate, parameter_groups
 from .training import Run, Training, finished, finite
+from .watching import watch
 
 __all__ = ["Job", "Run", "finished", "learning_rate", "parameter_groups"]
 
@@ -30,6 +31,8 @@ class Job(Training):
         self.recipe, self.chosen = recipe.get(name), optimizer
         self.model = build_model(settings, run.model, self.recipe, self.world)
         self.optimizer = self._build_optimizer()
+        if settings.watch and self.recipe.linear is not None:
+            self.watch = watch(self.model, every=settings.watch, fallback="auto")
         if self.world.size > 1:
             self._connect()
 

@@ -19,10 +19,11 @@ from .tokens import Coder, load_coder
 __all__ = ["BETAS", "CLIP", "FREE", "SCHEDULES", "WEIGHT_DECAY", "RunSettings", "Settings",
            "coder_of", "configuration", "model_config", "names", "start_of"]  # fmt: skip
 
-# Settings that do not decide the numbers of a run: it may be resumed with others.
+# Settings that do not decide the numbers of a run, so that it may be resumed with others, and those
+# that `configuration` gives itself.
 FREE = ("out", "tokenizer", "text_field", "end_token", "resume", "overwrite",
         "save_every", "eval_every", "tensorboard", "wandb", "probe", "recipe", "optimizer",
-        "parallel")  # fmt: skip
+        "parallel", "watch")  # fmt: skip
 RATE = 1e-3
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -127,9 +128,11 @@ class Settings(RunSettings):
     recipe: tuple[str, ...] | None = None
     optimizer: tuple[str, ...] | None = None
     parallel: Parallel | str | None = None
+    watch: int = 0
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_range("watch", 0)
         if self.optimizer == ("all",):
             object.__setattr__(self, "optimizer", tuple(optimizers.names()))
         if self.lr is None and self.optimizer is None:
@@ -143,6 +146,8 @@ class Settings(RunSettings):
             )
         if self.seq % self.parallel.tensor:
             raise UsageError(f"--seq {self.seq} does not divide among tp={self.parallel.tensor}")
+        if self.watch and self.parallel.tensor > 1:
+            raise UsageError(f"--watch moves no layers that --parallel {self.parallel} splits")
         if self.recipe is None:
             default = ("bf16", "fp8lm-o2") if self.optimizer is None else ("bf16",)
             object.__setattr__(self, "recipe", default)
@@ -214,4 +219,5 @@ def configuration(
         config["optimizers"] = list(settings.optimizer)
         config["lr"] = {name: settings.rate(name) for name in settings.optimizer}
     tensor = settings.parallel.tensor  # each part of the model has a checkpoint of its own
-    return config | ({"tensor_parallel": tensor} if tensor > 1 else {})
+    watch = {"watch": settings.watch} if settings.watch else {}
+    return config | ({"tensor_parallel": tensor} if tensor > 1 else {}) | watch

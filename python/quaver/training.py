@@ -37,6 +37,7 @@ from .rundir import RunDir, changes
 from .schedule import learning_rate
 from .schema import SchemaError, check
 from .settings import RunSettings
+from .watching import Watch
 
 __all__ = ["Run", "Training", "finished", "finite"]
 
@@ -83,6 +84,7 @@ class Training:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    watch: Watch | None = None
 
     def __init__(self, run: Run, name: str, settings: RunSettings):
         self.run, self.world, self.name, self.settings = run, run.world, name, settings
@@ -151,6 +153,9 @@ class Training:
                     with machine.bf16_products(self.device):
                         line["val_loss"] = self._validate()
                 metrics.write(line)
+                for module, plain in line.get("watch", {}).get("moved", {}).items():
+                    where = "computes in bf16" if plain else "computes in FP8 again"
+                    progress.say(f"{name} step {step}: {module} {where}")
                 progress.step(step, line)
                 board.write(line)
                 if asked or step % settings.save_every == 0 or step == settings.steps:
@@ -274,6 +279,8 @@ class Training:
             probe.before_update()
         self.optimizer.step()
         measured = {"probe": probe.after_update()} if probe else {}
+        if self.watch and self.watch.step():
+            measured["watch"] = {"plain": self.watch.plain, "moved": self.watch.moved}
         value = total.item()  # waits for the device, so the time is that of the whole step
         line = {
             "step": step,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import recipe as recipes
 from ..ops import FLOATS
 from ..tensor import ScaledTensor
+from . import fallback
 from .cast import (
     cast_history,
     check_devices,
@@ -43,6 +44,7 @@ class LinearBase(nn.Module):
     """
 
     input_major = False  # the weight is [K, N], not [N, K]
+    plain = False  # whether `quaver.watch` lets it multiply without FP8
 
     def convert_in_place(self, recipe, weight: nn.Parameter | None = None,
                          plain_dtype: torch.dtype | None = None) -> None:  # fmt: skip
@@ -197,6 +199,8 @@ class LinearBase(nn.Module):
     def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
         """`channels`: the factors by which x's producer, an FP8 MLP, has already divided it."""
         self.check_input(x)
+        if self.plain:
+            return fallback.multiply(self, x if channels is None else x * channels.to(x.dtype))
         if channels is None and self._buffers["channel_amax"] is not None:
             channels = self.channels()
             x = x / channels.to(x.dtype)

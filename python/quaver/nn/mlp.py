@@ -65,6 +65,8 @@ class MLP(Swapped):
     """An MLP whose linear layers multiply in FP8, as `quaver.convert` makes it. Input and output
     are those of its layers."""
 
+    plain = False  # whether `quaver.watch` lets it give values that are not FP8
+
     def convert_in_place(self, recipe: recipes.Recipe, plan: MLPPlan) -> None:
         torch.compiler.allow_in_graph(_ActivateFunction)
         swap(self, MLP)
@@ -82,6 +84,9 @@ class MLP(Swapped):
         swap_back(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.plain:
+            with shared_casts():
+                return super().forward(x)
         plan = self.plan
         gate_layer, down = getattr(self, plan.gate), getattr(self, plan.down)
         up_layer = None if plan.up in (None, plan.gate) else getattr(self, plan.up)
