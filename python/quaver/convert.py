@@ -14,13 +14,14 @@ from . import recipe as recipes
 from . import structure
 from .mismatch import mark_converted, mark_replaced, mark_restored
 from .nn.cast import Holder
+from .nn.experts import Experts, is_experts, why_experts_stay
 from .nn.linear import Conv1D, Linear, LinearBase, is_converted
 from .nn.mlp import MLP
 from .nn.norm import Norm
 from .nn.swap import is_wrapped, swap, swap_back
 from .nn.weight import convert_weight, freeze_weight, set_dtype
 from .ops import FLOATS
-from .roles import by_role, check_share, share_of
+from .roles import by_role, check_share, share_of, why_matrices_stay
 from .tensor import ScaledTensor, is_sharded
 
 HEAD = ("lm_head",)  # the default of `skip`, allowed for models without such a layer too
@@ -29,9 +30,9 @@ SKIPPED, TRAINS = "it is skipped", "it trains"
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `convert`. `converted`: {module name: "linear", "norm" or "mlp"}; `left`:
-    {module name: the reason why it stayed as it was}; `share`: the part of the weights that is FP8,
-    of all matrices except for embeddings and what is left for its role or by `skip`."""
+    """The result of `convert`. `converted`: {module name: "linear", "norm", "mlp" or "experts"};
+    `left`: {module name: the reason why it stayed as it was}; `share`: the part of the weights that
+    is FP8, of all matrices except for embeddings and what is left for its role or by `skip`."""
 
     converted: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -70,7 +71,8 @@ def convert(
 ) -> nn.Module:
     """Make every linear layer of `model` multiply in FP8, in place; returns the model.
 
-    Those are nn.Linear and transformers' Conv1D. Under a recipe with FP8 activations ("coat"),
+    Those are nn.Linear and transformers' Conv1D, and its stacks of experts under recipes with plain
+    weights ("tensorwise", "coat"). Under a recipe with FP8 activations ("coat"),
     norms that feed those layers alone and MLPs of the forms in nn/mlp.py become FP8 too. They are
     found by what they compute, so that models of any library convert unmodified; modules that are
     not recognised stay as they are, and `convert_report` gives the reason.
@@ -114,6 +116,7 @@ def convert(
     report = Report()
     roles = by_role(model) if skip == HEAD else {}
     _convert_linear(model, chosen, skip, roles, report, frozen is not None)
+    _convert_experts(model, chosen, skip, report, frozen is not None)
     if chosen.activation is not None:
         if chosen.activation.norm:
             _convert_norms(model, chosen, skip, report)
@@ -170,7 +173,7 @@ def _convert_linear(model, chosen, skip, roles, report, frozen) -> None:
             continue
         _check_not_stored_in_fp8(name, module)
         if not isinstance(module, nn.Linear) and not structure.is_conv1d(module):
-            why = _why_matrices_stay(module)
+            why = why_matrices_stay(module)
         else:
             why = _why_linear_stays(name, module, skip) or roles.get(name)
             if why is None and frozen and module.weight.requires_grad:
@@ -206,8 +209,24 @@ def _convert_linear(model, chosen, skip, roles, report, frozen) -> None:
         report.converted[name] = "linear"
 
 
+def _convert_experts(model, chosen, skip, report, frozen) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, Experts) and not is_experts(module):
+            continue
+        why = SKIPPED if _matches(name, skip) else why_experts_stay(module, chosen, frozen)
+        if why is not None:
+            report.left[name] = why
+            continue
+        if not isinstance(module, Experts):
+            Experts.convert_in_place(module, chosen)
+            mark_converted(module, chosen)
+        report.left.pop(name, None)
+        report.converted[name] = "experts"
+
+
 def _check_recipe(name: str, module: nn.Module, chosen: recipes.Recipe) -> None:
-    other = (is_converted(module) and module.rule != chosen.linear) or (
+    linear = is_converted(module) or isinstance(module, Experts)
+    other = (linear and module.rule != chosen.linear) or (
         isinstance(module, (Norm, MLP))
         and (module.rule, module.activation) != (chosen.linear, chosen.activation)
     )
@@ -249,20 +268,6 @@ def _why_linear_stays(name: str, module: nn.Module, skip: tuple[str, ...]) -> st
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
         return f"it is a {kind}, a linear layer of another kind"
     return SKIPPED if _matches(name, skip) else None
-
-
-def _why_matrices_stay(module: nn.Module) -> str | None:
-    """The reason for a module with matrices that it does not multiply as a linear layer."""
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, Norm)):
-        return None
-    for name, p in module.named_parameters(recurse=False):
-        if structure.is_lazy(p):
-            return "it has no shape yet; run a batch through the model, then convert"
-        if p.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd):
-            return f"{name} is a stack of matrices (experts?), which no FP8 layer multiplies"
-        if p.dim() >= 2:
-            return f"it is a {type(module).__name__}, no linear layer, and multiplies by {name}"
-    return None
 
 
 def _convert_norms(model, chosen, skip, report) -> None:
@@ -352,7 +357,8 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Holder):
             swap_back(module)
-        if isinstance(module, (Norm, MLP)):
+        if isinstance(module, (Norm, MLP, Experts)):
+            mark_restored(module)
             module.restore()
         if not is_converted(module):
             continue

@@ -68,7 +68,12 @@ def _warn_of_other_recipe(optimizer: torch.optim.Optimizer) -> None:
     if not isinstance(recipe, Recipe):
         return
     with _lock:
-        recipes = {id(layer.weight): converted for layer, converted in _layers.items()}
+        recipes = {
+            id(p): converted
+            for layer, converted in _layers.items()
+            for p in layer.parameters(recurse=False)
+            if p.dim() > 1  # biases have the moments of plain parameters
+        }
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         converted = recipes.get(id(p))
         if converted is None or _rules(p, converted) == _rules(p, recipe):

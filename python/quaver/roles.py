@@ -1,4 +1,5 @@
-"""Layers that FP8 does not suit, found by their role, and the share of a model that is FP8."""
+"""Layers that FP8 does not suit, by their role or their form, and the share of a model that is
+FP8."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ import warnings
 from collections.abc import Container
 
 from torch import nn
+
+from .nn.norm import Norm
+from .structure import is_lazy
 
 LEAST = 16  # values of an output; Hopper's products take 16 or more
 LITTLE = 0.5  # share of the weights below which a conversion is hardly one
@@ -37,6 +41,20 @@ def _heads(module: nn.Module) -> list[str]:
         return []
     linear = (n for n, m in module.named_modules() if isinstance(m, nn.Linear))
     return [n for n in linear if not n.startswith(f"{body}.")]
+
+
+def why_matrices_stay(module: nn.Module) -> str | None:
+    """The reason for a module with matrices that it does not multiply as a linear layer."""
+    if isinstance(module, (*EMBEDDINGS, Norm)):
+        return None
+    for name, p in module.named_parameters(recurse=False):
+        if is_lazy(p):
+            return "it has no shape yet; run a batch through the model, then convert"
+        if p.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+            return f"{name} is a stack of matrices (experts?), which no FP8 layer multiplies"
+        if p.dim() >= 2:
+            return f"it is a {type(module).__name__}, no linear layer, and multiplies by {name}"
+    return None
 
 
 def share_of(model: nn.Module, converted: Container[str], apart: Container[str]) -> float:

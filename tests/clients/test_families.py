@@ -62,7 +62,7 @@ def test_a_family_trains_and_the_report_names_what_is_left(recipe, family):
     qv.convert(model, recipe, allow_empty=family == "Falcon")
     report = qv.convert_report(model)
     for name, key, _ in matrices(model):
-        converted = report.converted.get(name) == "linear"
+        converted = report.converted.get(name) in ("linear", "experts")
         named = [n for n in report.left if n in (name, f"{name}.{key}")]
         assert converted != bool(named), f"{name}.{key} is multiplied in {model.dtype}, unnamed"
         if named:

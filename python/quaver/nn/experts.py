@@ -1,0 +1,198 @@
+"""The experts of a mixture whose weights lie in stacks [experts, N, K], with FP8 products.
+
+transformers keeps experts like this (its `use_experts_implementation`). Tokens are sorted by their
+expert; each expert that has some multiplies them as a linear layer of its own, with its own scales.
+"""
+
+from __future__ import annotations
+
+import functools
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from .. import recipe as recipes
+from ..ops import FLOATS
+from ..ops.linear import linear, linear_backward
+from .cast import check_devices, output_dtype
+from .first_order import FirstOrder
+from .linear import product_dtype
+from .swap import Swapped, swap, swap_back
+from .weight import convert_weight, set_dtype
+
+FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+
+
+class GroupedProduct(FirstOrder):
+    """Rows ends[e - 1] to ends[e] of x times the e-th weight, for every e.
+
+    Args:
+        x: [S, K] float32, float16 or bfloat16, sorted by expert. Rows from ends[-1] on belong to
+            none; their results and gradients are zero.
+        weight: [E, N, K], or [E, K, N] where `input_major`, of a float type.
+        ends: E ints that do not fall.
+        rule: the LinearRecipe, of current scaling and plain gradients.
+        out_dtype: float32 or bfloat16, of the result [S, N].
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, ends, rule, out_dtype, input_major):
+        ctx.ends, ctx.rule, ctx.input_major, ctx.out_dtype = ends, rule, input_major, out_dtype
+        ctx.n, ctx.x_dtype, ctx.shape = weight.shape[2 if input_major else 1], x.dtype, x.shape
+        y = x.new_zeros((x.shape[0], ctx.n), dtype=out_dtype)
+        kept = []
+        for expert, begin, end in _groups(ends):
+            y[begin:end], _, qt, scale, weight_scale = linear(
+                x[begin:end], None, None, weight[expert], None, None, ctx.n, rule.input,
+                rule.weight, out_dtype, ctx.needs_input_grad[1], input_major, None,
+            )  # fmt: skip
+            kept += (qt, scale, weight_scale)
+        ctx.save_for_backward(weight, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        weight, *kept = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        rule, k = ctx.rule, ctx.shape[1]
+        dx = dy.new_zeros(ctx.shape, dtype=ctx.x_dtype) if needs_x else None
+        dw = torch.zeros_like(weight) if needs_weight else None
+        dw_dtype = torch.bfloat16 if rule.weight_grad == "bf16" else torch.float32
+        for i, (expert, begin, end) in enumerate(_groups(ctx.ends)):
+            qt, scale, weight_scale = kept[3 * i : 3 * i + 3]
+            of_x, of_weight, _, _ = linear_backward(
+                dy[begin:end], None, None, None, weight[expert] if needs_x else None,
+                weight_scale if needs_x else None, qt if needs_weight else None,
+                scale if needs_weight else None, None, ctx.n, k, rule.grad_output, rule.weight,
+                ctx.out_dtype, dw_dtype, None, ctx.input_major, None,
+            )  # fmt: skip
+            if needs_x:
+                dx[begin:end] = of_x
+            if needs_weight:
+                dw[expert] = of_weight
+        return dx, dw, None, None, None, None
+
+
+def _groups(ends: list[int]):
+    """(expert, begin, end) of those that have rows."""
+    for expert, (begin, end) in enumerate(pairwise((0, *ends))):
+        if end > begin:
+            yield expert, begin, end
+
+
+class Experts(Swapped):
+    """Experts that multiply in FP8 by a recipe, as `quaver.convert` makes them.
+
+    Input hidden_states [tokens, K], top_k_index and top_k_weights [tokens, k]; output [tokens, K]
+    in the input's dtype: for each token the sum of its k experts, times their weights. The count of
+    each expert's tokens is read by the host. Scales are always just in time, because an expert may
+    see no token for many steps.
+
+    Raises:
+        TypeError: an input of another dtype.
+        RuntimeError: parameters on another device than the input.
+    """
+
+    def convert_in_place(self, recipe: recipes.Recipe) -> None:
+        _keep_out_of_graphs()
+        swap(self, Experts)
+        self.rule = recipe.linear
+        self.plain_dtype = self.down_proj.dtype  # what `restore` gives back
+        for name in weight_names(self):
+            convert_weight(getattr(self, name), self.rule)
+
+    def restore(self) -> None:
+        if self.rule.master == "bf16":
+            for name in weight_names(self):
+                set_dtype(getattr(self, name), self.plain_dtype)
+        del self.rule, self.plain_dtype
+        swap_back(self)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.plain_dtype = fn(torch.empty(0, dtype=self.plain_dtype)).dtype
+        return self
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if hidden_states.dtype not in FLOATS:
+            raise TypeError(
+                "Experts: hidden_states must be float32, float16 or bfloat16, got "
+                f"{hidden_states.dtype}"
+            )
+        check_devices(self, hidden_states.device)
+        tokens, k = top_k_index.shape
+        experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        numbers = torch.arange(self.num_experts, device=experts.device)
+        ends = torch.searchsorted(experts, numbers, right=True).tolist()
+        # Experts of other ranks have numbers from num_experts on; their tokens are last.
+        here = (experts < self.num_experts).unsqueeze(1) if self._is_expert_parallel else None
+        experts = experts.clamp(max=self.num_experts - 1)
+        x = hidden_states[order // k]
+        up = self.multiply(x, "gate_up_proj" if self.has_gate else "up_proj", ends, experts)
+        y = self._apply_gate(up) if self.has_gate else self.act_fn(up)
+        y = self.multiply(y, "down_proj", ends, experts)
+        if self.has_post_expert_norm:
+            y = self.post_expert_norm(y)
+        y = y * top_k_weights.reshape(-1)[order].unsqueeze(1)
+        y = y if here is None else y.masked_fill(~here, 0.0)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        return y[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+    def multiply(self, x: Tensor, name: str, ends: list[int], experts: Tensor) -> Tensor:
+        """The product of the sorted tokens x [S, K] and their experts' weights called `name`, with
+        their biases; `experts` are the experts of the rows."""
+        out = output_dtype(x)
+        y = GroupedProduct.apply(
+            x, getattr(self, name), ends, self.rule, product_dtype(out), self.is_transposed
+        )
+        y = y if y.dtype == out else y.to(out)
+        return y + getattr(self, f"{name}_bias")[experts].to(out) if self.has_bias else y
+
+
+@functools.cache
+def _keep_out_of_graphs() -> None:
+    """Lets a compiled model break at experts, whose sizes depend on values. Not at import, because
+    this imports the compiler."""
+    Experts.forward = torch.compiler.disable(Experts.forward)
+
+
+def weight_names(module: nn.Module) -> tuple[str, str]:
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module has the attributes by which transformers describes experts, and stacks of
+    matrices that fit them."""
+    if not all(isinstance(getattr(module, flag, None), bool) for flag in FLAGS):
+        return False
+    up, down = (module._parameters.get(name) for name in weight_names(module))
+    if up is None or down is None or up.dim() != 3 or down.dim() != 3:
+        return False
+    count = getattr(module, "num_experts", None)
+    last, first = (1, 2) if module.is_transposed else (2, 1)  # the axes of K and N
+    inner = up.shape[first] // (2 if module.has_gate else 1)
+    biases = {f"{name}_bias" for name in weight_names(module)} if module.has_bias else set()
+    return (
+        {*module._parameters} == {*weight_names(module), *biases}
+        and up.shape[0] == down.shape[0] == count
+        and down.shape[last] == inner
+        and down.shape[first] == up.shape[last]
+    )
+
+
+def why_experts_stay(module: nn.Module, recipe: recipes.Recipe, frozen: bool) -> str | None:
+    """The reason why experts keep their own products under a recipe, or None."""
+    rule = recipe.linear
+    if frozen:
+        return 'it is a stack of experts, which frozen="fp8" leaves as they are'
+    if rule.master == "f16-tensor" or rule.weight_grad == "e4m3":
+        return (
+            "it is a stack of experts, whose weights and gradients stay plain: tensorwise and coat "
+            "multiply it in FP8"
+        )
+    dtypes = {p.dtype for p in module.parameters(recurse=False)}
+    if not dtypes <= set(FLOATS):
+        return f"its weights are {', '.join(sorted(map(str, dtypes)))}"
+    return None
