@@ -108,16 +108,22 @@ Operand values(DType type, int64_t rows, int64_t cols, float deviation) {
   return {type, rows, cols, deviation, {}, false};
 }
 
-// x, q, scale, amax; and qt where `both`
+// x, q, scale, amax, workspace; and qt where `both`
 std::vector<Operand> cast_operands(int64_t rows, int64_t cols, bool both) {
   std::vector<Operand> all = {values(DType::bf16, rows, cols, 1.0f),
                               values(DType::e4m3, rows, cols, 0.0f),
-                              constant<float>({1.0f / 64.0f}), constant<float>({0.0f})};
+                              constant<float>({1.0f / 64.0f}), constant<float>({0.0f}),
+                              workspace(cuda::cast_workspace_bytes(rows, cols))};
   if (both) all.push_back(values(DType::e4m3, cols, rows, 0.0f));
   return all;
 }
 
 ScaleSource given() { return {true, nullptr}; }
+
+// The scale of a cast on the device, of cast_operands.
+ScaleSource on_device(const Views& v, bool is_given) {
+  return {is_given, nullptr, false, v[4].data};
+}
 
 // weight, exp_avg, exp_avg_sq, grad, fp8, fp8_t, [scale, amax] of each state and the copy's scale,
 // grad_amax, step, hyper, skipped, workspace
@@ -160,21 +166,21 @@ std::vector<Kernel> kernels() {
                  [](int64_t rows, int64_t cols) { return cast_operands(rows, cols, false); },
                  [](const Views& v) { cpu::quantize(v[1], v[2], v[3], v[0], {}, given()); },
                  [](const Views& v, void* stream) {
-                   cuda::quantize(v[1], v[2], v[3], v[0], {}, given(), stream);
+                   cuda::quantize(v[1], v[2], v[3], v[0], {}, on_device(v, true), stream);
                  }});
   all.push_back(
       {"cast_transpose bf16, given scale", "cast-transpose", 4,
        [](int64_t rows, int64_t cols) { return cast_operands(rows, cols, true); },
-       [](const Views& v) { cpu::cast_transpose(v[1], v[4], v[2], v[3], v[0], true, given()); },
+       [](const Views& v) { cpu::cast_transpose(v[1], v[5], v[2], v[3], v[0], true, given()); },
        [](const Views& v, void* stream) {
-         cuda::cast_transpose(v[1], v[4], v[2], v[3], v[0], true, given(), stream);
+         cuda::cast_transpose(v[1], v[5], v[2], v[3], v[0], true, on_device(v, true), stream);
        }});
   all.push_back(
       {"cast_transpose bf16, just in time", "", 6,
        [](int64_t rows, int64_t cols) { return cast_operands(rows, cols, true); },
-       [](const Views& v) { cpu::cast_transpose(v[1], v[4], v[2], v[3], v[0], true, {}); },
+       [](const Views& v) { cpu::cast_transpose(v[1], v[5], v[2], v[3], v[0], true, {}); },
        [](const Views& v, void* stream) {
-         cuda::cast_transpose(v[1], v[4], v[2], v[3], v[0], true, {}, stream);
+         cuda::cast_transpose(v[1], v[5], v[2], v[3], v[0], true, on_device(v, false), stream);
        }});
   all.push_back(
       {"dequantize e4m3 to bf16", "", 3,

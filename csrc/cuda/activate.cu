@@ -14,6 +14,7 @@ namespace {
 template <class X>
 struct Problem {
   Matrix m;
+  int64_t tiles;
   DeviceCast y;
   DeviceGroups x_saved, up_saved;
   const X *x, *up;  // up null: none
@@ -40,24 +41,15 @@ QUAVER_DEVICE void scale_channels(const float* channel_scale, bool aligned, Colu
   for (int i = 0; i < kVector; ++i) v[i] *= scale[i];
 }
 
-// The pass that only computes the amax is the same kernel without the cast, which saves half the
-// code.
+// Computes a tile, saves its inputs where the pass collects, and casts the result to q and, in
+// shared memory, for qt. Returns the largest magnitude.
 template <class X, Activation kind>
-__global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p, bool first) {
-  __shared__ Columns columns;
-  __shared__ Tile tile;
-  const CastPass of = cast_pass(p.y.scale, first);
-  if (!of.encode && !of.collect) return;
-  const bool collect = of.collect && p.channel_scale != nullptr;
-  if (collect) {
-    if (threadIdx.x < kTile) columns.bits[threadIdx.x] = 0;
-    __syncthreads();
-  }
-  const Divisor by = divisor(of.scale);
+QUAVER_DEVICE uint32_t activate_tile(const Problem<X>& p, int64_t index, const CastPass& of,
+                                     Columns* columns, Tile& tile) {
   uint32_t seen = 0;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
-    const Fragment at = fragment_in_pass(p.m, pass);
+    const Fragment at = fragment_in_pass(p.m, index, pass);
     const int64_t i = at.row * p.m.cols + at.col;
     float v[kVector];
     decode_vector<X>(load<sizeof(X)>(p.x + i, sizeof(X), at.n, p.aligned), v);
@@ -74,18 +66,41 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p, bool f
       for (int k = 0; k < kVector; ++k) v[k] *= u[k];
     }
     if (p.channel_scale != nullptr)
-      scale_channels(p.channel_scale, p.aligned_scale, collect ? &columns : nullptr, at, v);
+      scale_channels(p.channel_scale, p.aligned_scale, columns, at, v);
     seen = max_bits(seen, amax_bits(v));
-    if (of.encode) put_values(p.y, tile, p.m, at, v, by);
+    if (of.encode) put_values(p.y, tile, p.m, at, v, of.by);
   }
-  __syncthreads();
-  if (of.encode) store_qt(p.y, tile, p.m);
-  if (collect && threadIdx.x < kTile) {
-    const int64_t col = int64_t(blockIdx.x) % p.m.padded.across * kTile + threadIdx.x;
-    if (col < p.m.cols)
-      atomicMax(reinterpret_cast<uint32_t*>(p.channel_amax + col), columns.bits[threadIdx.x]);
+  return seen;
+}
+
+// The pass that only computes the amax is the same kernel without the cast, which saves half the
+// code.
+template <class X, Activation kind>
+__global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p, bool first) {
+  __shared__ Columns columns;
+  __shared__ Tile tile;
+  __shared__ CastPass shared;
+  cast_pass(p.y.scale, first, blockIdx.x, shared);
+  const CastPass of = shared;
+  if (!of.encode && !of.collect) return;
+  const bool collect = of.collect && p.channel_scale != nullptr;
+  uint32_t seen = 0;
+  for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    if (collect) {
+      if (threadIdx.x < kTile) columns.bits[threadIdx.x] = 0;
+      __syncthreads();
+    }
+    seen = max_bits(seen, activate_tile<X, kind>(p, index, of, collect ? &columns : nullptr, tile));
+    __syncthreads();
+    if (of.encode) store_qt(p.y, tile, p.m, index);
+    if (collect && threadIdx.x < kTile) {
+      const int64_t col = index % p.m.padded.across * kTile + threadIdx.x;
+      if (col < p.m.cols)
+        atomicMax(reinterpret_cast<uint32_t*>(p.channel_amax + col), columns.bits[threadIdx.x]);
+    }
+    __syncthreads();  // before the next tile
   }
-  if (of.collect) block_atomic_max(p.y.scale.amax, seen);
+  if (of.collect) leave_amax(p.y.scale, blockIdx.x, seen);
 }
 
 }  // namespace
@@ -99,7 +114,8 @@ void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& 
     using X = decltype(type);
     Problem<X> p;
     p.m = make_matrix(x.rows, x.cols);
-    p.y = device_cast(y);
+    p.tiles = matrix_tiles(p.m);
+    p.y = device_cast(op, y);
     p.x_saved = device_groups(x_saved, kChunks);
     p.up_saved = device_groups(up_saved, kChunks);
     p.x = x.as<const X>();
@@ -112,11 +128,11 @@ void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& 
       clear(op, channel_amax, x.cols * sizeof(float), stream);
     if (p.x_saved.threads == 0) save_groups(op, x_saved, x, stream);
     if (p.up != nullptr && p.up_saved.threads == 0) save_groups(op, up_saved, up, stream);
-    const int64_t blocks = matrix_blocks(p.m);
     with_kind(kind, [&](auto k) {
       constexpr Activation f = decltype(k)::value;
-      cast_in_passes(op, p.y.scale, stream, [&](bool first) {
-        launch(op, activate_kernel<X, f>, blocks, kThreads, stream, p, first);
+      const CastBlocks blocks = cast_blocks(op, p.y.scale.mode, p.tiles);
+      cast_in_passes(op, &p.y.scale, blocks, stream, [&](bool first, int64_t count) {
+        launch(op, activate_kernel<X, f>, count, kThreads, stream, p, first);
       });
     });
   });

@@ -12,6 +12,7 @@ namespace {
 template <class X>
 struct Problem {
   Matrix m;
+  int64_t tiles;
   DeviceCast dx, dup;
   DeviceGroups x, up;  // up without codes: dup is none
   const X* dy;
@@ -52,33 +53,40 @@ QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment& at, float (&dx
 template <class X, Activation kind>
 __global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> p, bool first) {
   __shared__ Tile tile, tile_up;
-  __shared__ Divisor by, by_up;  // in registers they would spill on sm_100
+  __shared__ CastPass of, of_up;  // in registers they would spill on sm_100
   const bool gated = p.up.codes != nullptr;
-  const CastPass of = cast_pass(p.dx.scale, first);
-  const CastPass of_up = gated ? cast_pass(p.dup.scale, first) : CastPass{false, false, 1.0f};
+  cast_pass(p.dx.scale, first, blockIdx.x, of);
+  if (gated)
+    cast_pass(p.dup.scale, first, blockIdx.x, of_up);
+  else if (threadIdx.x == 0)
+    of_up = make_pass(false, false, 1.0f);
+  __syncthreads();
   if (!of.encode && !of.collect && !of_up.encode && !of_up.collect) return;
-  if (threadIdx.x == 0) {
-    by = divisor(of.scale);
-    by_up = divisor(of_up.scale);
-  }
-  __syncthreads();
   uint32_t seen = 0, seen_up = 0;
+  for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
 #pragma unroll 1
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const Fragment at = fragment_in_pass(p.m, pass);
-    float dx[kVector], dup[kVector];
-    gradients<X, kind>(p, at, dx, dup);
-    seen = max_bits(seen, amax_bits(dx));
-    if (of.encode) put_values(p.dx, tile, p.m, at, dx, by);
-    if (!gated) continue;
-    seen_up = max_bits(seen_up, amax_bits(dup));
-    if (of_up.encode) put_values(p.dup, tile_up, p.m, at, dup, by_up);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const Fragment at = fragment_in_pass(p.m, index, pass);
+      float dx[kVector], dup[kVector];
+      gradients<X, kind>(p, at, dx, dup);
+      seen = max_bits(seen, amax_bits(dx));
+      if (of.encode) put_values(p.dx, tile, p.m, at, dx, of.by);
+      if (!gated) continue;
+      seen_up = max_bits(seen_up, amax_bits(dup));
+      if (of_up.encode) put_values(p.dup, tile_up, p.m, at, dup, of_up.by);
+    }
+    __syncthreads();
+    if (of.encode) store_qt(p.dx, tile, p.m, index);
+    if (of_up.encode) store_qt(p.dup, tile_up, p.m, index);
+    __syncthreads();  // before the next tile
   }
-  __syncthreads();
-  if (of.encode) store_qt(p.dx, tile, p.m);
-  if (of_up.encode) store_qt(p.dup, tile_up, p.m);
-  if (of.collect) block_atomic_max(p.dx.scale.amax, seen);
-  if (of_up.collect) block_atomic_max(p.dup.scale.amax, seen_up);
+  if (of.collect) leave_amax(p.dx.scale, blockIdx.x, seen);
+  if (of_up.collect) leave_amax(p.dup.scale, blockIdx.x, seen_up);
+}
+
+// Blocks that serve both casts.
+CastBlocks joint(CastBlocks a, CastBlocks b) {
+  return {std::max(a.first, b.first), std::max(a.second, b.second)};
 }
 
 }  // namespace
@@ -92,8 +100,9 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
     using X = decltype(type);
     Problem<X> p;
     p.m = make_matrix(dy.rows, dy.cols);
-    p.dx = device_cast(dx);
-    p.dup = device_cast(dup);
+    p.tiles = matrix_tiles(p.m);
+    p.dx = device_cast(op, dx);
+    if (dup.q.data != nullptr) p.dup = device_cast(op, dup);
     p.x = device_groups(x, 0);
     p.up = device_groups(up, 0);
     p.dy = dy.as<const X>();
@@ -101,16 +110,17 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
     p.aligned = dy.cols % kVector == 0 && is_aligned(dy.data);
     p.aligned_scale = is_aligned(channel_scale);
     const bool gated = p.up.codes != nullptr;
-    begin_scale(op, p.dx.scale, stream);
-    if (gated) begin_scale(op, p.dup.scale, stream);
-    const int64_t blocks = matrix_blocks(p.m);
+    CastBlocks blocks = cast_blocks(op, p.dx.scale.mode, p.tiles);
+    if (gated) blocks = joint(blocks, cast_blocks(op, p.dup.scale.mode, p.tiles));
+    set_partials(&p.dx.scale, blocks);
+    set_partials(&p.dup.scale, blocks);
     with_kind(kind, [&](auto k) {
       constexpr Activation f = decltype(k)::value;
-      launch(op, activate_backward_kernel<X, f>, blocks, kThreads, stream, p, true);
-      launch(op, activate_backward_kernel<X, f>, blocks, kThreads, stream, p, false);
+      launch(op, activate_backward_kernel<X, f>, blocks.first, kThreads, stream, p, true);
+      launch(op, activate_backward_kernel<X, f>, blocks.second, kThreads, stream, p, false);
     });
-    end_scale(op, p.dx.scale, stream);
-    if (gated) end_scale(op, p.dup.scale, stream);
+    write_amax(op, p.dx.scale, stream);
+    if (gated) write_amax(op, p.dup.scale, stream);
   });
 }
 

@@ -1,79 +1,152 @@
-// The kernel that casts a matrix to both GEMM layouts from one read: q [rows, cols] and
-// qt [cols, rows] in FP8, and the amax. A block casts a tile, stores its rows directly and its
-// columns through shared memory.
+// The kernel that casts matrices to FP8 as products read them: q [rows, cols], its transpose qt
+// where that is wanted, and the amax, from one read. A block casts a tile, stores its rows directly
+// and its columns through shared memory. One launch serves several matrices, because a launch takes
+// longer than a small cast.
 #include "../arguments.h"
 #include "dispatch.h"
+#include "quaver/cast.h"
 #include "tensor_scale.h"
 #include "transpose_tile.h"
 
 namespace quaver::cuda {
 namespace {
 
-template <class X, class Q>
-__global__ void __launch_bounds__(kThreads)
-    cast_transpose_kernel(Q* q, Q* qt, const X* x, Tiles tiles, TensorScale s, bool aligned,
-                          bool aligned_t, bool first) {
-  __shared__ Tile tile;
-  const CastPass of = cast_pass(s, first);
-  if (!of.encode && !of.collect) return;
-  const Divisor by = divisor(of.scale);
-  const int64_t row0 = int64_t(blockIdx.x) / tiles.across * kTile;
-  const int64_t col0 = int64_t(blockIdx.x) % tiles.across * kTile;
+struct Job {
+  uint8_t *q, *qt;  // qt null: none
+  const void* x;
+  Tiles tiles;
+  int64_t tile_count;
+  CastBlocks blocks;
+  TensorScale scale;
+  DType type;
+  bool aligned, aligned_t;
+};
 
+struct Jobs {
+  Job job[kMostJobs];
+};
+
+template <class X, class Q>
+QUAVER_DEVICE uint32_t cast_tile(const Job& j, int64_t index, const CastPass& of, Tile& tile) {
+  const int64_t row0 = index / j.tiles.across * kTile, col0 = index % j.tiles.across * kTile;
+  const X* x = static_cast<const X*>(j.x);
   Packed<sizeof(X)> loaded[kPasses];  // all loads before the first use
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const TilePlace at = place_in_pass(pass, threadIdx.x);
     const int64_t row = row0 + at.row, col = col0 + at.chunk * kVector;
-    const int64_t n = row < tiles.rows ? tiles.cols - col : 0;
-    loaded[pass] = load<sizeof(X)>(x + row * tiles.cols + col, sizeof(X), n, aligned);
+    const int64_t n = row < j.tiles.rows ? j.tiles.cols - col : 0;
+    loaded[pass] = load<sizeof(X)>(x + row * j.tiles.cols + col, sizeof(X), n, j.aligned);
   }
   uint32_t seen = 0;
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const TilePlace at = place_in_pass(pass, threadIdx.x);
     const int64_t row = row0 + at.row, col = col0 + at.chunk * kVector;
-    const int64_t n = row < tiles.rows ? tiles.cols - col : 0;
+    const int64_t n = row < j.tiles.rows ? j.tiles.cols - col : 0;
     float v[kVector];
     decode_vector<X>(loaded[pass], v);
     seen = max_bits(seen, amax_bits(v));
     if (!of.encode) continue;
-    divide(v, by);
+    divide(v, of.by);
     Packed<1> codes;
     encode_vector<Q>(v, codes);
-    store(q + row * tiles.cols + col, codes, 1, n, aligned);
-    put_codes(tile, at, codes);
+    store(j.q + row * j.tiles.cols + col, codes, 1, n, j.aligned);
+    if (j.qt != nullptr) put_codes(tile, at, codes);
   }
+  if (!of.encode || j.qt == nullptr) return seen;
   __syncthreads();
-  if (of.encode)
-    store_transposed(reinterpret_cast<uint8_t*>(qt), tile, tiles, row0, col0, threadIdx.x,
-                     aligned_t);
-  if (of.collect) block_atomic_max(s.amax, seen);
+  store_transposed(j.qt, tile, j.tiles, row0, col0, threadIdx.x, j.aligned_t);
+  return seen;
+}
+
+template <class X, class Q>
+QUAVER_DEVICE uint32_t cast_tiles(const Job& j, int64_t block, int64_t step, const CastPass& of,
+                                  Tile& tile) {
+  uint32_t seen = 0;
+  for (int64_t index = block;;) {
+    seen = max_bits(seen, cast_tile<X, Q>(j, index, of, tile));
+    index += step;
+    if (index >= j.tile_count) return seen;
+    __syncthreads();  // the tile is read
+  }
+}
+
+template <class X>
+__global__ void __launch_bounds__(kThreads)
+    cast_kernel(const __grid_constant__ Jobs jobs, bool first) {
+  __shared__ Tile tile;
+  __shared__ CastPass shared;
+  const int64_t before = first ? jobs.job[0].blocks.first : jobs.job[0].blocks.second;
+  const bool second = blockIdx.x >= before;
+  const Job j = jobs.job[second];  // in registers: a store could change what lies in memory
+  const int64_t block = blockIdx.x - (second ? before : 0);
+  cast_pass(j.scale, first, block, shared);
+  const CastPass of = shared;
+  if (!of.encode && !of.collect) return;
+  uint32_t seen = 0;
+  const int64_t step = first ? j.blocks.first : j.blocks.second;
+  if (!of.encode && j.scale.mode == ScaleMode::now)
+    seen = look(static_cast<const X*>(j.x), j.tiles.rows * j.tiles.cols, block, step, j.aligned);
+  else if (j.type == DType::e4m3)
+    seen = cast_tiles<X, e4m3>(j, block, step, of, tile);
+  else
+    seen = cast_tiles<X, e5m2>(j, block, step, of, tile);
+  if (of.collect) leave_amax(j.scale, block, seen);
+}
+
+Job make_job(const char* op, const MatrixJob& m) {
+  const GemmCast& to = m.to;
+  Job j = {};
+  j.q = to.q.as<uint8_t>();
+  j.qt = to.qt.as<uint8_t>();
+  j.x = m.x.data;
+  j.tiles = make_tiles(m.x.rows, m.x.cols);
+  j.tile_count = std::max<int64_t>(1, tile_count(j.tiles));
+  j.scale = tensor_scale(op, to.q.dtype, to.scale, to.amax, to.power_of_two, to.source);
+  j.blocks = cast_blocks(op, j.scale.mode, j.tile_count);
+  if (j.scale.mode == ScaleMode::given) j.blocks.first = 0;
+  if (j.scale.mode == ScaleMode::now) j.blocks.first = loop_blocks(op, m.x.numel());
+  set_partials(&j.scale, j.blocks);
+  j.type = to.q.dtype;
+  j.aligned = m.x.cols % kVector == 0 && is_aligned(m.x.data) && is_aligned(to.q.data);
+  j.aligned_t = m.x.rows % kVector == 0 && is_aligned(to.qt.data);
+  return j;
 }
 
 }  // namespace
 
+void cast_matrices(const MatrixJob* matrices, int count, void* stream) {
+  const char* op = "cast_transpose";
+  if (count == 2 && matrices[0].x.dtype != matrices[1].x.dtype) {
+    cast_matrices(matrices, 1, stream);
+    return cast_matrices(matrices + 1, 1, stream);
+  }
+  QUAVER_CHECK(count >= 1 && count <= kMostJobs, op, ": casts 1 to ", kMostJobs, " matrices, got ",
+               count);
+  Jobs jobs = {};
+  CastBlocks all = {};
+  for (int i = 0; i < count; ++i) {
+    const MatrixJob& m = matrices[i];
+    check_cast(op, m.to.q, m.x);
+    jobs.job[i] = make_job(op, m);
+    all.first += jobs.job[i].blocks.first;
+    all.second += jobs.job[i].blocks.second;
+  }
+  with_float(matrices[0].x.dtype, [&](auto type) {
+    using X = decltype(type);
+    if (all.first > 0) launch(op, cast_kernel<X>, all.first, kThreads, stream, jobs, true);
+    launch(op, cast_kernel<X>, all.second, kThreads, stream, jobs, false);
+  });
+  for (int i = 0; i < count; ++i) write_amax(op, jobs.job[i].scale, stream);
+}
+
 void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView& scale,
                     const TensorView& amax, const TensorView& x, bool power_of_two,
                     const ScaleSource& source, void* stream) {
-  const char* op = "cast_transpose";
   check_cast_transpose(q, qt, x, source);
-  const TensorScale s = tensor_scale(q.dtype, scale, amax, power_of_two, source);
-  const Tiles tiles = make_tiles(x.rows, x.cols);
-  const bool aligned = x.cols % kVector == 0 && is_aligned(x.data) && is_aligned(q.data);
-  const bool aligned_t = x.rows % kVector == 0 && is_aligned(qt.data);
-  with_float(x.dtype, [&](auto from) {
-    with_code(q.dtype, [&](auto to) {
-      using X = decltype(from);
-      using Q = decltype(to);
-      if constexpr (sizeof(Q) == 1)
-        cast_in_passes(op, s, stream, [&](bool first) {
-          launch(op, cast_transpose_kernel<X, Q>, std::max<int64_t>(1, tile_count(tiles)), kThreads,
-                 stream, q.as<Q>(), qt.as<Q>(), x.as<const X>(), tiles, s, aligned, aligned_t,
-                 first);
-        });
-    });
-  });
+  const MatrixJob job = {{q, qt, scale.as<float>(), amax.as<float>(), power_of_two, source}, x};
+  cast_matrices(&job, 1, stream);
 }
 
 }  // namespace quaver::cuda

@@ -29,9 +29,12 @@ void with_any(DType type, Body body) {
   with_float(type, body);
 }
 
-// Blocks of a loop over n elements: enough to fill the device, so that there are few atomics.
+// Blocks that fill the device.
+inline int64_t most_loop_blocks(const char* op) { return 8 * multiprocessors(op); }
+
+// Blocks of a loop over n elements: no more than fill the device, so that few meet at the end.
 inline int64_t loop_blocks(const char* op, int64_t n) {
-  return std::max<int64_t>(1, std::min(ceil_div(n, kBlockSpan), 8 * multiprocessors(op)));
+  return std::max<int64_t>(1, std::min(ceil_div(n, kBlockSpan), most_loop_blocks(op)));
 }
 
 // The groups of values that share a scale, 1 x width each, and the threads that work on one.

@@ -18,10 +18,9 @@ struct DeviceCast {
   bool aligned;
 };
 
-inline DeviceCast device_cast(const GemmCast& c) {
-  const TensorView scale = {c.scale, DType::f32, 1, 1}, amax = {c.amax, DType::f32, 1, 1};
+inline DeviceCast device_cast(const char* op, const GemmCast& c) {
   return {c.q.as<uint8_t>(), c.qt.as<uint8_t>(),
-          tensor_scale(c.q.dtype, scale, amax, c.power_of_two, c.source), c.q.dtype,
+          tensor_scale(op, c.q.dtype, c.scale, c.amax, c.power_of_two, c.source), c.q.dtype,
           is_aligned(c.q.data) && is_aligned(c.qt.data)};
 }
 
@@ -35,7 +34,7 @@ inline Matrix make_matrix(int64_t rows, int64_t cols) {
   return {rows, cols, make_tiles(gemm_padded(rows), gemm_padded(cols))};
 }
 
-inline int64_t matrix_blocks(const Matrix& m) { return std::max<int64_t>(1, tile_count(m.padded)); }
+inline int64_t matrix_tiles(const Matrix& m) { return std::max<int64_t>(1, tile_count(m.padded)); }
 
 // Up to kVector values of one row that a thread has in one pass over a tile.
 struct Fragment {
@@ -43,11 +42,11 @@ struct Fragment {
   int64_t row, col, n;  // n <= 0: only padding
 };
 
-QUAVER_DEVICE Fragment fragment_in_pass(const Matrix& m, int pass) {
+QUAVER_DEVICE Fragment fragment_in_pass(const Matrix& m, int64_t tile, int pass) {
   Fragment p;
   p.at = place_in_pass(pass, threadIdx.x);
-  p.row = int64_t(blockIdx.x) / m.padded.across * kTile + p.at.row;
-  p.col = int64_t(blockIdx.x) % m.padded.across * kTile + p.at.chunk * kVector;
+  p.row = tile / m.padded.across * kTile + p.at.row;
+  p.col = tile % m.padded.across * kTile + p.at.chunk * kVector;
   p.n = p.row < m.rows ? m.cols - p.col : 0;
   return p;
 }
@@ -74,9 +73,9 @@ QUAVER_DEVICE void put_values(const DeviceCast& c, Tile& tile, const Matrix& m, 
 }
 
 // The block must have synchronised after its put_values.
-QUAVER_DEVICE void store_qt(const DeviceCast& c, const Tile& tile, const Matrix& m) {
-  store_transposed(c.qt, tile, m.padded, int64_t(blockIdx.x) / m.padded.across * kTile,
-                   int64_t(blockIdx.x) % m.padded.across * kTile, threadIdx.x, c.aligned);
+QUAVER_DEVICE void store_qt(const DeviceCast& c, const Tile& tile, const Matrix& m, int64_t index) {
+  store_transposed(c.qt, tile, m.padded, index / m.padded.across * kTile,
+                   index % m.padded.across * kTile, threadIdx.x, c.aligned);
 }
 
 // Saved groups, to be written or read.

@@ -1,5 +1,5 @@
 // RMSNorm and LayerNorm, cast to both GEMM layouts (quaver/normalize.h). First a warp on each row:
-// its statistics, the saved copy of x and, where no scale is known yet, the amax of the result.
+// its statistics, the saved copy of x and, where the scale is just in time, the amax of the result.
 // Then a block on each tile normalises once more and casts from registers.
 #include "../arguments.h"
 #include "dispatch.h"
@@ -11,6 +11,7 @@ namespace {
 template <class X>
 struct Problem {
   Matrix m;
+  int64_t tiles;
   DeviceCast y;
   DeviceGroups saved;
   const X* x;
@@ -46,12 +47,12 @@ QUAVER_DEVICE void normalize_vector(const Problem<X>& p, int64_t col, int64_t n,
   mask(x, n);
 }
 
+// Writes the statistics of a warp's row, saves it and returns the largest magnitude of its result
+// where `collect`.
 template <class X>
-__global__ void __launch_bounds__(kThreads, 3) normalize_rows_kernel(Problem<X> p) {
-  const RowPlace at = row_place();
-  const bool active = at.row < p.m.rows;
-  const int64_t cols = active ? p.m.cols : 0;
-  const float count = static_cast<float>(p.m.cols > 0 ? p.m.cols : 1);
+QUAVER_DEVICE uint32_t normalize_row(const Problem<X>& p, RowPlace at, bool collect) {
+  const int64_t cols = p.m.cols;
+  const float count = static_cast<float>(cols > 0 ? cols : 1);
   float mean = 0.0f;
   if (p.mean != nullptr) {
     float lanes[kVector] = {};
@@ -76,43 +77,55 @@ __global__ void __launch_bounds__(kThreads, 3) normalize_rows_kernel(Problem<X> 
     }
   }
   const float rstd = inverse_deviation(row_sum(lanes) / count, p.eps);
-  if (active && at.lane == 0) {
+  if (at.lane == 0) {
     if (p.mean != nullptr) p.mean[at.row] = mean;
     p.rstd[at.row] = rstd;
   }
-  const CastPass of = cast_pass(p.y.scale, true);
-  if (of.encode || !of.collect) return;
   uint32_t seen = 0;
+  if (!collect) return seen;
   for (int64_t col = at.lane * kVector; col < cols; col += kRowLanes) {
     float x[kVector];
     load_x(p, at.row, col, cols - col, x);
     normalize_vector(p, col, cols - col, mean, rstd, x);
     seen = max_bits(seen, amax_bits(x));
   }
-  block_atomic_max(p.y.scale.amax, seen);
+  return seen;
+}
+
+// Where the scale is just in time, the rows are the first pass, of few blocks.
+template <class X>
+__global__ void __launch_bounds__(kThreads, 3) normalize_rows_kernel(Problem<X> p) {
+  const bool collect = p.y.scale.mode == ScaleMode::now;
+  uint32_t seen = 0;
+  for (RowPlace at = row_place(); at.row < p.m.rows; at.row += int64_t(gridDim.x) * kWarps)
+    seen = max_bits(seen, normalize_row(p, at, collect));
+  if (collect) leave_amax(p.y.scale, blockIdx.x, seen);
 }
 
 template <class X>
 __global__ void __launch_bounds__(kThreads) normalize_cast_kernel(Problem<X> p, bool first) {
   __shared__ Tile tile;
-  const CastPass of = cast_pass(p.y.scale, first);
-  if (!of.encode) return;
-  const Divisor by = divisor(of.scale);
+  __shared__ CastPass of;
+  cast_pass(p.y.scale, first, blockIdx.x, of);
+  if (!of.encode && !of.collect) return;
   uint32_t seen = 0;
+  for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
 #pragma unroll 1
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const Fragment at = fragment_in_pass(p.m, pass);
-    float v[kVector];
-    load_x(p, at.row, at.col, at.n, v);
-    if (at.n > 0)
-      normalize_vector(p, at.col, at.n, p.mean != nullptr ? p.mean[at.row] : 0.0f, p.rstd[at.row],
-                       v);
-    seen = max_bits(seen, amax_bits(v));
-    put_values(p.y, tile, p.m, at, v, by);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const Fragment at = fragment_in_pass(p.m, index, pass);
+      float v[kVector];
+      load_x(p, at.row, at.col, at.n, v);
+      if (at.n > 0)
+        normalize_vector(p, at.col, at.n, p.mean != nullptr ? p.mean[at.row] : 0.0f, p.rstd[at.row],
+                         v);
+      seen = max_bits(seen, amax_bits(v));
+      if (of.encode) put_values(p.y, tile, p.m, at, v, of.by);
+    }
+    __syncthreads();
+    if (of.encode) store_qt(p.y, tile, p.m, index);
+    __syncthreads();
   }
-  __syncthreads();
-  store_qt(p.y, tile, p.m);
-  if (of.collect) block_atomic_max(p.y.scale.amax, seen);
+  if (of.collect) leave_amax(p.y.scale, blockIdx.x, seen);
 }
 
 }  // namespace
@@ -126,7 +139,8 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
     using X = decltype(type);
     Problem<X> p;
     p.m = make_matrix(x.rows, x.cols);
-    p.y = device_cast(y);
+    p.tiles = matrix_tiles(p.m);
+    p.y = device_cast(op, y);
     p.saved = device_groups(saved, kWarp);
     p.x = x.as<const X>();
     p.weight = device_channels(weight);
@@ -135,14 +149,18 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
     p.rstd = rstd;
     p.eps = eps;
     p.aligned = x.cols % kVector == 0 && is_aligned(x.data);
-    begin_scale(op, p.y.scale, stream);
     if (p.saved.threads == 0) save_groups(op, saved, x, stream);
-    launch(op, normalize_rows_kernel<X>, row_blocks(x.rows), kThreads, stream, p);
-    const int64_t blocks = matrix_blocks(p.m);
-    if (p.y.scale.mode == ScaleMode::delayed)  // otherwise the rows are the first pass
-      launch(op, normalize_cast_kernel<X>, blocks, kThreads, stream, p, true);
-    launch(op, normalize_cast_kernel<X>, blocks, kThreads, stream, p, false);
-    end_scale(op, p.y.scale, stream);
+    const ScaleMode mode = p.y.scale.mode;
+    const int64_t rows = row_blocks(x.rows);
+    CastBlocks blocks = cast_blocks(op, mode, p.tiles);
+    if (mode == ScaleMode::now) blocks.first = std::min(rows, most_loop_blocks(op));
+    if (mode != ScaleMode::now) launch(op, normalize_rows_kernel<X>, rows, kThreads, stream, p);
+    cast_in_passes(op, &p.y.scale, blocks, stream, [&](bool first, int64_t count) {
+      if (first && mode == ScaleMode::now)
+        launch(op, normalize_rows_kernel<X>, count, kThreads, stream, p);
+      else
+        launch(op, normalize_cast_kernel<X>, count, kThreads, stream, p, first);
+    });
   });
 }
 

@@ -33,13 +33,13 @@ QUAVER_DEVICE void encode_random(const float (&x)[kVector], Packed<kSize>& v, ui
 
 template <class Q, bool kStochastic>
 QUAVER_DEVICE void cast(Q* q, int64_t i, int64_t n, bool aligned, float (&x)[kVector], float scale,
-                        uint64_t seed) {
+                        Divisor by, uint64_t seed) {
   Packed<sizeof(Q)> codes;
   if (kStochastic) {
     divide(x, {scale, true});
     encode_random<Q>(x, codes, seed, static_cast<uint64_t>(i));
   } else {
-    divide(x, divisor(scale));
+    divide(x, by);
     encode_vector<Q>(x, codes);
   }
   store(q + i, codes, sizeof(Q), n, aligned);
@@ -49,17 +49,20 @@ template <class X, class Q, bool kStochastic>
 __global__ void __launch_bounds__(kThreads)
     quantize_tensor_kernel(Q* q, const X* x, int64_t n, TensorScale s, uint64_t seed, bool aligned,
                            bool first) {
-  const CastPass pass = cast_pass(s, first);
+  __shared__ CastPass shared;
+  cast_pass(s, first, blockIdx.x, shared);
+  const CastPass pass = shared;
   if (!pass.encode && !pass.collect) return;
+  if (!pass.encode) return leave_amax(s, blockIdx.x, look(x, n, blockIdx.x, gridDim.x, aligned));
   uint32_t seen = 0;
   const int64_t step = int64_t(gridDim.x) * kBlockSpan;
   for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < n; i += step) {
     float v[kVector];
     decode_vector<X>(load<sizeof(X)>(x + i, sizeof(X), n - i, aligned), v);
     seen = max_bits(seen, amax_bits(v));
-    if (pass.encode) cast<Q, kStochastic>(q, i, n - i, aligned, v, pass.scale, seed);
+    cast<Q, kStochastic>(q, i, n - i, aligned, v, pass.scale, pass.by, seed);
   }
-  if (pass.collect) block_atomic_max(s.amax, seen);
+  if (pass.collect) leave_amax(s, blockIdx.x, seen);
 }
 
 template <class X, class Q, bool kStochastic>
@@ -86,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = thread * kVector; i < span.n; i += step) {
     if (span.n > step)  // otherwise v still holds the thread's only vector
       decode_vector<X>(load<sizeof(X)>(x + span.first + i, sizeof(X), span.n - i, aligned), v);
-    cast<Q, kStochastic>(q, span.first + i, span.n - i, aligned, v, scale, seed);
+    cast<Q, kStochastic>(q, span.first + i, span.n - i, aligned, v, scale, divisor(scale), seed);
   }
 }
 
@@ -95,11 +98,13 @@ void run(const TensorView& q, const TensorView& scale, const TensorView& amax, c
          const QuantizeOptions& o, const ScaleSource& source, void* stream) {
   const char* op = "quantize";
   if (o.layout.grain == Grain::tensor) {
-    const TensorScale s = tensor_scale(q.dtype, scale, amax, o.power_of_two, source);
-    cast_in_passes(op, s, stream, [&](bool first) {
-      launch(op, quantize_tensor_kernel<X, Q, kStochastic>, loop_blocks(op, x.numel()), kThreads,
-             stream, q.as<Q>(), x.as<const X>(), x.numel(), s, o.seed,
-             is_aligned(x.data) && is_aligned(q.data), first);
+    TensorScale s =
+        tensor_scale(op, q.dtype, scale.as<float>(), amax.as<float>(), o.power_of_two, source);
+    const int64_t most = loop_blocks(op, x.numel());
+    cast_in_passes(op, &s, {most, most}, stream, [&](bool first, int64_t blocks) {
+      launch(op, quantize_tensor_kernel<X, Q, kStochastic>, blocks, kThreads, stream, q.as<Q>(),
+             x.as<const X>(), x.numel(), s, o.seed, is_aligned(x.data) && is_aligned(q.data),
+             first);
     });
     return;
   }

@@ -41,6 +41,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         cpu::activate(y.view, x_saved.view, up_saved.view, amaxes, x_view, up_view, scales, kind);
       },
       [&](auto stream) {
+        const CastMemory memory(x);
+        y.view.source = memory.with(y.view.source);
         cuda::activate(y.view, x_saved.view, up_saved.view, amaxes, x_view, up_view, scales, kind,
                        stream);
       });
@@ -81,6 +83,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activ
   on_device(
       op, dy, [&] { cpu::activate_backward(dx.view, dup.view, dy_view, x, u, scales, kind); },
       [&](auto stream) {
+        const CastMemory memory(dy), up_memory(dy, gated);
+        dx.view.source = memory.with(dx.view.source);
+        dup.view.source = up_memory.with(dup.view.source);
         cuda::activate_backward(dx.view, dup.view, dy_view, x, u, scales, kind, stream);
       });
   return {dx.q, dx.qt, dx.scale, dx.amax, dup.q, dup.qt, dup.scale, dup.amax};

@@ -12,6 +12,7 @@
 #include "quaver/cpu.h"
 #include "quaver/gemm_choice.h"
 #include "quaver/quantize.h"
+#include "results.h"
 #include "stages.h"
 
 namespace quaver::binding {
@@ -120,7 +121,10 @@ void compose(Call& c) {
   given.given = true;
   on_device(
       "gemm", c.a, [&] { cpu::quantize(q, scale, amax, x, {}, given); },
-      [&](auto stream) { cuda::quantize(q, scale, amax, x, {}, given, stream); });
+      [&](auto stream) {
+        const CastMemory memory(y);
+        cuda::quantize(q, scale, amax, x, {}, memory.with(given), stream);
+      });
 }
 
 // Without AVX-512 oneDNN takes bf16 apart value by value: 512^3 takes 46 times as long as in f32.

@@ -81,8 +81,8 @@ struct Operand {
 
 Operand operand(PendingCast cast) { return {cast.to, cast}; }
 
-void run_cast(const char* op, const Operand& operand) {
-  if (operand.pending.has_value()) run_cast(op, *operand.pending);
+const PendingCast* pending(const Operand& operand) {
+  return operand.pending.has_value() ? &*operand.pending : nullptr;
 }
 
 // The operand [..., C] in FP8: given codes, or x cast.
@@ -140,8 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear(
   const PendingProduct y =
       prepare_product(op, with_last(x, n), a.codes.q, a.codes.scale, b, w.codes.scale,
                       padded_bias(op, bias, n), out_dtype, true);
-  run_cast(op, a);
-  run_cast(op, w);
+  run_casts(op, {pending(a), pending(w)});
   const bool cast = a.pending.has_value();
   return {run_product(y), cast ? a.codes.q : none(x),
           a.codes.qt.has_value() ? *a.codes.qt : none(x), cast ? a.codes.scale : none(x),
@@ -226,8 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
                              : prepare_product(op, {n, k}, *g.codes.qt, g.codes.scale, *xt,
                                                *x_scale, std::nullopt, dw_dtype, false);
   }
-  run_cast(op, g);
-  run_cast(op, w);
+  run_casts(op, {pending(g), pending(w)});
   const Tensor dx = needs_x ? run_product(*dx_product) : none(dy);
   if (!needs_weight) return {dx, none(dy), none(dy), none(dy)};
   const Gradient dw = weight_gradient(op, *dw_product, channels, dw_codes);

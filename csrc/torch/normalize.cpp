@@ -34,6 +34,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norma
         cpu::normalize(y.view, saved.view, mean_data, rstd_data, x_view, weights, biases, epsilon);
       },
       [&](auto stream) {
+        const CastMemory memory(x);
+        y.view.source = memory.with(y.view.source);
         cuda::normalize(y.view, saved.view, mean_data, rstd_data, x_view, weights, biases, epsilon,
                         stream);
       });

@@ -1,5 +1,6 @@
 #include "quaver/quantize.h"
 
+#include <algorithm>
 #include <tuple>
 
 #include "results.h"
@@ -33,7 +34,10 @@ void encode(const char* op, const Tensor& x, const Tensor& q, const Tensor& scal
   const TensorView scales = view(op, "scale", scale), amaxes = view(op, "amax", amax);
   on_device(
       op, x, [&] { cpu::quantize(q_view, scales, amaxes, x_view, o, source); },
-      [&](auto stream) { cuda::quantize(q_view, scales, amaxes, x_view, o, source, stream); });
+      [&](auto stream) {
+        const CastMemory memory(x, o.layout.grain == Grain::tensor);
+        cuda::quantize(q_view, scales, amaxes, x_view, o, memory.with(source), stream);
+      });
 }
 
 // q like x, with the scales and amaxes of the layout.
@@ -84,20 +88,6 @@ Tensor dequantize(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
   return out;
 }
 
-void encode_both(const char* op, const Tensor& x, const Tensor& q, const Tensor& qt,
-                 const Tensor& scale, const Tensor& amax, bool power_of_two,
-                 const ScaleSource& source) {
-  const TensorView q_view = view(op, "dtype", q), qt_view = view(op, "dtype", qt);
-  const TensorView scales = view(op, "scale", scale), amaxes = view(op, "amax", amax);
-  const TensorView x_view = view(op, "x", x);
-  on_device(
-      op, x,
-      [&] { cpu::cast_transpose(q_view, qt_view, scales, amaxes, x_view, power_of_two, source); },
-      [&](auto stream) {
-        cuda::cast_transpose(q_view, qt_view, scales, amaxes, x_view, power_of_two, source, stream);
-      });
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> cast_transpose(const Tensor& x_in, ScalarType dtype,
                                                           const OptionalTensor& scale_in,
                                                           const OptionalTensor& history,
@@ -112,7 +102,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cast_transpose(const Tensor& x_in, Sc
   ScaleSource source;
   source.given = scale_in.has_value();
   source.history = history_of(op, x, history);
-  encode_both(op, x, q, qt, scale, amax, power_of_two, source);
+  const TensorView q_view = view(op, "dtype", q), qt_view = view(op, "dtype", qt);
+  const TensorView scales = view(op, "scale", scale), amaxes = view(op, "amax", amax);
+  const TensorView x_view = view(op, "x", x);
+  on_device(
+      op, x,
+      [&] { cpu::cast_transpose(q_view, qt_view, scales, amaxes, x_view, power_of_two, source); },
+      [&](auto stream) {
+        const CastMemory memory(x);
+        cuda::cast_transpose(q_view, qt_view, scales, amaxes, x_view, power_of_two,
+                             memory.with(source), stream);
+      });
   return {q, qt, scale, amax};
 }
 
@@ -138,9 +138,12 @@ PendingCast prepare_cast(const char* op, const Tensor& x_in, ScalarType dtype, b
                          const OptionalTensor& scale, const OptionalTensor& history) {
   const Tensor x = padded(x_in);
   const int64_t rows = x.size(0), cols = x.size(1);
+  check_device(op, x, "scale", scale);
+  if (scale.has_value()) scalar(op, "scale", *scale);  // a given scale is read where it is
   PendingCast c = {x,
-                   empty(x, {}, ScalarType::Float),
-                   {empty(x, {rows, cols}, dtype), {}, scale_tensor(op, x, scale, {})},
+                   {empty(x, {rows, cols}, dtype),
+                    {},
+                    scale.has_value() ? *scale : empty(x, {}, ScalarType::Float)},
                    {}};
   if (both) c.to.qt = empty(x, {cols, rows}, dtype);
   c.source.given = scale.has_value();
@@ -154,11 +157,50 @@ PendingCast prepare_cast(const char* op, const Tensor& x_in, ScalarType dtype, b
   return c;
 }
 
-void run_cast(const char* op, const PendingCast& c) {
-  if (c.to.qt.has_value())
-    encode_both(op, c.x, c.to.q, *c.to.qt, c.to.scale, c.amax, true, c.source);
+namespace {
+
+MatrixJob job_of(const char* op, const PendingCast& c) {
+  MatrixJob job;
+  job.to.q = view(op, "dtype", c.to.q);
+  if (c.to.qt.has_value()) job.to.qt = view(op, "dtype", *c.to.qt);
+  job.to.scale = static_cast<float*>(c.to.scale.data_ptr());
+  job.to.source = c.source;
+  job.x = view(op, "x", c.x);
+  return job;
+}
+
+void run_cpu(const MatrixJob& job) {
+  float amax;
+  const GemmCast& to = job.to;
+  const TensorView scale = {to.scale, DType::f32, 1, 1}, amaxes = {&amax, DType::f32, 1, 1};
+  if (to.qt.data != nullptr)
+    cpu::cast_transpose(to.q, to.qt, scale, amaxes, job.x, true, to.source);
   else
-    encode(op, c.x, c.to.q, c.to.scale, c.amax, {}, c.source);
+    cpu::quantize(to.q, scale, amaxes, job.x, {}, to.source);
+}
+
+}  // namespace
+
+void run_casts(const char* op, std::initializer_list<const PendingCast*> casts) {
+  MatrixJob jobs[cuda::kMostJobs];
+  const PendingCast* first = nullptr;
+  int count = 0;
+  for (const PendingCast* c : casts) {
+    if (c == nullptr) continue;
+    first = first == nullptr ? c : first;
+    jobs[count++] = job_of(op, *c);
+  }
+  if (first == nullptr) return;
+  on_device(
+      op, first->x, [&] { std::for_each(jobs, jobs + count, run_cpu); },
+      [&](auto stream) {
+        std::vector<CastMemory> memory;
+        for (int i = 0; i < count; ++i) {
+          memory.emplace_back(first->x, jobs[i].x.rows, jobs[i].x.cols);
+          jobs[i].to.source = memory.back().with(jobs[i].to.source);
+        }
+        cuda::cast_matrices(jobs, count, stream);
+      });
 }
 
 MatrixCast quantize_whole(const char* op, const Tensor& x, ScalarType dtype, Tensor* amax) {

@@ -34,6 +34,29 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t) {
   QUAVER_CHECK(t.dim() == 2, op, ": ", name, " must be a matrix, got ", t.dim(), " dimensions");
 }
 
+// The device memory of a call's cast.
+class CastMemory {
+ public:
+  explicit CastMemory(const Tensor& x, bool needed = true)
+      : memory_(empty(x, {needed ? bytes(view("cast", "x", x)) : 0}, ScalarType::Byte)) {}
+  CastMemory(const Tensor& like, int64_t rows, int64_t cols)
+      : memory_(workspace(like, bytes({nullptr, DType::f32, rows, cols}))) {}
+  ScaleSource with(ScaleSource source) const {
+    source.workspace = memory_.data_ptr();
+    return source;
+  }
+
+ private:
+  static int64_t bytes([[maybe_unused]] const TensorView& x) {
+#if defined(QUAVER_HAVE_CUDA)
+    return cuda::cast_workspace_bytes(x.rows, x.cols);
+#else
+    return 0;
+#endif
+  }
+  Tensor memory_;
+};
+
 struct CastResult {
   Tensor q, qt, scale, amax;
   GemmCast view;

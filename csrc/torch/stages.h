@@ -1,6 +1,8 @@
 // What linear.cpp composes of other stages' bindings.
 #pragma once
 
+#include <initializer_list>
+
 #include "device.h"
 #include "quaver/quantize.h"
 
@@ -16,7 +18,7 @@ struct MatrixCast {
 // A cast whose arguments are checked and whose results are allocated, but not written: an op that
 // refuses its other arguments must not have changed the history.
 struct PendingCast {
-  Tensor x, amax;
+  Tensor x;
   MatrixCast to;
   ScaleSource source;
 };
@@ -25,7 +27,8 @@ struct PendingCast {
 // time or by the history, is NaN where a value of x is not finite.
 PendingCast prepare_cast(const char* op, const Tensor& x, ScalarType dtype, bool both,
                          const OptionalTensor& scale, const OptionalTensor& history);
-void run_cast(const char* op, const PendingCast& cast);
+// Runs those that are not null, on a GPU in the launches of one.
+void run_casts(const char* op, std::initializer_list<const PendingCast*> casts);
 
 // q [R, C], scale and amax of a whole tensor's just-in-time cast.
 MatrixCast quantize_whole(const char* op, const Tensor& x, ScalarType dtype, Tensor* amax);

@@ -21,6 +21,21 @@ struct GemmCast {
   ScaleSource source;
 };
 
+// A matrix that is to be cast as it lies: q and qt have its shape and its transpose's. qt without
+// data, amax null: not wanted.
+struct MatrixJob {
+  GemmCast to;
+  TensorView x;
+};
+
+namespace cuda {
+
+// Up to two casts of matrices of FP8, in the launches of one where both x have one type.
+constexpr int kMostJobs = 2;
+void cast_matrices(const MatrixJob* jobs, int count, void* stream);
+
+}  // namespace cuda
+
 // e4m3 codes [R, C] in groups of 1 x block along the last axis. A group's scale is a power of two
 // (scale_from_amax), stored as the byte of OCP MX's e8m0: 2^(byte - 127), 255 is NaN.
 struct GroupedView {

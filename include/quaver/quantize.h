@@ -15,10 +15,12 @@ struct QuantizeOptions {
 
 // The source of a cast's scale.
 struct ScaleSource {
-  bool given = false;        // read `scale`; otherwise it is chosen and written
-  float* history = nullptr;  // delayed scaling state (kHistoryState f32), read and updated;
-                             // Grain::tensor only, and not together with `given`
-  bool spread_nan = false;   // write a chosen scale as `nan_unless_finite` (Grain::tensor only)
+  bool given = false;         // read `scale`; otherwise it is chosen and written
+  float* history = nullptr;   // delayed scaling state (kHistoryState f32), read and updated;
+                              // Grain::tensor only, and not together with `given`
+  bool spread_nan = false;    // write a chosen scale as `nan_unless_finite` (Grain::tensor only)
+  void* workspace = nullptr;  // of CUDA's casts of Grain::tensor: cast_workspace_bytes, 16-byte
+                              // aligned; needed by all that choose a scale or give the amax
 };
 
 namespace cpu {
@@ -42,6 +44,9 @@ void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView&
 // The same on the device, in `stream` (a cudaStream_t): all pointers are device pointers, scales,
 // amaxes and histories included, and nothing waits.
 namespace cuda {
+
+// For casts of [rows, cols] on the current device.
+int64_t cast_workspace_bytes(int64_t rows, int64_t cols);
 
 void quantize(const TensorView& q, const TensorView& scale, const TensorView& amax,
               const TensorView& x, const QuantizeOptions& options, const ScaleSource& source,

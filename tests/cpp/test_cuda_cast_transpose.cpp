@@ -1,9 +1,10 @@
 // cast_transpose of the CUDA backend, run on the host: the bits of the CPU backend.
 #include <cmath>
 #include <limits>
+#include <memory>
 
-#include "quaver/quantize.h"
-#include "simt/cases.h"
+#include "quaver/cast.h"
+#include "simt/cast_workspace.h"
 
 using namespace quaver;
 using namespace quaver::test;
@@ -19,14 +20,15 @@ void check(const Shape& shape, DType from, DType to, bool given, int64_t skew = 
   std::vector<float> scale(1, 0.37f), amax(1, -1.0f), cuda_scale = scale, cuda_amax(1, -2.0f);
   ScaleSource source;
   source.given = given;
+  CastWorkspace memory(rows, cols);
   cpu::cast_transpose(view(wanted, to, rows, cols), view(wanted_t, to, cols, rows), view(scale),
                       view(amax), values, true, source);
   cuda::cast_transpose(view(got, to, rows, cols), view(got_t, to, cols, rows), view(cuda_scale),
-                       view(cuda_amax), values, true, source, nullptr);
+                       view(cuda_amax), values, true, memory.with(source), nullptr);
   CHECK(wanted.bytes() == got.bytes());
   CHECK(wanted_t.bytes() == got_t.bytes());
   CHECK(same_bits(scale, cuda_scale) && same_bits(amax, cuda_amax));
-  CHECK(got.guards_hold() && got_t.guards_hold());
+  CHECK(got.guards_hold() && got_t.guards_hold() && memory.guards_hold());
 }
 
 }  // namespace
@@ -58,6 +60,7 @@ TEST(orders) {
 TEST(delayed_scaling) {
   constexpr int64_t rows = 48, cols = 80, n = rows * cols;
   Buffer x(2 * n), wanted(n), wanted_t(n), got(n), got_t(n);
+  CastWorkspace memory(rows, cols);
   std::vector<float> history(kHistoryState, 0.0f), cuda_history = history;
   for (int step = 0; step < 2 * kHistory; ++step) {
     fill(&x, DType::bf16, n, 100 + step);
@@ -70,7 +73,7 @@ TEST(delayed_scaling) {
                         true, {false, history.data()});
     cuda::cast_transpose(view(got, DType::e5m2, rows, cols), view(got_t, DType::e5m2, cols, rows),
                          view(cuda_scale), view(cuda_amax), from, true,
-                         {false, cuda_history.data()}, nullptr);
+                         memory.with({false, cuda_history.data()}), nullptr);
     CHECK(wanted.bytes() == got.bytes() && wanted_t.bytes() == got_t.bytes());
     CHECK(same_bits(scale, cuda_scale) && same_bits(amax, cuda_amax));
     CHECK(same_bits(history, cuda_history));
@@ -83,6 +86,7 @@ TEST(the_scale_of_a_value_that_is_not_finite_is_nan_where_asked) {
   for (const bool delayed : {false, true})
     for (const float odd : {1.0f, infinity, -infinity, std::nanf("")}) {
       Buffer x(4 * n), wanted(n), wanted_t(n), got(n), got_t(n);
+      CastWorkspace memory(rows, cols);
       auto* values = reinterpret_cast<float*>(x.data());
       for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(i % 37 - 18);
       values[n / 2] = odd;
@@ -93,15 +97,100 @@ TEST(the_scale_of_a_value_that_is_not_finite_is_nan_where_asked) {
       cpu::cast_transpose(view(wanted, to, rows, cols), view(wanted_t, to, cols, rows), view(scale),
                           view(amax), from, true,
                           {false, delayed ? history.data() : nullptr, true});
-      cuda::cast_transpose(view(got, to, rows, cols), view(got_t, to, cols, rows), view(cuda_scale),
-                           view(cuda_amax), from, true,
-                           {false, delayed ? cuda_history.data() : nullptr, true}, nullptr);
+      cuda::cast_transpose(
+          view(got, to, rows, cols), view(got_t, to, cols, rows), view(cuda_scale), view(cuda_amax),
+          from, true, memory.with({false, delayed ? cuda_history.data() : nullptr, true}), nullptr);
       CHECK(std::isnan(scale[0]) == !std::isfinite(odd));
       CHECK(std::isnan(cuda_scale[0]) == std::isnan(scale[0]));
       CHECK(std::isnan(scale[0]) || same_bits(scale, cuda_scale));
       CHECK(wanted.bytes() == got.bytes() && wanted_t.bytes() == got_t.bytes());
       CHECK(same_bits(history, cuda_history));
     }
+}
+
+namespace {
+
+// One cast of a list, and what the CPU makes of it.
+struct Listed {
+  Shape shape;
+  DType from, to;
+  bool given, both;
+  Buffer x, wanted, wanted_t, got, got_t;
+  CastWorkspace memory;
+  std::vector<float> history, cuda_history, scale, cuda_scale, amax, cuda_amax;
+
+  Listed(const Shape& s, DType from, DType to, bool given, bool both, const float* forecast)
+      : shape(s),
+        from(from),
+        to(to),
+        given(given),
+        both(both),
+        x(s.rows * s.cols * size_of(from)),
+        wanted(s.rows * s.cols),
+        wanted_t(s.rows * s.cols),
+        got(s.rows * s.cols, 0, 0x3b),
+        got_t(s.rows * s.cols, 0, 0x3b),
+        memory(s.rows, s.cols),
+        scale(1, 0.5f),
+        cuda_scale(scale),
+        amax(1),
+        cuda_amax(1) {
+    fill(&x, from, s.rows * s.cols, 41);
+    if (forecast != nullptr) history.assign(kHistoryState, *forecast);
+    if (forecast != nullptr) history[0] = kHistory;
+    cuda_history = history;
+  }
+  MatrixJob job(bool with_amax) {
+    float* state = cuda_history.empty() ? nullptr : cuda_history.data();
+    MatrixJob m;
+    m.to.q = view(got, to, shape.rows, shape.cols);
+    if (both) m.to.qt = view(got_t, to, shape.cols, shape.rows);
+    m.to.scale = cuda_scale.data();
+    m.to.amax = with_amax ? cuda_amax.data() : nullptr;
+    m.to.source = memory.with({given, state, true});
+    m.x = view(x, from, shape.rows, shape.cols);
+    return m;
+  }
+  void check() {
+    float* state = history.empty() ? nullptr : history.data();
+    cpu::cast_transpose(view(wanted, to, shape.rows, shape.cols),
+                        view(wanted_t, to, shape.cols, shape.rows), view(scale), view(amax),
+                        view(x, from, shape.rows, shape.cols), true, {given, state, true});
+    CHECK(wanted.bytes() == got.bytes());
+    CHECK(!both || wanted_t.bytes() == got_t.bytes());
+    CHECK(same_bits(scale, cuda_scale) && same_bits(history, cuda_history));
+    CHECK(got.guards_hold() && got_t.guards_hold() && memory.guards_hold());
+  }
+};
+
+}  // namespace
+
+// Every pair of ways to choose a scale, with sizes that take one tile and several.
+TEST(two_matrices_in_the_launches_of_one) {
+  const float right = 1e10f, stale = 1e-3f;
+  const auto make = [&](int way, const Shape& s, DType from, DType to, bool both) {
+    const float* forecast = way == 2 ? &right : way == 3 ? &stale : nullptr;
+    return std::make_unique<Listed>(s, from, to, way == 0, both, forecast);
+  };
+  for (int a = 0; a < 4; ++a)
+    for (int b = 0; b < 4; ++b)
+      for (const bool with_amax : {false, true}) {
+        const auto one = make(a, {144, 272}, DType::bf16, DType::e4m3, with_amax);
+        const auto two = make(b, {32, 400}, a == b ? DType::f32 : DType::bf16, DType::e5m2, true);
+        const MatrixJob jobs[] = {one->job(with_amax), two->job(with_amax)};
+        int launches = 0;
+        simt::control.seen = [&](const char*, int64_t) { ++launches; };
+        cuda::cast_matrices(jobs, 2, nullptr);
+        simt::control.seen = nullptr;
+        one->check();
+        two->check();
+        if (with_amax) {
+          CHECK(same_bits(one->amax, one->cuda_amax));
+          CHECK(same_bits(two->amax, two->cuda_amax));
+        } else if (a != b) {
+          CHECK_EQ(launches, 2);
+        }
+      }
 }
 
 TEST(wrong_arguments_are_named) {
@@ -111,4 +200,8 @@ TEST(wrong_arguments_are_named) {
       cuda::cast_transpose(view(q, DType::e4m3, 2, 8), view(qt, DType::e4m3, 2, 8), view(scale),
                            view(amax), view(x, DType::f32, 2, 8), true, {}, nullptr),
       "qt must be [8, 2], got [2, 8]");
+  CHECK_THROWS(
+      cuda::cast_transpose(view(q, DType::e4m3, 2, 8), view(qt, DType::e4m3, 8, 2), view(scale),
+                           view(amax), view(x, DType::f32, 2, 8), true, {}, nullptr),
+      "a cast that looks for the amax needs a workspace, got none");
 }

@@ -283,7 +283,10 @@ TEST(casts_reach_beyond_2_to_the_31_elements) {
                       tail_view(tail, DType::bf16), true, given());
   cpu::dequantize(tail_view(decoded, DType::f32), tail_view(codes, DType::e4m3), view(scale), {});
   const LastBlock only;
-  cuda::cast_transpose(q.view(), qt.view(), view(scale), view(cuda_amax), x.view(), true, given(),
+  // Zeros stand for what the other blocks would leave.
+  std::vector<char> memory(cuda::cast_workspace_bytes(kRows, kCols));
+  const ScaleSource source = {true, nullptr, false, memory.data()};
+  cuda::cast_transpose(q.view(), qt.view(), view(scale), view(cuda_amax), x.view(), true, source,
                        nullptr);
   CHECK(tile_is(q, codes) && transposed_tile_is(qt, codes_t) && same_bits(amax, cuda_amax));
   for (int64_t r = 0; r < kTailRows; ++r) std::memset(q.at(kRow + r, kCol), 0, kTailCols);
@@ -292,7 +295,7 @@ TEST(casts_reach_beyond_2_to_the_31_elements) {
   Buffer last_codes(kTailCols), last(4 * kTailCols);
   std::memcpy(last_codes.data(), codes.data() + kTail - kTailCols, kTailCols);
   std::memcpy(last.data(), decoded.data() + 4 * (kTail - kTailCols), 4 * kTailCols);
-  cuda::quantize(q.view(), view(scale), view(cuda_amax), x.view(), {}, given(), nullptr);
+  cuda::quantize(q.view(), view(scale), view(cuda_amax), x.view(), {}, source, nullptr);
   CHECK(!std::memcmp(q.at(kRows - 1, kCol), last_codes.data(), kTailCols));
   cuda::dequantize(back.view(), q.view(), view(scale), {}, nullptr);
   CHECK(!std::memcmp(back.at(kRows - 1, kCol), last.data(), 4 * kTailCols));
@@ -343,11 +346,11 @@ TEST(adam_reaches_beyond_2_to_the_31_elements) {
 }
 
 TEST(a_grid_that_is_too_large_is_refused_by_name) {
-  std::vector<float> scale(1, 1.0f), amax(1);
+  std::vector<float> scale(1, 1.0f);
   const TensorView x{nullptr, DType::bf16, int64_t(1) << 38, 128},
       q{nullptr, DType::e4m3, x.rows, 128}, qt{nullptr, DType::e4m3, 128, x.rows};
   simt::control.chosen = [](int64_t) { return std::vector<int64_t>{}; };
-  CHECK_THROWS(cuda::cast_transpose(q, qt, view(scale), view(amax), x, true, given(), nullptr),
+  CHECK_THROWS(cuda::cast_transpose(q, qt, view(scale), {}, x, true, given(), nullptr),
                "cast_transpose: a launch takes 1 to 2^31 - 1 blocks, got 2147483648");
   simt::control = {};
 }

@@ -1,6 +1,6 @@
 // quantize and dequantize of the CUDA backend, run on the host: the bits of the CPU backend.
 #include "quaver/quantize.h"
-#include "simt/cases.h"
+#include "simt/cast_workspace.h"
 
 using namespace quaver;
 using namespace quaver::test;
@@ -38,12 +38,14 @@ void check(const Case& c) {
   std::vector<float> cuda_scale = scale, cuda_amax = amax;
   ScaleSource source;
   source.given = c.given;
+  CastWorkspace memory(c.shape.rows, c.shape.cols);
   cpu::quantize(cpu_q, view(scale), view(amax), from, c.options, source);
-  cuda::quantize(cuda_q, view(cuda_scale), view(cuda_amax), from, c.options, source, nullptr);
+  cuda::quantize(cuda_q, view(cuda_scale), view(cuda_amax), from, c.options, memory.with(source),
+                 nullptr);
   CHECK_EQ(describe(c, wanted.bytes() == got.bytes() ? "" : "codes"), describe(c, ""));
   CHECK_EQ(describe(c, same_bits(scale, cuda_scale) ? "" : "scales"), describe(c, ""));
   CHECK_EQ(describe(c, same_bits(amax, cuda_amax) ? "" : "amaxes"), describe(c, ""));
-  CHECK(got.guards_hold());
+  CHECK(got.guards_hold() && memory.guards_hold());
 }
 
 const DType kFloats[] = {DType::f32, DType::f16, DType::bf16};
@@ -125,6 +127,7 @@ TEST(delayed_scaling) {
   in_every_order([] {
     constexpr int64_t n = 9000;
     Buffer x(4 * n), wanted(n), got(n);
+    CastWorkspace memory(1, n);
     std::vector<float> history(kHistoryState, 0.0f), cuda_history = history;
     for (int step = 0; step < 3 * kHistory; ++step) {
       fill(&x, DType::f32, n, 100 + step);
@@ -136,7 +139,7 @@ TEST(delayed_scaling) {
       cpu::quantize(view(wanted, DType::e4m3, 1, n), view(scale), view(amax), from, {},
                     {false, history.data()});
       cuda::quantize(view(got, DType::e4m3, 1, n), view(cuda_scale), view(cuda_amax), from, {},
-                     {false, cuda_history.data()}, nullptr);
+                     memory.with({false, cuda_history.data()}), nullptr);
       CHECK(wanted.bytes() == got.bytes());
       CHECK(same_bits(scale, cuda_scale) && same_bits(amax, cuda_amax));
       CHECK(same_bits(history, cuda_history));

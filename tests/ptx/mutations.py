@@ -26,7 +26,7 @@ class Mutation(NamedTuple):
     number: int = 0  # of the matches in the kernel
 
 
-CAST = "cast_transpose:cast_transpose_kernelINS_4bf16ENS_4e4m3E"
+CAST = "cast_transpose:cast_kernelINS_4bf16E"
 NORM = "normalize:normalize_rows_kernelINS_4bf16E"
 TEST_CAST, TEST_QUANTIZE = "test_cuda_cast_transpose", "test_cuda_quantize"
 TEST_NORM, TEST_ADAM = "test_cuda_normalize", "test_cuda_adam:low_precision"
@@ -37,33 +37,41 @@ TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, [^;]*;"
 STORE = r"(cp\.async\.bulk\.tensor\.3d\.global[^{]*\{)(%r\d+), (%r\d+),"
 
 MUTATIONS = [
-    Mutation("a barrier dropped: tile", CAST, r"bar\.sync[^;]*;", "", TEST_CAST, RACE),
+    Mutation("a barrier dropped: tile", CAST, r"bar\.sync[^;]*;", "", TEST_CAST, RACE, 4),
+    Mutation("a barrier dropped: the pass", CAST, r"bar\.sync[^;]*;", "", TEST_CAST, RACE, 2),
     Mutation(
         "a barrier dropped: table", "nf4:encode", r"bar\.sync[^;]*;", "", "test_cuda_nf4", RACE
     ),
     Mutation("a barrier under a predicate", CAST, r"(bar\.sync[^;]*;)", r"@%p1 \1", TEST_CAST),
     Mutation(
-        "a swapped stride",
+        "a stride that is added",
         CAST,
-        r"mul\.lo\.s64 (\s*%rd112, %rd50), %rd56",
-        r"mul.lo.s64 \1, %rd57",
+        r"mul\.lo\.s64 (\s*%rd\d+, %rd\d+), (%rd\d+)",
+        r"add.s64 \1, \2",
         TEST_CAST,
+        number=3,
     ),
     Mutation(
         "a store widened",
         CAST,
-        r"st\.global\.u8 (\s*\[%rd49\+15\])",
+        r"st\.global\.u8 (\s*\[%rd\d+\+15\])",
         r"st.global.u16 \1",
         TEST_CAST,
     ),
-    Mutation("a store past the buffer", CAST, r"\[%rd52\], \{", "[%rd52+16], {", TEST_CAST),
+    Mutation(
+        "a store past the buffer",
+        CAST,
+        r"(st\.global\.v4\.u32 \s*\[%rd\d+)\]",
+        r"\1+16]",
+        TEST_CAST,
+    ),
     Mutation(
         "a bound off by one",
         CAST,
         r"(setp\.lt\.s64 \s*%p\d+, %rd\d+), 16",
         r"\1, 15",
         TEST_CAST,
-        number=10,  # in the last row of a tile, whose edge a test has
+        number=12,  # of the transpose, whose edge a test has
     ),
     Mutation(
         "a predicate turned around", CAST, r"@(%p\d+) bra", r"@!\1 bra", TEST_CAST, number=290
@@ -94,7 +102,14 @@ MUTATIONS = [
         "cvt.rz.satfinite.f16x2",
         TEST_QUANTIZE,
     ),
-    Mutation("a maximum becomes a minimum", CAST, r"(atom\.(?:global\.)?)max", r"\1min", TEST_CAST),
+    Mutation(
+        "a maximum becomes a minimum",
+        CAST,
+        r"\bmax(\.u32 \s*%r\d+, %r\d+, %r\d+;)",
+        r"min\1",
+        TEST_CAST,
+        number=20,
+    ),
     Mutation(
         "a shuffle over a wrong distance",
         "normalize:normalize_rows_kernelIfE",

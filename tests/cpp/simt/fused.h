@@ -1,7 +1,7 @@
 // Results of normalize and activate in guarded memory, one set for each backend.
 #pragma once
 
-#include "cases.h"
+#include "cast_workspace.h"
 #include "quaver/cast.h"
 
 namespace quaver::test {
@@ -12,13 +12,15 @@ struct CastMemory {
   Buffer q, qt;
   float scale = -3.0f, amax = -3.0f;
   std::vector<float> history;
+  CastWorkspace workspace;
 
   CastMemory(const Shape& s, DType type, int64_t skew, unsigned char pattern)
       : rows(gemm_padded(s.rows)),
         cols(gemm_padded(s.cols)),
         type(type),
         q(rows * cols, skew, pattern),
-        qt(rows * cols, skew, pattern) {}
+        qt(rows * cols, skew, pattern),
+        workspace(s.rows, s.cols) {}
   GemmCast cast(bool given, bool power_of_two = true) {
     GemmCast c;
     c.q = view(q, type, rows, cols);
@@ -26,7 +28,7 @@ struct CastMemory {
     c.scale = &scale;
     c.amax = &amax;
     c.power_of_two = power_of_two;
-    c.source.given = given;
+    c.source = workspace.with({given});
     if (given) scale = 0.37f;
     c.source.history = history.empty() ? nullptr : history.data();
     return c;
@@ -38,7 +40,7 @@ inline void check_same(CastMemory& wanted, CastMemory& got) {
   CHECK(wanted.qt.bytes() == got.qt.bytes());
   CHECK(same_bits({wanted.scale, wanted.amax}, {got.scale, got.amax}));
   CHECK(same_bits(wanted.history, got.history));
-  CHECK(got.q.guards_hold() && got.qt.guards_hold());
+  CHECK(got.q.guards_hold() && got.qt.guards_hold() && got.workspace.guards_hold());
 }
 
 struct GroupMemory {

@@ -54,19 +54,21 @@ TEST(cast_transpose) {
   CastMemory to(kShape, DType::e4m3, 0, 0);
   std::vector<float> scale(1), amax(1), history(kHistoryState);
   count("cast_transpose bf16 to e4m3, delayed", 4, [&] {
-    cuda::cast_transpose(
-        values(to.q, DType::e4m3), view(to.qt, DType::e4m3, kShape.cols, kShape.rows), view(scale),
-        view(amax), values(x, DType::bf16), true, {false, history.data()}, nullptr);
+    cuda::cast_transpose(values(to.q, DType::e4m3),
+                         view(to.qt, DType::e4m3, kShape.cols, kShape.rows), view(scale),
+                         view(amax), values(x, DType::bf16), true,
+                         to.workspace.with({false, history.data()}), nullptr);
   });
 }
 
 TEST(quantize) {
   Buffer x(2 * kElements), q(kElements), back(4 * kElements);
   fill_small(&x, DType::bf16, kElements, 1);
+  CastWorkspace memory(kShape.rows, kShape.cols);
   std::vector<float> scale(1, 0.01f), amax(1);
   count("quantize bf16 to e4m3, given scale", 3, [&] {
     cuda::quantize(values(q, DType::e4m3), view(scale), view(amax), values(x, DType::bf16), {},
-                   {true, nullptr}, nullptr);
+                   memory.with({true, nullptr}), nullptr);
   });
   count("dequantize e4m3 to f32", 5, [&] {
     cuda::dequantize(values(back, DType::f32), values(q, DType::e4m3), view(scale), {}, nullptr);
