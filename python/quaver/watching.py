@@ -21,11 +21,11 @@ from .nn.linear import is_converted, smooth
 from .ops import quantize
 from .tensor import ScaledTensor, is_sharded
 
-__all__ = ["STATISTICS", "Watch", "watch"]
+__all__ = ["STATE", "STATISTICS", "Watch", "is_watched", "watch"]
 
 STATISTICS = ("amax", "amax_jump", "saturated", "flushed", "kurtosis")
 _MEASURED = ("amax", "saturated", "flushed", "kurtosis")  # of a tensor; a jump is of two
-_STATE = "watch_steps", "watch_modules"  # in the model's state_dict
+STATE = "watch_steps", "watch_modules"  # entries of the model's state_dict
 _PLAIN, _CALM, _AMAX = 0, 1, 2  # columns of the state, the last for each of a module's tensors
 _NOTHING = -1.0  # stands for a statistic of a tensor that was not seen
 
@@ -270,10 +270,10 @@ class Watch:
         self._applied = self._rows._version, self._steps._version
 
     def _save(self, module, state_dict, prefix, metadata) -> None:
-        state_dict[prefix + _STATE[0]], state_dict[prefix + _STATE[1]] = self._steps, self._rows
+        state_dict[prefix + STATE[0]], state_dict[prefix + STATE[1]] = self._steps, self._rows
 
     def _load(self, module, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        for name, kept in zip(_STATE, (self._steps, self._rows), strict=True):
+        for name, kept in zip(STATE, (self._steps, self._rows), strict=True):
             value = state_dict.pop(prefix + name, None)
             if value is None:
                 continue
@@ -284,6 +284,11 @@ class Watch:
                 )
                 continue
             kept.copy_(value)
+
+
+def is_watched(model: nn.Module) -> bool:
+    """Whether a Watch of the model adds the entries STATE to its state_dict."""
+    return model.__dict__.get("_quaver_watched", False)
 
 
 def measured(x: Tensor, dtype: torch.dtype, history: Tensor | None = None) -> Tensor:
@@ -347,7 +352,7 @@ def _check(model, every, fallback, calm, limits) -> None:
         raise TypeError(f"watch: model must be an nn.Module, got {type(model).__name__}")
     if "_orig_mod" in model._modules or model._compiled_call_impl is not None:
         raise TypeError("watch: a compiled model runs no hooks; watch the model and leave it eager")
-    if model.__dict__.get("_quaver_watched"):
+    if is_watched(model):
         raise ValueError("watch: the model is watched already; close() that watch first")
     if fallback not in ("off", "auto"):
         raise ValueError(f'watch: fallback must be "off" or "auto", got {fallback!r}')

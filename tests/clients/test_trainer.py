@@ -114,3 +114,27 @@ def test_gradient_checkpointing_changes_nothing(recipe, tmp_path):
         trained.train()
         found.append(losses(trained))
     assert found[0] == found[1]
+
+
+def test_a_watch_resumes_with_the_same_bits_and_is_not_exported(tmp_path):
+    class Watching(transformers.TrainerCallback):
+        def on_step_end(self, arguments, state, control, **more):
+            moved.update(watch.moved if watch.step() else {})
+
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-10")):
+        model, moved = llama("tensorwise"), {}
+        # A limit that some layers are above and below by turns.
+        watch = qv.watch(model, every=2, fallback="auto", flushed=1.0, kurtosis=25.0, calm=1)
+        trained = trainer(model, tmp_path, callbacks=[Watching()])
+        trained.train(resume_from_checkpoint=resume)
+        assert moved
+        found.append((losses(trained), watch.steps, watch.plain, *model.parameters()))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert found[0][1] == 20
+    qv.export(model, tmp_path / "exported", "bf16")
+    _, info = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "exported", output_loading_info=True
+    )
+    assert not info["unexpected_keys"] and not info["missing_keys"]

@@ -20,6 +20,7 @@ from ..nn.norm import Norm
 from ..placement import owner_of, shard_of
 from ..recipe import E4M3
 from ..tensor import ScaledTensor, is_sharded
+from ..watching import STATE, is_watched
 from . import llama
 
 OURS = ("input_history", "grad_history", "output_history", "channel_amax")  # buffers of FP8 layers
@@ -153,6 +154,8 @@ def _of_transformers(model) -> Source:
         owner, _, last = name.rpartition(".")
         module = model.get_submodule(owner)
         if last in OURS and isinstance(module, (LinearBase, Norm)):
+            continue
+        if name in STATE and is_watched(model):
             continue
         if name in tied or name in (model._keys_to_ignore_on_save or ()):
             continue
