@@ -113,6 +113,11 @@ def quantize():
         for factor in (1e4, 1e-4):  # a forecast that does not fit
             far = values((130, 48), torch.bfloat16, step) * factor
             yield f"delayed, {step} casts before, x {factor}", _quantize(far, FP8[0], None, state)
+    for shape, dtype, to in itertools.product(MATRICES, FLOATS, CODES):
+        yield (
+            f"tiles, {shape} {dtype} to {to}",
+            _quantize(values(shape, dtype), to, granularity="tile"),
+        )
     x = values((64, 96), torch.float32)
     yield "a transposed view", _quantize(x.t(), FP8[0], granularity="row")
     yield "a misaligned view", _quantize(misaligned(x), FP8[0])
@@ -121,6 +126,11 @@ def quantize():
 
 @cases("dequantize")
 def dequantize():
+    for shape, code, out in itertools.product(MATRICES, CODES, FLOATS):
+        q, scale, _ = ops.quantize(
+            *_quantize(values(shape, torch.float32), code, granularity="tile")
+        )
+        yield f"{code} to {out} {shape}, tile", (q, scale, out, "tile", 128)
     for granularity in ("tensor", "row", "block"):
         for shape, code, out in itertools.product(SHAPES, CODES, FLOATS):
             x = values(shape, torch.float32)
@@ -150,6 +160,22 @@ def cast_transpose():
     x = values((160, 144), torch.bfloat16)
     yield "a transposed view", (x.t(), FP8[0], None, None, False)
     yield "a misaligned view", (misaligned(x), FP8[0], None, None, True)
+
+
+@cases("cast_layouts")
+def cast_layouts():
+    grains, kinds = ("row", "block", "tile"), [(True, True), (True, False), (False, True)]
+    for shape, dtype, to, grain in itertools.product(MATRICES, FLOATS, FP8, grains):
+        x = values(shape, dtype)
+        for rows, columns in kinds:
+            yield f"{shape} {dtype} to {to}, {grain}", (x, to, grain, rows, columns, False)
+        yield f"{shape} {dtype} to {to}, {grain}, powers of two", (x, to, grain, True, True, True)
+    for grain, bad in itertools.product(grains, NOT_FINITE):
+        x = values((160, 144), torch.float32)
+        x[4, 3] = bad
+        yield f"{bad}, {grain}", (x, FP8[0], grain, True, True, False)
+        yield f"a transposed view, {grain}", (x.t(), FP8[0], grain, True, True, False)
+        yield f"a misaligned view, {grain}", (misaligned(x), FP8[0], grain, True, True, False)
 
 
 @cases("grad_norm")

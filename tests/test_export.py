@@ -1,5 +1,6 @@
 """Exported folders: transformers reads from them what the model multiplies by."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -573,3 +574,35 @@ def test_peak_memory_above_the_models_own(tmp_path):
     found = dict(line.split() for line in run.stdout.splitlines())
     assert found.keys() == set(cases)
     assert all(float(share) <= 0.35 for share in found.values()), found
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_blocks_are_those_of_training(tmp_path, power_of_two, frozen):
+    """Codes and scales that a blockwise layer multiplies by, bit for bit."""
+    base = qv.recipe.get("blockwise")
+    linear = dataclasses.replace(base.linear, power_of_two=power_of_two)
+    model = plain()
+    if frozen:
+        model.requires_grad_(False)
+    qv.convert(
+        model, dataclasses.replace(base, linear=linear), **({"frozen": "fp8"} if frozen else {})
+    )
+    report = qv.export(model, tmp_path / "out", "fp8-block")
+    tensors = stored(tmp_path / "out")
+    layers = dict(model.named_modules())
+    assert report.fp8
+    for name in report.fp8:
+        layer = layers[name]
+        x = torch.zeros(1, layer.in_features)
+        q, scale, _, _ = (
+            cast_weight(layer.weight, E4M3, both=False)
+            if frozen
+            else torch.ops.quaver.cast_layouts(
+                layer.weight.detach(), E4M3, "tile", True, False, power_of_two
+            )
+        )
+        assert layer(x).shape[-1] == layer.out_features
+        n, k = layer.weight.shape
+        assert_same(tensors[f"{name}.weight"], q[:n, :k].contiguous())
+        assert_same(tensors[f"{name}.weight_scale_inv"], scale)

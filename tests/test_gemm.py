@@ -54,8 +54,47 @@ def test_row_scales(out_dtype):
         check(x, y, out_dtype, bias)
 
 
+GRAINS = ("tensor", "row", "block", "tile")
+
+
 @pytest.mark.parametrize("out_dtype", OUT)
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("shape", [(20, 17, 70), (129, 144, 300), (1, 130, 256)])
+def test_every_pair_of_grains(shape, out_dtype):
+    m, n, k = shape
+    spread = torch.logspace(-1, 1, k)
+    bias = randn(n, seed=4, dtype=out_dtype)
+    for grain_a in GRAINS:
+        for grain_b in GRAINS:
+            a = operand(m, k, E4M3, grain_a, 1, spread)
+            b = operand(n, k, E5M2, grain_b, 2, 1 / spread)
+            check(a, b, out_dtype)
+            check(a, b, out_dtype, bias)
+
+
+def test_a_layout_is_told_by_the_shape_of_its_scales():
+    q, one = torch.zeros(256, 256).to(E4M3), torch.ones(())
+    for shape in ((), (1, 1), (256,), (256, 1), (256, 2), (2, 2)):
+        assert not torch.ops.quaver.gemm(q, torch.ones(shape), q, one, None, OUT[0]).any()
+    for shape in ((2, 256), (2, 1), (128, 2), (4,), (256, 1, 1)):
+        wanted = (
+            r"scale_b must be 1 float32, \[256, 1\] for rows, \[256, 2\] for 1 x 128 blocks or "
+        )
+        with pytest.raises(REFUSAL, match=wanted):
+            torch.ops.quaver.gemm(q, one, q, torch.ones(shape), None, OUT[0])
+
+
+def test_scales_that_are_nan_reach_their_rows_alone():
+    x = randn(256, 256, seed=1)
+    x[3, 200] = float("inf")
+    a, _ = qv.ops.cast_layouts(x, E4M3, "block")
+    b, _ = qv.ops.cast_layouts(randn(64, 256), E4M3, "tile")
+    for out_dtype in OUT:
+        y = qv.gemm(a, b, out_dtype)
+        assert y[3].isnan().all() and y.isnan().sum() == 64
+
+
+@pytest.mark.parametrize("out_dtype", OUT)
+@pytest.mark.parametrize("granularity", GRAINS)
 def test_out_and_accumulate(out_dtype, granularity):
     a, b = operand(17, 40, E5M2, granularity, 1), operand(9, 40, E4M3, granularity, 2)
     product = qv.gemm(a, b, out_dtype)
@@ -227,19 +266,19 @@ REFUSED = [
     ),
     (
         lambda a, b: qv.gemm(a, qv.quantize(randn(4, 8), granularity="block", block=4)),
-        "b has block scales",
+        "b has scales of e4m3 with 1 x 4 block scale; wanted those of the tensor, of rows",
     ),
     (
         lambda a, b: torch.ops.quaver.gemm(
             a.qdata, torch.ones(3), b.qdata, b.scale, None, torch.float32, True
         ),
-        "scale_a must be 1 or 4 float32, got 3",
+        r"scale_a must be 1 float32, \[4, 1\] for rows, .*, got \[3\]",
     ),
     (
         lambda a, b: torch.ops.quaver.gemm(
             a.qdata, a.scale.double(), b.qdata, b.scale, None, torch.float32, True
         ),
-        "scale_a must be 1 or 4 float32, got 1 of Double",
+        "scale_a must be float32, got Double",
     ),
 ]
 

@@ -32,11 +32,18 @@ def variant(**changes):
     return dataclasses.replace(base, name="v", linear=dataclasses.replace(base.linear, **changes))
 
 
-def weight_codes(net):
+def codes(x, dtype, rule, grain=None):
+    """The codes and scales of x as a product's operand."""
+    return reference.quantize(x, dtype, None, grain or rule.grain, 128, rule.power_of_two)[:2]
+
+
+def weight_codes(net, transposed=False):
+    """Those of the weight [N, K], or of its transpose."""
     w = net.weight.detach()
     if isinstance(w, ScaledTensor):
-        return reference.fp8_weight(w.qdata, w.scale)
-    return reference.quantize(w, E4M3)[:2]
+        q, scale = reference.fp8_weight(w.qdata, w.scale)
+        return (q.t() if transposed else q), scale
+    return codes(w.t() if transposed else w, E4M3, net.rule, net.rule.weight_grain)
 
 
 def check_close(got, q1, s1, q2, s2, dtype, addend=None):
@@ -50,12 +57,11 @@ def assert_copies_fresh(net):
     x = randn(5, net.in_features, seed=9)
     y = net.eval()(x).detach()
     bias = None if net.bias is None else net.bias.detach()
-    codes = reference.quantize(x, E4M3)[:2]
-    check_close(y, *codes, *weight_codes(net), torch.float32, bias)
+    check_close(y, *codes(x, E4M3, net.rule), *weight_codes(net), torch.float32, bias)
     net.train()
 
 
-SIZES = [(16, 48, 32), (1, 1, 1), (5, 7, 3), (33, 17, 65)]
+SIZES = [(16, 48, 32), (1, 1, 1), (5, 7, 3), (33, 17, 65), (130, 257, 144)]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -70,17 +76,19 @@ def test_forward_dgrad_and_wgrad_against_f64(name, size, dtype):
     dy = randn(m, n, seed=1, dtype=dtype)
     y = net(x)
     y.backward(dy)
-    xq, xs, _ = reference.quantize(x.detach(), E4M3)
-    gq, gs, _ = reference.quantize(dy, E5M2)
-    wq, ws = weight_codes(net)
+    rule = net.rule
+    x_codes = codes(x.detach(), E4M3, rule)
     assert y.dtype == x.grad.dtype == dtype
-    check_close(y.detach(), xq, xs, wq, ws, dtype, net.bias.detach())
-    check_close(x.grad, gq, gs, wq.t(), ws, dtype)
-    wgrad = reference.gemm(gq.t(), gs, xq.t(), xs)
+    check_close(y.detach(), *x_codes, *weight_codes(net), dtype, net.bias.detach())
+    check_close(
+        x.grad, *codes(dy, rule.grad_output, rule), *weight_codes(net, transposed=True), dtype
+    )
+    operands = *codes(dy.t(), rule.grad_output, rule), *codes(x.detach().t(), E4M3, rule)
+    wgrad = reference.gemm(*operands)
     grad = net.weight.grad
     assert grad.dtype == net.weight.dtype
     product = dtype if isinstance(grad, ScaledTensor) else grad.dtype
-    bound = reference.gemm_tolerance(gq.t(), gs, xq.t(), xs, product)
+    bound = reference.gemm_tolerance(*operands, product)
     if isinstance(grad, ScaledTensor):  # e4m3: half an ulp of a normal, or of a subnormal
         assert grad.qdata.dtype == E4M3
         bound = bound * 2 + wgrad.abs() * 2**-4 + grad.scale.double() * 2**-10
@@ -179,7 +187,8 @@ def test_the_input_is_saved_in_fp8_and_nothing_else(name, dtype):
     net = layer(name)
     x = randn(64, 48, dtype=dtype).requires_grad_()
     found, y = saved(lambda: net(x), net)
-    assert found == {E4M3: 64 * 48, torch.float32: 4}
+    scales = {"tensor": 1, "row": 48, "block": 48}[net.rule.grain]
+    assert found == {E4M3: 64 * 48, torch.float32: 4 * scales}
     y.float().sum().backward()
     net.weight.requires_grad_(False)
     found, _ = saved(lambda: net(x), net)
@@ -300,19 +309,28 @@ def test_inference_mode_and_training_after_it():
 
 
 def test_an_infinity_is_not_saturated_away():
-    """Neither forward nor backward may turn one into a number that looks sound."""
+    """Neither forward nor backward may turn one into a number that looks sound: it reaches what its
+    scale does, at least the row, or in the weight's gradient the column, that it is in."""
     for name in RECIPES:
         net = layer(name, bias=False)
+        whole = net.rule.grain == "tensor"
         x = randn(16, 48).requires_grad_()
         with torch.no_grad():
             x[3, 3] = INF
-        assert not net(x).isfinite().any()
-        assert not net.eval()(x).isfinite().any()
+        for y in (net(x), net.eval()(x)):
+            assert not y[... if whole else 3].isfinite().any()
+            assert whole or y.isfinite().sum() == 15 * 32
+        net.train()(x).sum().backward()
+        assert not plain(net.weight.grad)[:, ... if whole else 3].isfinite().any()
+        net.weight.grad = None
         x = randn(16, 48).requires_grad_()
         dy = randn(16, 32)
         dy[3, 3] = -INF
-        net.train()(x).backward(dy)
-        assert not plain(net.weight.grad).isfinite().any() and not x.grad.isfinite().any()
+        net(x).backward(dy)
+        bad = ... if whole else 3
+        assert not plain(net.weight.grad)[bad].isfinite().any()
+        assert not x.grad[bad].isfinite().any()
+        assert whole or (net.weight.grad.isnan().sum(), x.grad.isnan().sum()) == (48, 48)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -489,3 +507,67 @@ def test_refused_by_name():
     with pytest.raises(ValueError, match="unknown recipe 'fp9'"):
         Linear(4, 4, recipe="fp9")
     assert "delayed scaling, f16-tensor weight" in repr(net)
+
+
+FINE = ["rowwise", "blockwise"]
+
+
+def rule_of(name, **changes):
+    base = recipe.get(name)
+    return dataclasses.replace(base, name="v", linear=dataclasses.replace(base.linear, **changes))
+
+
+@pytest.mark.parametrize("name", FINE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_weight_in_bf16(name, dtype):
+    chosen = rule_of(name, weight_product="bf16", grad_output=E5M2)
+    torch.manual_seed(0)
+    net = Linear(200, 144, recipe=chosen)
+    x, dy = randn(130, 200, dtype=dtype).requires_grad_(), randn(130, 144, seed=1, dtype=dtype)
+    found, y = saved(lambda: net(x), net)
+    assert E4M3 not in found and found[dtype] == 130 * 200 * x.element_size()  # x as it is
+    y.backward(dy)
+    rule = net.rule
+    check_close(x.grad, *codes(dy, E5M2, rule), *weight_codes(net, transposed=True), dtype)
+    low = [t.detach().bfloat16().t() for t in (dy, x)]
+    one = torch.ones(())
+    check_close(net.weight.grad, low[0], one, low[1], one, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", FINE)
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_frozen_weights_multiply_like_trained_ones(name, power_of_two):
+    from quaver.nn.weight import freeze_weight
+
+    chosen = rule_of(name, power_of_two=power_of_two)
+    torch.manual_seed(0)
+    net, frozen = Linear(300, 150, recipe=chosen), Linear(300, 150, recipe=chosen)
+    frozen.load_state_dict(net.state_dict())
+    frozen.weight = freeze_weight(frozen.weight, frozen.rule)
+    net.weight.requires_grad_(False)
+    results = []
+    for each in (net, frozen):
+        x = randn(20, 300).requires_grad_()
+        y = each(x)
+        y.backward(randn(20, 150, seed=1))
+        results.append((y.detach(), x.grad))
+    assert_same(results[0][0], results[1][0])
+    if name == "blockwise":  # the transpose of a tile has its codes
+        assert_same(results[0][1], results[1][1])
+    else:  # cast a second time, from e4m3: half an ulp more for each weight
+        error = (results[0][1] - results[1][1]).norm() / results[0][1].norm()
+        assert error < 2**-4
+
+
+def test_a_fine_weight_is_cast_once_in_a_block_of_casts():
+    for name in FINE:
+        net, x = layer(name, 200, 130), randn(20, 200)
+        outside = net(x)
+        with qv.cached_weights(net):
+            y = net(x)
+            y.sum().backward()
+        grad = net.weight.grad.clone()
+        net.weight.grad = None
+        outside.sum().backward()
+        assert_same(y.detach(), outside.detach())
+        assert_same(net.weight.grad, grad)

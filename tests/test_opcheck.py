@@ -94,7 +94,18 @@ def adam_4bit():
 
 A, B = qv.quantize(randn(16, 32)), qv.quantize(randn(48, 32), E5M2)
 GEMM = (A.qdata, A.scale, B.qdata, B.scale)
-LAYOUT = [("tensor", 1, (8, 40)), ("row", 1, (3, 5, 40)), ("block", 16, (8, 40)), ("row", 1, ())]
+FINE = tuple(
+    p
+    for i, grain in enumerate(("block", "tile"))
+    for p in ops.cast_layouts(randn(32 + 16 * i, 150), E4M3, grain)[:2]
+)
+LAYOUT = [
+    ("tensor", 1, (8, 40)),
+    ("row", 1, (3, 5, 40)),
+    ("block", 16, (8, 40)),
+    ("row", 1, ()),
+    ("tile", 1, (130, 40)),
+]
 NO = torch.empty(0)
 LINEAR = (A.qdata, A.scale, qv.quantize(randn(32, 32)).qdata, ONE)  # [16, 32] and [32, 32]
 SAVED = qv.quantize(randn(32, 16)).qdata, ONE
@@ -122,6 +133,9 @@ CASES = [
     (ops.cast_transpose, (randn(20, 30), E4M3, None, None, True)),
     (ops.cast_transpose, (randn(30, 20).t(), E5M2, ONE, None, False)),
     (ops.cast_transpose, (randn(20, 30).half(), E4M3, None, history(), True)),
+    *((ops.cast_layouts, (randn(20, 150), E4M3, grain, *flags))
+      for grain in ("row", "block", "tile")
+      for flags in ((True, True, False), (False, True, True), (True, False, False))),
     (ops.normalize, (X, None, None, 1e-6, False, E4M3, None, None, True, 32)),
     (ops.normalize, (XT, randn(40), randn(40), 1e-5, True, E5M2, ONE, None, True, 7)),
     (ops.normalize, (X.half(), None, None, 1e-6, True, E4M3, None, history(), True, 16)),
@@ -136,6 +150,7 @@ CASES = [
      (X, *ACTIVATED[4:8], "silu", randn(40), 32, E5M2, history(), history(), True)),
     (ops.gemm, (*GEMM, None, torch.bfloat16, True)),
     (ops.gemm, (*GEMM, randn(48), torch.float32, False)),
+    (ops.gemm, (*FINE, None, torch.bfloat16, True)),
     (ops.gemm_, (randn(16, 48), *GEMM, None, True, True)),
     (ops.gemm_, (randn(16, 48).bfloat16(), *GEMM, randn(48), False, False)),
     (ops.gemm_quantize, (*GEMM, None, E4M3, ONE, True)),

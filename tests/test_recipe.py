@@ -18,6 +18,9 @@ WRONG = [
     (LinearRecipe, "master", "f32", "as-is, bf16, f16-tensor"),
     (LinearRecipe, "grad_accumulate", "e4m3", "bf16, f32"),
     (LinearRecipe, "cache", True, "none, master"),
+    (LinearRecipe, "grain", "tile", "tensor, row, block"),
+    (LinearRecipe, "power_of_two", 1, "True, False"),
+    (LinearRecipe, "weight_product", "f32", "fp8, bf16"),
     (ActivationRecipe, "block", 0, "an int from 1"),
     (ActivationRecipe, "block", True, "an int from 1"),
     (ActivationRecipe, "block", 32.0, "an int from 1"),
@@ -62,3 +65,26 @@ def test_choices_that_exclude_each_other_are_refused():
 
 def test_the_names_of_states_are_those_of_the_optimizer():
     assert set(recipe.STATES) == set(STATES)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"grain": "block", "scaling": "delayed"}, "scaling='delayed' excludes grain='block'"),
+        ({"grain": "row", "master": "f16-tensor"}, "master='f16-tensor' excludes grain='row'"),
+        ({"power_of_two": False}, "power_of_two=False excludes grain='tensor'"),
+        ({"weight_product": "bf16"}, "weight_product='bf16' excludes grain='tensor'"),
+        (
+            {"grain": "row", "weight_product": "bf16", "weight_grad": "e4m3"},
+            "excludes grain='row' with weight_grad='e4m3'",
+        ),
+    ],
+)
+def test_grains_that_exclude_other_choices(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LinearRecipe(**fields)
+
+
+def test_activations_in_fp8_have_one_scale_a_tensor():
+    with pytest.raises(ValueError, match=r"linear\.grain must be tensor, got block"):
+        dataclasses.replace(recipe.get("coat"), linear=recipe.get("blockwise").linear)

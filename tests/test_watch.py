@@ -160,6 +160,29 @@ def test_the_statistics_are_their_definitions(dtype):
     )
 
 
+@pytest.mark.parametrize("grain", ["row", "block", "tile"])
+def test_scales_of_other_grains_are_those_of_the_layer(grain):
+    x = randn(256, 256) * 1e-4
+    x[3, 3] = 1e4  # flushes what shares its scale
+    amax, saturated, flushed, _ = measured(x, E4M3, None, grain, False)
+    q = quantize(x, E4M3, granularity=grain, power_of_two=False)
+    assert amax == 1e4 and saturated == 0
+    assert flushed == (q.qdata.float() == 0).float().mean()
+    assert flushed < measured(x, E4M3)[2]
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
+def test_layers_with_finer_scales_are_watched(recipe):
+    model, optimizer, watch = build(recipe, every=1)
+    for step in range(3):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.step()
+    names = {key for key in watch.last if "first" in str(key) or "second" in str(key)}
+    assert names
+
+
 def test_delayed_scaling_is_measured_by_a_copy_of_its_history():
     history, x = torch.zeros(17), randn(8, 32) * torch.logspace(-3, 3, 32)
     for _ in range(20):

@@ -6,6 +6,7 @@
 #include "simd.h"
 #include "simd_activation.h"
 #include "simd_adam4.h"
+#include "simd_cast.h"
 #include "simd_microadam.h"
 #include "simd_nf4.h"
 
@@ -17,6 +18,7 @@ extern const ActivationSimd activation_table;
 extern const MicroAdamSimd micro_adam_table;
 extern const Nf4Simd nf4_table;
 extern const Adam4Simd adam4_table;
+extern const CastSimd cast_table;
 }  // namespace portable
 #if defined(QUAVER_HAVE_X86_ISA)
 namespace avx2 {
@@ -25,6 +27,7 @@ extern const ActivationSimd activation_table;
 extern const MicroAdamSimd micro_adam_table;
 extern const Nf4Simd nf4_table;
 extern const Adam4Simd adam4_table;
+extern const CastSimd cast_table;
 }  // namespace avx2
 namespace avx512 {
 extern const Simd table;
@@ -32,6 +35,7 @@ extern const ActivationSimd activation_table;
 extern const MicroAdamSimd micro_adam_table;
 extern const Nf4Simd nf4_table;
 extern const Adam4Simd adam4_table;
+extern const CastSimd cast_table;
 }  // namespace avx512
 #endif
 
@@ -45,6 +49,7 @@ struct Tables {
   const MicroAdamSimd* micro_adam;
   const Nf4Simd* nf4;
   const Adam4Simd* adam4;
+  const CastSimd* cast;
 };
 
 #define QUAVER_TABLES(isa) \
@@ -53,7 +58,8 @@ struct Tables {
    &isa::activation_table, \
    &isa::micro_adam_table, \
    &isa::nf4_table,        \
-   &isa::adam4_table}
+   &isa::adam4_table,      \
+   &isa::cast_table}
 
 struct Isas {
   Tables tables[3];
@@ -99,6 +105,7 @@ const ActivationSimd& activation_simd() { return *current_tables().activation; }
 const MicroAdamSimd& micro_adam_simd() { return *current_tables().micro_adam; }
 const Nf4Simd& nf4_simd() { return *current_tables().nf4; }
 const Adam4Simd& adam4_simd() { return *current_tables().adam4; }
+const CastSimd& cast_simd() { return *current_tables().cast; }
 
 const char* const* available_isas(int* count) {
   *count = isas().count;

@@ -28,6 +28,23 @@ void cast_span(const TensorView& q, const TensorView& x, int64_t begin, int64_t 
               !exact);
 }
 
+// The values under scale g: `rows` spans of `cols` elements, of which the first begins at `first`.
+struct Group {
+  int64_t first, rows, cols;
+};
+
+Group group_of(const TensorView& x, const Layout& layout, int64_t g) {
+  const int64_t width = layout.width(x.cols), per_row = layout.scales_in_row(x.cols);
+  const int64_t row = g / per_row * layout.height(), col = g % per_row * width;
+  return {row * x.cols + col, std::min(layout.height(), x.rows - row),
+          std::min(width, x.cols - col)};
+}
+
+// Scales per piece of work.
+int64_t group_grain(const TensorView& x, const Layout& layout) {
+  return kGrain / std::max<int64_t>(layout.width(x.cols) * layout.height(), 1);
+}
+
 uint32_t whole_amax(const TensorView& x) {
   AtomicAmax amax;
   auto body = [&](int64_t begin, int64_t end) {
@@ -117,21 +134,20 @@ void quantize(const TensorView& q, const TensorView& scale, const TensorView& am
                [&](float s, bool see) { return quantize_pass(q, x, o, s, see); });
     return;
   }
-  const int64_t width = o.layout.width(x.cols), per_row = o.layout.scales_in_row(x.cols);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
-      const int64_t row = g / per_row;
-      const int64_t first = (g - row * per_row) * width;
-      const int64_t n = std::min(width, x.cols - first);
-      const int64_t i = row * x.cols + first;
-      const float a = bit_cast<float>(simd().amax(at(x, i), x.dtype, n));
+      const Group of = group_of(x, o.layout, g);
+      uint32_t bits = 0;
+      for (int64_t r = 0; r < of.rows; ++r)
+        bits = std::max(bits, simd().amax(at(x, of.first + r * x.cols), x.dtype, of.cols));
+      const float a = bit_cast<float>(bits);
       amax.as<float>()[g] = a;
       float* s = scale.as<float>() + g;
       if (!source.given) *s = scale_from_amax(a, scale_max(q.dtype), o.power_of_two);
-      cast_span(q, x, i, n, *s, o);
+      for (int64_t r = 0; r < of.rows; ++r) cast_span(q, x, of.first + r * x.cols, of.cols, *s, o);
     }
   };
-  parallel_for(scale.numel(), kGrain / std::max<int64_t>(width, 1), body);
+  parallel_for(scale.numel(), group_grain(x, o.layout), body);
 }
 
 void dequantize(const TensorView& out, const TensorView& q, const TensorView& scale,
@@ -146,17 +162,16 @@ void dequantize(const TensorView& out, const TensorView& q, const TensorView& sc
     parallel_for(q.numel(), kGrain, body);
     return;
   }
-  const int64_t width = layout.width(q.cols), per_row = layout.scales_in_row(q.cols);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
-      const int64_t row = g / per_row;
-      const int64_t first = (g - row * per_row) * width;
-      const int64_t i = row * q.cols + first;
-      simd().cast(out_at(out, i), out.dtype, at(q, i), q.dtype, std::min(width, q.cols - first),
-                  scales[g], false);
+      const Group of = group_of(q, layout, g);
+      for (int64_t r = 0; r < of.rows; ++r) {
+        const int64_t i = of.first + r * q.cols;
+        simd().cast(out_at(out, i), out.dtype, at(q, i), q.dtype, of.cols, scales[g], false);
+      }
     }
   };
-  parallel_for(scale.numel(), kGrain / std::max<int64_t>(width, 1), body);
+  parallel_for(scale.numel(), group_grain(q, layout), body);
 }
 
 void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView& scale,

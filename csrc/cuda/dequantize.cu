@@ -1,4 +1,5 @@
-// out = scale * q, with one scale for the tensor, each row, or each 1 x B block.
+// out = scale * q, with one scale for the tensor, each row, each 1 x B block, or each 128 x 128
+// tile.
 #include "../arguments.h"
 #include "dispatch.h"
 
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
                              bool aligned) {
   const Span span = span_of(sets, blockIdx.x, threadIdx.x);
   if (span.n == 0) return;
-  const float s = scales[span.group];
+  const float s = scales[span.scale];
   for (int64_t i = threadIdx.x % sets.threads * kVector; i < span.n;
        i += int64_t(sets.threads) * kVector)
     decode_one(out, q, span.first + i, span.n - i, s, aligned);

@@ -37,15 +37,17 @@ inline int64_t loop_blocks(const char* op, int64_t n) {
   return std::max<int64_t>(1, std::min(ceil_div(n, kBlockSpan), most_loop_blocks(op)));
 }
 
-// The groups of values that share a scale, 1 x width each, and the threads that work on one.
+// The groups of values that share a scale, 1 x width each, and the threads that work on one. Groups
+// of `height` rows share theirs with those below them.
 struct ScaleSets {
-  int64_t count, width, per_row, cols;
+  int64_t count, width, per_row, cols, height;
   int threads;  // of one group: up to a warp, or the whole block
 };
 
 inline ScaleSets make_scale_sets(const TensorView& x, const Layout& layout) {
   ScaleSets g;
-  g.count = layout.scale_count(x);
+  g.count = x.rows * layout.scales_in_row(x.cols);
+  g.height = layout.height();
   g.width = std::min(layout.width(x.cols), x.cols);
   g.per_row = std::max<int64_t>(g.width > 0 ? ceil_div(x.cols, g.width) : 1, 1);
   g.cols = x.cols;
@@ -59,18 +61,20 @@ inline int64_t scale_set_blocks(const ScaleSets& g) {
   return ceil_div(g.count, kThreads / g.threads);
 }
 
-// Group, first element and number of elements of the calling thread's group; none beyond the last.
+// Group, first element, number of elements and scale of the calling thread's group; none beyond the
+// last.
 struct Span {
-  int64_t group, first, n;
+  int64_t group, first, n, scale;
 };
 
 QUAVER_DEVICE Span span_of(const ScaleSets& g, int64_t block, int thread) {
   const int64_t group = block * (kThreads / g.threads) + thread / g.threads;
-  if (group >= g.count) return {group, 0, 0};
+  if (group >= g.count) return {group, 0, 0, 0};
   const int64_t row = group / g.per_row;
   const int64_t col = (group - row * g.per_row) * g.width;
   const int64_t left = g.cols - col;
-  return {group, row * g.cols + col, left < g.width ? left : g.width};
+  return {group, row * g.cols + col, left < g.width ? left : g.width,
+          row / g.height * g.per_row + group % g.per_row};
 }
 
 // Maximum over the `threads` threads of a group, in all of them.

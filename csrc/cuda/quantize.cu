@@ -1,7 +1,9 @@
-// Casts to e4m3, e5m2 and scaled f16, with one scale for the tensor, each row, or each 1 x B block.
+// Casts to e4m3, e5m2 and scaled f16, with one scale for the tensor, each row, or each 1 x B block
+// (tiles: quantize_tiles.cu).
 // x is read once (twice where a tensor's scale is chosen just in time) and q is written once.
 #include "../arguments.h"
 #include "dispatch.h"
+#include "quantize_tiles.h"
 #include "tensor_scale.h"
 
 namespace quaver::cuda {
@@ -121,6 +123,8 @@ void quantize(const TensorView& q, const TensorView& scale, const TensorView& am
               const TensorView& x, const QuantizeOptions& o, const ScaleSource& source,
               void* stream) {
   check_quantize(q, scale, amax, x, o, source);
+  if (o.layout.grain == Grain::tile)
+    return quantize_tiles(q, scale, amax, x, o, source.given, stream);
   with_float(x.dtype, [&](auto from) {
     with_code(q.dtype, [&](auto to) {
       using X = decltype(from);

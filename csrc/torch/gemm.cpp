@@ -1,10 +1,12 @@
-// gemm on a Hopper GPU is CUTLASS's. Elsewhere the codes are decoded, which is exact, and torch's
-// own product does the rest: in bf16 on a CPU that is fast at it, where one scale goes with each
-// operand (oneDNN, f32 sums), in f32 otherwise.
+// gemm on a Hopper GPU is CUTLASS's, where scales are of tensors or rows. Elsewhere the codes are
+// decoded and torch's own product does the rest: in bf16 on a CPU that is fast at it (oneDNN, f32
+// sums), in f32 otherwise. Codes are exact in both formats. A scale of a whole tensor multiplies
+// the product; others multiply the codes, which bf16 then rounds, unless they are powers of two.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <array>
 #include <cstring>
+#include <string>
 #include <tuple>
 
 #include "../arguments.h"
@@ -23,20 +25,40 @@ struct Call {
   OptionalTensor bias;
   bool accumulate = false, fast_accumulate = true;
   OptionalTensor out_scale = {}, amax = {};  // of FP8 out
+  Layout layout_a = {}, layout_b = {};       // of the scales
 };
+
+bool has_blocks(const Layout& layout) {
+  return layout.height() > 1 || layout.grain == Grain::block;
+}
+
+// The layout of an operand [rows, K], by the shape of its scales. Shapes that fit two layouts mean
+// the same in both.
+Layout layout_of(const char* name, const Tensor& codes, const Tensor& scale) {
+  const int64_t rows = codes.size(0), blocks = blocks_in_row(codes.size(1), kScaleTile);
+  const int64_t tiles = blocks_in_row(rows, kScaleTile);
+  const auto is = [&](int64_t r, int64_t c) {
+    return scale.dim() == 2 && scale.size(0) == r && scale.size(1) == c;
+  };
+  QUAVER_CHECK(scale.scalar_type() == ScalarType::Float, "gemm: ", name, " must be float32, got ",
+               torch::headeronly::toString(scale.scalar_type()));
+  if (scale.numel() == 1) return {};
+  if (is(rows, 1) || (scale.dim() < 2 && scale.numel() == rows)) return {Grain::row, kScaleTile};
+  if (is(rows, blocks)) return {Grain::block, kScaleTile};
+  if (is(tiles, blocks)) return {Grain::tile, kScaleTile};
+  std::string got;
+  for (int64_t d = 0; d < scale.dim(); ++d)
+    got += (d == 0 ? "" : ", ") + std::to_string(scale.size(d));
+  fail("gemm: ", name, " must be 1 float32, [", rows, ", 1] for rows, [", rows, ", ", blocks,
+       "] for 1 x 128 blocks or [", tiles, ", ", blocks, "] for 128 x 128 tiles, got [", got, "]");
+}
 
 void check(const Call& c) {
   QUAVER_CHECK(c.a.dim() == 2 && c.b.dim() == 2, "gemm: a and b must be matrices, got ", c.a.dim(),
                " and ", c.b.dim(), " dimensions");
   QUAVER_CHECK(c.out.dim() == 2, "gemm: out must be a matrix, got ", c.out.dim(), " dimensions");
-  for (const auto& [scale, rows, name] : {std::make_tuple(&c.scale_a, c.a.size(0), "scale_a"),
-                                          std::make_tuple(&c.scale_b, c.b.size(0), "scale_b")}) {
-    check_device("gemm", c.a, name, *scale);
-    QUAVER_CHECK((scale->numel() == 1 || scale->numel() == rows) &&
-                     scale->scalar_type() == ScalarType::Float,
-                 "gemm: ", name, " must be 1 or ", rows, " float32, got ", scale->numel(), " of ",
-                 torch::headeronly::toString(scale->scalar_type()));
-  }
+  check_device("gemm", c.a, "scale_a", c.scale_a);
+  check_device("gemm", c.a, "scale_b", c.scale_b);
   check_device("gemm", c.a, "b", c.b);
   check_device("gemm", c.a, "out", c.out);
   check_device("gemm", c.a, "bias", c.bias);
@@ -54,8 +76,8 @@ GemmArguments arguments_of(const Call& c) {
   g.b = view("gemm", "b", c.b);
   g.scale_a = present("gemm", "scale_a", c.scale_a).as<const float>();
   g.scale_b = present("gemm", "scale_b", c.scale_b).as<const float>();
-  g.rows_a = c.scale_a.numel() != 1;
-  g.rows_b = c.scale_b.numel() != 1;
+  g.rows_a = c.layout_a.grain == Grain::row;
+  g.rows_b = c.layout_b.grain == Grain::row;
   if (c.out_scale.has_value()) g.out_scale = scalar("gemm_quantize", "out_scale", *c.out_scale);
   if (c.amax.has_value()) g.amax = scalar("gemm_quantize", "amax", *c.amax);
   g.accumulate = c.accumulate;
@@ -63,18 +85,21 @@ GemmArguments arguments_of(const Call& c) {
   return g;
 }
 
-Tensor decode_codes(const Tensor& q, ScalarType type) {
+Tensor decode_operand(const Tensor& q, const Tensor& scale, const Layout& layout, ScalarType type) {
   Tensor out = empty(q, shape_of(q), type);
   const TensorView to = view("gemm", "operand", out), from = view("gemm", "operand", q);
-  static float one = 1.0f;
+  const TensorView scales = view("gemm", "scale", scale);
   on_device(
-      "gemm", q, [&] { cpu::dequantize(to, from, {&one, DType::f32, 1, 1}, {}); },
-      [&](auto stream) {
-        Tensor scale = empty(q, {}, ScalarType::Float);
-        torch::stable::fill_(scale, 1.0);
-        cuda::dequantize(to, from, view("gemm", "scale", scale), {}, stream);
-      });
+      "gemm", q, [&] { cpu::dequantize(to, from, scales, layout); },
+      [&](auto stream) { cuda::dequantize(to, from, scales, layout, stream); });
   return out;
+}
+
+// The codes' own values.
+Tensor decode_codes(const Tensor& q, ScalarType type) {
+  Tensor one = empty(q, {}, ScalarType::Float);
+  torch::stable::fill_(one, 1.0);
+  return decode_operand(q, one, {}, type);
 }
 
 // out = alpha * a @ b.T + beta * addend, one rounding to out's type.
@@ -85,9 +110,10 @@ void addmm(Tensor& out, const Tensor& addend, const Tensor& a, const Tensor& b, 
       aoti_torch_cpu_addmm_out(out.get(), addend.get(), a.get(), bt.get(), beta, alpha));
 }
 
-// a @ b.T in f32. Into `out`, because autocast would make a bf16 product of any other form.
+// a @ b.T in the dtype of both. Into `out`, because autocast would make a bf16 product of any other
+// form.
 Tensor product(const Tensor& a, const Tensor& b) {
-  Tensor out = empty(a, {a.size(0), b.size(0)}, ScalarType::Float);
+  Tensor out = empty(a, {a.size(0), b.size(0)}, a.scalar_type());
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
                                     torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
                                     torch::stable::detail::from(out)};
@@ -98,16 +124,9 @@ Tensor product(const Tensor& a, const Tensor& b) {
 // The stable ABI has no add; subtracting with alpha = -1 is the same.
 Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
 
-// The product on any device: torch multiplies the codes in f32, then scales, bias and addend follow
-// in f32 and in the order of the kernels' epilogue, then one rounding. Codes are exact in TF32 and
-// bf16 too, which torch may use.
-void compose(Call& c) {
-  const Tensor a = decode_codes(c.a, ScalarType::Float);
-  const Tensor b = decode_codes(c.b, ScalarType::Float);
-  Tensor y = product(a, b);
-  // The scales first: each may be near a limit of f32 where their product is not.
-  y = multiply(y, multiply(torch::stable::reshape(c.scale_a, {-1, 1}),
-                           torch::stable::reshape(c.scale_b, {1, -1})));
+// Writes the f32 product: bias and addend in f32 and in the order of the kernels' epilogue, then
+// one rounding.
+void finish(Call& c, Tensor y) {
   if (c.bias.has_value()) y = add(y, torch::stable::to(*c.bias, ScalarType::Float));
   if (c.accumulate) y = add(y, torch::stable::to(c.out, ScalarType::Float));
   if (!c.out_scale.has_value()) {
@@ -127,6 +146,22 @@ void compose(Call& c) {
       });
 }
 
+// The product on any device: torch multiplies the codes in f32, then the scales follow. Codes are
+// exact in TF32 and bf16 too, which torch may use.
+void compose(Call& c) {
+  const Tensor a = decode_codes(c.a, ScalarType::Float);
+  const Tensor b = decode_codes(c.b, ScalarType::Float);
+  // The scales first: each may be near a limit of f32 where their product is not.
+  finish(c, multiply(product(a, b), multiply(torch::stable::reshape(c.scale_a, {-1, 1}),
+                                             torch::stable::reshape(c.scale_b, {1, -1}))));
+}
+
+// The same of operands that are decoded with their scales, in f32.
+void compose_decoded(Call& c) {
+  finish(c, product(decode_operand(c.a, c.scale_a, c.layout_a, ScalarType::Float),
+                    decode_operand(c.b, c.scale_b, c.layout_b, ScalarType::Float)));
+}
+
 // Without AVX-512 oneDNN takes bf16 apart value by value: 512^3 takes 46 times as long as in f32.
 bool has_bf16_products() {
   int count = 0;
@@ -136,21 +171,36 @@ bool has_bf16_products() {
 void run_cpu(Call& c) {
   const ScalarType type = c.out.scalar_type();
   static const bool bf16_products = has_bf16_products();
-  if (type == ScalarType::BFloat16 && !bf16_products) return compose(c);
-  const bool plain = type == ScalarType::Float || type == ScalarType::BFloat16;
-  if (!plain || c.scale_a.numel() != 1 || c.scale_b.numel() != 1) return compose(c);
+  const bool blocks = has_blocks(c.layout_a) || has_blocks(c.layout_b);
+  const bool direct = type == ScalarType::Float || (type == ScalarType::BFloat16 && bf16_products);
+  if (!direct) return blocks ? compose_decoded(c) : compose(c);
+  const Tensor addend = c.bias.has_value() ? torch::stable::to(*c.bias, type) : c.out;
+  const double beta = c.bias.has_value() || c.accumulate ? 1.0 : 0.0;
+  if (c.scale_a.numel() != 1 || c.scale_b.numel() != 1)
+    return addmm(c.out, addend, decode_operand(c.a, c.scale_a, c.layout_a, type),
+                 decode_operand(c.b, c.scale_b, c.layout_b, type), beta, 1.0);
   // The scales are multiplied in f32, whose overflow is infinity; torch refuses a double beyond
   // f32. BLAS ignores an alpha that is NaN, and operands where alpha is 0, NaN and infinity
   // included.
   const float alpha = *scalar("gemm", "scale_a", c.scale_a) * *scalar("gemm", "scale_b", c.scale_b);
   if (!is_finite(alpha) || alpha == 0.0f) return compose(c);
-  const Tensor addend = c.bias.has_value() ? torch::stable::to(*c.bias, type) : c.out;
-  const double beta = c.bias.has_value() || c.accumulate ? 1.0 : 0.0;
   addmm(c.out, addend, decode_codes(c.a, type), decode_codes(c.b, type), beta, alpha);
+}
+
+// Blocks on a GPU: a bf16 result is the library's product of operands that are decoded to bf16;
+// bias and addend, which are added before the one rounding, need it in f32.
+void run_blocks(Call& c) {
+  const bool half =
+      c.out.scalar_type() == ScalarType::BFloat16 && !c.bias.has_value() && !c.accumulate;
+  if (!half) return compose_decoded(c);
+  torch::stable::copy_(c.out,
+                       product(decode_operand(c.a, c.scale_a, c.layout_a, ScalarType::BFloat16),
+                               decode_operand(c.b, c.scale_b, c.layout_b, ScalarType::BFloat16)));
 }
 
 template <class Stream>
 void run_cuda(Call& c, Stream stream) {
+  if (has_blocks(c.layout_a) || has_blocks(c.layout_b)) return run_blocks(c);
   GemmArguments g = arguments_of(c);
   const cuda::GemmDevice device = cuda::gemm_device();
   if (device.major != 9 || g.out.numel() == 0 || g.a.cols == 0) return compose(c);
@@ -175,6 +225,8 @@ void prepare(Call* c) {
   const Tensor out = c->out;
   if (!out.is_contiguous())
     c->out = c->accumulate ? dense(out) : empty(out, shape_of(out), out.scalar_type());
+  c->layout_a = layout_of("scale_a", c->a, c->scale_a);
+  c->layout_b = layout_of("scale_b", c->b, c->scale_b);
   const GemmArguments g = arguments_of(*c);
   check_gemm(g);
   QUAVER_CHECK(!(c->accumulate && c->bias.has_value()),

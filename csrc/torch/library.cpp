@@ -18,6 +18,8 @@ constexpr const char* kLayerSchemas[] = {
     "int block=128) -> Tensor",
     "cast_transpose(Tensor x, ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, "
     "bool power_of_two=True) -> (Tensor q, Tensor qt, Tensor scale, Tensor amax)",
+    "cast_layouts(Tensor x, ScalarType dtype, str granularity, bool rows=True, bool columns=True, "
+    "bool power_of_two=False) -> (Tensor q, Tensor scale, Tensor qt, Tensor qt_scale)",
     "normalize(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, "
     "ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, bool power_of_two=True, "
     "int block=32) "

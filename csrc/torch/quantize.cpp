@@ -12,17 +12,23 @@ namespace {
 Layout layout_of(const char* op, const Word& granularity, int64_t block) {
   if (granularity.text == "tensor") return {Grain::tensor, block};
   if (granularity.text == "row") return {Grain::row, block};
+  if (granularity.text == "tile") return {Grain::tile, block};
   QUAVER_CHECK(granularity.text == "block", op,
-               ": granularity must be \"tensor\", \"row\" or \"block\", got \"", granularity.text,
-               "\"");
+               ": granularity must be \"tensor\", \"row\", \"block\" or \"tile\", got \"",
+               granularity.text, "\"");
   check_block(op, {Grain::block, block});
   return {Grain::block, block};
 }
 
-// tensor: []; row: [..., 1]; block: [..., ceil(cols / block)]
-Shape scale_shape(const Tensor& x, const Layout& layout) {
+// tensor: []; row: [..., 1]; block: [..., ceil(cols / block)]; tile: [ceil(rows / 128), ceil(cols /
+// 128)], of a matrix
+Shape scale_shape(const char* op, const Tensor& x, const Layout& layout) {
   if (layout.grain == Grain::tensor) return {};
   Shape shape = shape_of(x);
+  if (layout.grain == Grain::tile) {
+    check_matrix(op, "a tensor with granularity \"tile\"", x);
+    shape[0] = layout.scale_rows(shape[0]);
+  }
   if (shape.empty()) shape.push_back(1);
   shape.back() = layout.scales_in_row(shape.back());
   return shape;
@@ -44,7 +50,7 @@ void encode(const char* op, const Tensor& x, const Tensor& q, const Tensor& scal
 std::tuple<Tensor, Tensor, Tensor> quantized(const char* op, const Tensor& x, ScalarType dtype,
                                              const OptionalTensor& scale_in,
                                              const QuantizeOptions& o, const ScaleSource& source) {
-  const Shape shape = scale_shape(x, o.layout);
+  const Shape shape = scale_shape(op, x, o.layout);
   Tensor q = empty(x, shape_of(x), dtype);
   Tensor scale = scale_tensor(op, x, scale_in, shape);
   Tensor amax = empty(x, shape, ScalarType::Float);
@@ -77,6 +83,7 @@ Tensor dequantize(const Tensor& q_in, const Tensor& scale, ScalarType dtype,
   QUAVER_CHECK(scale.scalar_type() == ScalarType::Float, "dequantize: scale must be float32, got ",
                torch::headeronly::toString(scale.scalar_type()));
   const Tensor q = dense(q_in);
+  if (layout.grain == Grain::tile) check_matrix("dequantize", "q with granularity \"tile\"", q);
   Tensor out = empty(q, shape_of(q), dtype);
   check_device("dequantize", q, "scale", scale);
   const Tensor scales = dense(scale);

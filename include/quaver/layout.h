@@ -5,8 +5,11 @@
 
 namespace quaver {
 
-// All of them, those of a row, or those of each 1 x block along the last axis.
-enum class Grain : int8_t { tensor, row, block };
+// All of them, those of a row, those of each 1 x block along the last axis, or those of each square
+// of kScaleTile rows and columns.
+enum class Grain : int8_t { tensor, row, block, tile };
+
+constexpr int64_t kScaleTile = 128;
 
 constexpr int64_t blocks_in_row(int64_t cols, int64_t block) { return (cols + block - 1) / block; }
 
@@ -14,13 +17,17 @@ struct Layout {
   Grain grain = Grain::tensor;
   int64_t block = 128;  // of Grain::block
 
-  // Values of a row of `cols` under one scale, and its scales; not for Grain::tensor.
-  int64_t width(int64_t cols) const { return grain == Grain::block ? block : cols; }
-  int64_t scales_in_row(int64_t cols) const {
-    return grain == Grain::block ? blocks_in_row(cols, block) : 1;
+  // Columns and rows under one scale, and the scales along each axis; not for Grain::tensor.
+  int64_t width(int64_t cols) const {
+    return grain == Grain::block ? block : grain == Grain::tile ? kScaleTile : cols;
   }
+  int64_t height() const { return grain == Grain::tile ? kScaleTile : 1; }
+  int64_t scales_in_row(int64_t cols) const {
+    return grain == Grain::row ? 1 : blocks_in_row(cols, width(cols));
+  }
+  int64_t scale_rows(int64_t rows) const { return blocks_in_row(rows, height()); }
   int64_t scale_count(const TensorView& x) const {
-    return grain == Grain::tensor ? 1 : x.rows * scales_in_row(x.cols);
+    return grain == Grain::tensor ? 1 : scale_rows(x.rows) * scales_in_row(x.cols);
   }
 };
 

@@ -69,9 +69,11 @@ def export(
     - "fp8-tensor": FineGrainedFP8 with one `weight_scale_inv` a weight.
     - "compressed-tensors": one `weight_scale` a weight.
 
-    Of a converted model those are the layers that multiply in FP8, and with one scale their codes
-    are those that training multiplies by. Of a plain model they are all linear layers except heads
-    and gates. One weight is in memory at a time. The folder appears whole or not at all.
+    Of a converted model those are the layers that multiply in FP8. With one scale their codes are
+    those that training multiplies by; in "fp8-block", those of a recipe with grain="block", and
+    their scales, which are powers of two only if the recipe's are. Of a plain model they are all
+    linear layers except heads and gates. One weight is in memory at a time. The folder appears
+    whole or not at all.
 
     Args:
         folder: a new or an empty folder; its parents are made.

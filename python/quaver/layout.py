@@ -16,9 +16,9 @@ FORMATS = {
 }
 _NAMES = {dtype: name for name, dtype in FORMATS.items()}
 
-GRAINS = ("tensor", "row", "block", "flat")
+GRAINS = ("tensor", "row", "block", "tile", "flat")
 
-FLAT_BLOCK = 128  # the only block of grain "flat"
+FLAT_BLOCK = 128  # the only block of grains "flat" and "tile"
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Layout:
     Args:
         format: "f32", "bf16", "f16", "e4m3" or "e5m2".
         grain: "tensor" for one scale, "row" for one for each row of the last axis, "block" for one
-            for each 1 x `block` along the last axis, "flat" for one for each 128 flat elements
-            (optimizer states).
+            for each 1 x `block` along the last axis, "tile" for one for each 128 x 128 of a matrix,
+            "flat" for one for each 128 flat elements (optimizer states).
         block: values along the last axis that share a scale, for grain "block"; else always 128.
         expand: COAT's dynamic range expansion of each block, for grain "flat" (codec.h).
 
@@ -73,9 +73,15 @@ class Layout:
         return FORMATS[self.format]
 
     def scale_shape(self, shape: torch.Size) -> tuple[int, ...]:
-        """The shape of the scales of a tensor of `shape`."""
+        """The shape of the scales of a tensor of `shape`.
+
+        Raises ValueError for grain "tile" and a shape that is no matrix's."""
         if self.grain == "tensor":
             return ()
+        if self.grain == "tile":
+            if len(shape) != 2:
+                raise ValueError(f'Layout: grain "tile" is for matrices, got {tuple(shape)}')
+            return tuple(-(-n // FLAT_BLOCK) for n in shape)
         *rows, columns = shape or (1,)
         if self.grain == "row":
             return (*rows, 1)
@@ -84,5 +90,6 @@ class Layout:
         return (-(-shape.numel() // FLAT_BLOCK),)
 
     def __str__(self) -> str:
-        kind = {"block": f"1 x {self.block} block"}.get(self.grain, self.grain)
+        kinds = {"block": f"1 x {self.block} block", "tile": f"{FLAT_BLOCK} x {FLAT_BLOCK} tile"}
+        kind = kinds.get(self.grain, self.grain)
         return f"{self.format} with {'expanded ' if self.expand else ''}{kind} scale"

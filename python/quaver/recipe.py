@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,6 +47,13 @@ class LinearRecipe:
         cache: "none" casts a weight where it is used; "master" keeps the two FP8 copies of an
             "f16-tensor" weight (2 bytes a value), which every write of the weight writes too. A
             plain weight has no such copies, because any code may write it unnoticed.
+        grain: the values that share a scale: all of a "tensor"; a "row" of each operand, as the
+            product reads it; or a "block", 1 x 128 along the axis that a product sums over for
+            inputs and output gradients, and 128 x 128 for weights (DeepSeek-V3, arXiv 2412.19437,
+            section 3.3.2). Rows and blocks are scaled just in time, and go with plain weights.
+        power_of_two: scales are rounded up to powers of two. Those of tensors always are.
+        weight_product: "fp8", or with rows and blocks "bf16": the product of the weight's gradient
+            reads input and output gradient in bf16, and backward keeps the input in bf16.
 
     Raises:
         ValueError: a field with a value that is none of its choices, or choices that exclude each
@@ -61,6 +68,9 @@ class LinearRecipe:
     master: str = "as-is"
     grad_accumulate: str = "bf16"
     cache: str = "none"
+    grain: str = "tensor"
+    power_of_two: bool = True
+    weight_product: str = "fp8"
 
     def __post_init__(self):
         formats = (E4M3, E5M2)
@@ -74,12 +84,32 @@ class LinearRecipe:
             master=("as-is", "bf16", "f16-tensor"),
             grad_accumulate=("bf16", "f32"),
             cache=("none", "master"),
+            grain=("tensor", "row", "block"),
+            power_of_two=(True, False),
+            weight_product=("fp8", "bf16"),
         )
         if self.cache == "master" and self.master != "f16-tensor":
             raise ValueError(
                 f'LinearRecipe: cache="master" needs master="f16-tensor", got {self.master!r}: '
                 "copies of a plain weight could be stale"
             )
+        fine = self.grain != "tensor"
+        for field, value, possible in (
+            ("scaling", "delayed", not fine),
+            ("master", "f16-tensor", not fine),
+            ("power_of_two", False, fine),
+            ("weight_product", "bf16", fine and self.weight_grad != "e4m3"),
+        ):
+            if getattr(self, field) == value and not possible:
+                raise ValueError(
+                    f"LinearRecipe: {field}={value!r} excludes grain={self.grain!r} with "
+                    f"weight_grad={self.weight_grad!r}"
+                )
+
+    @property
+    def weight_grain(self) -> str:
+        """The grain of the weight's scales."""
+        return "tile" if self.grain == "block" else self.grain
 
 
 @dataclass(frozen=True)
@@ -242,6 +272,12 @@ class Recipe:
             fp8_sum=flags,
         )
         self._check_moments()
+        fine = self.linear is not None and self.linear.grain != "tensor"
+        if self.activation is not None and fine:
+            raise ValueError(
+                "Recipe: an ActivationRecipe casts with one scale a tensor: linear.grain must be "
+                f"tensor, got {self.linear.grain}"
+            )
 
     @property
     def composed(self) -> bool:
@@ -284,12 +320,17 @@ _FP8LM = LinearRecipe(scaling="delayed", weight_grad="e4m3", master="f16-tensor"
 # Just in time: the norm's and the activation's kernel reduces its own amax (Group Scaling).
 _COAT = LinearRecipe(weight_grad="bf16", master="bf16")
 
+# Their own scales leave output gradients range enough in e4m3.
+_FINE = LinearRecipe(grain="block", grad_output=E4M3, power_of_two=False)
+
 _RECIPES = {
     r.name: r
     for r in (
         Recipe("f32", autocast=None),
         Recipe("bf16"),
         Recipe("tensorwise", linear=LinearRecipe()),
+        Recipe("rowwise", linear=replace(_FINE, grain="row")),
+        Recipe("blockwise", linear=_FINE),
         Recipe("fp8lm-o1", linear=_FP8LM),
         Recipe("fp8lm-o2", linear=_FP8LM, exp_avg="e4m3-tensor", exp_avg_sq="f16-tensor"),
         Recipe(

@@ -308,9 +308,10 @@ def encode(
     dtype: torch.dtype = torch.float32,
     scale: Tensor | None = None,
     seed: int | None = None,
+    power_of_two: bool = True,
 ) -> ScaledTensor:
-    """`value` in a layout, with `scale` or a just-in-time one; rounds to nearest, or with a `seed`
-    stochastically."""
+    """`value` in a layout, with `scale` or a just-in-time one, by default a power of two; rounds to
+    nearest, or with a `seed` stochastically."""
     value = value.detach()
     if isinstance(value, ScaledTensor):
         value = value.dequantize(torch.float32)
@@ -331,7 +332,7 @@ def encode(
         return ScaledTensor(q, one, amax, dtype, layout)
     stochastic, seed = seed is not None, seed or 0
     q, scale, amax = torch.ops.quaver.quantize(
-        value, layout.dtype, scale, None, layout.grain, layout.block, True, stochastic, seed
+        value, layout.dtype, scale, None, layout.grain, layout.block, power_of_two, stochastic, seed
     )
     return ScaledTensor(q, scale, amax, dtype, layout)
 

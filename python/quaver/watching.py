@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .nn import MLP, LinearBase, Norm
+from .nn.cast import matrix
 from .nn.linear import is_converted, smooth
 from .ops import quantize
 from .tensor import ScaledTensor, is_sharded
@@ -168,17 +169,20 @@ class Watch:
             x, rule = arguments[0].detach(), module.rule
             if module.channel_amax is not None and not isinstance(x, ScaledTensor):
                 x = x / smooth(module.channel_amax).to(x.dtype)  # as it does before it casts
+            fine = {"grain": rule.grain, "power_of_two": rule.power_of_two}
             if maker is not None:
                 self._measure((maker, "product"), x, rule.input)
             if not isinstance(x, ScaledTensor):  # else the module that made the codes measures them
-                self._measure((name, "input"), x, rule.input, module.input_history)
+                self._measure((name, "input"), x, rule.input, module.input_history, **fine)
             weight = module.weight.detach()
             if not is_sharded(weight):
                 values = weight.dequantize() if isinstance(weight, ScaledTensor) else weight
-                self._measure((name, "weight"), values, rule.weight)
+                self._measure(
+                    (name, "weight"), values, rule.weight, **fine | {"grain": rule.weight_grain}
+                )
             if output.requires_grad:
                 key, dtype, history = (name, "grad_output"), rule.grad_output, module.grad_history
-                output.register_hook(lambda g: self._measure(key, g, dtype, history))
+                output.register_hook(lambda g: self._measure(key, g, dtype, history, **fine))
 
         return hook
 
@@ -191,8 +195,9 @@ class Watch:
         return hook
 
     @torch.no_grad()
-    def _measure(self, key, x: Tensor, dtype: torch.dtype, history: Tensor | None = None) -> None:
-        found = measured(x.detach(), dtype, history)
+    def _measure(self, key, x: Tensor, dtype: torch.dtype, history: Tensor | None = None,
+                 **scales) -> None:  # fmt: skip
+        found = measured(x.detach(), dtype, history, **scales)
         before = self._found.get(key)
         self._found[key] = found if before is None else torch.maximum(before, found)
 
@@ -291,9 +296,11 @@ def is_watched(model: nn.Module) -> bool:
     return model.__dict__.get("_quaver_watched", False)
 
 
-def measured(x: Tensor, dtype: torch.dtype, history: Tensor | None = None) -> Tensor:
+def measured(x: Tensor, dtype: torch.dtype, history: Tensor | None = None, grain: str = "tensor",
+             power_of_two: bool = True) -> Tensor:  # fmt: skip
     """amax, saturated, flushed and kurtosis (float32 [4]; see `watch`) of x, as codes or before its
-    cast to `dtype`, under the delayed scaling of `history` if there is one."""
+    cast to `dtype`, under the delayed scaling of `history` if there is one, or just in time with
+    scales of a `grain`."""
     coded = isinstance(x, ScaledTensor)
     values = (x.dequantize(torch.float32) if coded else x.float()).abs()
     amax = values.amax() if values.numel() else values.new_zeros(())
@@ -301,6 +308,10 @@ def measured(x: Tensor, dtype: torch.dtype, history: Tensor | None = None) -> Te
         codes = x.qdata.float().abs()
         beyond = codes == torch.finfo(x.qdata.dtype).max
         lost, of = codes == 0, torch.ones_like(codes)
+    elif grain != "tensor":
+        q = quantize(matrix(x), dtype, granularity=grain, power_of_two=power_of_two)
+        beyond = torch.zeros_like(values, dtype=torch.bool)  # a scale just in time fits
+        lost, of = (q.qdata.view(x.shape).float() == 0) & (values > 0), values > 0
     else:
         kept = None if history is None else history.clone()
         q = quantize(x, dtype, history=kept)

@@ -14,7 +14,7 @@ FP8, FLOATS = (E4M3, E5M2), (torch.float32, torch.float16, torch.bfloat16)
 CODES = (*FP8, torch.float16)
 ANY = (*FLOATS, *FP8)
 STRANGE = (torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64)
-GRAINS = ("tensor", "row", "block")
+GRAINS = ("tensor", "row", "block", "tile")
 KINDS = ("silu", "gelu", "gelu_tanh")
 WILD_INTS = (-(2**63), -(2**62), -17, -1, 0, 1, 2, 15, 16, 2**62, 2**63 - 16, 2**63 - 1)
 WILD_FLOATS = (0.0, -0.0, -1.0, 1e-45, 3e38, math.inf, -math.inf, math.nan)
@@ -172,8 +172,7 @@ class Generator:
         )
 
     def quantize(self):
-        shape = self.pick([self.matrix(), (3, *self.matrix()), (self.pick(SIZES),), ()])
-        grain, block = self.pick(GRAINS), self.block()
+        shape, grain, block = self.layout()
         x = self.floating(shape)
         scale = history = None
         if self.chance(0.3):
@@ -184,10 +183,18 @@ class Generator:
         return x, self.pick(CODES), scale, history, grain, block, self.chance(0.7), stochastic, seed
 
     def dequantize(self):
-        shape = self.pick([self.matrix(), (3, *self.matrix()), (self.pick(SIZES),), ()])
-        grain, block = self.pick(GRAINS), self.block()
+        shape, grain, block = self.layout()
         q = self.tensor(self.bits(shape, self.pick(CODES)))
         return q, self.scales(*scale_shape(shape, grain, block)), self.pick(FLOATS), grain, block
+
+    def layout(self):
+        grain, matrix = self.pick(GRAINS), self.matrix()
+        others = [(3, *matrix), (self.pick(SIZES),), ()] if grain != "tile" else []
+        return self.pick([matrix, *others]), grain, self.block()
+
+    def cast_layouts(self):
+        x, grain = self.floating(self.matrix()), self.pick(GRAINS[1:])
+        return x, self.pick(FP8), grain, *(self.chance(p) for p in (0.8, 0.8, 0.5))
 
     def cast_transpose(self):
         x = self.floating(self.matrix())
@@ -245,7 +252,9 @@ class Generator:
         m, n, k = (self.pick((0, 1, 3, 16, 17, 48)) for _ in range(3))
         operands = []
         for rows in (m, n):
-            scale = self.scales(*self.pick([(), (rows, 1), (rows,)]))
+            blocks, tiles = -(-k // 128), -(-rows // 128)
+            shapes = [(), (rows, 1), (rows,), (rows, blocks), (tiles, blocks)]
+            scale = self.scales(*self.pick(shapes))
             operands += [self.tensor(self.bits((rows, k), self.pick(FP8))), scale]
         return m, n, operands
 
@@ -515,4 +524,6 @@ def scale_shape(shape, grain: str, block: int):
     if grain == "tensor":
         return ()
     *rows, cols = shape or (1,)
+    if grain == "tile":
+        return tuple(-(-n // 128) for n in shape)
     return (*rows, 1 if grain == "row" else -(-cols // block))

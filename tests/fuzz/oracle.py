@@ -58,6 +58,15 @@ def cast_transpose(x, dtype, scale, history, power_of_two):
     return scale if scale is None else reference.cast_transpose(x, dtype, scale)
 
 
+def cast_layouts(x, dtype, grain, rows, columns, power_of_two):
+    q, scale, qt, qt_scale = reference.cast_layouts(x, dtype, grain, power_of_two)
+    none, no_scale = torch.empty(0, dtype=dtype), torch.empty(0)
+    return (
+        *((q, scale) if rows else (none, no_scale)),
+        *((qt, qt_scale) if columns else (none, no_scale)),
+    )
+
+
 def normalize(x, weight, bias, eps, centered, dtype, scale, history, power_of_two, block):
     y, mean, rstd = reference.normalize(x, weight, bias, eps, centered)
     scale = scale_of(y, dtype, scale, history, power_of_two)
@@ -168,7 +177,7 @@ def subset_sums(grads, scales, amaxes, subsets):
 
 EXACT = {
     f.__name__: f
-    for f in (quantize, dequantize, cast_transpose, normalize, normalize_backward, activate,
-              accumulate_, share_scales, pack, reduce_shards, encode_state, decode_state,
-              nf4_encode, nf4_decode, subset_sums)
+    for f in (quantize, dequantize, cast_transpose, cast_layouts, normalize, normalize_backward,
+              activate, accumulate_, share_scales, pack, reduce_shards, encode_state,
+              decode_state, nf4_encode, nf4_decode, subset_sums)
 }  # fmt: skip

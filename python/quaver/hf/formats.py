@@ -1,7 +1,8 @@
 """The formats of an exported weight: what each layer's matrix is stored as, and the config's words.
 
 x ~= scale * q here too: transformers' `weight_scale_inv` and compressed-tensors' `weight_scale` are
-both the multiplier that decodes, float32. All scales are powers of two, so that decoding is exact.
+both the multiplier that decodes, float32. Scales are powers of two, so that decoding is exact,
+except where they are those of training by blocks.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..layout import Layout
 from ..nn.cast import nan_unless_finite
 from ..nn.linear import LinearBase
 from ..nn.weight import cast_weight
@@ -45,7 +46,7 @@ class Format:
         Raises UsageError for a weight that is not finite."""
         check_amax(weight, name)
         if self.blocks:
-            parts = [encode_blocks(part) for part in weight.detach().split(rows)]
+            parts = training_blocks(weight, layer, rows)
         else:
             q, scale = training_codes(weight, layer)
             parts = [(part, scale) for part in q.split(rows)]
@@ -76,9 +77,11 @@ def decoded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def training_codes(weight: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
     """The e4m3 codes [N, K] of a weight and their scale (): those that the layer multiplies by, if
-    it multiplies in e4m3. The scale is NaN if a plain weight is not finite."""
+    it multiplies in e4m3 with one scale a weight. The scale is NaN if a plain weight is not
+    finite."""
     weight = weight.detach()
-    if isinstance(layer, LinearBase) and layer.rule.weight == E4M3:
+    own = isinstance(layer, LinearBase) and layer.rule.weight == E4M3
+    if own and layer.rule.grain == "tensor":
         cast = cast_weight(weight, E4M3, both=False)
         n, k = weight.shape
         return cast.q[:n, :k], cast.scale
@@ -88,7 +91,7 @@ def training_codes(weight: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
     return q.qdata, nan_unless_finite(q.scale, q.amax)
 
 
-def encode_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+def encode_blocks(x: Tensor, power_of_two: bool = True) -> tuple[Tensor, Tensor]:
     """The e4m3 codes of a matrix [N, K] and the scales [N / 128, K / 128], rounded up, of its
     128 x 128 blocks; those at the edges are smaller. A scale is NaN where its block is not finite.
     Some rows are decoded at a time.
@@ -99,22 +102,24 @@ def encode_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = []
     for start in range(0, n, height):
         rows = slice(start, start + height)
-        q, scale = _encode_stripe(decoded(x[rows], torch.float32))
-        codes[rows] = q
-        scales.append(scale)
+        values = decoded(x[rows], torch.float32)
+        q = quantize(values, E4M3, granularity="tile", power_of_two=power_of_two)
+        codes[rows] = q.qdata.view(torch.uint8)
+        scales.append(nan_unless_finite(q.scale, q.amax))
     return codes.view(E4M3), torch.cat(scales)
 
 
-def _encode_stripe(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes, as bytes, and scales of some rows of blocks."""
-    n, k = x.shape
-    rows, columns = -(-n // BLOCK), -(-k // BLOCK)
-    padded = F.pad(x, (0, columns * BLOCK - k, 0, rows * BLOCK - n))
-    blocks = padded.view(rows, BLOCK, columns, BLOCK).transpose(1, 2)
-    q = quantize(blocks.reshape(rows * columns, BLOCK * BLOCK), E4M3, granularity="row")
-    codes = q.qdata.view(torch.uint8).view(rows, columns, BLOCK, BLOCK).transpose(1, 2)
-    codes = codes.reshape(rows * BLOCK, columns * BLOCK)[:n, :k]
-    return codes, nan_unless_finite(q.scale, q.amax).view(rows, columns)
+def training_blocks(weight: Tensor, layer: nn.Module, rows: list[int]) -> list[tuple]:
+    """The codes and scales of `encode_blocks` for each of the parts of a weight. Of a layer that
+    multiplies by 128 x 128 blocks they are the layer's own, where parts begin with a block."""
+    weight = weight.detach()
+    own = isinstance(layer, LinearBase) and layer.rule.grain == "block"
+    frozen = isinstance(weight, ScaledTensor) and weight.qlayout == Layout("e4m3", "tile")
+    if frozen and all(n % BLOCK == 0 for n in rows[:-1]):
+        heights = [-(-n // BLOCK) for n in rows]
+        return list(zip(weight.qdata.split(rows), weight.scale.split(heights), strict=True))
+    power_of_two = layer.rule.power_of_two if own else True
+    return [encode_blocks(part, power_of_two) for part in weight.split(rows)]
 
 
 def fp8_config(block: list[int] | None, left: list[str]) -> dict:

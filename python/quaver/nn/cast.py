@@ -24,12 +24,16 @@ HISTORY_STATE = 17  # count and 16 amaxes; scale.h
 
 class Cast(NamedTuple):
     """A matrix [R, C] in FP8, padded with zeros to multiples of 16, in the layouts that products
-    read: q [R, C] under `scale` and, or None, its transpose qt [C, R] under `qt_scale`."""
+    read: q [R, C] under `scale` and, or None, its transpose qt [C, R] under `qt_scale`. A tensor's
+    one scale is both; those of rows or blocks are each layout's own."""
 
     q: Tensor
     scale: Tensor
     qt: Tensor | None
     qt_scale: Tensor
+
+    def transposed(self) -> Cast:
+        return Cast(self.qt, self.qt_scale, self.q, self.scale)
 
 
 def cast(
@@ -39,9 +43,16 @@ def cast(
     both: bool,
     scale: Tensor | None = None,
     history: Tensor | None = None,
+    grain: str = "tensor",
+    power_of_two: bool = True,
+    rows: bool = True,
 ) -> Cast:
     """x [R, C] in FP8, with its transpose where `both`. The scale is `scale`, or that of delayed
-    scaling by `history`, or just in time, and then NaN where a value of x is not finite."""
+    scaling by `history`, or just in time, and then NaN where a value of x is not finite. Scales of
+    another `grain` than the tensor's are chosen just in time; q is then empty without `rows`."""
+    if grain != "tensor":
+        q, used, qt, qt_scale = _ops.cast_layouts(x, dtype, grain, rows, both, power_of_two)
+        return Cast(q, used, qt if both else None, qt_scale)
     x = pad(x)
     if both:
         q, qt, used, amax = _ops.cast_transpose(x, dtype, scale, history)

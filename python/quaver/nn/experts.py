@@ -192,6 +192,8 @@ def why_experts_stay(module: nn.Module, recipe: recipes.Recipe, frozen: bool) ->
             "it is a stack of experts, whose weights and gradients stay plain: tensorwise and coat "
             "multiply it in FP8"
         )
+    if rule.grain != "tensor":
+        return f"it is a stack of experts, which have no scales of {rule.grain}s yet"
     dtypes = {p.dtype for p in module.parameters(recurse=False)}
     if not dtypes <= set(FLOATS):
         return f"its weights are {', '.join(sorted(map(str, dtypes)))}"

@@ -14,6 +14,7 @@ from ..ops import FLOATS
 from ..tensor import ScaledTensor
 from . import fallback
 from .cast import (
+    Cast,
     cast_history,
     check_devices,
     in_backward,
@@ -127,27 +128,28 @@ class LinearBase(nn.Module):
             self.fp8_weight = copies  # compiled graphs read them from here, not from the weight
         return copies
 
-    def operands(self, channels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The weight's codes [N, K], their scale, and the transposed codes [K, N]. All None where
-        the product casts the weight; None for the last where backward casts it again."""
-        dtype = self.rule.weight
+    def operands(self, channels: Tensor | None = None) -> Cast | tuple[None, ...]:
+        """The weight's codes [N, K], with the transposed codes [K, N]. All None where the product
+        casts the weight; None for the transposed codes where backward casts it again."""
+        rule = self.rule
+
+        def make(both: bool = True) -> Cast:
+            codes = cast_weight(
+                self.weight, rule.weight, both=both or self.input_major, channels=channels,
+                grain=rule.weight_grain, power_of_two=rule.power_of_two,
+            )  # fmt: skip
+            return codes.transposed() if self.input_major else codes
+
         copies = self.fp8_weight if torch.compiler.is_compiling() else self.refresh()
         if copies is not None:
-            q, scale, qt = copies.q, copies.scale, copies.qt
-            return (qt, scale, q) if self.input_major else (q, scale, qt)
-
-        def make():
-            return cast_weight(self.weight, dtype, both=True)
-
+            codes = Cast(copies.q, copies.scale, copies.qt, copies.scale)
+            return codes.transposed() if self.input_major else codes
         kept = cached_cast(self, self.weight, make) if channels is None else None
         if kept is not None:
-            q, scale, qt, _ = kept
-            return (qt, scale, q) if self.input_major else (q, scale, qt)
+            return kept
         if channels is None and not isinstance(self.weight, ScaledTensor):
-            return None, None, None
-        both = self.input_major
-        q, scale, qt, _ = cast_weight(self.weight, dtype, both=both, channels=channels)
-        return (qt if both else q), scale, None
+            return _NONE
+        return make(both=False)._replace(qt=None)
 
     def all_gather_codes(self, shard: ScaledTensor) -> tuple[Tensor, Tensor]:
         """The codes and scale that FSDP2 gathers of a shard of the weight."""
@@ -179,7 +181,9 @@ class LinearBase(nn.Module):
         ready = quantized(x, rule.input)
         if ready is not None:
             return ready, None, None
-        shared, keep = shared_cast(x, (both, rule.input, self.training, rule.scaling))
+        shared, keep = shared_cast(
+            x, (both, rule.input, self.training, rule.scaling, rule.grain, rule.power_of_two)
+        )
         if shared is not None:
             return shared, None, None
         return None, cast_history(self, self._buffers["input_history"]), keep
@@ -211,14 +215,15 @@ class LinearBase(nn.Module):
         """The layer's product of x and the weight's `operands`, in the layer's output dtype."""
         out, rule, weight = output_dtype(x), self.rule, self.weight
         learns = torch.is_grad_enabled() and weight.requires_grad
-        codes, history, keep = self.input_codes(x, learns)
+        codes, history, keep = self.input_codes(x, learns and rule.weight_product == "fp8")
         # FSDP2 reduces gradients itself, from full precision.
         whole = not getattr(weight, "is_transient", False)
         y = Product.apply(
             x, weight, bias, *(codes or _NONE), *operands, channels, history,
             self._buffers["grad_history"] if self.training else None, rule.input, rule.weight,
             rule.grad_output, product_dtype(out), rule.weight_grad if whole else "f32",
-            rule.grad_accumulate, learns, self.input_major, exchange, keep,
+            rule.grad_accumulate, learns, self.input_major, exchange, keep, rule.grain,
+            rule.power_of_two, rule.weight_product,
         )  # fmt: skip
         return y if y.dtype == out else y.to(out)
 
@@ -253,7 +258,9 @@ class LinearBase(nn.Module):
         self.refresh()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.rule.scaling} scaling, {self.rule.master} weight"
+        rule = self.rule
+        grain = "" if rule.grain == "tensor" else f"{rule.grain} scales, "
+        return f"{super().extra_repr()}, {grain}{rule.scaling} scaling, {rule.master} weight"
 
 
 class Linear(LinearBase, nn.Linear):

@@ -51,9 +51,9 @@ class Product(FirstOrder):
             differentiates with respect to them.
         given: x in FP8, as q, scale, qt and qt_scale of a Cast: the op casts nothing. Four None, or
             q None: it casts x.
-        w_q, w_scale, w_qt: the codes [N, K] of the weight, their scale, and their transpose. w_q
-            None: the op casts the weight. w_qt None: backward casts it again, and autograd checks
-            for changes in between.
+        w_q, w_scale, w_qt, w_qt_scale: the codes [N, K] of the weight and their transpose, as a
+            Cast. w_q None: the op casts the weight. w_qt None: backward casts it again, and
+            autograd checks for changes in between.
         channels: float32 [K], what multiplied the weight and divided x.
         input_history, grad_history: delayed scaling of the input and of the output gradient.
         formats: of the input, of the weight and of the output gradient.
@@ -61,17 +61,32 @@ class Product(FirstOrder):
         weight_grad, grad_accumulate: as in LinearRecipe.
         learns: whether backward forms the weight's gradient.
         exchange: None on a single rank.
-        keep: is called with the Cast that the op made of x.
+        keep: is called with the Cast that is made of x here.
+        grain, power_of_two: of the scales that are chosen here. Operands whose scales are not of
+            the tensor are cast before the op.
+        weight_product: "bf16" keeps x, and multiplies it with dy for the weight's gradient.
     """
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, q, scale, qt, qt_scale, w_q, w_scale, w_qt, channels, input_history,
-        grad_history, input_dtype, weight_dtype, grad_dtype, out_dtype, weight_grad,
-        grad_accumulate, learns, input_major=False, exchange=None, keep=None,
+        ctx, x, weight, bias, q, scale, qt, qt_scale, w_q, w_scale, w_qt, w_qt_scale, channels,
+        input_history, grad_history, input_dtype, weight_dtype, grad_dtype, out_dtype, weight_grad,
+        grad_accumulate, learns, input_major=False, exchange=None, keep=None, grain="tensor",
+        power_of_two=True, weight_product="fp8",
     ):  # fmt: skip
         n = weight.shape[1 if input_major else 0]
         values = _values(x, q)
+        ctx.grain, ctx.power_of_two, ctx.weight_product = grain, power_of_two, weight_product
+        ctx.input_major, ctx.weight_format, ctx.channels = input_major, weight_dtype, channels
+        if grain != "tensor" and q is None:
+            both = learns and weight_product == "fp8"
+            q, scale, qt, qt_scale = made = cast(
+                matrix(values), input_dtype, both=both, grain=grain, power_of_two=power_of_two
+            )
+            if keep is not None:
+                keep(made)
+        if grain != "tensor" and w_q is None:
+            w_q, w_scale = _cast_weight(ctx, weight)[:2]
         y, made, made_t, made_scale, weight_scale = linear(
             values, q, scale, weight if w_q is None else w_q, w_scale, bias, n, input_dtype,
             weight_dtype, out_dtype, learns, input_major, input_history,
@@ -81,17 +96,20 @@ class Product(FirstOrder):
             if keep is not None:
                 keep(Cast(made, made_scale, qt, made_scale))
         needs_x = ctx.needs_input_grad[0]
+        if weight_product == "bf16" and learns:
+            qt, qt_scale = x, None
         ctx.save_for_backward(qt, qt_scale, weight if w_qt is None and needs_x else None)
         # Copies are not saved tensors, because they are written in place with the weight; backward
         # checks the weight's version instead.
         copied = w_qt is not None and needs_x
         ctx.weight, ctx.version = (weight, weight._version) if copied else (None, None)
-        ctx.w_scale, ctx.w_qt = w_scale if w_q is not None else weight_scale, w_qt
-        ctx.channels, ctx.history, ctx.out_dtype = channels, grad_history, out_dtype
-        ctx.weight_format, ctx.grad_dtype, ctx.weight_grad = weight_dtype, grad_dtype, weight_grad
+        ctx.w_scale = w_scale if w_q is not None else weight_scale
+        ctx.w_qt, ctx.w_qt_scale = w_qt, w_qt_scale
+        ctx.history, ctx.out_dtype = grad_history, out_dtype
+        ctx.grad_dtype, ctx.weight_grad = grad_dtype, weight_grad
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.low_weight, ctx.grad_accumulate = isinstance(weight, ScaledTensor), grad_accumulate
-        ctx.n, ctx.chosen, ctx.input_major = n, chosen_rows(weight), input_major
+        ctx.n, ctx.chosen = n, chosen_rows(weight)
         ctx.bias_dtype, ctx.exchange = None if bias is None else bias.dtype, exchange
         return y if exchange is None else exchange.reduce_output(y)
 
@@ -106,12 +124,19 @@ class Product(FirstOrder):
         xt = kept if needs_weight else None
         if ctx.exchange is not None:
             dx, dw = _exchanged(ctx, dy, wt, xt, kept_scale)
+        elif needs_weight and ctx.weight_product == "bf16":
+            g = _cast_gradient(ctx, dy, both=False) if needs_x else None
+            dx, _ = _gradients(ctx, dy, g, wt, None, None)
+            dw = _plain_weight_gradient(ctx, dy, kept)
         elif needs_weight and ctx.chosen is not None:
-            g = Exchange.cast_gradient(None, dy, ctx.grad_dtype, ctx.history, True)
+            g = _cast_gradient(ctx, dy, both=True)
             dx, _ = _gradients(ctx, dy, g, wt, None, None)
             dw = _chosen_rows(ctx, g, xt, kept_scale)
         elif needs_x or needs_weight:
-            dx, dw = _gradients(ctx, dy, quantized(dy, ctx.grad_dtype), wt, xt, kept_scale)
+            g = quantized(dy, ctx.grad_dtype)
+            if g is None and ctx.grain != "tensor":
+                g = _cast_gradient(ctx, dy, both=needs_weight)
+            dx, dw = _gradients(ctx, dy, g, wt, xt, kept_scale)
         else:
             dx = dw = None
         if dx is not None and dx.dtype != ctx.x_dtype:
@@ -124,6 +149,16 @@ def _values(x: Tensor, q: Tensor | None) -> Tensor:
     if not isinstance(x, ScaledTensor):
         return x
     return x.dequantize() if q is None else x.qdata
+
+
+def _cast_gradient(ctx, dy: Tensor, both: bool) -> Cast:
+    ready = quantized(dy, ctx.grad_dtype)
+    if ready is not None:
+        return ready
+    return cast(
+        matrix(dy), ctx.grad_dtype, both=both, history=ctx.history, grain=ctx.grain,
+        power_of_two=ctx.power_of_two,
+    )  # fmt: skip
 
 
 def _exchanged(ctx, dy, wt, xt, x_scale):
@@ -146,15 +181,21 @@ def _exchanged(ctx, dy, wt, xt, x_scale):
 
 
 def _gradients(ctx, dy, g, wt, xt, x_scale):
-    """dx, where there is a transposed weight, and dw as the recipe leaves it in `.grad`, where
-    there is a transposed input. dy [..., N] is cast, unless `g` has its codes."""
+    """dx, where there is a transposed weight with its scale, and dw as the recipe leaves it in
+    `.grad`, where there is a transposed input. dy [..., N] is cast, unless `g` has its codes."""
     if wt is None and xt is None:
         return None, None
     kind = ctx.weight_grad
     product = {"f32": torch.float32, "bf16": torch.bfloat16, "e4m3": ctx.out_dtype}[kind]
-    q, scale, qt = (None, None, None) if g is None else g[:3]
+    q, scale, qt, qt_scale = (None, None, None, None) if g is None else g
+    if qt_scale is not scale and xt is not None:  # the op takes one scale of both layouts
+        if wt is not None:
+            dx, _ = _gradients(ctx, dy, g, wt, None, None)
+            return dx, _gradients(ctx, dy, g, None, xt, x_scale)[1]
+        scale = qt_scale
+    wt, wt_scale = (None, None) if wt is None else wt
     dx, dw, dw_scale, dw_amax = linear_backward(
-        _values(dy, q), q, qt, scale, wt, None if wt is None else ctx.w_scale, xt,
+        _values(dy, q), q, qt, scale, wt, wt_scale, xt,
         None if xt is None else x_scale, ctx.channels, ctx.n, ctx.x_shape[-1],
         ctx.grad_dtype, ctx.weight_format, ctx.out_dtype, product,
         E4M3 if kind == "e4m3" else None, ctx.input_major, ctx.history,
@@ -205,21 +246,41 @@ def _backward_flops(
     return 2 * math.prod(dy) * k * ((weight is not None) + (xt is not None))
 
 
-def _transposed_weight(ctx, weight: Tensor | None) -> Tensor:
-    """The codes [K, N] that forward's weight had, or a plain weight, which the op casts again."""
+def _cast_weight(ctx, weight: Tensor, transposed: bool = False) -> Cast:
+    """The weight [N, K] as the operand that `transposed` says; the other one may be missing."""
+    columns = transposed != ctx.input_major
+    codes = cast_weight(
+        weight, ctx.weight_format, rows=not columns, both=columns,
+        scale=ctx.w_scale if transposed and ctx.grain == "tensor" else None, channels=ctx.channels,
+        grain="tile" if ctx.grain == "block" else ctx.grain, power_of_two=ctx.power_of_two,
+    )  # fmt: skip
+    return codes.transposed() if ctx.input_major else codes
+
+
+def _transposed_weight(ctx, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The codes [K, N] that forward's weight had, or a plain weight, which the op casts again; and
+    the scale, the forward's where there is one of the tensor."""
     if ctx.w_qt is None:
-        if ctx.channels is None and not ctx.low_weight:
-            return weight
-        codes = cast_weight(
-            weight, ctx.weight_format, both=not ctx.input_major, scale=ctx.w_scale,
-            channels=ctx.channels,
-        )  # fmt: skip
-        return codes.q if ctx.input_major else codes.qt
+        if ctx.channels is None and not ctx.low_weight and ctx.grain == "tensor":
+            return weight, ctx.w_scale
+        return _cast_weight(ctx, weight, transposed=True)[2:]
     if ctx.weight._version != ctx.version:
         raise RuntimeError(
             "Linear: the weight was changed in place between this forward and its backward"
         )
-    return ctx.w_qt
+    return ctx.w_qt, ctx.w_qt_scale
+
+
+def _plain_weight_gradient(ctx, dy: Tensor, x: Tensor) -> Tensor | Rows:
+    """dy.T @ x in bf16 (weight_product)."""
+    a, b = (matrix(t.to(torch.bfloat16)) for t in (dy, x))
+    if ctx.input_major:
+        a, b = b, a
+    a = a.t()
+    if ctx.chosen is not None:
+        dw = a.index_select(0, ctx.chosen) @ b
+        return Rows(dw.to(ctx.weight_dtype), ctx.chosen, len(a))
+    return (a @ b).to(ctx.weight_dtype)
 
 
 def _chosen_rows(ctx, g: Cast, xt: Tensor, x_scale: Tensor) -> Rows:
@@ -234,6 +295,8 @@ def _chosen_rows(ctx, g: Cast, xt: Tensor, x_scale: Tensor) -> Rows:
     count = ctx.chosen.numel()
     taken = q.view(torch.uint8).index_select(0, ctx.chosen)
     taken = F.pad(taken, (0, 0, 0, -count % 16)).view(q.dtype)
+    if scale.numel() > 1:
+        scale = F.pad(scale.index_select(0, ctx.chosen), (0, 0, 0, -count % 16), value=1.0)
     dw = _ops.gemm(taken, scale, *b, None, product, False)[:count, :cols]
     if ctx.channels is not None:
         dw = dw * ctx.channels.to(dw.dtype)

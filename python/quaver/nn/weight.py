@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import recipe as recipes
-from ..tensor import ScaledTensor
+from ..layout import Layout
+from ..tensor import ScaledTensor, encode
 from .cast import Cast, cast, nan_unless_finite, pad, transpose_codes
 
 _ops = torch.ops.quaver
@@ -30,6 +32,9 @@ def cast_weight(
     both: bool,
     scale: Tensor | None = None,
     channels: Tensor | None = None,
+    grain: str = "tensor",
+    power_of_two: bool = True,
+    rows: bool = True,
 ) -> Cast:
     """The FP8 codes of a weight as it lies, and of its transpose where `both`.
 
@@ -37,12 +42,13 @@ def cast_weight(
         scale: that of an earlier cast of this weight, which then gives the same codes; None
             chooses it. The scale of a ScaledTensor decides alone.
         channels: float32 [K], multiplies the columns of a weight [N, K] first.
+        grain, power_of_two: of the scales. A frozen weight has those that it was frozen with.
+        rows: False leaves the first codes empty where the transposed ones do not need them.
     """
     weight = weight.detach()
     if isinstance(weight, ScaledTensor):
         if weight.qdata.dtype == dtype:  # frozen, or another rank's: only the codes exist here
-            q = pad(weight.qdata)
-            return Cast(q, weight.scale, transpose_codes(q) if both else None, weight.scale)
+            return _frozen_cast(weight, both)
         if channels is None:  # e4m3 of the f16 codes: the scales differ by exactly 2^7
             step = weight.scale.new_full((), MASTER_TO_FP8)
             codes = cast(weight.qdata, dtype, both=both, scale=step)
@@ -51,7 +57,21 @@ def cast_weight(
         weight = weight.dequantize(torch.float32)
     if channels is not None:
         weight = weight.float() * channels
-    return cast(weight, dtype, both=both, scale=scale)
+    return cast(weight, dtype, both=both, scale=scale, grain=grain, power_of_two=power_of_two,
+                rows=rows)  # fmt: skip
+
+
+def _frozen_cast(weight: ScaledTensor, both: bool) -> Cast:
+    """The operand that a frozen weight's codes are. Those of rows do not fit the transpose:
+    the decoded values are cast again."""
+    q, scale = pad(weight.qdata), weight.scale
+    if weight.qlayout.grain == "row":
+        scale = F.pad(scale, (0, 0, 0, len(q) - len(scale)), value=1.0)
+        if both:
+            _, _, qt, qt_scale = _ops.cast_layouts(weight.dequantize(torch.float32), q.dtype, "row")
+            return Cast(q, scale, qt, qt_scale)
+    qt_scale = scale.t().contiguous() if weight.qlayout.grain == "tile" else scale
+    return Cast(q, scale, transpose_codes(q) if both else None, qt_scale)
 
 
 def shard_codes(shard: ScaledTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -107,9 +127,9 @@ def freeze_weight(weight: nn.Parameter, rule: recipes.LinearRecipe) -> nn.Parame
     """A weight that does not train, as the codes that products multiply by, and nothing else."""
     if isinstance(weight, ScaledTensor):
         return weight
-    q, scale, amax = _ops.quantize(weight.detach(), rule.weight)
-    scale = nan_unless_finite(scale, amax)
-    codes = ScaledTensor(q, scale, amax, weight.dtype)
+    layout = Layout.of(rule.weight, rule.weight_grain)
+    codes = encode(weight, layout, weight.dtype, power_of_two=rule.power_of_two)
+    codes.scale = nan_unless_finite(codes.scale, codes.amax)
     codes.is_frozen = True
     return nn.Parameter(codes, requires_grad=False)
 

@@ -21,7 +21,7 @@ from .gradient import amaxes, grad_norm, none_like, parts
 from .microadam import micro_adam_
 from .nf4 import nf4_decode, nf4_encode
 from .optimizer import adam_, encode_state, subset_sums
-from .quantize import cast_transpose, dequantize, quantize
+from .quantize import cast_layouts, cast_transpose, dequantize, quantize
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,6 +36,7 @@ __all__ = [
     "adam_4bit_",
     "amaxes",
     "bucket_length",
+    "cast_layouts",
     "cast_transpose",
     "dequantize",
     "encode_state",

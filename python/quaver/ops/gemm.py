@@ -26,8 +26,13 @@ def gemm(
     """scale_a * scale_b * a @ b.T + bias, in TN layout with f32 accumulation.
 
     Args:
-        a, b: FP8 [M, K] and [N, K], per-tensor or per-row scales; any mix of e4m3 and e5m2 (CUDA:
-            not both e5m2, and N and K are multiples of 16).
+        a, b: FP8 [M, K] and [N, K]; any mix of e4m3 and e5m2 (CUDA: not both e5m2, and N and K are
+            multiples of 16). Each has scales of its own: of the tensor, of rows, of 1 x 128 blocks
+            or of 128 x 128 tiles. With other scales than the tensor's, a CPU with AVX-512 decodes
+            operands of a bf16 product to bf16, which rounds unless the scales are powers of two;
+            with blocks or tiles so does CUDA, which has no kernel for them yet: it decodes both
+            operands and multiplies by torch's product, in f32 where the result is not bf16 or there
+            is a bias or an addend.
         out_dtype: bfloat16, float16, float32, or with `out_scale` an FP8 type (ignored where `out`
             is given).
         bias: [N], added before the one rounding to the output type.
@@ -39,15 +44,19 @@ def gemm(
 
     Raises:
         TypeError: an operand that is no ScaledTensor.
-        ValueError: `accumulate` without `out`; an FP8 `out_dtype` without `out_scale`, or
-            `out_scale` with anything else, or one on the CPU that is not positive and finite.
+        ValueError: scales of other blocks; `accumulate` without `out`; an FP8 `out_dtype` without
+            `out_scale`, or `out_scale` with anything else, or one on the CPU that is not positive
+            and finite.
         RuntimeError: shapes and types that do not fit.
     """
     for name, t in (("a", a), ("b", b)):
         if not isinstance(t, ScaledTensor):
             raise TypeError(f"gemm: {name} must be a ScaledTensor, got {type(t).__name__}")
-        if t.qlayout.grain == "block":
-            raise ValueError(f"gemm: {name} has block scales; wanted tensor or row scales")
+        if t.qlayout.grain == "flat" or (t.qlayout.grain == "block" and t.qlayout.block != 128):
+            raise ValueError(
+                f"gemm: {name} has scales of {t.qlayout}; wanted those of the tensor, of rows, of "
+                "1 x 128 blocks or of 128 x 128 tiles"
+            )
     operands = a.qdata, a.scale, b.qdata, b.scale
     if out is not None:
         if out_scale is not None:

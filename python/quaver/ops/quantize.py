@@ -53,7 +53,8 @@ def quantize(
         dtype: float8_e4m3fn, float8_e5m2, or float16 (see scale_max in dtype.h).
         scale: decode scale(s) to use, float32 and positive; None chooses amax / finite_max just in
             time.
-        granularity: "tensor", "row" or "block" (1 x `block` along the last axis).
+        granularity: "tensor", "row", "block" (1 x `block` along the last axis) or "tile"
+            (128 x 128 of a matrix).
         power_of_two: round chosen scales up to a power of two (FP8-LM, section 2.2).
         rounding: "nearest" (ties to even) or "stochastic" (Philox: seed and element index).
         history: float32 [17] state of delayed scaling, read and updated; excludes `scale`.
@@ -74,11 +75,7 @@ def quantize(
 @fake("quantize")
 def _(x, dtype, scale=None, history=None, granularity="tensor", block=128, power_of_two=True,
       stochastic=False, seed=0):  # fmt: skip
-    shape = list(x.shape) or [1]
-    if granularity == "tensor":
-        shape = []
-    else:
-        shape[-1] = 1 if granularity == "row" else (shape[-1] + block - 1) // block
+    shape = Layout.of(dtype, granularity, block).scale_shape(x.shape)
     q = x.new_empty(x.shape, dtype=dtype)
     return q, x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 
@@ -120,6 +117,43 @@ def _(x, dtype, scale=None, history=None, power_of_two=True):
         scalar,
         torch.empty_like(scalar),
     )
+
+
+def cast_layouts(
+    x: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    granularity: str = "block",
+    *,
+    power_of_two: bool = False,
+) -> tuple[ScaledTensor, ScaledTensor]:
+    """A matrix as products read it, x and its transpose, each with scales of its own, from one read
+    (rows: two).
+
+    Args:
+        x: float32, float16 or bfloat16 [R, C].
+        dtype: float8_e4m3fn or float8_e5m2.
+        granularity: "row"; "block", 1 x 128 along each result's last axis; or "tile", 128 x 128,
+            whose codes are the same in both.
+
+    Returns q [R, C] and qt [C, R], both axes padded with zeros to multiples of 16. A scale is NaN
+    where one of its values is not finite, so that products show it; there is no amax.
+
+    Raises:
+        RuntimeError: types, shapes or granularities that do not fit, named with what came.
+    """
+    q, scale, qt, scale_t = _ops.cast_layouts(x, dtype, granularity, True, True, power_of_two)
+    layout = Layout.of(dtype, granularity)
+    return tuple(ScaledTensor(*p, None, x.dtype, layout) for p in ((q, scale), (qt, scale_t)))
+
+
+@fake("cast_layouts")
+def _(x, dtype, granularity, rows=True, columns=True, power_of_two=False):
+    layout, results = Layout.of(dtype, granularity), []
+    for wanted, shape in ((rows, x.shape), (columns, x.shape[::-1])):
+        shape = [(n + 15) // 16 * 16 for n in shape] if wanted else [0]
+        scales = layout.scale_shape(shape) if wanted else [0]
+        results += [x.new_empty(shape, dtype=dtype), x.new_empty(scales, dtype=torch.float32)]
+    return tuple(results)
 
 
 def _both_layouts(like, rows, cols, dtype):

@@ -51,6 +51,7 @@ from .quantize import (
     HISTORY,
     DelayedScale,
     cast_for_gemm,
+    cast_layouts,
     cast_transpose,
     dequantize,
     expand_scale,

@@ -8,11 +8,23 @@ from torch import Tensor
 from .formats import encode
 
 
+def decoded(q: Tensor, scale: Tensor) -> Tensor:
+    """scale * q in f64, by the shape of the scales: one, [rows, 1], those of 1 x 128 blocks, or of
+    128 x 128 tiles."""
+    scale = scale.double()
+    if scale.dim() == 2 and scale.numel() > 1:
+        if scale.shape[0] != q.shape[0]:
+            scale = scale.repeat_interleave(128, 0)[: q.shape[0]]
+        if scale.shape[1] != 1:
+            scale = scale.repeat_interleave(128, 1)[:, : q.shape[1]]
+    return q.double() * scale
+
+
 def gemm(
     a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """scale_a * scale_b * a @ b.T + bias in f64; scales are 0-D or [rows, 1]."""
-    y = (a.double() * scale_a.double()) @ (b.double() * scale_b.double()).t()
+    """scale_a * scale_b * a @ b.T + bias in f64; scales as `decoded` takes them."""
+    y = decoded(a, scale_a) @ decoded(b, scale_b).t()
     return y if bias is None else y + bias.double()
 
 
@@ -21,14 +33,23 @@ def gemm_tolerance(
     addend: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """|gemm - f64| of any order of f32 sums: K roundings of the magnitudes' sum, one of the result.
+    Operands with several scales may be decoded first, to bf16 if that is the result's dtype: two
+    more roundings.
 
     Higham, Accuracy and Stability of Numerical Algorithms, section 3.1; the products are exact.
     """
     magnitude = gemm(a.float().abs(), scale_a.abs(), b.float().abs(), scale_b.abs())
+    if scale_a.numel() > 1 or scale_b.numel() > 1:
+        coarse = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
+        magnitude = magnitude * (1 + torch.finfo(coarse).eps / 2) ** 2
+        decoding = 2 * (torch.finfo(coarse).eps / 2) * magnitude
+    else:
+        decoding = 0
     if addend is not None:
         magnitude = magnitude + addend.double().abs()
     last = torch.finfo(out_dtype).eps / 2
-    return magnitude * ((a.shape[1] + 4) * 2.0**-24 + last) + torch.finfo(out_dtype).tiny
+    rounding = magnitude * ((a.shape[1] + 4) * 2.0**-24 + last)
+    return rounding + decoding + torch.finfo(out_dtype).tiny
 
 
 def tensor_core_tolerance(

@@ -11,6 +11,7 @@ from torch import Tensor
 from .formats import E4M3, F16, encode, scale_from_amax, scale_max
 
 HISTORY = 16
+TILE = 128
 FORECAST = 16.0  # how far too large a delayed scale may be
 
 
@@ -26,6 +27,10 @@ def quantize(
     x = x.float()
     if granularity == "tensor":
         amax = x.abs().amax() if x.numel() else torch.zeros(())
+    elif granularity == "tile":
+        rows, cols = (-(-n // TILE) for n in x.shape)
+        padded = F.pad(x, (0, cols * TILE - x.shape[1], 0, rows * TILE - x.shape[0]))
+        amax = padded.reshape(rows, TILE, cols, TILE).abs().amax((1, 3))
     else:
         line = x if x.dim() else x[None]
         width = max(line.shape[-1], 1)
@@ -40,6 +45,9 @@ def quantize(
 
 def expand_scale(scale: Tensor, x: Tensor, granularity: str, block: int = 128) -> Tensor:
     """The scales, shaped to multiply x."""
+    if granularity == "tile":
+        scale = scale.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
+        return scale[: x.shape[0], : x.shape[1]]
     if granularity == "block":
         cols = x.shape[-1] if x.dim() else 1
         scale = scale.repeat_interleave(min(block, max(cols, 1)), -1)[..., :cols]
@@ -60,6 +68,20 @@ def cast_transpose(
     """q, its transpose, scale and amax."""
     q, scale, amax = quantize(x, dtype, scale, power_of_two=power_of_two)
     return q, q.t().contiguous(), scale, amax
+
+
+def cast_layouts(
+    x: Tensor, dtype: torch.dtype, granularity: str, power_of_two: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, scale, qt and qt_scale: quantize of x and of its transpose, padded with zeros to multiples
+    of 16 in both axes. A scale whose values are not all finite is NaN."""
+
+    def layout(y):
+        y = F.pad(y.float(), (0, -y.shape[1] % 16, 0, -y.shape[0] % 16))
+        q, scale, amax = quantize(y, dtype, None, granularity, TILE, power_of_two)
+        return q, torch.where(amax.isfinite(), scale, torch.nan)
+
+    return *layout(x), *layout(x.t().contiguous())
 
 
 class DelayedScale:

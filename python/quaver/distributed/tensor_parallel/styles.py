@@ -224,6 +224,11 @@ def _check_linear(style: str, name: str, module: nn.Module) -> None:
         raise TypeError(f"{style}: {name} must be a Linear, got {type(module).__name__}")
     if getattr(module, "channel_amax", None) is not None:
         raise ValueError(f"{style}: {name} is smoothed by channels, which cannot be spread yet")
+    if isinstance(module, Linear) and module.rule.grain != "tensor":
+        raise ValueError(
+            f"{style}: {name} has scales of {module.rule.grain}s, and ranks exchange codes under "
+            'one scale a tensor; use a recipe with grain="tensor", such as "tensorwise"'
+        )
 
 
 def _spread(module: nn.Module, name: str, shard: Shard) -> None:
