@@ -7,25 +7,35 @@ expert; each expert that has some multiplies them as a linear layer of its own, 
 from __future__ import annotations
 
 import functools
-from itertools import pairwise
+import itertools
 
 import torch
 from torch import Tensor, nn
 
 from .. import recipe as recipes
 from ..ops import FLOATS
-from ..ops.linear import linear, linear_backward
 from .cast import check_devices, output_dtype
 from .first_order import FirstOrder
 from .linear import product_dtype
+from .product import Product
 from .swap import Swapped, swap, swap_back
 from .weight import convert_weight, set_dtype
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
 
 
+class _Context:
+    """The context of one expert's product."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]):
+        self.needs_input_grad, self.saved_tensors = needs_input_grad, ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
 class GroupedProduct(FirstOrder):
-    """Rows ends[e - 1] to ends[e] of x times the e-th weight, for every e.
+    """Rows ends[e - 1] to ends[e] of x times the e-th weight, for every e, each a Product.
 
     Args:
         x: [S, K] float32, float16 or bfloat16, sorted by expert. Rows from ends[-1] on belong to
@@ -34,49 +44,47 @@ class GroupedProduct(FirstOrder):
         ends: E ints that do not fall.
         rule: the LinearRecipe, of current scaling and plain gradients.
         out_dtype: float32 or bfloat16, of the result [S, N].
+        learns: whether backward forms the weight's gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, ends, rule, out_dtype, input_major):
-        ctx.ends, ctx.rule, ctx.input_major, ctx.out_dtype = ends, rule, input_major, out_dtype
-        ctx.n, ctx.x_dtype, ctx.shape = weight.shape[2 if input_major else 1], x.dtype, x.shape
-        y = x.new_zeros((x.shape[0], ctx.n), dtype=out_dtype)
-        kept = []
-        for expert, begin, end in _groups(ends):
-            y[begin:end], _, qt, scale, weight_scale = linear(
-                x[begin:end], None, None, weight[expert], None, None, ctx.n, rule.input,
-                rule.weight, out_dtype, ctx.needs_input_grad[1], input_major, None,
+    def forward(ctx, x, weight, ends, rule, out_dtype, input_major, learns):
+        ctx.groups, ctx.likes = list(_groups(ends)), (x.shape, x.dtype, weight.shape, weight.dtype)
+        y = x.new_zeros((len(x), weight.shape[2 if input_major else 1]), dtype=out_dtype)
+        ctx.inner = [_Context((*ctx.needs_input_grad[:2], False)) for _ in ctx.groups]
+        for inner, (expert, begin, end) in zip(ctx.inner, ctx.groups, strict=True):
+            y[begin:end] = Product.forward(
+                inner, x[begin:end], weight[expert], *(None,) * 12, rule.input, rule.weight,
+                rule.grad_output, out_dtype, rule.weight_grad, rule.grad_accumulate, learns,
+                input_major, None, None, rule.grain, rule.power_of_two, rule.weight_product,
             )  # fmt: skip
-            kept += (qt, scale, weight_scale)
-        ctx.save_for_backward(weight, *kept)
+        # Autograd must know of all that is kept: hooks count, move or drop it.
+        ctx.save_for_backward(*(t for inner in ctx.inner for t in inner.saved_tensors))
+        for inner in ctx.inner:
+            inner.count, inner.saved_tensors = len(inner.saved_tensors), ()
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        weight, *kept = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        rule, k = ctx.rule, ctx.shape[1]
-        dx = dy.new_zeros(ctx.shape, dtype=ctx.x_dtype) if needs_x else None
-        dw = torch.zeros_like(weight) if needs_weight else None
-        dw_dtype = torch.bfloat16 if rule.weight_grad == "bf16" else torch.float32
-        for i, (expert, begin, end) in enumerate(_groups(ctx.ends)):
-            qt, scale, weight_scale = kept[3 * i : 3 * i + 3]
-            of_x, of_weight, _, _ = linear_backward(
-                dy[begin:end], None, None, None, weight[expert] if needs_x else None,
-                weight_scale if needs_x else None, qt if needs_weight else None,
-                scale if needs_weight else None, None, ctx.n, k, rule.grad_output, rule.weight,
-                ctx.out_dtype, dw_dtype, None, ctx.input_major, None,
-            )  # fmt: skip
+        x_shape, x_dtype, w_shape, w_dtype = ctx.likes
+        dx = dy.new_zeros(x_shape, dtype=x_dtype) if needs_x else None
+        dw = dy.new_zeros(w_shape, dtype=w_dtype) if needs_weight else None
+        saved = iter(ctx.saved_tensors)
+        for inner, (expert, begin, end) in zip(ctx.inner, ctx.groups, strict=True):
+            inner.saved_tensors = tuple(itertools.islice(saved, inner.count))
+            of_x, of_weight, *_ = Product.backward(inner, dy[begin:end])
+            inner.saved_tensors = ()
             if needs_x:
                 dx[begin:end] = of_x
             if needs_weight:
                 dw[expert] = of_weight
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None, None, None
 
 
 def _groups(ends: list[int]):
     """(expert, begin, end) of those that have rows."""
-    for expert, (begin, end) in enumerate(pairwise((0, *ends))):
+    for expert, (begin, end) in enumerate(itertools.pairwise((0, *ends))):
         if end > begin:
             yield expert, begin, end
 
@@ -143,9 +151,10 @@ class Experts(Swapped):
     def multiply(self, x: Tensor, name: str, ends: list[int], experts: Tensor) -> Tensor:
         """The product of the sorted tokens x [S, K] and their experts' weights called `name`, with
         their biases; `experts` are the experts of the rows."""
-        out = output_dtype(x)
+        out, weight = output_dtype(x), getattr(self, name)
+        learns = torch.is_grad_enabled() and weight.requires_grad
         y = GroupedProduct.apply(
-            x, getattr(self, name), ends, self.rule, product_dtype(out), self.is_transposed
+            x, weight, ends, self.rule, product_dtype(out), self.is_transposed, learns
         )
         y = y if y.dtype == out else y.to(out)
         return y + getattr(self, f"{name}_bias")[experts].to(out) if self.has_bias else y
@@ -189,11 +198,9 @@ def why_experts_stay(module: nn.Module, recipe: recipes.Recipe, frozen: bool) ->
         return 'it is a stack of experts, which frozen="fp8" leaves as they are'
     if rule.master == "f16-tensor" or rule.weight_grad == "e4m3":
         return (
-            "it is a stack of experts, whose weights and gradients stay plain: tensorwise and coat "
-            "multiply it in FP8"
+            "it is a stack of experts, whose weights and gradients stay plain: tensorwise, "
+            "rowwise, blockwise and coat multiply it in FP8"
         )
-    if rule.grain != "tensor":
-        return f"it is a stack of experts, which have no scales of {rule.grain}s yet"
     dtypes = {p.dtype for p in module.parameters(recurse=False)}
     if not dtypes <= set(FLOATS):
         return f"its weights are {', '.join(sorted(map(str, dtypes)))}"
