@@ -53,7 +53,11 @@ for _name in (
 class Interchange(torch.Tensor):
     """The methods of ScaledTensor that other libraries call."""
 
-    data_ptr = _refused("data_ptr", "use t.qdata.data_ptr(), or t.dequantize()")
+    data_ptr = _refused(
+        "data_ptr",
+        "use t.qdata.data_ptr(), or t.dequantize(); under Accelerate's FSDP2 use a recipe of plain "
+        "weights (tensorwise), or quaver.distributed.fully_shard",
+    )
     storage = _typed_storage = _refused("storage", "use t.dequantize() or the state_dict()")
     apply_ = _refused("apply_", "use t.copy_(t.dequantize().apply_(f))")
     map_ = _refused("map_", "use t.copy_(t.dequantize().map_(other, f))")

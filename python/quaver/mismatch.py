@@ -76,7 +76,9 @@ def _warn_of_other_recipe(optimizer: torch.optim.Optimizer) -> None:
         }
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         converted = recipes.get(id(p))
-        if converted is None or _rules(p, converted) == _rules(p, recipe):
+        # A recipe of the same name was derived from the model's, with other states on purpose.
+        same = converted is None or converted.name == recipe.name
+        if same or _rules(p, converted) == _rules(p, recipe):
             continue
         wanted, got = (", ".join(_rules(p, r)) for r in (converted, recipe))
         warnings.warn(

@@ -1,5 +1,7 @@
 """torch's own sharding over a converted model, on two ranks: what one process finds, or refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rank_pool import run
@@ -113,6 +115,42 @@ def test_torchs_fsdp2(recipe, make):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_torchs_fsdp1(recipe, make):
     check(run(2, _fsdp1, recipe, make), recipe, make)
+
+
+STATES = {
+    "coat": (lambda: "coat", "recipe coat keeps exp_avg in groups of flat elements, which FSDP1"),
+    "one scale": (
+        lambda: replace(qv.recipe.get("fp8lm-o2"), plain_moments=True),
+        "keeps exp_avg as e4m3-tensor, which FSDP1's flat parameters would cut; use FSDP2",
+    ),
+    "matrices": (lambda: "subset-norm", "keeps moments of matrices, and FSDP1 flattens them"),
+}
+
+
+def _flattened(rank, states, first, original):
+    """The refusal of an optimizer that is made before or after the model is wrapped."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = uniform(None)
+    recipe, message = STATES[states][0](), ""
+    optimizer = qv.AdamW(model.parameters(), recipe=recipe) if first else None
+    model = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+    before = values(model)
+    try:
+        optimizer = optimizer or qv.AdamW(model.parameters(), recipe=recipe)
+        x, y = batch(seed=rank)
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    except ValueError as error:
+        message = str(error)
+    return message, all(torch.equal(v, before[n]) for n, v in values(model).items())
+
+
+@pytest.mark.parametrize(("first", "original"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("states", STATES)
+def test_torchs_fsdp1_is_refused_where_it_would_cut_states(states, first, original):
+    for message, same in run(2, _flattened, states, first, original):
+        assert STATES[states][1] in message and same
 
 
 def _tensor_parallel(rank, recipe):

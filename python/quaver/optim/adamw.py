@@ -159,6 +159,11 @@ class AdamW(Optimizer):
 
     def _check_parameter(self, p: Tensor) -> None:
         super()._check_parameter(p)
+        if getattr(p, "_fsdp_flattened", False) and (self.recipe.composed or self.recipe.packed):
+            raise ValueError(
+                f"AdamW: recipe {self.recipe.name} keeps moments of matrices, and FSDP1 flattens "
+                "them; use a recipe with f32 states, or quaver.distributed.ddp"
+            )
         if not (self._has_rules(p) or self._is_packed(p)):
             return
         if isinstance(local(p), ScaledTensor) or placement.shard_of(p) is not None:

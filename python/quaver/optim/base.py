@@ -14,6 +14,7 @@ from ..recipe import Recipe
 from ..rows import Rows
 from ..tensor import ScaledTensor, is_sharded, local
 from .moments import Ema
+from .parts import joined, parted
 
 
 class Item(NamedTuple):
@@ -42,7 +43,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError: options that `check_options` refuses, a parameter that is not float32, bfloat16
-            or float16, an unknown recipe, a shard of FSDP2's that would cut the blocks of a state.
+            or float16, an unknown recipe, a shard of FSDP's that would cut the blocks of a state.
     """
 
     name: str  # of the optimizer, in errors
@@ -95,14 +96,25 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"{self.name}: parameters must be float32, bfloat16 or float16, got {p.dtype}"
             )
-        cut = [(key, slot) for key, slot in self.slots(p).items() if slot.is_flat]
-        if cut and is_sharded(p):
-            key, slot = cut[0]
-            how = "in groups of flat elements" if isinstance(slot, Ema) else f"as {slot}"
+        flat = [(key, slot) for key, slot in self.slots(p).items() if slot.is_flat]
+        if flat and is_sharded(p):
             raise ValueError(
-                f"{self.name}: recipe {self.recipe.name} keeps {key} {how}, which FSDP2's shards "
-                "would cut; wanted f32 or one scale a tensor"
+                f"{self._kept(*flat[0])}, which FSDP2's shards would cut; wanted f32, or one scale "
+                'a tensor (a Recipe with exp_avg="e4m3-tensor", exp_avg_sq="f16-tensor" and '
+                "plain_moments=True)"
             )
+        if getattr(p, "_fsdp_flattened", False):
+            scaled = [i for i in self.slots(p).items() if isinstance(i[1], Ema) and i[1].is_scaled]
+            if flat or scaled:
+                raise ValueError(
+                    f"{self._kept(*(flat or scaled)[0])}, which FSDP1's flat parameters would cut; "
+                    "use FSDP2 (quaver.distributed.fully_shard), or a recipe with f32 states"
+                )
+
+    def _kept(self, key: str, slot: object) -> str:
+        grouped = isinstance(slot, Ema) and slot.is_flat
+        how = "in groups of flat elements" if grouped else f"as {slot}"
+        return f"{self.name}: recipe {self.recipe.name} keeps {key} {how}"
 
     @property
     def skipped(self) -> int:
@@ -195,6 +207,7 @@ class Optimizer(torch.optim.Optimizer):
         or dtype since."""
         state = self.state[p]
         if not state:
+            self._check_parameter(p)  # it may have become a shard since it was added
             state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
             for key, slot in self.slots(p).items():
                 state[key] = placement.like(p, slot.zeros(local(p)))
@@ -206,12 +219,21 @@ class Optimizer(torch.optim.Optimizer):
             )
         return state
 
+    def state_dict(self) -> dict:
+        """torch's, except that an FP8 state of a shard is its parts: "exp_avg.qdata" (bytes),
+        "exp_avg.scale" and "exp_avg.amax". What gathers shards, as torch.distributed.checkpoint
+        and its clients do, would decode it otherwise, and the codes would be lost."""
+        found = super().state_dict()
+        return {**found, "state": {i: parted(s) for i, s in found["state"].items()}}
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads as torch does, except that states keep the dtype and codes they were saved with.
         Raises ValueError, and changes nothing, where a state does not fit recipe and parameter."""
-        saved = state_dict["state"]
         ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
+        slots = {i: self.slots(p) for i, p in zip(ids, params, strict=False)}
+        saved = {i: joined(s, slots.get(i, {})) for i, s in state_dict["state"].items()}
+        state_dict = {**state_dict, "state": saved}
         if len(ids) == len(params):  # else torch raises the error
             for i, p in zip(ids, params, strict=True):
                 if saved.get(i):
@@ -251,8 +273,12 @@ class Optimizer(torch.optim.Optimizer):
         if not step.is_meta and not 0 <= step.item() < torch.iinfo(torch.int64).max:
             refuse(f"has taken {step.item()} steps; wanted 0 or more")
         for key, slot in slots.items():
-            if not slot.fits(state[key], p):
-                refuse(f"has {key} {_describe(state[key])}; recipe {self.recipe.name} keeps it as "
+            value = state[key]
+            if is_sharded(p) and isinstance(value, Tensor) and not is_sharded(value):
+                refuse(f"has a whole {key}, its parameter is a shard",
+                       "; load it by torch.distributed.checkpoint.state_dict")  # fmt: skip
+            if not slot.fits(value, p):
+                refuse(f"has {key} {_describe(value)}; recipe {self.recipe.name} keeps it as "
                        f"{slot} of shape {list(p.shape)}")  # fmt: skip
 
 

@@ -26,6 +26,11 @@ class Ema:
         """Whether blocks of flat elements share a scale, so that no shard may cut them."""
         return self.storage.layout.grain == "flat"
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether its values are codes with scales."""
+        return not self.storage.plain
+
     def zeros(self, p: Tensor) -> Tensor:
         """The moment of a parameter before its first step."""
         return self.storage.zeros(p)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..layout import Layout
-from ..tensor import ScaledTensor
+from ..tensor import ScaledTensor, local
 
 # The values of Scaling in codec.h, by (grain, expand).
 SCALINGS = {("tensor", False): 0, ("flat", False): 1, ("flat", True): 2}
@@ -40,10 +40,11 @@ class Codec:
         return ScaledTensor(codes, scale, amax, torch.float32, self.layout)
 
     def fits(self, state: object, p: Tensor) -> bool:
-        """Whether `state` is a state of this codec for p."""
-        low = isinstance(state, ScaledTensor)
+        """Whether `state` is a state of this codec for p; of a shard where p is one."""
         if not isinstance(state, Tensor) or state.shape != p.shape:
             return False
+        state = local(state)
+        low = isinstance(state, ScaledTensor)
         if self.plain or not low:
             return self.plain and not low and state.dtype == self.layout.dtype
         return state.qlayout == self.layout
