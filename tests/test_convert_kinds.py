@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import quaver as qv
 from quaver import recipe
-from quaver.nn import LinearBase
+from quaver.nn import LinearBase, linear
 
 
 class Conv1D(nn.Module):
@@ -325,3 +326,48 @@ def test_flops_are_counted_as_those_of_plain_layers(name):
             net(x).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+class Alike(nn.Linear):
+    """A subclass that its library has named as one that computes as nn.Linear does."""
+
+    def extra(self):
+        return self.in_features
+
+
+def test_a_named_subclass_becomes_fp8_and_stays_its_class():
+    linear.LINEARS.add(Alike)  # of this test alone
+    torch.manual_seed(0)
+    model = nn.Sequential(Alike(16, 32), nn.Linear(32, 16))
+    plain = copy.deepcopy(model)
+    qv.convert(model, "tensorwise")
+    assert isinstance(model[0], Alike) and isinstance(model[0], qv.nn.Linear)
+    assert model[0].extra() == 16 and set(qv.convert_report(model).converted) == {"0", "1"}
+    x = torch.randn(4, 16)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x)) and type(twin[0]) is type(model[0])
+    assert (model(x) - plain(x)).norm() < 0.1 * plain(x).norm()  # two casts to e4m3
+    qv.restore(model)
+    assert type(model[0]) is Alike and torch.equal(model(x), plain(x))
+
+
+def test_histories_that_leave_the_meta_device_are_new():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 16))
+    rule = replace(qv.recipe.get("tensorwise").linear, scaling="delayed")
+    qv.convert(model, replace(qv.recipe.get("tensorwise"), linear=rule))
+    for _ in range(3):  # memory that is not zero, where it comes from the allocator
+        torch.full((17,), 7.0)
+    model.to_empty(device="cpu")
+    assert not model[0].input_history.any() and not model[0].grad_history.any()
+
+
+def test_a_router_in_a_module_of_its_own_stays():
+    class Moe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.routed_experts = nn.Module(), nn.Linear(32, 32)
+            self.router.gate = nn.Linear(32, 32)
+
+    left = qv.convert_report(qv.convert(Moe(), "tensorwise")).left
+    assert left == {"router.gate": "it chooses between experts"}

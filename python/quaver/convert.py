@@ -15,7 +15,7 @@ from . import structure
 from .mismatch import mark_converted, mark_replaced, mark_restored
 from .nn.cast import Holder
 from .nn.experts import Experts, is_experts, why_experts_stay
-from .nn.linear import Conv1D, Linear, LinearBase, is_converted
+from .nn.linear import LINEARS, Conv1D, Linear, LinearBase, SwappedLinear, is_converted
 from .nn.mlp import MLP
 from .nn.norm import Norm
 from .nn.swap import is_wrapped, swap, swap_back
@@ -118,10 +118,11 @@ def convert(
     _convert_linear(model, chosen, skip, roles, report, frozen is not None)
     _convert_experts(model, chosen, skip, report, frozen is not None)
     if chosen.activation is not None:
-        if chosen.activation.norm:
-            _convert_norms(model, chosen, skip, report)
-        if chosen.activation.mlp:
-            _convert_mlps(model, chosen, skip, report)
+        with torch.device("cpu"):  # they are recognised by values; a caller's default may be meta
+            if chosen.activation.norm:
+                _convert_norms(model, chosen, skip, report)
+            if chosen.activation.mlp:
+                _convert_mlps(model, chosen, skip, report)
     apart = [n for n, why in report.left.items() if why in (SKIPPED, TRAINS) or n in roles]
     report = replace(report, share=share_of(model, report.converted, apart))
     check_share(report.share, report, not report.converted, allow_empty)
@@ -200,10 +201,10 @@ def _convert_linear(model, chosen, skip, roles, report, frozen) -> None:
             convert_one = freeze_weight if frozen else convert_weight
             weights[id(old)] = convert_one(old, chosen.linear), dtype
             mark_replaced(old, weights[id(old)][0])
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:
             module.__class__ = Linear
         else:
-            swap(module, Conv1D)
+            swap(module, SwappedLinear if isinstance(module, nn.Linear) else Conv1D)
         module.convert_in_place(chosen, *weights[id(old)])
         mark_converted(module, chosen)
         report.converted[name] = "linear"
@@ -265,7 +266,7 @@ def _why_linear_stays(name: str, module: nn.Module, skip: tuple[str, ...]) -> st
         return "its weight is computed, by a parametrization or a hook such as weight_norm"
     if structure.is_lazy(module.weight):
         return "it has no shape yet; run a batch through the model, then convert"
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+    if isinstance(module, nn.Linear) and type(module) not in LINEARS:
         return f"it is a {kind}, a linear layer of another kind"
     return SKIPPED if _matches(name, skip) else None
 

@@ -24,14 +24,21 @@ def by_role(model: nn.Module) -> dict[str, str]:
         prefix = f"{name}." if name else ""
         inner = [prefix + n for n in _heads(module)]
         found |= dict.fromkeys(inner, "it is the model's head")
-        if "experts" in module._modules:
+        if any(n.endswith("experts") for n in module._modules):
             gates = [n for n in module._modules if "gate" in n.lower() or "router" in n.lower()]
-            found |= {prefix + n: "it chooses between experts" for n in gates}
+            inner = [prefix + n for gate in gates for n in _within(module, gate)]
+            found |= dict.fromkeys(inner, "it chooses between experts")
         if isinstance(module, nn.Linear) and module.out_features < LEAST:
             found.setdefault(
                 name, f"its output has {module.out_features} values, as a score's or a gate's has"
             )
     return found
+
+
+def _within(module: nn.Module, child: str) -> list[str]:
+    """The names, in `module`, of a child and of all that it holds."""
+    inner = module._modules[child]
+    return [child, *(f"{child}.{n}" for n, _ in inner.named_modules() if n)] if inner else [child]
 
 
 def _heads(module: nn.Module) -> list[str]:

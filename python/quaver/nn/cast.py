@@ -6,7 +6,8 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -153,11 +154,19 @@ def cast_history(module: nn.Module, history: Tensor | None) -> Tensor | None:
     return history
 
 
-def keep_f32(module: nn.Module, *histories: str) -> None:
-    """Makes amax histories float32 again after the module's dtype changed."""
-    for name in histories:
+@contextmanager
+def kept_histories(module: nn.Module, *names: str) -> Iterator[None]:
+    """Around nn.Module._apply: amax histories stay float32 where the module's dtype changes, and
+    are new ones where it leaves the meta device, since `to_empty` gives them no values."""
+    before = {name: getattr(module, name) for name in names}
+    yield
+    for name, old in before.items():
         state = getattr(module, name)
-        if state is not None and state.dtype != torch.float32:
+        if state is None:
+            continue
+        if old.is_meta and not state.is_meta:
+            state.zero_()  # as `new_history` is
+        if state.dtype != torch.float32:
             setattr(module, name, state.float())
 
 

@@ -18,7 +18,7 @@ from .cast import (
     cast_history,
     check_devices,
     in_backward,
-    keep_f32,
+    kept_histories,
     new_history,
     output_dtype,
     quantized,
@@ -228,10 +228,10 @@ class LinearBase(nn.Module):
         return y if y.dtype == out else y.to(out)
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+        with kept_histories(self, "input_history", "grad_history", "channel_amax"):
+            super()._apply(fn, recurse)
         # plain_dtype follows the model's dtype, which a weight that is bf16 by the recipe hides.
         self.plain_dtype = fn(torch.empty(0, dtype=self.plain_dtype)).dtype
-        keep_f32(self, "input_history", "grad_history", "channel_amax")
         copies = self.weight.__dict__.get("fp8_weight")
         if copies is not None:
             copies.version = -1  # assigning .data does not change the version
@@ -295,10 +295,19 @@ class Conv1D(LinearBase, Swapped):
         return self.weight.shape[1]
 
 
+class SwappedLinear(Swapped, Linear):
+    """A layer of one of the subclasses of nn.Linear in LINEARS, as `quaver.convert` makes it."""
+
+
+# nn.Linear and the subclasses that compute as it does, which integrations add (torchtitan's).
+# Others stay: their forward, or the module that holds them, may read the weight in its own way.
+LINEARS: set[type] = {nn.Linear}
+
+
 def is_converted(module: nn.Module) -> bool:
     """Whether `convert` made this linear layer, and nothing has changed its class since."""
     kind = type(module)
-    return kind is Linear or kind.__bases__[0] is Conv1D
+    return kind is Linear or kind.__bases__[0] in (Conv1D, SwappedLinear)
 
 
 def product_dtype(out: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import recipe as recipes
 from ..ops import FLOATS
-from .cast import activation, cast_history, check_devices, keep_f32, new_history, output_dtype
+from .cast import activation, cast_history, check_devices, kept_histories, new_history, output_dtype
 from .first_order import FirstOrder
 from .swap import Swapped, swap, swap_back
 
@@ -83,8 +83,8 @@ class Norm(Swapped):
         swap_back(self)
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        keep_f32(self, "output_history")
+        with kept_histories(self, "output_history"):
+            super()._apply(fn, recurse)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
