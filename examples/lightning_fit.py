@@ -1,15 +1,18 @@
 """A LightningModule, trained in FP8 by a plugin of the Trainer, saved and resumed.
 
-python examples/lightning_fit.py [--recipe coat] [--devices 2] [--resume CHECKPOINT]
+python examples/lightning_fit.py [--recipe coat] [--devices 2 [--shard]] [--resume CHECKPOINT]
 """
 
 import argparse
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import quaver as qv
 from quaver.lightning import QuaverPrecision
@@ -45,7 +48,18 @@ class Network(nn.Module):
 class Speller(pl.LightningModule):
     def __init__(self, recipe: str | None):
         super().__init__()
-        self.recipe, self.network = recipe, Network()
+        self.recipe, self.network, self.sharded = recipe, Network(), False
+
+    def configure_model(self):
+        """Under ModelParallelStrategy the model is converted here, and then sharded."""
+        if self.sharded or self.device_mesh is None:
+            return  # done by an earlier call, or the plugin's work
+        self.sharded = True
+        if self.recipe == "coat":
+            self.bfloat16()  # FSDP2 takes one dtype
+        if self.recipe is not None:
+            qv.convert(self, self.recipe)
+        fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
 
     def loss(self, batch):
         logits = self.network(batch[0][:, :-1])
@@ -68,7 +82,11 @@ class Speller(pl.LightningModule):
         options = {"lr": 3e-3, "weight_decay": 0.01, "betas": (0.9, 0.95)}
         if self.recipe is None:
             return torch.optim.AdamW(self.parameters(), **options)
-        return qv.AdamW(self.parameters(), recipe=self.recipe, **options)
+        recipe = qv.recipe.get(self.recipe)
+        if self.sharded:  # FP8 states of one scale a tensor, since shards would cut groups
+            codes = {"exp_avg": "e4m3-tensor", "exp_avg_sq": "f16-tensor"}
+            recipe = replace(recipe, plain_moments=True, **codes)
+        return qv.AdamW(self.parameters(), recipe=recipe, **options)
 
 
 def main(
@@ -77,18 +95,22 @@ def main(
     steps: int = 100,
     folder: str = "runs/lightning",
     resume: str | None = None,
+    shard: bool = False,
 ) -> tuple[float, Speller]:
     """Trains without FP8 where `recipe` is None; returns the held-out loss and the model."""
     pl.seed_everything(0, verbose=False)
     model = Speller(recipe)
     save = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=steps // 2)
+    fsdp2 = ModelParallelStrategy(
+        devices, 1, save_distributed_checkpoint=False
+    )  # a file, no folder
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=fsdp2 if shard else ("ddp" if devices > 1 else "auto"),
         plugins=[] if recipe is None else [QuaverPrecision(recipe)],
         max_steps=steps,
-        gradient_clip_val=1.0,
+        gradient_clip_val=None if recipe is None and shard else 1.0,  # plain Lightning has none
         callbacks=[save],
         use_distributed_sampler=False,  # it would shuffle, and anew where a run resumes
         logger=False,
@@ -111,4 +133,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder", default="runs/lightning")
     parser.add_argument("--resume")
+    parser.add_argument("--shard", action="store_true", help="by FSDP2")
     main(**vars(parser.parse_args()))

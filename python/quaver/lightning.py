@@ -24,6 +24,7 @@ from .tensor import ScaledTensor
 try:
     from lightning.pytorch import LightningModule
     from lightning.pytorch.plugins.precision import Precision
+    from lightning.pytorch.strategies import ModelParallelStrategy
 except ImportError as error:
     raise ImportError("quaver.lightning needs Lightning: pip install quaver[lightning]") from error
 
@@ -41,9 +42,10 @@ class QuaverPrecision(Precision):
 
     The model is converted (`quaver.convert`) where Lightning prepares it, before
     `configure_optimizers`, which returns `quaver.AdamW(self.parameters(), recipe=...)` or any other
-    optimizer. What is not FP8 runs in the recipe's autocast dtype. One device and `strategy="ddp"`
-    are served; strategies that shard the model are refused, since they store FP8 states as if they
-    were plain tensors.
+    optimizer. What is not FP8 runs in the recipe's autocast dtype. One device, `strategy="ddp"` and
+    ModelParallelStrategy (FSDP2) are served. Under the last the model is sharded in
+    `configure_model`, and converted there before, by a recipe of plain weights ("tensorwise",
+    "coat"); FP8 states have one scale a tensor. Others that shard the model are refused.
 
     A checkpoint's "state_dict" has the keys and values of the plain model, so that
     `load_from_checkpoint` and a Trainer without the plugin read it. What FP8 needs beside them, the
@@ -55,8 +57,9 @@ class QuaverPrecision(Precision):
         skip, frozen: as convert takes them.
 
     Raises:
-        ValueError: an unknown recipe, whatever convert refuses, a strategy that shards the model, a
-            checkpoint of another recipe.
+        ValueError: an unknown recipe, whatever convert refuses, a strategy that shards the model in
+            another way, a checkpoint of another recipe; under ModelParallelStrategy a model that
+            is not converted by this recipe, or a recipe of f16 masters or delayed scaling.
         TypeError: a module that is no LightningModule. With Fabric call `quaver.convert` before
             `fabric.setup`.
     """
@@ -70,25 +73,54 @@ class QuaverPrecision(Precision):
         self.skip, self.frozen = skip if isinstance(skip, str) else tuple(skip), frozen
         self.model: LightningModule | None = None
 
+    def __repr__(self) -> str:
+        # Lightning's own refusals, such as FSDPStrategy's, name a plugin by it.
+        return (
+            f"QuaverPrecision({self.recipe.name!r}), which serves one device, DDPStrategy and "
+            "ModelParallelStrategy (FSDP2)"
+        )
+
     def convert_module(self, module: nn.Module) -> nn.Module:
         if not isinstance(module, LightningModule):
             raise TypeError(
                 f"QuaverPrecision: wanted a LightningModule, got a {type(module).__name__}; with "
                 "Fabric call quaver.convert before fabric.setup"
             )
+        self.model = module
         strategy = module.trainer.strategy
         if strategy.restore_checkpoint_after_setup:  # they load their shards themselves
-            raise ValueError(
-                f"QuaverPrecision: {type(strategy).__name__} shards the model and keeps no FP8 "
-                'states in its checkpoints; use strategy="ddp", or a loop of your own with '
-                "quaver.distributed.fully_shard and quaver.distributed.save"
-            )
-        self.model = module
-        convert(module, self.recipe, self.skip, frozen=self.frozen)
+            self._check_sharded(module, strategy)
+        else:
+            convert(module, self.recipe, self.skip, frozen=self.frozen)
         if module not in _plain_keys:
             _plain_keys.add(module)
             module.register_state_dict_post_hook(_leave_out_added)
         return module
+
+    def _check_sharded(self, module: nn.Module, strategy: object) -> None:
+        """Raises ValueError unless the strategy found a model that it can train and store."""
+        name, rule = type(strategy).__name__, self.recipe.linear
+        if not isinstance(strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"QuaverPrecision: {name} shards the model in its own way; use "
+                "ModelParallelStrategy (FSDP2) or DDPStrategy, or a loop of your own with "
+                "quaver.distributed.fully_shard and quaver.distributed.save"
+            )
+        if rule is None:
+            return
+        if rule.master == "f16-tensor" or rule.scaling == "delayed":
+            raise ValueError(
+                f"QuaverPrecision: {name} stores no f16 masters and amax histories, which recipe "
+                f"{self.recipe.name} has; use tensorwise or coat, or a loop of your own with "
+                "quaver.distributed.fully_shard and quaver.distributed.save"
+            )
+        rules = [layer.rule for layer in module.modules() if isinstance(layer, LinearBase)]
+        if not rules or any(found != rule for found in rules):
+            raise ValueError(
+                f"QuaverPrecision: {name} wants a model that is sharded already; in "
+                f"configure_model call quaver.convert(self, {self.recipe.name!r}) and then "
+                "torch.distributed.fsdp.fully_shard"
+            )
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:

@@ -67,19 +67,33 @@ def same(a, b):
     return torch.equal(plain(a), plain(b)) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "coat"])
+def test_two_processes_of_fsdp2_learn_as_plain_torch_and_resume(recipe, wanted, tmp_path):
+    loss = run(tmp_path / "whole", recipe, "--shard")
+    assert abs(loss / wanted - 1) < 0.01
+    middle = tmp_path / "whole/step=50.ckpt"
+    assert run(tmp_path / "again", recipe, "--shard", "--resume", middle) == loss
+    one, two = (torch.load(tmp_path / f / "step=100.ckpt") for f in ("whole", "again"))
+    assert all(same(one[key], two[key]) for key in ("state_dict", "optimizer_states"))
+    state = one["optimizer_states"][0]["state"]
+    assert {s["exp_avg.qdata"].dtype for s in state.values()} == {torch.uint8}
+    assert {s["exp_avg_sq.qdata"].dtype for s in state.values()} == {torch.float16}
+
+
+def run(folder, recipe, *flags, steps=100):
+    """The held-out loss of two processes. Lightning starts the script again for the second."""
+    command = [sys.executable, EXAMPLE, "--recipe", recipe, "--devices", "2", *flags]
+    command += ["--steps", str(steps), "--folder", folder]
+    done = subprocess.run(map(str, command), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return float(re.search(r"held-out loss (\S+)", done.stdout)[1])
+
+
 def test_two_processes_of_ddp_learn_and_resume(tmp_path):
-    """Lightning starts the script again for the second process."""
-
-    def run(folder, *flags):
-        command = [sys.executable, EXAMPLE, "--recipe", "fp8lm-o2", "--devices", "2", *flags]
-        command += ["--steps", "20", "--folder", folder]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return float(re.search(r"held-out loss (\S+)", done.stdout)[1])
-
-    loss = run(tmp_path / "whole")
+    loss = run(tmp_path / "whole", "fp8lm-o2", steps=20)
     assert loss < 2.6
-    assert run(tmp_path / "again", "--resume", tmp_path / "whole/step=10.ckpt") == loss
+    middle = tmp_path / "whole/step=10.ckpt"
+    assert run(tmp_path / "again", "fp8lm-o2", "--resume", middle, steps=20) == loss
     one, two = (torch.load(tmp_path / f / "step=20.ckpt") for f in ("whole", "again"))
     assert all(same(one[key], two[key]) for key in ("state_dict", "optimizer_states"))
 
@@ -103,7 +117,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(example, tmp_path):
 
 def test_what_shards_the_model_and_fabric_are_refused(example):
     from lightning.fabric import Fabric
-    from lightning.pytorch.strategies import FSDPStrategy
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
     plugin = QuaverPrecision("coat")
     sharding = SimpleNamespace(restore_checkpoint_after_setup=True)
@@ -111,8 +125,15 @@ def test_what_shards_the_model_and_fabric_are_refused(example):
     model._trainer = SimpleNamespace(strategy=sharding)
     with pytest.raises(ValueError, match="SimpleNamespace shards the model"):
         plugin.convert_module(model)
-    with pytest.raises(TypeError, match="can only work with the `FSDPPrecision` plugin"):
+    with pytest.raises(
+        TypeError, match=r"found QuaverPrecision\('coat'\), which serves one device"
+    ):
         FSDPStrategy(precision_plugin=plugin)
+    model._trainer = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(ValueError, match=r"in configure_model call quaver.convert\(self, 'coat'"):
+        plugin.convert_module(model)
+    with pytest.raises(ValueError, match="stores no f16 masters and amax histories"):
+        QuaverPrecision("fp8lm-o2").convert_module(model)
     with pytest.raises(TypeError, match="with Fabric call quaver"):
         Fabric(accelerator="cpu", plugins=plugin).setup(torch.nn.Linear(16, 16))
 
