@@ -167,6 +167,9 @@ $(BUILT): $(SOURCES) $(READY)
 	$(PY) setup.py -q build_ext --inplace
 	touch $@
 
+# What the tests of torchtitan import, without its pins: it wants an older datasets, which no test reads through it.
+TORCHTITAN := torchtitan==0.3.0 torchdata==0.11.0 torch_checkpointing==0.1.1 spmd_types==0.2.3 tyro einops typeguard docstring_parser triton
+
 # torch first and pinned: a plain `torch` would bring a newer one with gigabytes of CUDA.
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('quaver needs Python >= 3.10, $(PYTHON) is ' + sys.version)"
@@ -174,6 +177,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	$(PY) -c "$(HAS_TORCH)" 2> /dev/null || $(PY) -m pip install "$(TORCH)"
 	$(PY) -m pip install "setuptools>=77" wheel "cmake>=3.18" ninja "pybind11>=2.13"
 	$(PY) -m pip install --no-build-isolation -e ".[build,docs,lint,test]"
+	$(PY) -c "import sys; sys.exit(sys.version_info < (3, 11))" || exit 0; $(PY) -m pip install --no-deps $(TORCHTITAN)
 	touch $@
 
 $(ABI_VENV)/.installed: pyproject.toml

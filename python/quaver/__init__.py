@@ -73,6 +73,7 @@ _LATER = {
     "load_pretrained": ("hf.pretrained", "load_pretrained"),
     "plan": ("planning", "plan"),
     "side_tune": ("nn.side", "side_tune"),
+    "torchtitan": ("torchtitan", None),
     "watch": ("watching", "watch"),
 }
 
