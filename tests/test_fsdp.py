@@ -181,7 +181,7 @@ def _gathered():
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, qv.nn.Linear):
-            row, scale, col = module.operands()
+            row, scale, col, *_ = module.operands()
             assert col is None and module.fp8_weight is None
             found[name] = row.clone(), scale.clone()
     gathered = [m.weight.qdata for m in model.modules() if isinstance(m, qv.nn.Linear)]
