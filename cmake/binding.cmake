@@ -38,6 +38,7 @@ function(quaver_python_module target include suffix)
     QUAVER_VERSION="${PROJECT_VERSION}" QUAVER_TORCH_VERSION="${torch_version}"
     QUAVER_TORCH_TARGET=${torch_target} QUAVER_ISAS="${isa_names}"
     QUAVER_ARCHS="$<$<TARGET_EXISTS:quaver_cuda>:${arch_names}>"
+    QUAVER_CUDA_RUNTIME="$<$<TARGET_EXISTS:quaver_cuda>:${CMAKE_CUDA_COMPILER_VERSION}>"
     QUAVER_CUTLASS="${cutlass_version}")
   target_link_libraries(${target} PRIVATE quaver_flags quaver_ops)
   target_link_options(${target} PRIVATE -Wl,--allow-shlib-undefined)

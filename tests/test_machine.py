@@ -1,9 +1,13 @@
 """Choices that depend on this machine's CPU."""
 
+import contextlib
+
 import pytest
 import torch
 
+import quaver as qv
 from quaver import machine
+from quaver.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -46,3 +50,28 @@ def test_f32_is_taken_only_where_bf16_is_slow(monkeypatch, isa, wide):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: isa)
     assert isinstance(machine.bf16_products(CPU), machine.F32Products) is not wide
     assert not isinstance(machine.bf16_products(torch.device("cuda")), machine.F32Products)
+
+
+@pytest.mark.parametrize(
+    ("served", "why"),
+    [
+        (
+            12080,
+            "the driver serves CUDA up to 12.8, and this build has the runtime of CUDA 13.0.88",
+        ),
+        (13000, None),
+        (13010, None),
+    ],
+)
+def test_a_driver_older_than_the_runtime_is_named(monkeypatch, served, why):
+    """A torch of CUDA 12.6 runs there, and none of our kernels would."""
+    build = qv.build_info() | {"cuda": True, "cuda_runtime": "13.0.88"}
+    monkeypatch.setattr(qv, "build_info", lambda: build)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: served, raising=False)
+    found = machine.why_not_cuda()
+    assert found is None if why is None else found.startswith(why)
+    with pytest.raises(UsageError) if why else contextlib.nullcontext():
+        assert machine.choose_device("cuda").type == "cuda"

@@ -47,6 +47,7 @@ py::dict build_info() {
   info["torch_compiled"] = QUAVER_TORCH_VERSION;
   info["cuda"] = *QUAVER_ARCHS != '\0';
   info["cuda_archs"] = split(QUAVER_ARCHS);
+  info["cuda_runtime"] = text_or_none(QUAVER_CUDA_RUNTIME);
   info["cpu_isa"] = quaver::cpu::isa();
   info["cpu_isas_available"] = available_isas();
   info["cpu_isas_compiled"] = split(QUAVER_ISAS);

@@ -39,7 +39,8 @@ def describe():
     }
     if torch.cuda.is_available():
         machine["gpus"] = [_gpu(i) for i in range(torch.cuda.device_count())]
-        machine["driver"] = _driver()
+        machine["driver"], served = _driver(), _served()
+        machine["driver_cuda"] = served and f"{served // 1000}.{served % 1000 // 10}"
         machine["cuda"] = torch.version.cuda
     return machine
 
@@ -62,6 +63,12 @@ def _driver():
     return found and found[1]
 
 
+def _served():
+    """The newest CUDA that the driver serves, such as 12080 for 12.8; None without a driver."""
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)  # in a torch with CUDA
+    return version and version()
+
+
 def why_not_cuda():
     """The reason why the CUDA backend cannot run here, in a few words; None if it can."""
     if not qv.build_info()["cuda"]:
@@ -70,6 +77,13 @@ def why_not_cuda():
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no usable NVIDIA GPU or driver"
+    # torch may have an older runtime than this build, and run where no kernel of ours would.
+    runtime, served = qv.build_info()["cuda_runtime"], _served()
+    if served is not None and served // 1000 < int(runtime.partition(".")[0]):
+        return (
+            f"the driver serves CUDA up to {served // 1000}.{served % 1000 // 10}, and this build "
+            f"has the runtime of CUDA {runtime}; update the driver"
+        )
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) != (9, 0):
         name = torch.cuda.get_device_name()

@@ -108,7 +108,8 @@ class NcclBackend:
         made = store.add(f"{name}/{rank}", 1)
         self.rank, self.size = rank, size
         self._nccl = Nccl(store, rank, size, name=f"{name}/{made}", library=library, host=host)
-        self._stream = None if host else torch.cuda.Stream()
+        # Before the products that wait for a multiprocessor, or a message would wait for them all.
+        self._stream = None if host else torch.cuda.Stream(priority=-1)
         # FP8 sums are used on all ranks or none. This message also makes the connections, so
         # that one that fails does so at the start.
         unable = torch.tensor(

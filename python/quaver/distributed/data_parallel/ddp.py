@@ -111,7 +111,8 @@ class DataParallel:
         self._sync, self._running, self._next = True, False, 0
         self._pipeline = _Pipeline()
         self._device = next(iter(named.values())).device
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        on_gpu = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device, priority=-1) if on_gpu else None
         self._hooks = []
         # Each is called with a parameter once its `.grad` is the mean over ranks.
         self.mean_listeners: list[Callable[[Tensor], None]] = []
