@@ -6,9 +6,7 @@ where kernels are started (launches.py), so that a fused op hides none.
     python bench/bench_launches.py --ops coat  # the launches of a recipe by op
 
 The linear layer has Llama 7B's sizes and 8k tokens. Block and step are small: each op launches the
-same kernels at every size whose axes are multiples of 16 and whose rows hold whole groups. aten's
-ops count as the CPU composes them, one launch for each that holds no other: on a GPU its RMSNorm
-takes fewer and the backward of its attention more, the same for all recipes.
+same kernels at every size whose axes are multiples of 16 and whose rows hold whole groups.
 """
 
 import argparse

@@ -51,6 +51,14 @@ def results():
         found[f"activate_backward {name}"] = *ops.activate_backward(
             dy[:, :32].contiguous(), *made[4:8], "silu", None, 16, E5M2, *states[1:]
         ), *states[1:]  # fmt: skip
+    x[3, 5] = float("inf")
+    made = ops.activate(x, up, "silu", None, E4M3, block=16, spread_nan=True)
+    found["spread"] = (
+        *ops.normalize(x, None, None, 1e-6, True, E4M3, block=16, spread_nan=True),
+        *made,
+        *ops.activate_backward(x, *made[4:8], "silu", None, 16, E5M2, spread_nan=True),
+    )
+    x[3, 5] = 1.0
     found["given"] = (
         *ops.quantize(x, E4M3, torch.tensor(0.5)),
         *ops.cast_transpose(x, E4M3, torch.tensor(0.5)),

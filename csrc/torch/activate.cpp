@@ -17,7 +17,7 @@ Activation kind_of(const char* op, const std::string& name) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activate(
     const Tensor& x_in, const OptionalTensor& up_in, const Word& kind_name,
     const OptionalTensor& channel_scale_in, ScalarType dtype, const OptionalTensor& scale,
-    const OptionalTensor& history, bool power_of_two, int64_t block) {
+    const OptionalTensor& history, bool power_of_two, int64_t block, bool spread_nan) {
   const char* op = "activate";
   const Activation kind = kind_of(op, kind_name.text);
   check_matrix(op, "x", x_in);
@@ -28,6 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const OptionalTensor up = dense(up_in), channel_scale = dense(channel_scale_in);
   const int64_t rows = x.size(0), cols = x.size(1);
   CastResult y = cast_result(op, x, rows, cols, dtype, scale, history, power_of_two);
+  y.view.source.spread_nan = spread_nan;
   GroupedResult x_saved = grouped_result(op, x, rows, cols, block);
   GroupedResult up_saved =
       up.has_value() ? grouped_result(op, x, rows, cols, block) : no_grouped_result(x);
@@ -54,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activ
     const Tensor& dy_in, const Tensor& xq_in, const Tensor& xscale_in, const OptionalTensor& uq_in,
     const OptionalTensor& uscale_in, const Word& kind_name, const OptionalTensor& channel_scale_in,
     int64_t block, ScalarType dtype, const OptionalTensor& x_history,
-    const OptionalTensor& up_history, bool power_of_two) {
+    const OptionalTensor& up_history, bool power_of_two, bool spread_nan) {
   const char* op = "activate_backward";
   const Activation kind = kind_of(op, kind_name.text);
   check_matrix(op, "dy", dy_in);
@@ -75,6 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activ
   CastResult dup =
       gated ? cast_result(op, dy, rows, cols, dtype, std::nullopt, up_history, power_of_two)
             : no_cast_result(dy, dtype);
+  dx.view.source.spread_nan = dup.view.source.spread_nan = spread_nan;
   const GroupedView x = grouped_view(op, "xq", xq, "xscale", xscale, block);
   const GroupedView u =
       gated ? grouped_view(op, "uq", *uq, "uscale", *uscale, block) : GroupedView{};

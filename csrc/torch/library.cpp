@@ -4,7 +4,8 @@
 // Scales are decode multipliers in f32: x ~= scale * q. An empty tensor in a list stands for none;
 // an empty list, where one is allowed, means that no parameter has one. `scalings` are values of
 // Scaling (codec.h); a seed >= 0 rounds a 16-bit weight stochastically. Each stage's binding
-// registers its kernels for the CPU (and CUDA) key.
+// registers its kernels for the CPU (and CUDA) key. With `spread_nan` the scale of a value that is
+// not finite is NaN.
 #include "quaver/cpu.h"
 #include "stable.h"
 
@@ -22,19 +23,21 @@ constexpr const char* kLayerSchemas[] = {
     "bool power_of_two=False) -> (Tensor q, Tensor scale, Tensor qt, Tensor qt_scale)",
     "normalize(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, "
     "ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, bool power_of_two=True, "
-    "int block=32) "
+    "int block=32, bool spread_nan=False) "
     "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, "
     "Tensor mean, Tensor rstd)",
     "normalize_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor mean, Tensor rstd, "
     "Tensor? weight, int block, bool has_bias, ScalarType dx_dtype) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     "activate(Tensor x, Tensor? up, str kind, Tensor? channel_scale, ScalarType dtype, "
-    "Tensor? scale=None, Tensor(a!)? history=None, bool power_of_two=True, int block=32) "
+    "Tensor? scale=None, Tensor(a!)? history=None, bool power_of_two=True, int block=32, "
+    "bool spread_nan=False) "
     "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, Tensor uq, "
     "Tensor uscale, Tensor channel_amax)",
     "activate_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor? uq, Tensor? uscale, "
     "str kind, Tensor? channel_scale, int block, ScalarType dtype, "
-    "Tensor(a!)? x_history=None, Tensor(b!)? up_history=None, bool power_of_two=True) "
+    "Tensor(a!)? x_history=None, Tensor(b!)? up_history=None, bool power_of_two=True, "
+    "bool spread_nan=False) "
     "-> (Tensor dxq, Tensor dxqt, Tensor dxscale, Tensor dxamax, Tensor duq, Tensor duqt, "
     "Tensor duscale, Tensor duamax)",
     "gemm(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "

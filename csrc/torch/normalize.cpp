@@ -10,7 +10,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
     const Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in, double eps,
     bool centered, ScalarType dtype, const OptionalTensor& scale, const OptionalTensor& history,
-    bool power_of_two, int64_t block) {
+    bool power_of_two, int64_t block, bool spread_nan) {
   const char* op = "normalize";
   check_matrix(op, "x", x_in);
   check_device(op, x_in, "weight", weight_in);
@@ -19,6 +19,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norma
   const OptionalTensor weight = dense(weight_in), bias = dense(bias_in);
   const int64_t rows = x.size(0), cols = x.size(1);
   CastResult y = cast_result(op, x, rows, cols, dtype, scale, history, power_of_two);
+  y.view.source.spread_nan = spread_nan;
   GroupedResult saved = grouped_result(op, x, rows, cols, block);
   Tensor mean = empty(x, {centered ? rows : 0}, ScalarType::Float);
   Tensor rstd = empty(x, {rows}, ScalarType::Float);

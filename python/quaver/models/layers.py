@@ -10,19 +10,44 @@ __all__ = ["Attention", "Decoder", "rotary"]
 
 
 def rotary(head_dim, context, theta):
-    """cos and sin of rotary positions, f32 [context, head_dim]; the halves hold the same angles."""
+    """cos and sin of rotary positions, f32 [context, head_dim]. The halves hold the same angles;
+    the first half of sin is negative, as `turn` takes it."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(context, dtype=torch.float32), frequency)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
+    return torch.cat((angle.cos(),) * 2, dim=-1), torch.cat((-angle.sin(), angle.sin()), dim=-1)
 
 
-def rotate(x, cos, sin):
-    """x [batch, heads, length, head_dim] turned by its position. The product is taken in f32: bf16
-    cosines lose the far positions."""
+def turn(x, cos, sin, sign):
+    """x [batch, length, heads, head_dim] turned by `sign` times its position. The product is taken
+    in f32: bf16 cosines lose the far positions."""
     half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    # `out` is rounded to by the sum itself.
+    return torch.add(x * cos[:, None], swapped * sin[:, None], alpha=sign, out=x.new_empty(x.shape))
+
+
+class _Turned(torch.autograd.Function):
+    """q and k of a projection, turned by their position, and v: [batch, heads, length, head_dim]
+    each. One Function: autograd's own steps through slices, products and sums are 38 launches of
+    small kernels, and these 11."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, split, head_dim):
+        batch, length, _ = qkv.shape
+        ctx.save_for_backward(cos, sin)
+        ctx.shape = qkv.shape
+        heads = qkv.view(batch, length, -1, head_dim)
+        q, k, v = heads.split([width // head_dim for width in split], dim=2)
+        qk = turn(heads[:, :, : q.shape[2] + k.shape[2]], cos, sin, 1)
+        q, k = qk.split((q.shape[2], k.shape[2]), dim=2)
+        # Attention saves v, and a view would keep all of qkv alive.
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        turned = turn(torch.cat((dq, dk), dim=2), *ctx.saved_tensors, -1)
+        return torch.cat((turned, dv), dim=2).view(ctx.shape), None, None, None, None
 
 
 class Attention(nn.Module):
@@ -39,13 +64,15 @@ class Attention(nn.Module):
     def forward(self, x, position=None):
         """x [batch, length, dim] -> the same shape. `position`: (cos, sin) to rotate by, if any."""
         batch, length, _ = x.shape
-        q, k, v = (
-            part.view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for part in self.qkv(x).split(self.split, dim=-1)
-        )
-        v = v.contiguous()  # attention saves v, and a view would keep all of qkv alive
-        if position is not None:
-            q, k = rotate(q, *position), rotate(k, *position)
+        qkv = self.qkv(x)
+        if position is None:
+            q, k, v = (
+                part.view(batch, length, -1, self.head_dim).transpose(1, 2)
+                for part in qkv.split(self.split, dim=-1)
+            )
+            v = v.contiguous()  # attention saves v, and a view would keep all of qkv alive
+        else:
+            q, k, v = _Turned.apply(qkv, *position, self.split, self.head_dim)
         y = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads
         )

@@ -90,12 +90,13 @@ def nan_unless_finite(scale: Tensor, amax: Tensor) -> Tensor:
     return scale + (amax - amax)
 
 
-def activation(q, qt, scale, amax, shape, dtype: torch.dtype) -> ScaledTensor:
-    """The tensor of `shape` that a fused op cast into both padded GEMM layouts."""
+def activation(q, qt, scale, shape, dtype: torch.dtype) -> ScaledTensor:
+    """The tensor of `shape` that a fused op cast into both padded GEMM layouts, with `spread_nan`:
+    linear layers do not look at an amax."""
     rows, cols = math.prod(shape[:-1]), shape[-1]
     if q.shape != (rows, cols):
         q = q[:rows, :cols].contiguous()
-    return ScaledTensor(q.view(shape), nan_unless_finite(scale, amax), None, dtype, qt=qt)
+    return ScaledTensor(q.view(shape), scale, None, dtype, qt=qt)
 
 
 def quantized(x: Tensor, dtype: torch.dtype) -> Cast | None:

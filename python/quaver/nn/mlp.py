@@ -28,25 +28,28 @@ class _ActivateFunction(FirstOrder):
     ):
         shape = (-1, x.shape[-1])
         flat_up = None if up is None else up.reshape(shape)
-        q, qt, scale, amax, xq, xscale, uq, uscale, channel_amax = _ops.activate(
-            x.reshape(shape), flat_up, kind, channel_scale, dtype, history=history, block=block
+        q, qt, scale, _, xq, xscale, uq, uscale, channel_amax = _ops.activate(
+            x.reshape(shape), flat_up, kind, channel_scale, dtype, None, history, True, block, True
         )
         up_saved = (None, None) if up is None else (uq, uscale)
         ctx.save_for_backward(xq, xscale, *up_saved, channel_scale)
         ctx.kind, ctx.block, ctx.grad_dtype = kind, block, grad_dtype
         ctx.histories, ctx.x_dtype = (x_history, up_history), x.dtype
         ctx.mark_non_differentiable(channel_amax)
-        return activation(q, qt, scale, amax, x.shape, x.dtype), channel_amax
+        ctx.set_materialize_grads(False)  # zeros for channel_amax would be a launch
+        return activation(q, qt, scale, x.shape, x.dtype), channel_amax
 
     @staticmethod
     def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 10
         xq, xscale, uq, uscale, channel_scale = ctx.saved_tensors
         both = _ops.activate_backward(
             dy.reshape(xq.shape), xq, xscale, uq, uscale, ctx.kind, channel_scale, ctx.block,
-            ctx.grad_dtype, *ctx.histories,
+            ctx.grad_dtype, *ctx.histories, True, True,
         )  # fmt: skip
-        dx = activation(*both[:4], dy.shape, ctx.x_dtype)
-        dup = None if uq is None else activation(*both[4:], dy.shape, ctx.x_dtype)
+        dx = activation(*both[:3], dy.shape, ctx.x_dtype)
+        dup = None if uq is None else activation(*both[4:7], dy.shape, ctx.x_dtype)
         return dx, dup, *(None,) * 8
 
 

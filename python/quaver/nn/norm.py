@@ -22,13 +22,13 @@ class _NormalizeFunction(FirstOrder):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, centered, dtype, history, block, out_dtype):
         flat = x.reshape(-1, x.shape[-1])
-        q, qt, scale, amax, xq, xscale, mean, rstd = _ops.normalize(
-            flat, weight, bias, eps, centered, dtype, history=history, block=block
+        q, qt, scale, _, xq, xscale, mean, rstd = _ops.normalize(
+            flat, weight, bias, eps, centered, dtype, None, history, True, block, True
         )
         ctx.save_for_backward(xq, xscale, mean, rstd, weight)
         ctx.block, ctx.x_dtype = block, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return activation(q, qt, scale, amax, x.shape, out_dtype)
+        return activation(q, qt, scale, x.shape, out_dtype)
 
     @staticmethod
     def backward(ctx, dy):

@@ -98,7 +98,10 @@ def normalize(
 
 
 @fake("normalize")
-def _(x, weight, bias, eps, centered, dtype, scale=None, history=None, power_of_two=True, block=32):
+def _(
+    x, weight, bias, eps, centered, dtype, scale=None, history=None, power_of_two=True, block=32,
+    spread_nan=False,
+):  # fmt: skip
     rows, cols = x.shape
     mean, rstd = (x.new_empty([n], dtype=torch.float32) for n in (rows if centered else 0, rows))
     return *_both_layouts(x, rows, cols, dtype), *_grouped(x, block), mean, rstd
@@ -183,7 +186,10 @@ def activate(
 
 
 @fake("activate")
-def _(x, up, kind, channel_scale, dtype, scale=None, history=None, power_of_two=True, block=32):
+def _(
+    x, up, kind, channel_scale, dtype, scale=None, history=None, power_of_two=True, block=32,
+    spread_nan=False,
+):  # fmt: skip
     rows, cols = x.shape
     none = [x.new_empty([0], dtype=t) for t in (torch.float8_e4m3fn, torch.uint8)]
     return (
@@ -230,7 +236,7 @@ def activate_backward(
 @fake("activate_backward")
 def _(
     dy, xq, xscale, uq, uscale, kind, channel_scale, block, dtype, x_history=None,
-    up_history=None, power_of_two=True,
+    up_history=None, power_of_two=True, spread_nan=False,
 ):  # fmt: skip
     rows, cols = dy.shape
     none = [dy.new_empty([0], dtype=t) for t in (dtype, dtype, torch.float32, torch.float32)]
