@@ -533,7 +533,7 @@ def test_smoothing_follows_the_amaxes_and_is_exact_where_nothing_underflows():
         channels = down.channels()
         ratio = down.channel_amax / channels
         assert ((ratio >= 0.5) & (ratio < 1)).all()
-        codes, scale, _ = down.operands(channels)
+        codes, scale, *_ = down.operands(channels)
         decoded = codes.float() * scale
         wanted = down.weight.detach().float() * channels
         assert ((decoded - wanted).abs() <= wanted.abs() * 2**-4 + scale * 2**-10).all()
