@@ -15,10 +15,6 @@ namespace {
 struct Square {
   int64_t row, col;
   TilePart x;
-
-  const char* row_of_x(int64_t r) const {
-    return static_cast<const char*>(x.first) + r * x.stride * size_of(x.type);
-  }
 };
 
 // One for each row and column of a square: amaxes, as bits, and the scales that encode.
@@ -46,12 +42,8 @@ void for_squares(const TensorView& x, Body body) {
 }
 
 void measure(const LayoutsCast& to, const Square& s, Amaxes* amax) {
-  const bool tile = to.grain == Grain::tile;
-  if (to.q.wanted() || tile)
-    for (int64_t r = 0; r < s.x.rows; ++r)
-      amax->row[r] = simd().amax(s.row_of_x(r), s.x.type, s.x.cols);
-  if (!tile && to.qt.wanted()) cast_simd().column_amaxes(amax->col, s.x);
-  if (!tile) return;
+  cast_simd().measure(amax->row, amax->col, s.x);
+  if (to.grain != Grain::tile) return;
   const uint32_t most = *std::max_element(amax->row, amax->row + s.x.rows);
   std::fill_n(amax->row, s.x.rows, most);
   std::fill_n(amax->col, s.x.cols, most);
@@ -87,27 +79,32 @@ void choose_scales(const LayoutsCast& to, const Operand& o, int64_t row, int64_t
 }
 
 void encode_rows(const Operand& q, const Square& s, const float* scale) {
-  for (int64_t r = 0; r < s.x.rows; ++r) {
-    const bool exact = is_power_of_two(scale[r]);
-    simd().cast(q.codes.as<uint8_t>() + (s.row + r) * q.codes.cols + s.col, q.codes.dtype,
-                s.row_of_x(r), s.x.type, s.x.cols, exact ? 1.0f / scale[r] : scale[r], !exact);
-  }
+  uint8_t* out = q.codes.as<uint8_t>() + s.row * q.codes.cols + s.col;
+  cast_simd().cast_rows(out, q.codes.dtype, q.codes.cols, s.x, scale);
+}
+
+// codes: those of the square, `stride` a row.
+void write_transposed(const Operand& qt, const Square& s, const uint8_t* codes, int64_t stride) {
+  const int64_t height = qt.codes.cols;
+  uint8_t* out = qt.codes.as<uint8_t>() + s.col * height + s.row;
+  for (int64_t c = 0; c < s.x.cols; c += kTile)
+    for (int64_t r = 0; r < s.x.rows; r += kTile)
+      simd().transpose(out + c * height + r, height, codes + r * stride + c, stride,
+                       std::min(kTile, s.x.rows - r), std::min(kTile, s.x.cols - c));
 }
 
 void encode_columns(const Operand& qt, const Square& s, const float* scale) {
   alignas(64) uint8_t codes[kScaleTile * kScaleTile];
-  cast_simd().cast_columns(codes, qt.codes.dtype, s.x, scale);
-  const int64_t stride = qt.codes.cols;
-  uint8_t* out = qt.codes.as<uint8_t>() + s.col * stride + s.row;
-  for (int64_t c = 0; c < s.x.cols; c += kTile)
-    for (int64_t r = 0; r < s.x.rows; r += kTile)
-      simd().transpose(out + c * stride + r, stride, codes + r * kScaleTile + c, kScaleTile,
-                       std::min(kTile, s.x.rows - r), std::min(kTile, s.x.cols - c));
+  cast_simd().cast_columns(codes, qt.codes.dtype, kScaleTile, s.x, scale);
+  write_transposed(qt, s, codes, kScaleTile);
 }
 
 void encode(const LayoutsCast& to, const Square& s, const Scales& scale) {
-  if (to.q.wanted()) encode_rows(to.q, s, scale.row);
-  if (to.qt.wanted()) encode_columns(to.qt, s, scale.col);
+  const Operand &q = to.q, &qt = to.qt;
+  if (q.wanted()) encode_rows(q, s, scale.row);
+  if (!qt.wanted()) return;
+  if (!q.wanted() || to.grain != Grain::tile) return encode_columns(qt, s, scale.col);
+  write_transposed(qt, s, q.codes.as<const uint8_t>() + s.row * q.codes.cols + s.col, q.codes.cols);
 }
 
 // A row lies in several squares: its amax first, gathered where its scale will be.

@@ -1,4 +1,4 @@
-// The loops of simd_cast.cpp over columns of a tile, compiled and chosen like those of simd.h.
+// The loops of simd_cast.cpp over a tile, compiled and chosen like those of simd.h.
 #pragma once
 
 #include "quaver/cast_layouts.h"
@@ -13,10 +13,15 @@ struct TilePart {
 };
 
 struct CastSimd {
-  // Bits of each column's largest magnitude as a non-negative f32; any NaN gives a NaN.
-  void (*column_amaxes)(uint32_t* bits, const TilePart& x);
-  // out[r][c] = encode(x[r][c] / scale[c]), of kScaleTile codes a row. Nearest, saturating.
-  void (*cast_columns)(uint8_t* out, DType out_type, const TilePart& x, const float* scale);
+  // Bits of the largest magnitude of each row and of each column, as a non-negative f32; any NaN
+  // gives a NaN.
+  void (*measure)(uint32_t* row_bits, uint32_t* col_bits, const TilePart& x);
+  // out[r][c] = encode(x[r][c] / scale[r]), or / scale[c]; `stride` codes a row. Nearest,
+  // saturating.
+  void (*cast_rows)(uint8_t* out, DType out_type, int64_t stride, const TilePart& x,
+                    const float* scale);
+  void (*cast_columns)(uint8_t* out, DType out_type, int64_t stride, const TilePart& x,
+                       const float* scale);
 };
 
 const CastSimd& cast_simd();
