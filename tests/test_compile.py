@@ -62,7 +62,7 @@ def fresh():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["tensorwise", "fp8lm-o2"])
+@pytest.mark.parametrize("name", ["tensorwise", "fp8lm-o2", "rowwise", "blockwise"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_losses_are_eager_losses(name, backend, autocast):
     eager = losses(name, autocast, lambda model: model)

@@ -269,12 +269,13 @@ def _plain(rank, recipe, gather):
     return losses, [w.detach().clone() for w in weights]
 
 
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise", "blockwise"])
 @pytest.mark.parametrize("gather", [True, False])
-def test_plain_weights_are_cast_from_what_is_gathered_in_each_step(gather):
+def test_plain_weights_are_cast_from_what_is_gathered_in_each_step(name, gather):
     """FSDP2 fills the gathered weight without a trace: a kept cast would be that of step 0."""
-    losses, weights = _plain(0, "tensorwise", None)
+    losses, weights = _plain(0, name, None)
     assert losses[2] != losses[1] != losses[0]
-    for found in ranks.run(2, _plain, "tensorwise", gather):
+    for found in ranks.run(2, _plain, name, gather):
         assert found[0] == losses
         for mine, alone in zip(found[1], weights, strict=True):
             assert_same(mine, alone)

@@ -86,7 +86,7 @@ def test_all_rows_are_adamw():
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", [None, "tensorwise", "coat"])
+@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise", "blockwise", "coat"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("select", ["top", "sample", "sample-uniform"])
 def test_rows_that_are_not_chosen_keep_their_bits(recipe, dtype, select):

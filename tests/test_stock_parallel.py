@@ -87,7 +87,7 @@ def on_a_rank(rank, recipe, kind):
         return str(error)
 
 
-RECIPES = ("f32", "tensorwise", "fp8lm-o2", "coat")
+RECIPES = ("f32", "tensorwise", "blockwise", "fp8lm-o2", "coat")
 CASES = [(r, kind) for r in RECIPES for kind in list(WRAPPERS)[1:]]
 
 

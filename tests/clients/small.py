@@ -6,8 +6,9 @@ from torch import nn
 
 import quaver as qv
 
-# One recipe of each kind: FP8 products alone, FP8 masters and gradients, FP8 between layers.
-RECIPES = ("tensorwise", "fp8lm-o2", "coat")
+# One recipe of each kind: FP8 products alone, under one scale and by blocks, FP8 masters and
+# gradients, FP8 between layers.
+RECIPES = ("tensorwise", "blockwise", "fp8lm-o2", "coat")
 WIDTH = 64
 VOCABULARY = 128
 
