@@ -15,10 +15,10 @@ from quaver.planning.step import measure
 SEQ = 32
 
 
-def real(rank, parallel, name, optimizer):
+def real(rank, parallel, name, optimizer, size="tiny"):
     """(memory report, peak) of this rank."""
     ranks, chosen = Parallel.parse(parallel), recipe.get(name)
-    config = models.load("tiny")
+    config = models.load(size)
     torch.manual_seed(0)
     model = qv.convert(models.build(config), chosen)
     world = World("cpu", ranks.tensor)
@@ -53,3 +53,16 @@ def test_every_ranks_share_is_planned_to_the_byte(parallel, name, optimizer):
         assert {key: plan[key] for key in report} == report
         # Gloo's threads may hold the buffers of a message, which are among the rest, for longer.
         assert 0 <= peak - plan["peak"] <= plan["peak_by_kind"]["rest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "name"), [("dp=2", "coat"), ("fsdp=2", "fp8lm-o2"), ("fsdp=4", "bf16")]
+)
+def test_125m_is_planned_on_ranks_to_the_byte(parallel, name):
+    size = Parallel.parse(parallel).ranks
+    for rank, (report, peak) in enumerate(rank_pool.run(size, real, parallel, name, None, "125m")):
+        if rank in (0, size - 1):
+            plan = qv.plan("125m", name, seq=SEQ, dtype=torch.float32, parallel=parallel, rank=rank)
+            assert {key: plan[key] for key in report} == report
+            assert 0 <= peak - plan["peak"] <= plan["peak_by_kind"]["rest"]

@@ -49,8 +49,8 @@ class Transport:
     """The messages of one process group (default: the default group; without one, a world of one).
 
     `traffic` counts the bytes that this rank sends, by kind: those of a gather and an exchange once
-    for every other rank, those of a maximum and a sum as a ring sends
-    them.
+    for every other rank, those of a maximum and a sum as a ring sends them. `messages` counts the
+    operations of the backend that it has started.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
@@ -59,6 +59,7 @@ class Transport:
         self.size = dist.get_world_size(group) if started else 1
         self.backend = dist.get_backend(group) if started else None
         self.traffic = dict.fromkeys(KINDS, 0)
+        self.messages = 0
         self._heartbeat = Heartbeat.of_process() if self.size > 1 else None
         self._backend = backend_of(group) if self.size > 1 else None
 
@@ -74,6 +75,7 @@ class Transport:
 
     def _start(self, what: str, *args):
         """Starts a message of the backend. Some backends refuse at once where a peer is gone."""
+        self.messages += 1
         try:
             return getattr(self._backend, what)(*args)
         except RuntimeError as error:

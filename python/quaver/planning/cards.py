@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import UsageError
 
-__all__ = ["CARDS", "LINKS", "card", "link"]
+__all__ = ["CARDS", "LINKS", "RATES", "card", "link", "rates"]
 
 GB = 10**9
 
@@ -15,6 +15,13 @@ CARDS = {
     "h200": 141, "b200": 180,
 }  # fmt: skip
 ALIASES = {"3090": "rtx3090", "4090": "rtx4090", "5090": "rtx5090", "a100": "a100-80"}
+
+# TFLOP/s of dense products in bf16 and in FP8, and GB/s of memory, as the data sheets state them of
+# the SXM cards; the A100 has no FP8 and multiplies it at bf16's rate.
+RATES = {
+    "a100-40": (312, 312, 1555), "a100-80": (312, 312, 2039), "l40s": (362, 733, 864),
+    "h100": (989, 1979, 3350), "h200": (989, 1979, 4800), "b200": (2250, 4500, 8000),
+}  # fmt: skip
 
 # GB/s that one card sends, as stated: NVLink 3, 4 and 5 have 600, 900 and 1800 in both directions
 # together, PCIe 4 and 5 x16 32 and 64 in each; InfiniBand HDR and NDR 200 and 400 Gbit/s a card.
@@ -31,6 +38,16 @@ def card(name: str) -> int:
     if key not in CARDS:
         raise UsageError(f"plan: unknown GPU {name!r}; there are {', '.join(CARDS)}")
     return CARDS[key] * GB
+
+
+def rates(name: str) -> tuple[float, float, float]:
+    """A card's operations a second in bf16 and in FP8, and the bytes a second of its memory.
+    UsageError for a card without stated ones."""
+    key = ALIASES.get(name.lower(), name.lower())
+    if key not in RATES:
+        raise UsageError(f"plan: no rates are stated of {name!r}; there are {', '.join(RATES)}")
+    low, fp8, memory = RATES[key]
+    return low * 1e12, fp8 * 1e12, memory * 1e9
 
 
 def link(name: str) -> int:

@@ -10,7 +10,8 @@ import torch
 from .. import models, optimizers, recipe
 from ..errors import UsageError
 from ..files import expanded
-from .cards import CARDS, LINKS
+from .cards import CARDS, LINKS, RATES, card
+from .cluster import Cluster, model_cluster
 from .figure import plot_plans
 from .fit import tries
 from .plan import Plan, plan
@@ -71,7 +72,16 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="search for settings with which it fits that memory, beside those that are given",
     )
-
+    p.add_argument(
+        "--cluster",
+        metavar="RANKSxGPU",
+        help=f"model a step on all ranks of such a cluster, as 1024xh100 ({', '.join(RATES)}); "
+        "--parallel is then dp or fsdp (the default), without a number",
+    )
+    p.add_argument(
+        "--utilization", type=float, metavar="SHARE", help="of the cluster's stated rates that "
+        "products reach; 0.5 if not given",
+    )  # fmt: skip
     p.add_argument("--plot", metavar="FILE", help="draw the peak by kind to a PNG file")
 
 
@@ -92,6 +102,10 @@ def _run(arguments: argparse.Namespace) -> None:
         name: getattr(arguments, name)
         for name in ("batch", "seq", "parallel", "release", "recompute", "gpu", "link")
     } | {"dtype": DTYPES[arguments.dtype]}
+    if arguments.utilization is not None and arguments.cluster is None:
+        raise UsageError("--utilization is of a --cluster")
+    if arguments.cluster is not None:
+        return print(_cluster(arguments, options))
     if arguments.fit is not None:
         plans = _fit(arguments, options)
     else:
@@ -108,6 +122,44 @@ def _run(arguments: argparse.Namespace) -> None:
             print(f"largest batch on {size} GB: {found.largest_batch(size * GB)}")
     if found["gpu"] is not None and not found["fits"]:
         raise UsageError(remedy(found))
+
+
+def _cluster(arguments: argparse.Namespace, options: dict) -> str:
+    """The lines of a cluster's model."""
+    for flag in ("fit", "gpu", "plot", "largest"):
+        if getattr(arguments, flag):
+            raise UsageError(f"--cluster goes without --{flag}")
+    options = {k: v for k, v in options.items() if k not in ("gpu", "link", "parallel")}
+    if arguments.utilization is not None:
+        options["utilization"] = arguments.utilization
+    found = model_cluster(
+        arguments.model, arguments.recipe or "bf16", arguments.optimizer,
+        cluster=arguments.cluster, parallel=arguments.parallel or "fsdp",
+        link_name=arguments.link or "ib-ndr", **options,
+    )  # fmt: skip
+    return cluster_table(found)
+
+
+def cluster_table(found: Cluster) -> str:
+    """The model of a step as lines of text."""
+    sent = ", ".join(
+        f"{kind} {size / GB:.3f}" for kind, size in found.communication.items() if size
+    )
+    bound = found.tokens / found.step_seconds, found.tokens / found.overlapped_seconds
+    return "\n".join([
+        f"A model, not a measurement: {found.ranks} x {found.gpu} over {found.link}, "
+        f"{found.tokens:,} tokens a step",
+        f"  products    {found.operations_fp8:>10.3g} operations of a rank in FP8, "
+        f"{found.operations_bf16:.3g} in bf16",
+        f"  compute     {1e3 * found.compute_seconds:>10.1f} ms at {found.utilization:g} of the "
+        "stated rates",
+        f"  messages    {1e3 * found.communication_seconds:>10.1f} ms at the stated rate: {sent} "
+        "GB",
+        f"  step        {1e3 * found.overlapped_seconds:>10.1f} ms with full overlap, "
+        f"{1e3 * found.step_seconds:.1f} with none: {bound[1]:,.0f} to {bound[0]:,.0f} tokens/s",
+        f"  peak        {found.peak / GB:>10.3f} GB of {card(found.gpu) / GB:g}: "
+        f"{'fits' if found.fits else 'does not fit'}",
+    ])  # fmt: skip
 
 
 def _fit(arguments: argparse.Namespace, options: dict) -> list[Plan]:

@@ -32,6 +32,7 @@ class Plan(dict):
         of the step and the module that reach it.
     parameters: their number, of the whole model. gpu, gpu_bytes, fits: the card, or None.
     communication: {kind: bytes} that this rank sends in a step; kinds are distributed.KINDS.
+    messages: the number of messages that it starts in a step.
     link, communication_seconds: the time of these bytes at the link's stated rate, without latency
         and overlap; or None.
     settings: the arguments, by name.

@@ -46,7 +46,7 @@ def step_report(model: nn.Module, optimizer: torch.optim.Optimizer | None, batch
     with fake, HostValues(), quiet(), torch.autocast("cpu", enabled=False):
         training = Training(empty, copied, type(model).__name__, low, released)
         report, peak = measure(training, *shape)
-    del report["communication"]
+    del report["communication"], report["messages"]
     return report | {
         "peak": peak.bytes,
         "peak_by_kind": peak.by_kind,

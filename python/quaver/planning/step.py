@@ -82,6 +82,10 @@ class Training:
         """Bytes that this rank has sent, by kind."""
         return {kind: sum(link.traffic[kind] for link in self.links) for kind in distributed.KINDS}
 
+    def messages(self) -> int:
+        """The number of messages that this rank has started."""
+        return sum(link.messages for link in self.links)
+
     def clip(self) -> None:
         if isinstance(self.optimizer, distributed.ZeroAdamW):
             self.optimizer.clip_grad_norm_(CLIP)
@@ -90,8 +94,9 @@ class Training:
 
 
 def measure(training: Training, batch: int, length: int) -> tuple[dict, Peak]:
-    """The memory report and the peak of two steps, of which the first makes the states; the report
-    has a step's "communication" too. On fake tensors in their mode, else for real."""
+    """The memory report and the peak of two steps, of which the first makes the states. The report
+    has a step's "communication" and "messages" too. On fake tensors in their mode, else for
+    real."""
     model, optimizer = training.model, training.optimizer
     ledger = Ledger(model)
     ledger.mark("states", training.states())
@@ -102,7 +107,7 @@ def measure(training: Training, batch: int, length: int) -> tuple[dict, Peak]:
         # Of a recipe that the optimizer does not share, which is the caller's choice here.
         warnings.filterwarnings("ignore", message=".*steps converted weights by")
         for last in (False, True):
-            before = training.traffic()
+            before, started = training.traffic(), training.messages()
             ledger.phase = "forward"
             tokens = torch.zeros(batch, length, dtype=torch.int64)
             with saved_activations(model) if last else nullcontext() as saved:
@@ -120,6 +125,7 @@ def measure(training: Training, batch: int, length: int) -> tuple[dict, Peak]:
                 report = memory_report(model, optimizer, saved)
                 sent = training.traffic()
                 report["communication"] = {kind: sent[kind] - before[kind] for kind in sent}
+                report["messages"] = training.messages() - started
             optimizer.zero_grad(set_to_none=True)
             del loss, tokens
     return report, ledger.peak()
