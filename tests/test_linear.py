@@ -1,5 +1,6 @@
 """Linear: forward, dgrad and wgrad against f64 over the codes that were multiplied, and use."""
 
+import copy
 import dataclasses
 import io
 
@@ -545,6 +546,12 @@ def test_frozen_weights_multiply_like_trained_ones(name, power_of_two):
     frozen.load_state_dict(net.state_dict())
     frozen.weight = freeze_weight(frozen.weight, frozen.rule)
     net.weight.requires_grad_(False)
+    again = copy.deepcopy(frozen)
+    with torch.no_grad():
+        again.weight.qdata.zero_()
+    again.load_state_dict(frozen.state_dict())  # to the same codes
+    assert_same(again.weight.qdata, frozen.weight.qdata)
+    assert_same(again.weight.scale, frozen.weight.scale)
     results = []
     for each in (net, frozen):
         x = randn(20, 300).requires_grad_()

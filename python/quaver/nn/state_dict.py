@@ -1,7 +1,8 @@
 """The state_dict entries of a ScaledTensor weight: values that everyone can read, and its scale.
 
-`weight` is decoded to f32, which is exact, and read-only. `weight_master_scale` is float32 [2]: the
-scale and the amax. Together they give back the same codes; the values alone give the nearest.
+`weight` is decoded to f32 and read-only. `weight_master_scale` is float32 [2]: the scale and the
+amax, or [2, *scales] of a frozen weight that has several. Together they give back the same codes;
+the values alone give the nearest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ SUFFIX = "_master_scale"
 
 @torch.no_grad()
 def master_scale(weight: ScaledTensor) -> Tensor:
-    amax = weight.scale.new_zeros(()) if weight.amax is None else weight.amax
+    amax = torch.zeros_like(weight.scale) if weight.amax is None else weight.amax
     return torch.stack((weight.scale, amax))
 
 
@@ -48,7 +49,7 @@ def load_master(weight: Tensor, state_dict: dict, key: str) -> dict:
     if not weight.is_meta:  # else the value is assigned where it is
         value = value.to(weight.device)
     scale = None if known is None else known.to(value.device, torch.float32)
-    if scale is not None and scale.shape == (2,):
+    if scale is not None and scale.shape == (2, *weight.qlayout.scale_shape(weight.shape)):
         kept = encode(value, weight.qlayout, weight.dtype, scale[0].clone())
         kept.amax = scale[1].clone()
         if torch.equal(kept.dequantize(torch.float32), value.float()):  # else they were edited
