@@ -3,6 +3,7 @@
 #include "quaver/gemm_choice.h"
 
 #include <algorithm>
+#include <array>
 #include <iomanip>
 #include <sstream>
 
@@ -118,6 +119,16 @@ std::string text_of(const GemmProblem& p) {
   return s.str();
 }
 
+using Key = std::array<int64_t, 9>;  // all that a choice depends on
+
+Key key_of(const GemmProblem& p, int sm_count) {
+  return {p.m,          p.n,
+          p.k,          int64_t(p.a),
+          int64_t(p.b), int64_t(p.out),
+          p.accumulate, p.fast_accumulate,
+          sm_count};
+}
+
 int percent(double part) { return static_cast<int>(part * 100.0 + 0.5); }
 
 }  // namespace
@@ -167,8 +178,20 @@ std::vector<GemmCandidate> gemm_candidates(const GemmProblem& p, int sm_count) {
   return found;
 }
 
+// A training step repeats the shapes of the last one, so each thread remembers what it chose.
 GemmCandidate choose_gemm(const GemmProblem& p, int sm_count) {
-  return gemm_candidates(p, sm_count).front();
+  struct Choice {
+    Key key;
+    GemmCandidate best;  // no tactic: the place is free
+  };
+  constexpr uint64_t places = 256;
+  static thread_local std::vector<Choice> choices(places);
+  const Key key = key_of(p, sm_count);
+  uint64_t hash = 0;
+  for (const int64_t part : key) hash = (hash ^ uint64_t(part)) * 0x9e3779b97f4a7c15u;
+  Choice& c = choices[(hash >> 32) % places];
+  if (c.best.tactic == nullptr || c.key != key) c = {key, gemm_candidates(p, sm_count).front()};
+  return c.best;
 }
 
 std::string explain_gemm(const GemmProblem& p, const std::vector<GemmCandidate>& candidates) {

@@ -108,6 +108,23 @@ TEST(tiles_cover_the_output_once) {
   });
 }
 
+// More problems than a thread remembers, each asked twice, and for a second machine between.
+TEST(a_remembered_choice_is_the_first_candidate) {
+  for_each_problem([&](const GemmProblem& p) {
+    for (const int sm_count : {132, 78, 132}) {
+      const GemmCandidate wanted = gemm_candidates(p, sm_count).front();
+      for (int i = 0; i < 2; ++i) {
+        const GemmCandidate c = choose_gemm(p, sm_count);
+        CHECK_EQ(c.index, wanted.index);
+        CHECK_EQ(c.workspace_bytes, wanted.workspace_bytes);
+        CHECK_EQ(c.launch.sm_count, wanted.launch.sm_count);
+        CHECK_EQ(c.launch.swizzle, wanted.launch.swizzle);
+        CHECK_EQ(c.launch.splits, wanted.launch.splits);
+      }
+    }
+  });
+}
+
 TEST(only_work_that_is_cut_needs_a_workspace) {
   for_each_problem([&](const GemmProblem& p) {
     for (const GemmCandidate& c : gemm_candidates(p, 132)) {
