@@ -27,45 +27,42 @@ struct Jobs {
 };
 
 template <class X, class Q>
-QUAVER_DEVICE uint32_t cast_tile(const Job& j, int64_t index, const CastPass& of, Tile& tile) {
+QUAVER_DEVICE uint32_t cast_tile(const Job& j, int64_t index, Divisor by, Tile& tile) {
   const int64_t row0 = index / j.tiles.across * kTile, col0 = index % j.tiles.across * kTile;
-  const X* x = static_cast<const X*>(j.x);
+  const TilePlace start = place_in_pass(0, threadIdx.x);
+  const int64_t left = j.tiles.rows - row0 - start.row;  // rows from this thread's first on
+  const int64_t col = col0 + start.chunk * kVector, width = j.tiles.cols - col;
+  const int64_t first = (row0 + start.row) * j.tiles.cols + col, step = kPassRows * j.tiles.cols;
+  const X* x = static_cast<const X*>(j.x) + first;
   Packed<sizeof(X)> loaded[kPasses];  // all loads before the first use
 #pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const TilePlace at = place_in_pass(pass, threadIdx.x);
-    const int64_t row = row0 + at.row, col = col0 + at.chunk * kVector;
-    const int64_t n = row < j.tiles.rows ? j.tiles.cols - col : 0;
-    loaded[pass] = load<sizeof(X)>(x + row * j.tiles.cols + col, sizeof(X), n, j.aligned);
-  }
+  for (int pass = 0; pass < kPasses; ++pass)
+    loaded[pass] =
+        load<sizeof(X)>(x + pass * step, sizeof(X), pass * kPassRows < left ? width : 0, j.aligned);
   uint32_t seen = 0;
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
-    const TilePlace at = place_in_pass(pass, threadIdx.x);
-    const int64_t row = row0 + at.row, col = col0 + at.chunk * kVector;
-    const int64_t n = row < j.tiles.rows ? j.tiles.cols - col : 0;
     float v[kVector];
     decode_vector<X>(loaded[pass], v);
     seen = max_bits(seen, amax_bits(v));
-    if (!of.encode) continue;
-    divide(v, of.by);
+    divide(v, by);
     Packed<1> codes;
     encode_vector<Q>(v, codes);
-    store(j.q + row * j.tiles.cols + col, codes, 1, n, j.aligned);
-    if (j.qt != nullptr) put_codes(tile, at, codes);
+    store(j.q + first + pass * step, codes, 1, pass * kPassRows < left ? width : 0, j.aligned);
+    if (j.qt != nullptr) put_codes(tile, place_in_pass(pass, threadIdx.x), codes);
   }
-  if (!of.encode || j.qt == nullptr) return seen;
+  if (j.qt == nullptr) return seen;
   __syncthreads();
   store_transposed(j.qt, tile, j.tiles, row0, col0, threadIdx.x, j.aligned_t);
   return seen;
 }
 
 template <class X, class Q>
-QUAVER_DEVICE uint32_t cast_tiles(const Job& j, int64_t block, int64_t step, const CastPass& of,
+QUAVER_DEVICE uint32_t cast_tiles(const Job& j, int64_t block, int64_t step, Divisor by,
                                   Tile& tile) {
   uint32_t seen = 0;
   for (int64_t index = block;;) {
-    seen = max_bits(seen, cast_tile<X, Q>(j, index, of, tile));
+    seen = max_bits(seen, cast_tile<X, Q>(j, index, by, tile));
     index += step;
     if (index >= j.tile_count) return seen;
     __syncthreads();  // the tile is read
@@ -79,19 +76,19 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ CastPass shared;
   const int64_t before = first ? jobs.job[0].blocks.first : jobs.job[0].blocks.second;
   const bool second = blockIdx.x >= before;
-  const Job j = jobs.job[second];  // in registers: a store could change what lies in memory
   const int64_t block = blockIdx.x - (second ? before : 0);
-  cast_pass(j.scale, first, block, shared);
+  cast_pass(jobs.job[second].scale, first, block, shared);
   const CastPass of = shared;
   if (!of.encode && !of.collect) return;
+  const Job j = jobs.job[second];  // in registers: a store could change what lies in memory
   uint32_t seen = 0;
   const int64_t step = first ? j.blocks.first : j.blocks.second;
-  if (!of.encode && j.scale.mode == ScaleMode::now)
+  if (!of.encode)
     seen = look(static_cast<const X*>(j.x), j.tiles.rows * j.tiles.cols, block, step, j.aligned);
   else if (j.type == DType::e4m3)
-    seen = cast_tiles<X, e4m3>(j, block, step, of, tile);
+    seen = cast_tiles<X, e4m3>(j, block, step, of.by, tile);
   else
-    seen = cast_tiles<X, e5m2>(j, block, step, of, tile);
+    seen = cast_tiles<X, e5m2>(j, block, step, of.by, tile);
   if (of.collect) leave_amax(j.scale, block, seen);
 }
 
@@ -129,6 +126,8 @@ void cast_matrices(const MatrixJob* matrices, int count, void* stream) {
   for (int i = 0; i < count; ++i) {
     const MatrixJob& m = matrices[i];
     check_cast(op, m.to.q, m.x);
+    QUAVER_CHECK(is_fp8(m.to.q.dtype), op, ": dtype must be e4m3 or e5m2, got ",
+                 name_of(m.to.q.dtype));
     jobs.job[i] = make_job(op, m);
     all.first += jobs.job[i].blocks.first;
     all.second += jobs.job[i].blocks.second;

@@ -71,7 +71,7 @@ MUTATIONS = [
         r"(setp\.lt\.s64 \s*%p\d+, %rd\d+), 16",
         r"\1, 15",
         TEST_CAST,
-        number=12,  # of the transpose, whose edge a test has
+        number=11,  # of the transpose, whose edge a test has
     ),
     Mutation(
         "a predicate turned around", CAST, r"@(%p\d+) bra", r"@!\1 bra", TEST_CAST, number=290
