@@ -59,6 +59,18 @@ def results():
         *ops.activate_backward(x, *made[4:8], "silu", None, 16, E5M2, spread_nan=True),
     )
     x[3, 5] = 1.0
+    tall = randn(144, 160)
+    for grain in ("row", "block", "tile"):
+        q, scale, qt, qt_scale = ops.cast_layouts(tall, E4M3, grain)
+        found[f"cast_layouts {grain}"] = q, scale, qt, qt_scale
+        found[f"tiles {grain}"] = (
+            *ops.quantize(tall, E4M3, granularity="tile"),
+            ops.dequantize(q, scale, F32, grain, 128),
+        )
+        found[f"products of {grain}s"] = tuple(
+            ops.gemm(q, scale, q, scale, bias, dtype)
+            for bias, dtype in ((None, BF16), (None, F32), (randn(144), BF16))
+        )
     found["given"] = (
         *ops.quantize(x, E4M3, torch.tensor(0.5)),
         *ops.cast_transpose(x, E4M3, torch.tensor(0.5)),

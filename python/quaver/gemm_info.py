@@ -42,3 +42,4 @@ def show(arguments: argparse.Namespace) -> None:
         )
     print(f"{candidates[0]['name']}: {reason}")
     print("Predicted is of the peak, by a model; `make gpu-report` measures.")
+    print("Scales of blocks or tiles have no kernel: operands are decoded for torch's product.")
