@@ -17,11 +17,13 @@ from safetensors import safe_open
 from torch import nn
 
 import quaver as qv
-from quaver import models
+from quaver import exporting, models
+from quaver.errors import UsageError
 from quaver.hf.formats import FORMATS, encode_blocks
 from quaver.nn.weight import cast_weight
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
 E4M3 = torch.float8_e4m3fn
 FP8 = [name for name in FORMATS if name != "bf16"]
@@ -610,3 +612,29 @@ def test_blocks_are_those_of_training(tmp_path, power_of_two, frozen):
         n, k = layer.weight.shape
         assert_same(tensors[f"{name}.weight"], q[:n, :k].contiguous())
         assert_same(tensors[f"{name}.weight_scale_inv"], scale)
+
+
+def test_a_llama_of_ours_ends_where_its_tokenizer_does(tmp_path):
+    model = models.build(models.load("tiny"))
+    coder = end_tokenizer(7)
+    qv.export(model, tmp_path / "out", tokenizer=coder)
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert made.config.eos_token_id == made.generation_config.eos_token_id == 7
+    qv.export(model, tmp_path / "plain")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "plain").eos_token_id is None
+    with pytest.raises(UsageError, match="end token is 300 and the model has 256 tokens"):
+        qv.export(model, tmp_path / "other", tokenizer=end_tokenizer(300))
+    assert not (tmp_path / "other").exists()
+
+
+def end_tokenizer(index):
+    core = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"<{i}>": i for i in range(index + 1)}, unk_token="<0>")
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=f"<{index}>")
+
+
+def test_the_command_reads_the_end_of_a_runs_tokenizer(tmp_path):
+    end_tokenizer(7).save_pretrained(tmp_path)
+    assert exporting._Files(tmp_path).eos_token_id == 7
+    assert exporting._Files(tmp_path / "none").eos_token_id is None

@@ -77,7 +77,8 @@ def export(
 
     Args:
         folder: a new or an empty folder; its parents are made.
-        tokenizer: written beside the model by its save_pretrained.
+        tokenizer: written beside the model by its save_pretrained. Its `eos_token_id` becomes that
+            of a configuration that has none, as a quaver.models.Llama's.
         max_shard_size: bytes of a safetensors file, or "5GB", "500MiB"; a larger tensor has a file
             of its own.
 
@@ -102,6 +103,7 @@ def export(
     with new_folder(path, "export") as inside:
         if source.code is not None:
             source.code(inside)
+        _set_end(source, tokenizer)
         _write_config(source, kind, inside)
         if tokenizer is not None:
             tokenizer.save_pretrained(inside)
@@ -284,6 +286,24 @@ def _made(pieces: list[_Piece]) -> Iterator[tuple[str, Tensor]]:
             name, tensor = made.popitem()
             yield name, tensor.detach().cpu().contiguous()
             del tensor
+
+
+def _set_end(source: Source, tokenizer) -> None:
+    """The token that ends a text, where the configuration names none: `generate` stops there."""
+    config = source.config
+    known = getattr(config, "eos_token_id", None) is not None
+    end = None if known else getattr(tokenizer, "eos_token_id", None)
+    if end is None:
+        return
+    size = getattr(config, "vocab_size", None)
+    if size is not None and end >= size:
+        raise UsageError(
+            f"export: the tokenizer's end token is {end} and the model has {size} tokens; wanted "
+            "the tokenizer that the model was trained with"
+        )
+    config.eos_token_id = end
+    if source.generation is not None:
+        source.generation.eos_token_id = end
 
 
 def _write_config(source: Source, kind: Format, inside: Path) -> None:

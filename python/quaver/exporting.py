@@ -14,6 +14,7 @@ from .convert import convert
 from .errors import FileError, UsageError
 from .export import FORMATS, export
 from .files import expanded, opened, read_text
+from .hf.folder import load_tokenizer
 from .hf.pretrained import load_pretrained
 from .hf.start import rebuild
 from .nn.linear import is_converted
@@ -88,6 +89,13 @@ class _Files:
 
     def __init__(self, folder: Path):
         self.folder = folder
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of the end token, where the folder has a tokenizer that names one."""
+        if not (self.folder / "tokenizer_config.json").is_file():
+            return None
+        return load_tokenizer(self.folder, "export").eos_token_id
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         for name in TOKENIZER:
