@@ -2,7 +2,9 @@
 
 Kills `quaver train` some times for each recipe and `--parallel`, one rank or all of them at once,
 resumes it each time, and compares every step's loss and gradient norm with an uninterrupted run,
-bit for bit. `--all` goes through every recipe and every kind of parallelism (`make kills`).
+bit for bit. `--start folder` trains from a folder of transformers, and `--start tune` is `quaver
+tune` from one, whose methods take the recipes' place. `--all` goes through every recipe and every
+kind of parallelism, and both of these on one rank (`make kills`).
 """
 
 import argparse
@@ -25,6 +27,8 @@ from quaver.parallel import Parallel
 
 MODEL = {"vocab": 256, "dim": 64, "layers": 2, "heads": 2, "kv_heads": 2, "ffn": 128, "context": 64}
 KINDS = ("dp=1", "dp=2", "zero=2", "fsdp=2", "tp=2")
+STARTS = ("model", "folder", "tune")
+METHODS = ("full", "lora", "qst")
 END = 90  # seconds that the other ranks have to end after one was killed
 
 
@@ -34,15 +38,51 @@ def free_port():
         return probe.getsockname()[1]
 
 
-class Training:
-    """`quaver train` on every rank of `parallel`, as torchrun would start it."""
+def flags(start, folder, recipe):
+    """Those that differ between the starts."""
+    if start == "tune":
+        return "tune", "--model", folder / "hf", "--data", folder / "chat.jsonl", "--method", recipe
+    model, data = {"model": ("model.json", "text.txt"), "folder": ("hf", "docs.jsonl")}[start]
+    return "train", "--model", folder / model, "--data", folder / data, "--recipe", recipe
 
-    def __init__(self, folder, out, recipe, parallel, steps):
+
+def write_start(start, folder):
+    """The model and the data, without a download."""
+    text = random.Random(0).randbytes(1000).replace(b"\0", b" ") * 20
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "text.txt").write_bytes(text)
+    if start == "model":
+        return
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    core = Tokenizer(models.WordLevel({"<end>": 0} | {str(n): n + 1 for n in range(60)}, "<end>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    coder = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        bos_token_id=None, eos_token_id=0, attention_dropout=0.1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "hf")
+    coder.save_pretrained(folder / "hf")
+    counts = [[str((n + i) % 60) for i in range(12)] for n in range(200)]
+    rows = [{"prompt": " ".join(c[:4]), "response": " ".join(c[4:])} for c in counts]
+    for name, lines in (("chat", rows), ("docs", [{"text": " ".join(c)} for c in counts])):
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+class Training:
+    """The command on every rank of `parallel`, as torchrun would start it."""
+
+    def __init__(self, start, folder, out, recipe, parallel, steps):
         arguments = [
-            *(sys.executable, "-m", "quaver", "train", "--model", folder / "model.json"),
-            *("--data", folder / "text.txt", "--recipe", recipe, "--steps", str(steps)),
-            *("--batch", "4", "--seq", "32", "--device", "cpu", "--save-every", "7"),
-            *("--out", out, "--parallel", parallel),
+            *(sys.executable, "-m", "quaver", *flags(start, folder, recipe)),
+            *("--steps", str(steps), "--batch", "4", "--seq", "32", "--device", "cpu"),
+            *("--save-every", "7", "--out", out),
+            *(["--parallel", parallel] if start != "tune" else []),
             *(["--resume"] if (out / ".lock").exists() else []),
         ]
         ranks = Parallel.parse(parallel).ranks
@@ -89,9 +129,9 @@ def metrics(out, recipe):
     return [(m["step"], m["loss"], m["grad_norm"]) for m in map(json.loads, lines)]
 
 
-def finish(folder, out, recipe, parallel, steps):
+def finish(start, folder, out, recipe, parallel, steps):
     """Trains to the end; UsageError with its reason where the combination is refused."""
-    training = Training(folder, out, recipe, parallel, steps)
+    training = Training(start, folder, out, recipe, parallel, steps)
     training.finish()
     for process, text in zip(training.processes, training.texts, strict=True):
         if process.returncode == 2:
@@ -114,50 +154,54 @@ def kill_once(training, path, moment, draw):
     return int(began[1]) if began else None, len(path.read_text().splitlines())
 
 
-def measure(recipe, parallel, kills, steps, seed):
-    draw = random.Random(f"{seed}/{recipe}/{parallel}")
+def measure(start, recipe, parallel, kills, steps, seed):
+    draw = random.Random(f"{seed}/{start}/{recipe}/{parallel}")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        (folder / "model.json").write_text(json.dumps(MODEL))
-        (folder / "text.txt").write_bytes(
-            random.Random(0).randbytes(1000).replace(b"\0", b" ") * 20
-        )
-        whole = finish(folder, folder / "whole", recipe, parallel, steps)
+        write_start(start, folder)
+        whole = finish(start, folder, folder / "whole", recipe, parallel, steps)
         cut = folder / "cut"
         # Moments by step as well as by time, so that a fast machine is hit everywhere too.
         died = []
         for moment in sorted(draw.sample(range(1, steps), kills)):
-            training = Training(folder, cut, recipe, parallel, steps)
+            training = Training(start, folder, cut, recipe, parallel, steps)
             died.append(kill_once(training, cut / recipe / "metrics.jsonl", moment, draw))
-        return died, whole, finish(folder, cut, recipe, parallel, steps)
+        return died, whole, finish(start, folder, cut, recipe, parallel, steps)
 
 
-def combination(recipe, parallel, args):
+def combination(start, recipe, parallel, args):
     """A row of the report; None where the combination is refused."""
+    label = recipe if start == "model" else f"{start} {recipe}"
     try:
-        died, whole, cut = measure(recipe, parallel, args.kills, args.steps, args.seed)
+        died, whole, cut = measure(start, recipe, parallel, args.kills, args.steps, args.seed)
     except UsageError as error:
-        print(f"{recipe:<12} {parallel:<8} refused: {error}", flush=True)
+        print(f"{label:<17} {parallel:<8} refused: {error}", flush=True)
         return None
     equal = sum(a == b for a, b in zip(whole, cut, strict=True))
-    print(f"{recipe:<12} {parallel:<8} {len(died)} kills   {equal} of {len(whole)} steps "
-          f"bit-identical\n{'':<21} (resumed from, killed after) {died}", flush=True)  # fmt: skip
-    return {"name": f"{recipe} {parallel}", "kills": died, "steps": len(whole), "identical": equal}
+    print(f"{label:<17} {parallel:<8} {len(died)} kills   {equal} of {len(whole)} steps "
+          f"bit-identical\n{'':<26} (resumed from, killed after) {died}", flush=True)  # fmt: skip
+    return {"name": f"{label} {parallel}", "kills": died, "steps": len(whole), "identical": equal}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", default="bf16,fp8lm-o2")
+    parser.add_argument("--start", choices=STARTS, default="model")
+    parser.add_argument("--recipes", help="bf16,fp8lm-o2 if not given; of tune full,lora,qst")
     parser.add_argument("--parallel", nargs="+", default=["dp=1"], help=f"such as {KINDS}")
-    parser.add_argument("--all", action="store_true", help="every recipe and kind of parallelism")
+    parser.add_argument("--all", action="store_true", help="every start, recipe and kind of ranks")
     parser.add_argument("--kills", type=int, default=10, help="for each combination")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    names = recipes.names() if args.all else args.recipes.split(",")
-    kinds = KINDS if args.all else args.parallel
+    default = ",".join(METHODS) if args.start == "tune" else "bf16,fp8lm-o2"
+    names = (args.recipes or default).split(",")
+    todo = [(args.start, name, kind) for kind in args.parallel for name in names]
+    if args.all:
+        todo = [("model", name, kind) for kind in KINDS for name in recipes.names()]
+        todo += [("folder", name, "dp=1") for name in recipes.names()]
+        todo += [("tune", method, "dp=1") for method in METHODS]
     print(common.describe(common.machine()))
-    rows = [combination(name, kind, args) for kind in kinds for name in names]
+    rows = [combination(*each, args) for each in todo]
     rows = [row for row in rows if row is not None]
     print(f"{sum(len(row['kills']) for row in rows)} kills")
     common.save("resume-all" if args.all else "resume", rows)
