@@ -27,6 +27,8 @@ class Mutation(NamedTuple):
 
 
 CAST = "cast_transpose:cast_kernelINS_4bf16E"
+BLOCKS = "cast_layouts:cast_blocks_kernelINS_4bf16ENS_4e4m3E"
+TEST_BLOCKS = "test_cuda_cast_layouts:every_shape"
 NORM = "normalize:normalize_rows_kernelINS_4bf16E"
 TEST_CAST, TEST_QUANTIZE = "test_cuda_cast_transpose", "test_cuda_quantize"
 TEST_NORM, TEST_ADAM = "test_cuda_normalize", "test_cuda_adam:low_precision"
@@ -41,6 +43,12 @@ MUTATIONS = [
     Mutation("a barrier dropped: the pass", CAST, r"bar\.sync[^;]*;", "", TEST_CAST, RACE, 2),
     Mutation(
         "a barrier dropped: table", "nf4:encode", r"bar\.sync[^;]*;", "", "test_cuda_nf4", RACE
+    ),
+    *(
+        Mutation(
+            f"a barrier dropped: blocks, {n}", BLOCKS, r"bar\.sync[^;]*;", "", TEST_BLOCKS, RACE, n
+        )
+        for n in range(4)
     ),
     Mutation("a barrier under a predicate", CAST, r"(bar\.sync[^;]*;)", r"@%p1 \1", TEST_CAST),
     Mutation(
