@@ -41,7 +41,9 @@ def free_port():
 def flags(start, folder, recipe):
     """Those that differ between the starts."""
     if start == "tune":
-        return "tune", "--model", folder / "hf", "--data", folder / "chat.jsonl", "--method", recipe
+        side = ("--reduction", "2") if recipe == "qst" else ()  # the model has 4 heads
+        places = "--model", folder / "hf", "--data", folder / "chat.jsonl"
+        return "tune", *places, "--method", recipe, *side
     model, data = {"model": ("model.json", "text.txt"), "folder": ("hf", "docs.jsonl")}[start]
     return "train", "--model", folder / model, "--data", folder / data, "--recipe", recipe
 
