@@ -19,8 +19,8 @@ import common
 from quaver import train
 from quaver.plot import new_figure
 
-RECIPES = ("bf16", "fp8lm-o2", "coat")
-BARS = {"fp8lm-o2": 0.5, "coat": 0.5}  # percent above bf16
+RECIPES = ("bf16", "fp8lm-o2", "coat", "blockwise")
+BARS = {"fp8lm-o2": 0.5, "coat": 0.5, "blockwise": 0.3}  # percent above bf16
 SEEDS = (0, 1)
 RUNS = common.RESULTS / "long_runs.jsonl"
 FIGURE = common.RESULTS / "long.png"
