@@ -168,12 +168,15 @@ def cast_layouts():
     for shape, dtype, to, grain in itertools.product(MATRICES, FLOATS, FP8, grains):
         x = values(shape, dtype)
         for rows, columns in kinds:
-            yield f"{shape} {dtype} to {to}, {grain}", (x, to, grain, rows, columns, False)
+            name = f"{shape} {dtype} to {to}, {grain}, {rows:d}{columns:d}"
+            yield name, (x, to, grain, rows, columns, False)
         yield f"{shape} {dtype} to {to}, {grain}, powers of two", (x, to, grain, True, True, True)
     for grain, bad in itertools.product(grains, NOT_FINITE):
         x = values((160, 144), torch.float32)
         x[4, 3] = bad
         yield f"{bad}, {grain}", (x, FP8[0], grain, True, True, False)
+    for grain in grains:
+        x = values((160, 144), torch.float32)
         yield f"a transposed view, {grain}", (x.t(), FP8[0], grain, True, True, False)
         yield f"a misaligned view, {grain}", (misaligned(x), FP8[0], grain, True, True, False)
 
