@@ -53,7 +53,9 @@ QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment& at, float (&dx
 template <class X, Activation kind>
 __global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> p, bool first) {
   __shared__ Tile tile, tile_up;
-  __shared__ CastPass of, of_up;  // in registers they would spill on sm_100
+  // In registers these would spill on sm_100.
+  __shared__ CastPass of, of_up;
+  __shared__ uint32_t most_up[kThreads];  // each thread's own
   const bool gated = p.up.codes != nullptr;
   cast_pass(p.dx.scale, first, blockIdx.x, of);
   if (gated)
@@ -62,7 +64,9 @@ __global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> 
     of_up = make_pass(false, false, 1.0f);
   __syncthreads();
   if (!of.encode && !of.collect && !of_up.encode && !of_up.collect) return;
-  uint32_t seen = 0, seen_up = 0;
+  uint32_t seen = 0;
+  uint32_t& seen_up = most_up[threadIdx.x];
+  seen_up = 0;
   for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; ++pass) {
