@@ -95,11 +95,15 @@ QUAVER_DEVICE uint32_t normalize_row(const Problem<X>& p, RowPlace at, bool coll
 // Where the scale is just in time, the rows are the first pass, of few blocks.
 template <class X>
 __global__ void __launch_bounds__(kThreads, 3) normalize_rows_kernel(Problem<X> p) {
+  // Each thread's own; without `volatile` it would be in a register, and spill on sm_80.
+  __shared__ volatile uint32_t most[kThreads];
   const bool collect = p.y.scale.mode == ScaleMode::now;
-  uint32_t seen = 0;
-  for (RowPlace at = row_place(); at.row < p.m.rows; at.row += int64_t(gridDim.x) * kWarps)
-    seen = max_bits(seen, normalize_row(p, at, collect));
-  if (collect) leave_amax(p.y.scale, blockIdx.x, seen);
+  most[threadIdx.x] = 0;
+  for (RowPlace at = row_place(); at.row < p.m.rows; at.row += int64_t(gridDim.x) * kWarps) {
+    const uint32_t seen = normalize_row(p, at, collect);
+    most[threadIdx.x] = max_bits(most[threadIdx.x], seen);
+  }
+  if (collect) leave_amax(p.y.scale, blockIdx.x, most[threadIdx.x]);
 }
 
 template <class X>
