@@ -94,8 +94,8 @@ kills: $(BUILT)
 # The wheel of this build, and no other, under the oldest torch it promises to serve.
 test-abi: wheel $(ABI_VENV)/.installed
 	$(ABI_VENV)/bin/python -m pip install --no-deps --force-reinstall dist/quaver-*.whl
-	ours=$$($(PY) -c "$(SHA256)"); echo "$$ours"
-	theirs=$$(PYTHONPATH= $(ABI_VENV)/bin/python -c "$(SHA256)"); echo "$$theirs"
+	ours=$$($(PY) -c "$(SHA256)"); echo "$$ours"; \
+	theirs=$$(PYTHONPATH= $(ABI_VENV)/bin/python -c "$(SHA256)"); echo "$$theirs"; \
 	test "$$(cut -d' ' -f3 <<< "$$ours")" = "$$(cut -d' ' -f3 <<< "$$theirs")" || { echo "test-abi: the two libraries differ"; exit 1; }
 	OMP_NUM_THREADS=1 PYTHONPATH= $(ABI_VENV)/bin/python $(PYTEST) -m "not slow"
 
