@@ -25,12 +25,20 @@ STEPS = 2  # that a plan takes
 MESSAGE = 10e-6  # seconds of a message between two cards before its first byte, a round figure
 FP8 = ("quaver.gemm", "quaver.linear", "quaver.linear_backward")
 _aten = torch.ops.aten
+
+
+def _repeated(q: torch.Size, *heads: torch.Size) -> list[tuple[int, ...]]:
+    """The shapes of keys and values with a head for each of the queries', which torch's formulas
+    ask for before 2.12."""
+    return [(shape[0], q[1], *shape[2:]) for shape in heads]
+
+
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, out_shape=None, **o: (
-        sdpa_flop(q, k, v)
+        sdpa_flop(q, *_repeated(q, k, v))
     ),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda dy, q, k, v, *a, out_shape=None, **o: sdpa_backward_flop(dy, q, k, v)
+        lambda dy, q, k, v, *a, out_shape=None, **o: sdpa_backward_flop(dy, q, *_repeated(q, k, v))
     ),
 }
 
