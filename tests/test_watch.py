@@ -2,22 +2,15 @@
 
 import copy
 import dataclasses
-import functools
-import json
-import os
-import random
 import re
-import signal
 
 import pytest
-import ranks
 import torch
 from helpers import assert_same, randn
 from torch import nn
 
 import quaver as qv
-from quaver import job, models, train, watching
-from quaver.errors import UsageError
+from quaver import models
 from quaver.nn import Norm
 from quaver.ops import quantize
 from quaver.rows import Rows
@@ -322,52 +315,6 @@ def test_a_writer_gets_every_statistic():
     assert writer["watch/first.grad_output/amax_jump", 5] > 0
 
 
-def _decide(rank):
-    model, optimizer, watch = build()
-    qv.distributed.ddp(model, optimizer=optimizer)
-    plain = []
-    for step in range(12):
-        model.spike = 1e7 if rank == 1 and step >= 4 else 1.0
-        optimizer.zero_grad()
-        loss_of(model, step, slice(6 * rank, 6 * rank + 6)).backward()
-        optimizer.step()
-        watch.step()
-        plain.append(watch.plain)
-    return plain
-
-
-def test_ranks_decide_alike():
-    one, two = ranks.run(2, _decide)
-    assert one == two
-    assert one[-1] == ["second"]
-
-
-def _decide_sharded(rank):
-    from quaver.distributed import fully_shard
-
-    torch.manual_seed(0)
-    model = qv.convert(Net(), "tensorwise", skip=["head"])
-    watch = qv.watch(model, every=2, fallback="auto")
-    fully_shard(model)
-    optimizer = qv.AdamW(model.parameters(), 1e-2, recipe="tensorwise")
-    plain = []
-    for step in range(12):
-        model.spike = 1e7 if rank == 1 and step >= 4 else 1.0
-        optimizer.zero_grad()
-        loss_of(model, step, slice(6 * rank, 6 * rank + 6)).backward()
-        optimizer.step()
-        watch.step()
-        plain.append(watch.plain)
-    return plain, {name: list(found) for name, found in watch.last.items()}
-
-
-def test_sharded_ranks_decide_alike():
-    one, two = ranks.run(2, _decide_sharded)
-    assert one == two
-    assert one[0][-1] == ["second"]
-    assert "input" in one[1]["second"]
-
-
 def test_a_state_of_other_modules_is_refused():
     model, _, _ = build()
     torch.manual_seed(0)
@@ -445,40 +392,3 @@ def test_the_models_of_the_package_are_watched():
     qv.convert(model, "coat")
     watch = qv.watch(model)
     assert any(name.endswith("mlp") for name in watch.watched)
-
-
-def test_a_run_moves_layers_and_resumes_with_the_same_bits(tmp_path, monkeypatch):
-    """quaver train --watch, under a limit that its layers are above and below by turns."""
-    text, out = tmp_path / "text.txt", {name: tmp_path / name for name in ("whole", "cut")}
-    text.write_bytes(random.Random(0).randbytes(200) * 50)
-    limited = functools.partial(watching.watch, flushed=1.0, kurtosis=5.0, calm=1)
-    monkeypatch.setattr(job, "watch", limited)
-
-    def run(name, **more):
-        options = {
-            "data": (str(text),), "recipe": ("coat",), "steps": 12, "batch": 2, "seq": 16,
-            "device": "cpu", "save_every": 4, "eval_every": 3, "out": str(out[name]), "watch": 2,
-        }  # fmt: skip
-        train.run(train.Settings(**(options | more)))
-        lines = (out[name] / "coat" / "metrics.jsonl").read_text().splitlines()
-        found = [json.loads(line) for line in lines]
-        return [line | {"tokens_per_s": 0} for line in found]
-
-    whole = run("whole")
-    moved = [line["watch"]["moved"] for line in whole if "watch" in line]
-    assert len(moved) == 6
-    assert {plain for step in moved for plain in step.values()} == {True, False}
-    step = job.Job.step
-
-    def stop_at_seven(self, number):
-        if number == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, number)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(job.Job, "step", stop_at_seven)
-        with pytest.raises(train.Interrupted):
-            run("cut")
-    assert run("cut", resume=True) == whole
-    with pytest.raises(UsageError, match="watch"):
-        run("cut", resume=True, watch=3)

@@ -39,8 +39,8 @@ def watch(model: nn.Module, *, every: int = 10, fallback: str = "off", flushed: 
     The model's bits stay as they are while nothing falls back, and a step between two measured ones
     costs nothing. Measured are the inputs, weights (unless they are sharded) and output gradients
     of linear layers, the outputs of FP8 norms and the products inside FP8 MLPs, in forwards with
-    gradients; of several forwards in a step, the largest values. Ranks step together, share their
-    largest values and decide alike.
+    gradients; experts are not. Of several forwards in a step the largest values count. Ranks step
+    together, share their largest values and decide alike.
 
     Args:
         every: steps from one measured step to the next; the first step is measured.
@@ -49,8 +49,9 @@ def watch(model: nn.Module, *, every: int = 10, fallback: str = "off", flushed: 
             dtype, bf16 under autocast), until `calm` measured steps in a row are below all limits.
         flushed: limit of the share of values that are not zero and whose code is. Of a tensor that
             a norm or an MLP made in FP8 it is the share of zero codes.
-        saturated: limit of the share of values beyond the format's largest. Of such a tensor it is
-            the share of the largest code.
+        saturated: limit of the share of values beyond the format's largest. A layer chooses scales
+            that fit, so that only a tensor which a norm or an MLP made in FP8 can be above it: of
+            that it is the share of the largest code.
         kurtosis: limit of mean(x^4) / mean(x^2)^2, 3 for normal values, or None for no limit.
         amax_jump: limit of the largest magnitude over that of the measured step before, or None.
         writer: has `add_scalar(tag, value, step)`, as TensorBoard's SummaryWriter has; it gets
