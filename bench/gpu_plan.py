@@ -58,7 +58,7 @@ def _sanitizer(tool, proves):
 RECIPES = ("bf16", "fp8lm-o2", "coat")
 _COMMON = "{python} -m quaver train --recipe {recipes} --out {work}/train --overwrite "
 TRAIN = _COMMON + "--data stdlib --model 125m --steps 100 --batch 16 --seq 1024 --device cuda"
-TRAIN_DRY = _COMMON + "--data bench --model tiny --steps 2 --batch 1 --seq 32 --device cpu"
+TRAIN_DRY = _COMMON + "--data README.md --model tiny --steps 2 --batch 1 --seq 32 --device cpu"
 
 PLAN = (
     Step(
