@@ -8,6 +8,7 @@ instructions on a machine that has wider ones.
 
 import argparse
 import json
+import math
 
 import common
 import torch
@@ -19,7 +20,8 @@ from quaver import _C
 
 COPY = "a copy of the same bytes"
 SIDE = 4480  # a square of 20 M values
-WIDTH, INNER = 4096, 11008  # of Llama 7B
+# Rows and columns of a norm and an MLP of Llama 7B, of 20 M values.
+NORM, MLP = (4864, 4096), (1792, 11008)
 BLOCK = 32  # values for each scale of what norms and activations save
 SAVED = 1 + 1 / BLOCK  # bytes of such a value
 TENSORS = ((400, 250),) * 200  # 20 M parameters
@@ -70,14 +72,14 @@ def warm():
 
 
 def norm_inputs(centered):
-    rows = 20_000_000 // WIDTH
-    x, weight = torch.randn(rows, WIDTH, dtype=BF16), torch.randn(WIDTH, dtype=BF16)
-    bias = torch.randn(WIDTH, dtype=BF16) if centered else None
+    width = NORM[1]
+    x, weight = torch.randn(NORM, dtype=BF16), torch.randn(width, dtype=BF16)
+    bias = torch.randn(width, dtype=BF16) if centered else None
     return x, weight, bias, {"centered": centered, "block": BLOCK}
 
 
 def norms():
-    n = 20_000_000 // WIDTH * WIDTH
+    n = math.prod(NORM)
 
     def forward(centered):
         x, weight, bias, options = norm_inputs(centered)
@@ -98,11 +100,10 @@ def norms():
 
 
 def activations():
-    rows = 20_000_000 // INNER
-    n = rows * INNER
+    n = math.prod(MLP)
 
     def inputs(gated):
-        return [torch.randn(rows, INNER, dtype=BF16) for _ in range(2 if gated else 1)]
+        return [torch.randn(MLP, dtype=BF16) for _ in range(2 if gated else 1)]
 
     def forward(kind, gated):
         x, history = inputs(gated), warm()
@@ -110,7 +111,7 @@ def activations():
 
     def backward(kind, gated):
         saved = qv.ops.activate(*inputs(gated), kind=kind, block=BLOCK)
-        dy = torch.randn(rows, INNER, dtype=BF16)
+        dy = torch.randn(MLP, dtype=BF16)
         histories = {"x_history": warm()} | ({"up_history": warm()} if gated else {})
         return lambda: qv.ops.activate_backward(dy, saved.x, saved.up, kind=kind, **histories)
 

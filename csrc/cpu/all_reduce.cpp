@@ -13,20 +13,10 @@ namespace {
 const char* at(const TensorView& x, int64_t i) { return x.as<const char>() + i * size_of(x.dtype); }
 char* out_at(const TensorView& x, int64_t i) { return x.as<char>() + i * size_of(x.dtype); }
 
-// to[i] = encode(values / scale): a multiplication where the reciprocal is exact.
-void encode(char* to, DType type, const float* values, int64_t n, float scale) {
+// to[i] = encode(decode(x[i]) / scale): a multiplication where the reciprocal is exact.
+void encode(char* to, DType to_type, const void* x, DType type, int64_t n, float scale) {
   const bool exact = is_power_of_two(scale);
-  simd().cast(to, type, values, DType::f32, n, exact ? 1.0f / scale : scale, !exact);
-}
-
-int32_t count_saturated(const uint8_t* codes, int64_t n, uint32_t max_code) {
-  int32_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += (codes[i] & 0x7fu) == max_code;
-  return count;
-}
-
-uint32_t max_code_of(DType type) {
-  return type == DType::e4m3 ? Format<e4m3>::max_code : Format<e5m2>::max_code;
+  simd().cast(to, to_type, x, type, n, exact ? 1.0f / scale : scale, !exact);
 }
 
 void clear(const TensorView& x, int64_t begin, int64_t end) {
@@ -54,11 +44,14 @@ void pack(const TensorView& bucket, const ScaledView* tensors, int64_t count, co
     const float own = tensors[t].scale != nullptr ? *tensors[t].scale : 1.0f;
     const float scale = scales != nullptr ? scales[t] : 1.0f;
     auto body = [&](int64_t begin, int64_t end) {
+      if (own == 1.0f)
+        return encode(out_at(bucket, offset + begin), bucket.dtype, at(x, begin), x.dtype,
+                      end - begin, scale);
       alignas(64) float values[kBlock];
       for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = std::min(kBlock, end - i);
         simd().cast(values, DType::f32, at(x, i), x.dtype, n, own, false);
-        encode(out_at(bucket, offset + i), bucket.dtype, values, n, scale);
+        encode(out_at(bucket, offset + i), bucket.dtype, values, DType::f32, n, scale);
       }
     };
     parallel_for(x.numel(), kGrain, body);
@@ -83,21 +76,10 @@ void reduce_shards(const TensorView& out, float* amax, int32_t* saturated, const
     AtomicAmax seen;
     std::atomic<int32_t> at_max{0};
     auto body = [&](int64_t begin, int64_t end) {
-      alignas(64) float sum[kBlock];
-      uint32_t bits = 0;
+      const ShardSpan shards = {at(s.shards, first + begin), s.shards.dtype, scale, ranks, length};
       int32_t count = 0;
-      for (int64_t i = first + begin; i < first + end; i += kBlock) {
-        const int64_t n = std::min(kBlock, first + end - i);
-        simd().cast(sum, DType::f32, at(s.shards, i), s.shards.dtype, n, scale, false);
-        for (int64_t r = 1; r < ranks; ++r)
-          simd().add(sum, DType::f32, 1.0f, sum, DType::f32, 1.0f, at(s.shards, r * length + i),
-                     s.shards.dtype, scale, n);
-        bits = std::max(bits, simd().amax(sum, DType::f32, n));
-        encode(out_at(out, i), out.dtype, sum, n, sum_scale);
-        if (is_fp8(out.dtype))
-          count += count_saturated(out.as<const uint8_t>() + i, n, max_code_of(out.dtype));
-      }
-      seen.add(bits);
+      seen.add(simd().sum_shards(out_at(out, first + begin), out.dtype, sum_scale, shards,
+                                 end - begin, &count));
       at_max += count;
     };
     parallel_for(last - first, kGrain, body);

@@ -54,11 +54,18 @@ struct Sink {
 
   // n <= kBlock values of one row, from column `col` on.
   void put(int k, int64_t row, int64_t col, int64_t n, const float* values) {
-    if (see) amax_bits[k] = std::max(amax_bits[k], simd().amax(values, DType::f32, n));
-    if (!encode) return;
     const TensorView& q = outputs[k].q;
-    simd().cast(q.as<uint8_t>() + row * q.cols + col, q.dtype, values, DType::f32, n,
-                state[k].factor, state[k].divide);
+    uint8_t* codes = q.as<uint8_t>() + row * q.cols + col;
+    const float factor = state[k].factor;
+    const bool divide = state[k].divide;
+    uint32_t bits = 0;
+    if (see && encode)
+      bits = simd().cast_seen(codes, q.dtype, values, DType::f32, n, factor, divide);
+    else if (see)
+      bits = simd().amax(values, DType::f32, n);
+    else
+      simd().cast(codes, q.dtype, values, DType::f32, n, factor, divide);
+    amax_bits[k] = std::max(amax_bits[k], bits);
   }
 
   // Called when all rows of the strip have n values from column `col` on: writes padding and qt.
@@ -75,9 +82,7 @@ struct Sink {
           std::memset(q + r * width + kept, 0, static_cast<size_t>(padded_cols - kept));
       }
       uint8_t* qt = outputs[k].qt.as<uint8_t>() + col * height + s.row;
-      for (int64_t c = 0; c < padded_cols; c += kTile)
-        simd().transpose(qt + c * height, height, q + c, width, padded_rows,
-                         std::min(kTile, padded_cols - c));
+      simd().transpose(qt, height, q, width, padded_rows, padded_cols, streams(width * height));
     }
   }
 };

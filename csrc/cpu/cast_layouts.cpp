@@ -87,10 +87,7 @@ void encode_rows(const Operand& q, const Square& s, const float* scale) {
 void write_transposed(const Operand& qt, const Square& s, const uint8_t* codes, int64_t stride) {
   const int64_t height = qt.codes.cols;
   uint8_t* out = qt.codes.as<uint8_t>() + s.col * height + s.row;
-  for (int64_t c = 0; c < s.x.cols; c += kTile)
-    for (int64_t r = 0; r < s.x.rows; r += kTile)
-      simd().transpose(out + c * height + r, height, codes + r * stride + c, stride,
-                       std::min(kTile, s.x.rows - r), std::min(kTile, s.x.cols - c));
+  simd().transpose(out, height, codes, stride, s.x.rows, s.x.cols, streams(qt.codes.numel()));
 }
 
 void encode_columns(const Operand& qt, const Square& s, const float* scale) {

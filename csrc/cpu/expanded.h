@@ -136,10 +136,10 @@ inline bool adam_group(const AdamStep& s, float* w, float* m, float* v, const fl
       least_v = _mm256_min_epu32(least_v, _mm256_add_epi32(bits_v.of[k], minus_one));
     }
   }
-  range_m->most[group] = largest(most_m);
-  range_m->least[group] = ~largest(~least_m);
-  range_v->most[group] = largest(most_v);
-  range_v->least[group] = ~largest(~least_v);
+  range_m->most[group] = largest_bits(most_m);
+  range_m->least[group] = ~largest_bits(~least_m);
+  range_v->most[group] = largest_bits(most_v);
+  range_v->least[group] = ~largest_bits(~least_v);
   constexpr uint32_t infinity = 0x7f800000u;  // a sign is beyond it, too
   return range_m->most[group] < infinity && range_v->most[group] < infinity;
 }

@@ -5,14 +5,10 @@
 // For simd*.cpp only, which are compiled once per instruction set.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
+#include "registers.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
-
-#define QUAVER_INLINE inline __attribute__((always_inline))
 
 constexpr int64_t kVector = 8, kLanes = 4 * kVector;
 
@@ -100,14 +96,6 @@ QUAVER_INLINE Ints shifted_right(const Ints& x) {  // keeps the sign
   return each<Ints>([&](int k) { return _mm256_srai_epi32(x.of[k], n); });
 }
 
-// The largest of eight unsigned integers.
-QUAVER_INLINE uint32_t largest(__m256i x) {
-  __m128i y = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-  y = _mm_max_epu32(y, _mm_shuffle_epi32(y, 0x4e));
-  y = _mm_max_epu32(y, _mm_shuffle_epi32(y, 0xb1));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(y));
-}
-
 // The 32 values, each less `base` and then from 0 to 255, as bytes in the order that in_order()
 // puts right.
 QUAVER_INLINE __m256i bytes(const Ints& x, int base) {
@@ -123,10 +111,6 @@ QUAVER_INLINE __m256i sign_bytes(const Floats& x) {
   const __m256i low = _mm256_packs_epi32(i.of[0], i.of[1]);
   const __m256i high = _mm256_packs_epi32(i.of[2], i.of[3]);
   return _mm256_and_si256(_mm256_packs_epi16(low, high), _mm256_set1_epi8(-0x80));
-}
-
-QUAVER_INLINE __m256i in_order(__m256i b) {
-  return _mm256_permutevar8x32_epi32(b, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
 }  // namespace

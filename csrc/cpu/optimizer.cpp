@@ -79,10 +79,8 @@ void run(const AdamParameter& p, Plan& plan, int64_t begin, int64_t n) {
   const int64_t rows = p.fp8.rows, cols = p.fp8.cols;
   const int64_t first = begin / cols, last = (begin + n) / cols;  // pieces are whole rows
   for (int64_t r = first; r < last; r += kTile)
-    for (int64_t c = 0; c < cols; c += kTile)
-      simd().transpose(p.fp8_t.as<uint8_t>() + c * rows + r, rows,
-                       p.fp8.as<uint8_t>() + r * cols + c, cols, std::min(kTile, last - r),
-                       std::min(kTile, cols - c));
+    simd().transpose(p.fp8_t.as<uint8_t>() + r, rows, p.fp8.as<uint8_t>() + r * cols, cols,
+                     std::min(kTile, last - r), cols, streams(rows * cols));
 }
 
 // Updates the second moments of subsets and their rates, before the pass over the elements.

@@ -9,9 +9,6 @@
 namespace quaver::cpu {
 namespace {
 
-// Read twice in a pass (amax, then cast), so a span should stay in the first-level cache.
-constexpr int64_t kSpan = 512;
-
 const char* at(const TensorView& x, int64_t i) { return x.as<const char>() + i * size_of(x.dtype); }
 char* out_at(const TensorView& x, int64_t i) { return x.as<char>() + i * size_of(x.dtype); }
 
@@ -26,6 +23,14 @@ void cast_span(const TensorView& q, const TensorView& x, int64_t begin, int64_t 
   const bool exact = is_power_of_two(scale);
   simd().cast(out_at(q, begin), q.dtype, at(x, begin), x.dtype, n, exact ? 1.0f / scale : scale,
               !exact);
+}
+
+// As cast_span, to nearest; returns the bits of the amax of the span.
+uint32_t cast_seen(const TensorView& q, const TensorView& x, int64_t begin, int64_t n,
+                   float scale) {
+  const bool exact = is_power_of_two(scale);
+  return simd().cast_seen(out_at(q, begin), q.dtype, at(x, begin), x.dtype, n,
+                          exact ? 1.0f / scale : scale, !exact);
 }
 
 // The values under scale g: `rows` spans of `cols` elements, of which the first begins at `first`.
@@ -83,9 +88,10 @@ uint32_t quantize_pass(const TensorView& q, const TensorView& x, const QuantizeO
       cast_span(q, x, left, n, scale, o);
     }
     if (!see) return;
+    if (!o.stochastic) return amax.add(cast_seen(q, x, begin, end - begin, scale));
     uint32_t bits = 0;
-    for (int64_t i = begin; i < end; i += kSpan) {
-      const int64_t n = std::min(kSpan, end - i);
+    for (int64_t i = begin; i < end; i += kBlock) {  // read twice, the second time from the cache
+      const int64_t n = std::min(kBlock, end - i);
       bits = std::max(bits, simd().amax(at(x, i), x.dtype, n));
       cast_span(q, x, i, n, scale, o);
     }
@@ -109,13 +115,14 @@ uint32_t cast_transpose_pass(const TensorView& q, const TensorView& qt, const Te
         const int64_t cols = std::min(kBlock, x.cols - col);
         for (int64_t r = row; r < row + rows; ++r) {
           const int64_t i = r * x.cols + col;
-          if (see) bits = std::max(bits, simd().amax(at(x, i), x.dtype, cols));
-          cast_span(q, x, i, cols, scale, nearest);
+          if (see)
+            bits = std::max(bits, cast_seen(q, x, i, cols, scale));
+          else
+            cast_span(q, x, i, cols, scale, nearest);
         }
-        for (int64_t c = col; c < col + cols; c += kTile)
-          simd().transpose(qt.as<uint8_t>() + c * qt.cols + row, qt.cols,
-                           q.as<uint8_t>() + row * q.cols + c, q.cols, rows,
-                           std::min(kTile, col + cols - c));
+        simd().transpose(qt.as<uint8_t>() + col * qt.cols + row, qt.cols,
+                         q.as<uint8_t>() + row * q.cols + col, q.cols, rows, cols,
+                         streams(q.numel()));
       }
     }
     amax.add(bits);

@@ -3,10 +3,13 @@
 // them; span.h has the conversions that they share. Tests compare the bits of all instruction sets.
 #include "simd.h"
 
+#include <algorithm>
+
 #include "quaver/grad.h"
 #include "simd_adam.h"
 #include "simd_philox.h"
 #include "simd_subset.h"
+#include "simd_sum.h"
 #include "span.h"
 
 namespace quaver::cpu::QUAVER_ISA {
@@ -32,8 +35,40 @@ uint32_t amax(const void* x, DType type, int64_t n) {
   return bit_cast<uint32_t>(result);
 }
 
-void cast(void* out, DType out_type, const void* x, DType type, int64_t n, float factor,
-          bool divide) {
+#if defined(__AVX2__)
+// Casts f32 or bf16 to FP8; returns the bits of the amax of x where it is to see it.
+template <bool kSee, bool kDivide, class T, class In>
+uint32_t cast_fp8(T* __restrict out, const In* __restrict x, int64_t n, float factor) {
+  Integers most = all(0);
+  int64_t i = 0;
+  for (; i + kValues <= n; i += kValues) {
+    prefetch(x + i, kValues * int64_t(sizeof(In)));
+    const Values v = load_values(x + i);
+    for (int k = 0; kSee && k < kRegisters; ++k) most = larger_bits(most, magnitude_bits(v.of[k]));
+    encode_values(out + i, in_format<kDivide>(v, factor));
+  }
+  uint32_t bits = largest_bits(most);
+  if (i == n) return bits;
+  alignas(64) float rest[kValues];
+  load(rest, x + i, n - i, 1.0f);
+  if (kSee) bits = std::max(bits, amax_code<uint32_t>(rest, n - i));
+  store_fp8<T, kDivide>(out + i, rest, n - i, factor);
+  return bits;
+}
+
+template <bool kSee, class In>
+uint32_t cast_fp8(void* out, DType out_type, const In* x, int64_t n, float factor, bool divide) {
+  auto run = [&](auto* to) {
+    return divide ? cast_fp8<kSee, true>(to, x, n, factor)
+                  : cast_fp8<kSee, false>(to, x, n, factor);
+  };
+  return out_type == DType::e4m3 ? run(static_cast<e4m3*>(out)) : run(static_cast<e5m2*>(out));
+}
+#endif
+
+// Casts through a buffer, from any type to any.
+void cast_buffered(void* out, DType out_type, const void* x, DType type, int64_t n, float factor,
+                   bool divide) {
   alignas(64) float buffer[kBlock];
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
@@ -47,6 +82,34 @@ void cast(void* out, DType out_type, const void* x, DType type, int64_t n, float
     else
       store_any(at(out, out_type, i), out_type, values, m, factor);
   }
+}
+
+template <bool kSee>
+uint32_t cast_as(void* out, DType out_type, const void* x, DType type, int64_t n, float factor,
+                 bool divide) {
+#if defined(__AVX2__)
+  if (is_fp8(out_type) && type == DType::f32)
+    return cast_fp8<kSee>(out, out_type, static_cast<const float*>(x), n, factor, divide);
+  if (is_fp8(out_type) && type == DType::bf16)
+    return cast_fp8<kSee>(out, out_type, static_cast<const bf16*>(x), n, factor, divide);
+#endif
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t m = n - i < kBlock ? n - i : kBlock;
+    if (kSee) bits = std::max(bits, amax(at(x, type, i), type, m));
+    cast_buffered(at(out, out_type, i), out_type, at(x, type, i), type, m, factor, divide);
+  }
+  return bits;
+}
+
+void cast(void* out, DType out_type, const void* x, DType type, int64_t n, float factor,
+          bool divide) {
+  cast_as<false>(out, out_type, x, type, n, factor, divide);
+}
+
+uint32_t cast_seen(void* out, DType out_type, const void* x, DType type, int64_t n, float factor,
+                   bool divide) {
+  return cast_as<true>(out, out_type, x, type, n, factor, divide);
 }
 
 void cast_stochastic(void* out, DType out_type, const void* x, DType type, int64_t n, float scale,
@@ -115,16 +178,80 @@ inline void transpose_square(uint8_t* out, int64_t out_stride, const uint8_t* x,
 }
 #endif
 
+// Rows whose codes fill a line of the cache, in a run of each column.
+constexpr int64_t kLine = 64;
+
+#if defined(__AVX512F__)
+// As transpose_square, of kLine rows: the squares lie side by side in the registers.
+inline void transpose_lines(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t stride,
+                            bool stream) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) {
+    auto row = [&](int square) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + (16 * square + i) * stride));
+    };
+    r[i] = _mm512_castsi128_si512(row(0));
+    r[i] = _mm512_inserti32x4(r[i], row(1), 1);
+    r[i] = _mm512_inserti32x4(r[i], row(2), 2);
+    r[i] = _mm512_inserti32x4(r[i], row(3), 3);
+  }
+  for (int round = 0; round < 4; ++round) {
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm512_unpacklo_epi8(r[i], r[i + 8]);
+      t[2 * i + 1] = _mm512_unpackhi_epi8(r[i], r[i + 8]);
+    }
+    for (int i = 0; i < 16; ++i) r[i] = t[i];
+  }
+  for (int i = 0; i < 16; ++i) {
+    if (stream)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i * out_stride), r[i]);
+    else
+      _mm512_storeu_si512(out + i * out_stride, r[i]);
+  }
+}
+#else
+inline void transpose_lines(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t stride,
+                            [[maybe_unused]] bool stream) {
+  alignas(kLine) uint8_t lines[kSquare * kLine];
+  for (int64_t row = 0; row < kLine; row += kSquare)
+    transpose_square(lines + row, kLine, x + row * stride, stride);
+  for (int64_t i = 0; i < kSquare; ++i) {
+#if defined(__AVX2__)
+    if (stream) {
+      const auto* from = reinterpret_cast<const __m256i*>(lines + i * kLine);
+      auto* to = reinterpret_cast<__m256i*>(out + i * out_stride);
+      _mm256_stream_si256(to, _mm256_load_si256(from));
+      _mm256_stream_si256(to + 1, _mm256_load_si256(from + 1));
+      continue;
+    }
+#endif
+    memcpy(out + i * out_stride, lines + i * kLine, kLine);
+  }
+}
+#endif
+
 void transpose(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t stride, int64_t rows,
-               int64_t cols) {
-  const int64_t square_rows = rows - rows % kSquare, square_cols = cols - cols % kSquare;
+               int64_t cols, bool stream) {
+  const int64_t line_rows = rows - rows % kLine, square_rows = rows - rows % kSquare;
+  const int64_t square_cols = cols - cols % kSquare;
+  // Only whole lines pass by the cache.
+  stream = stream && (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(out_stride)) %
+                             static_cast<uintptr_t>(kLine) ==
+                         0;
   // The outer loop is over columns, so that a run of `out` rows is written from end to end.
-  for (int64_t col = 0; col < square_cols; col += kSquare)
-    for (int64_t row = 0; row < square_rows; row += kSquare)
+  for (int64_t col = 0; col < square_cols; col += kSquare) {
+    for (int64_t row = 0; row < line_rows; row += kLine)
+      transpose_lines(out + col * out_stride + row, out_stride, x + row * stride + col, stride,
+                      stream);
+    for (int64_t row = line_rows; row < square_rows; row += kSquare)
       transpose_square(out + col * out_stride + row, out_stride, x + row * stride + col, stride);
+  }
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t col = row < square_rows ? square_cols : 0; col < cols; ++col)
       out[col * out_stride + row] = x[row * stride + col];
+#if defined(__SSE2__)
+  if (stream) _mm_sfence();  // other threads read it
+#endif
 }
 
 double sum_squares(const void* x, DType type, int64_t n, uint32_t* amax_bits) {
@@ -160,27 +287,10 @@ double sum_squares(const void* x, DType type, int64_t n, uint32_t* amax_bits) {
   return sums[0];
 }
 
-uint32_t add(void* out, DType out_type, float scale, const void* a, DType a_type, float scale_a,
-             const void* b, DType b_type, float scale_b, int64_t n) {
-  alignas(64) float sum[kBlock], other[kBlock];
-  uint32_t result = 0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t m = n - i < kBlock ? n - i : kBlock;
-    load_any(sum, at(a, a_type, i), a_type, m, scale_a);
-    load_any(other, at(b, b_type, i), b_type, m, scale_b);
-    QUAVER_SIMD
-    for (int64_t j = 0; j < m; ++j) sum[j] += other[j];
-    if (out != nullptr) store_any(at(out, out_type, i), out_type, sum, m, 1.0f / scale);
-    const uint32_t block = amax_code<uint32_t>(sum, m);
-    result = result < block ? block : result;
-  }
-  return result;
-}
-
 }  // namespace
 
 extern const Simd table;
-const Simd table = {amax, cast,          cast_stochastic, transpose,   sum_squares,
-                    add,  encode_groups, decode_groups,   subset_sums, adam};
+const Simd table = {amax, cast,       cast_seen,     cast_stochastic, transpose,   sum_squares,
+                    add,  sum_shards, encode_groups, decode_groups,   subset_sums, adam};
 
 }  // namespace quaver::cpu::QUAVER_ISA

@@ -61,6 +61,13 @@ void normalize(float* __restrict out, const void* x, DType type, int64_t n, floa
   }
 }
 
+// Chooses and stores the scale of one group; returns its inverse.
+inline float choose_group(uint8_t* scale, uint32_t amax_bits) {
+  const uint32_t code = block_exponent(amax_bits);
+  *scale = static_cast<uint8_t>(code);
+  return block_inverse(code);
+}
+
 // Encodes whole groups and perhaps a short last one, at most kBlock values in all. A constant
 // `block` gives loops without remainders.
 template <class Block>
@@ -68,22 +75,39 @@ inline __attribute__((always_inline)) void save_few(e4m3* codes, uint8_t* scale,
                                                     const float* __restrict x, int64_t n,
                                                     Block block) {
   alignas(64) float scaled[kBlock];
-  int64_t i = 0;
-  for (; i + block <= n; i += block) {
-    const uint32_t code = block_exponent(amax_code<uint32_t>(x + i, block));
-    const float inverse = block_inverse(code);
-    scale[i / block] = static_cast<uint8_t>(code);
+  for (int64_t i = 0; i < n; i += block) {
+    const int64_t m = n - i < block ? n - i : int64_t{block};
+    const float inverse = choose_group(scale + i / block, amax_code<uint32_t>(x + i, m));
     QUAVER_SIMD
-    for (int64_t j = 0; j < block; ++j) scaled[i + j] = x[i + j] * inverse;
-  }
-  if (i < n) {
-    const uint32_t code = block_exponent(amax_code<uint32_t>(x + i, n - i));
-    const float inverse = block_inverse(code);
-    scale[i / block] = static_cast<uint8_t>(code);
-    for (int64_t j = i; j < n; ++j) scaled[j] = x[j] * inverse;
+    for (int64_t j = 0; j < m; ++j) scaled[i + j] = x[i + j] * inverse;
   }
   store(codes, scaled, n, 1.0f);
 }
+
+#if defined(__AVX2__)
+// The same of groups of 32 in registers: first all scales, each a long chain of dependent
+// operations, then all codes.
+inline void save_few(e4m3* codes, uint8_t* scale, const float* __restrict x, int64_t n,
+                     std::integral_constant<int64_t, 32> block) {
+  constexpr int in_group = 32 / kRegister;  // registers
+  const int64_t whole = n - n % kValues;
+  alignas(64) float inverse[kBlock / 32];
+  for (int64_t i = 0; i < whole; i += 32) {
+    Integers most = all(0);
+    for (int j = 0; j < in_group; ++j)
+      most = larger_bits(most, magnitude_bits(QUAVER_PS(loadu)(x + i + j * kRegister)));
+    inverse[i / 32] = choose_group(scale + i / 32, largest_bits(most));
+  }
+  for (int64_t i = 0; i < whole; i += kValues) {
+    Values v = load_values(x + i);
+    for (int k = 0; k < kRegisters; ++k)
+      v.of[k] = QUAVER_PS(mul)(v.of[k], all(inverse[i / 32 + k / in_group]));
+    encode_values(codes + i, v);
+  }
+  if (whole < n)
+    save_few<decltype(block)>(codes + whole, scale + whole / 32, x + whole, n - whole, block);
+}
+#endif
 
 // Encodes n <= kBlock values in blocks of any size up to kBlock.
 inline void save_few(const SavedRow& to, int64_t first, const float* x, int64_t n) {
@@ -124,12 +148,27 @@ void save_groups(const SavedRow& to, const void* x, DType type, int64_t n) {
 
 // Decodes the columns of a row from `first` on.
 void load_groups(float* __restrict out, const GroupedRow& row, int64_t first, int64_t n) {
-  for (int64_t i = 0; i < n;) {
+  const auto* codes = reinterpret_cast<const e4m3*>(row.codes + first);
+  int64_t i = 0;
+#if defined(__AVX2__)
+  // The usual groups, in registers and without divisions.
+  for (; row.block == 32 && first % 32 == 0 && i + kValues <= n; i += kValues) {
+    const uint8_t* scale = row.scale + (first + i) / 32;
+    Values v;
+    for (int k = 0; k < kRegisters; k += 2)
+      halves_to_floats(v.of + k, halves_of(e4m3{}, widen(codes + i + k * kRegister)),
+                       kHalvesFactor<e4m3>);
+    for (int k = 0; k < kRegisters; ++k) {
+      v.of[k] = QUAVER_PS(mul)(v.of[k], all(decode_e8m0(scale[k * kRegister / 32])));
+      QUAVER_PS(storeu)(out + i + k * kRegister, v.of[k]);
+    }
+  }
+#endif
+  while (i < n) {
     const int64_t group = (first + i) / row.block;
     const int64_t left = (group + 1) * row.block - (first + i);
     const int64_t m = n - i < left ? n - i : left;
-    load(out + i, reinterpret_cast<const e4m3*>(row.codes + first + i), m,
-         decode_e8m0(row.scale[group]));
+    load(out + i, codes + i, m, decode_e8m0(row.scale[group]));
     i += m;
   }
 }

@@ -42,18 +42,14 @@ template <class T>
 void divide_columns(T* __restrict out, const float* __restrict x, const float* __restrict scale,
                     int64_t n) {
   int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16)
-    _mm_storeu_si128(
-        reinterpret_cast<__m128i*>(out + i),
-        encode16<T>(_mm512_div_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(scale + i))));
-#elif defined(__AVX2__)
-  auto quotient = [&](int64_t k) {
-    return _mm256_div_ps(_mm256_loadu_ps(x + k), _mm256_loadu_ps(scale + k));
-  };
-  for (; i + 16 <= n; i += 16)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
-                     encode16<T>(quotient(i), quotient(i + 8)));
+#if defined(__AVX2__)
+  for (; i + kValues <= n; i += kValues) {
+    Values quotients = load_values(x + i);
+    const Values scales = load_values(scale + i);
+    for (int k = 0; k < kRegisters; ++k)
+      quotients.of[k] = QUAVER_PS(div)(quotients.of[k], scales.of[k]);
+    encode_values(out + i, quotients);
+  }
 #endif
   for (; i < n; ++i) out[i] = encode_nearest<T>(x[i] / scale[i]);
 }

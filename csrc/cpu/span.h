@@ -1,17 +1,11 @@
 // Spans of values to f32 and back: the conversions that every vector loop begins and ends with.
 // First in plain C++ for any type and machine, then by hand where an instruction set has something
-// better for f16 and FP8. All give the bits of include/quaver/fp8.h.
+// better for f16 and FP8 (registers.h). All give the bits of include/quaver/fp8.h.
 //
 // For simd*.cpp only, which are compiled once per instruction set.
 #pragma once
 
-#include "quaver/codec.h"
-
-#if defined(__SSE2__)
-// gcc 12 warns of the "undefined" operand inside its own intrinsics.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#endif
+#include "registers.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
@@ -125,72 +119,29 @@ inline void store_f16(f16* __restrict out, const float* __restrict x, int64_t n,
 }
 #endif
 
-#if defined(__F16C__)
-// FP8 widens to f16 by shifts, subnormals included: e5m2 is f16's upper byte, and e4m3 with its
-// exponent in place is 2^-8 times its value. The instruction that widens f16 does the rest.
-#if defined(__AVX512F__)
-constexpr int64_t kWide = 32;
-using Halves = __m512i;
-
-inline Halves widen(const void* x) {
-  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(x)));
+#if defined(__AVX2__)
+// Decodes whole registers, then the rest.
+template <class T>
+inline void load_fp8(float* __restrict out, const T* __restrict x, int64_t n, float scale) {
+  int64_t i = 0;
+  const bool exact = halves_are_exact(scale);
+  for (; exact && i + kHalves <= n; i += kHalves) {
+    Register v[2];
+    halves_to_floats(v, halves_of(T{}, widen(x + i)), scale * kHalvesFactor<T>);
+    QUAVER_PS(storeu)(out + i, v[0]);
+    QUAVER_PS(storeu)(out + i + kRegister, v[1]);
+  }
+  for (; i < n; ++i) out[i] = TensorCodec<T>::decode(x[i], scale);
 }
-inline Halves e4m3_halves(Halves c) {
-  const Halves magnitude = _mm512_and_si512(c, _mm512_set1_epi16(0x7f));
-  const Halves sign = _mm512_and_si512(_mm512_slli_epi16(c, 8), _mm512_set1_epi16(-0x8000));
-  const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
-  const Halves half =
-      _mm512_mask_blend_epi16(nan, _mm512_slli_epi16(magnitude, 7), _mm512_set1_epi16(0x7e00));
-  return _mm512_or_si512(half, sign);
-}
-inline Halves e5m2_halves(Halves c) { return _mm512_slli_epi16(c, 8); }
-inline void store_halves(float* out, Halves h, float scale) {
-  const __m512 s = _mm512_set1_ps(scale);
-  const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
-  const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
-  _mm512_storeu_ps(out, _mm512_mul_ps(low, s));
-  _mm512_storeu_ps(out + 16, _mm512_mul_ps(high, s));
-}
-#else
-constexpr int64_t kWide = 16;
-using Halves = __m256i;
-
-inline Halves widen(const void* x) {
-  return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(x)));
-}
-inline Halves e4m3_halves(Halves c) {
-  const Halves magnitude = _mm256_and_si256(c, _mm256_set1_epi16(0x7f));
-  const Halves sign = _mm256_and_si256(_mm256_slli_epi16(c, 8), _mm256_set1_epi16(-0x8000));
-  const Halves nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
-  const Halves half =
-      _mm256_blendv_epi8(_mm256_slli_epi16(magnitude, 7), _mm256_set1_epi16(0x7e00), nan);
-  return _mm256_or_si256(half, sign);
-}
-inline Halves e5m2_halves(Halves c) { return _mm256_slli_epi16(c, 8); }
-inline void store_halves(float* out, Halves h, float scale) {
-  const __m256 s = _mm256_set1_ps(scale);
-  const __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
-  const __m256 high = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
-  _mm256_storeu_ps(out, _mm256_mul_ps(low, s));
-  _mm256_storeu_ps(out + 8, _mm256_mul_ps(high, s));
-}
-#endif
 
 template <>
 inline void load<e4m3>(float* __restrict out, const e4m3* __restrict x, int64_t n, float scale) {
-  int64_t i = 0;
-  // Two exact steps, unless scale * 2^8 overflows where scale * value does not.
-  const bool exact = scale < 1e30f && scale > -1e30f;
-  for (; exact && i + kWide <= n; i += kWide)
-    store_halves(out + i, e4m3_halves(widen(x + i)), scale * 256.0f);
-  for (; i < n; ++i) out[i] = TensorCodec<e4m3>::decode(x[i], scale);
+  load_fp8(out, x, n, scale);
 }
 
 template <>
 inline void load<e5m2>(float* __restrict out, const e5m2* __restrict x, int64_t n, float scale) {
-  int64_t i = 0;
-  for (; i + kWide <= n; i += kWide) store_halves(out + i, e5m2_halves(widen(x + i)), scale);
-  for (; i < n; ++i) out[i] = TensorCodec<e5m2>::decode(x[i], scale);
+  load_fp8(out, x, n, scale);
 }
 
 template <>
@@ -206,103 +157,25 @@ inline void store_divided<f16>(f16* __restrict out, const float* __restrict x, i
 }
 #endif
 
-#if defined(__AVX512F__)
-// fp8.h's nearest-even encoding of 16 values, in half of the instructions that the compiler needs.
-// Adding a power of two whose ulp is the code's rounds; the sum's low bits are then the mantissa,
-// with the implicit one for normal values, and the exponent goes on top.
-template <class T>
-inline __m128i encode16(__m512 v) {
-  using F = Format<T>;
-  constexpr int drop = 23 - F::mantissa;
-  constexpr int exponent = 127 + 1 - F::bias;  // of the smallest normal value
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i positive = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
-  const __m512 a = _mm512_min_ps(_mm512_castsi512_ps(positive), _mm512_set1_ps(F::finite_max));
-  const __m512i e =
-      _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7f800000)),
-                       _mm512_set1_epi32(exponent << 23));
-  const __m512i magic = _mm512_add_epi32(e, _mm512_set1_epi32(drop << 23));
-  const __m512 sum = _mm512_add_ps(a, _mm512_castsi512_ps(magic));
-  const __m512i mantissa = _mm512_sub_epi32(_mm512_castps_si512(sum), magic);
-  __m512i code = _mm512_add_epi32(mantissa, _mm512_srli_epi32(e, drop));
-  code = _mm512_sub_epi32(code, _mm512_set1_epi32(exponent << F::mantissa));
-  // code | (bits >> 24 & 0x80)
-  code =
-      _mm512_ternarylogic_epi32(code, _mm512_srli_epi32(bits, 24), _mm512_set1_epi32(0x80), 0xf8);
-  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  code = _mm512_mask_mov_epi32(code, nan, _mm512_set1_epi32(F::nan_code));
-  return _mm512_cvtepi32_epi8(code);
+#if defined(__AVX2__)
+template <bool kDivide>
+QUAVER_INLINE Values in_format(const Values& x, float factor) {
+  return kDivide ? divided(x, factor) : scaled(x, factor);
 }
 
 template <class T, bool kDivide>
 inline void store_fp8(T* __restrict out, const float* __restrict x, int64_t n, float factor) {
-  const __m512 f = _mm512_set1_ps(factor);
-  auto scaled = [f](__m512 v) { return kDivide ? _mm512_div_ps(v, f) : _mm512_mul_ps(v, f); };
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    prefetch(x + i);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
-                     encode16<T>(scaled(_mm512_loadu_ps(x + i))));
-  }
+  for (; i + kValues <= n; i += kValues)
+    encode_values(out + i, in_format<kDivide>(load_values(x + i), factor));
   if (i == n) return;
-  const __mmask16 rest = static_cast<__mmask16>((1u << (n - i)) - 1u);
-  _mm_mask_storeu_epi8(out + i, rest, encode16<T>(scaled(_mm512_maskz_loadu_ps(rest, x + i))));
-}
-
-#elif defined(__AVX2__)
-// The same for 8 values, as 32-bit codes.
-template <class T>
-inline __m256i encode8(__m256 v) {
-  using F = Format<T>;
-  constexpr int drop = 23 - F::mantissa;
-  constexpr int exponent = 127 + 1 - F::bias;
-  const __m256i bits = _mm256_castps_si256(v);
-  const __m256i positive = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
-  const __m256 a = _mm256_min_ps(_mm256_castsi256_ps(positive), _mm256_set1_ps(F::finite_max));
-  const __m256i e =
-      _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7f800000)),
-                       _mm256_set1_epi32(exponent << 23));
-  const __m256i magic = _mm256_add_epi32(e, _mm256_set1_epi32(drop << 23));
-  const __m256 sum = _mm256_add_ps(a, _mm256_castsi256_ps(magic));
-  const __m256i mantissa = _mm256_sub_epi32(_mm256_castps_si256(sum), magic);
-  __m256i code = _mm256_add_epi32(mantissa, _mm256_srli_epi32(e, drop));
-  code = _mm256_sub_epi32(code, _mm256_set1_epi32(exponent << F::mantissa));
-  code =
-      _mm256_or_si256(code, _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80)));
-  const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-  return _mm256_blendv_epi8(code, _mm256_set1_epi32(F::nan_code), _mm256_castps_si256(nan));
-}
-
-template <class T>
-inline __m128i encode16(__m256 low, __m256 high) {
-  const __m256i words =
-      _mm256_permute4x64_epi64(_mm256_packus_epi32(encode8<T>(low), encode8<T>(high)), 0xd8);
-  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-}
-
-template <class T, bool kDivide>
-inline void store_fp8(T* __restrict out, const float* __restrict x, int64_t n, float factor) {
-  const __m256 f = _mm256_set1_ps(factor);
-  auto scaled = [f](const float* p) {
-    const __m256 v = _mm256_loadu_ps(p);
-    return kDivide ? _mm256_div_ps(v, f) : _mm256_mul_ps(v, f);
-  };
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    prefetch(x + i);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
-                     encode16<T>(scaled(x + i), scaled(x + i + 8)));
-  }
-  if (i == n) return;
-  float rest[16] = {};
+  float rest[kValues] = {};
   memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(float));
-  T codes[16];
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), encode16<T>(scaled(rest), scaled(rest + 8)));
+  T codes[kValues];
+  encode_values(codes, in_format<kDivide>(load_values(rest), factor));
   memcpy(out + i, codes, static_cast<size_t>(n - i));
 }
-#endif
 
-#if defined(__AVX2__)
 #define QUAVER_STORE_FP8(T)                                                                     \
   template <>                                                                                   \
   inline void store<T>(T* __restrict out, const float* __restrict x, int64_t n, float factor) { \

@@ -49,6 +49,14 @@ struct SubsetSpan {
   Subsets subsets;
 };
 
+// The same values of every rank's shard: rank r's begin r * stride elements after `first`.
+struct ShardSpan {
+  const void* first;
+  DType type;
+  float scale;
+  int64_t ranks, stride;
+};
+
 // contract() of all 256 codes of a format, signs included, for a scale that holds this power.
 const float* expanded_values(DType type, uint32_t power);
 

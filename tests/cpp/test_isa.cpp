@@ -6,8 +6,10 @@
 #include <vector>
 
 #include "quaver/adam.h"
+#include "quaver/all_reduce.h"
 #include "quaver/cpu.h"
 #include "quaver/fp8.h"
+#include "quaver/grad.h"
 #include "quaver/optimizer.h"
 #include "quaver/philox.h"
 #include "quaver/quantize.h"
@@ -96,16 +98,17 @@ TEST(quantize_and_dequantize) {
 TEST(non_finite_values) {
   const float infinity = std::numeric_limits<float>::infinity();
   const float nan = std::numeric_limits<float>::quiet_NaN();
+  const int64_t n = 201;  // whole registers, and a rest
   for (const DType type : {DType::e4m3, DType::e5m2, DType::f16}) {
     same_everywhere([&](Bytes* bytes) {
       for (const float bad : {infinity, -infinity, nan, -nan}) {
-        for (const int64_t at : {0, 9, 36}) {
-          std::vector<float> x = some_values(37, 2);
+        for (const int64_t at : {0, 9, 130, 200}) {
+          std::vector<float> x = some_values(n, 2);
           x[at] = bad;
-          std::vector<uint16_t> q(37);
+          std::vector<uint16_t> q(n);
           float scale = 1.0f, amax = 0.0f;
-          cpu::quantize(view(q.data(), type, 1, 37), view(&scale, DType::f32, 1, 1),
-                        view(&amax, DType::f32, 1, 1), view(x.data(), DType::f32, 1, 37), {}, {});
+          cpu::quantize(view(q.data(), type, 1, n), view(&scale, DType::f32, 1, 1),
+                        view(&amax, DType::f32, 1, 1), view(x.data(), DType::f32, 1, n), {}, {});
           CHECK(!is_finite(amax));
           CHECK_EQ(scale, 1.0f);
           append(bytes, q);
@@ -132,6 +135,81 @@ TEST(cast_transpose) {
       }
     }
   });
+}
+
+// Matrices that are large enough to be written past the cache, with whole lines and without.
+TEST(cast_transpose_of_large_matrices) {
+  const int64_t rows = 2112, cols = 2050;
+  const std::vector<float> x = some_values(rows * cols, 6);
+  same_everywhere([&](Bytes* bytes) {
+    for (const int64_t height : {rows, rows - 1}) {
+      std::vector<uint8_t> q(height * cols), space(height * cols + 64);
+      // The lines of `qt` begin where the cache's do.
+      uint8_t* qt = space.data() + (64 - reinterpret_cast<uintptr_t>(space.data()) % 64);
+      float scale = 0.0f, amax = 0.0f;
+      cpu::cast_transpose(view(q.data(), DType::e4m3, height, cols),
+                          view(qt, DType::e4m3, cols, height), view(&scale, DType::f32, 1, 1),
+                          view(&amax, DType::f32, 1, 1),
+                          view(const_cast<float*>(x.data()), DType::f32, height, cols), true, {});
+      int64_t wrong = 0;
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t c = 0; c < cols; ++c) wrong += q[r * cols + c] != qt[c * height + r];
+      CHECK_EQ(wrong, 0);
+      append(bytes, q);
+    }
+  });
+}
+
+// All codes by all codes, NaN and infinities among them, of one rank to three.
+TEST(sums_of_shards) {
+  const int64_t n = 256 * 256, sizes[] = {n};
+  for (const DType type : {DType::e4m3, DType::e5m2}) {
+    std::vector<uint8_t> shards(3 * n);
+    for (int64_t i = 0; i < n; ++i) {
+      shards[i] = static_cast<uint8_t>(i);
+      shards[n + i] = static_cast<uint8_t>(i / 256);
+      shards[2 * n + i] = static_cast<uint8_t>(i / 7);
+    }
+    for (const DType to : {type, DType::f32})
+      for (const int64_t ranks : {1, 2, 3})
+        for (const float sum_scale : {0.25f, 0.3f})
+          same_everywhere([&](Bytes* bytes) {
+            std::vector<uint8_t> out(n * size_of(to));
+            const float scale = 0.125f;
+            float amax = 0.0f;
+            int32_t saturated = 0;
+            cpu::reduce_shards(
+                view(out.data(), to, 1, n), &amax, &saturated,
+                {view(shards.data(), type, ranks, n), 0, sizes, 1, &scale, &sum_scale});
+            append(bytes, out);
+            append(bytes, std::vector<float>{std::isnan(amax) ? -1.0f : amax});
+            append(bytes, std::vector<int32_t>{saturated});
+          });
+  }
+}
+
+TEST(accumulated_gradients) {
+  const int64_t n = 256 * 256 - 3;
+  for (const DType type : {DType::e4m3, DType::e5m2}) {
+    std::vector<uint8_t> a(n), b(n);
+    for (int64_t i = 0; i < n; ++i) {
+      // Finite: the rest is in `sums_of_shards`.
+      a[i] = static_cast<uint8_t>(i) & 0xfb;
+      b[i] = static_cast<uint8_t>(i / 256) & 0xfb;
+      if (type == DType::e5m2) a[i] &= 0xbf, b[i] &= 0xbf;
+    }
+    same_everywhere([&](Bytes* bytes) {
+      std::vector<uint8_t> target = a;
+      float scale = 0.5f, other_scale = 0.0625f, amax = 1.0f;
+      ScaledView other;
+      other.values = view(b.data(), type, 1, n);
+      other.scale = &other_scale;
+      cpu::accumulate(view(target.data(), type, 1, n), &scale, &amax, other);
+      CHECK(is_finite(amax));
+      append(bytes, target);
+      append(bytes, std::vector<float>{scale, amax});
+    });
+  }
 }
 
 // With a master rounded to nearest, stochastically, and as a shard that begins inside a block of
