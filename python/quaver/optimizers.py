@@ -94,7 +94,10 @@ def _microadam(s: Setting) -> torch.optim.Optimizer:
 def _grass(s: Setting) -> torch.optim.Optimizer:
     _refuse_zero("Grass", s)
     first, *others = s.groups
-    options = {"rank": s.rank, "recipe": _with_f32_moments(s.recipe), **s.options}
+    # Rows drawn by their norms lose less in a run from scratch than always the largest (docs/
+    # optimizers.md), and a run of a thousand steps should choose several times.
+    choice = {"rank": s.rank, "select": "sample", "every": 100}
+    options = {**choice, "recipe": _with_f32_moments(s.recipe), **s.options}
     made = optim.Grass(s.model, weight_decay=first["weight_decay"], **options)
     if not any(made.is_projected(p) for p in first["params"]):
         raise ValueError(
