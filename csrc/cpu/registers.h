@@ -60,6 +60,8 @@ QUAVER_INLINE Register floats_of(Integers x) {
 }
 QUAVER_INLINE Integers both(Integers a, Integers b) { return QUAVER_BITS (and)(a, b); }
 
+QUAVER_INLINE Integers inverted(Integers x) { return QUAVER_BITS(xor)(x, all(-1)); }
+
 // The magnitude's bits order like the magnitudes, with every NaN above infinity.
 QUAVER_INLINE Integers magnitude_bits(Register x) { return both(bits_of(x), all(0x7fffffff)); }
 QUAVER_INLINE Integers larger_bits(Integers a, Integers b) { return QUAVER_INT(max_epu32)(a, b); }

@@ -6,9 +6,7 @@
 #include <algorithm>
 
 #include "remainder.h"
-// With AVX-512 the loops below, twice as wide, are used: expanded.h has no AVX-512 form yet.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-#define QUAVER_EXPANDED_LANES
+#if defined(__AVX2__)
 #include "expanded.h"
 #endif
 
@@ -120,6 +118,12 @@ void store_exp_avg(const StateSpan& s, int64_t i, const float* x, const float* g
     with_format(s.type, [&](auto format) {
       using T = decltype(format);
       to_format<T>(y, x, s, i, n);
+#if defined(__AVX2__)
+      if constexpr (sizeof(T) == 1) {
+        auto* codes = static_cast<T*>(s.values) + i;
+        if (starts == nullptr && n % kValues == 0) return settle_codes(codes, y, x, grad, n);
+      }
+#endif
       if (starts == nullptr) {
         QUAVER_SIMD
         for (int64_t j = 0; j < n; ++j) y[j] = settle_exp_avg<T>(y[j], x[j], grad[j], false, 0);
@@ -254,7 +258,7 @@ void adam_run(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, f
   store_moments(p, i, m, v, g, starts, count);
 }
 
-#if defined(QUAVER_EXPANDED_LANES)
+#if defined(__AVX2__)
 // Updates whole groups whose moments are both expanded, by expanded.h.
 template <class First, class Second>
 void adam_expanded(const AdamSpan& p, const AdamStep& s, int64_t i, const float* g, float* w,
@@ -364,7 +368,7 @@ void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_b
       load_weight(weights, p, i, count);
     if (p.stochastic) dither_starts(starts, p, i, count);
     int64_t done = 0;
-#if defined(QUAVER_EXPANDED_LANES)
+#if defined(__AVX2__)
     if (p.exp_avg.scaling == Scaling::expand && p.exp_avg_sq.scaling == Scaling::expand) {
       done = count / kGroup * kGroup;
       with_fp8(p.exp_avg.type, [&](auto first) {

@@ -358,7 +358,7 @@ TEST(adam_with_states_in_groups) {
 }
 
 // From any codes, NaN and negative second moments included, with groups of every magnitude.
-TEST(adam_with_expanded_states_of_any_bits) {
+void adam_with_moments_of_any_bits(Scaling scaling) {
   constexpr int64_t n = 40 * kGroup + 5;
   for (const DType type : {DType::e4m3, DType::e5m2})
     for (const bool clean : {false, true})
@@ -379,15 +379,17 @@ TEST(adam_with_expanded_states_of_any_bits) {
                 (bit_cast<uint32_t>(std::ldexp(1.0f, k == 0 ? exponent / 2 : exponent)) & ~0xffu) |
                 power);
         }
-        float grad_amax = 1.0f;
+        float grad_amax = 1.0f, amaxes[2] = {1.0f, 1.0f};
         int64_t step = 0, skipped = 0;
         const double hyper[5] = {1e-3, 0.9, 0.95, 1e-8, 0.1};
         AdamParameter p;
         p.weight = {view(weight.data(), DType::f32, 1, n)};
-        p.exp_avg = {view(moments[0].data(), type, 1, n), scales[0].data(), nullptr,
-                     Scaling::expand};
-        p.exp_avg_sq = {view(moments[1].data(), type, 1, n), scales[1].data(), nullptr,
-                        Scaling::expand};
+        const bool tensor = scaling == Scaling::tensor;
+        for (int k = 0; tensor && k < 2; ++k) scales[k][0] = 0.25f;
+        p.exp_avg = {view(moments[0].data(), type, 1, n), scales[0].data(),
+                     tensor ? amaxes : nullptr, scaling};
+        p.exp_avg_sq = {view(moments[1].data(), type, 1, n), scales[1].data(),
+                        tensor ? amaxes + 1 : nullptr, scaling};
         p.grad = view(grad.data(), DType::f32, 1, n);
         p.grad_amax = &grad_amax;
         p.step = &step;
@@ -404,6 +406,10 @@ TEST(adam_with_expanded_states_of_any_bits) {
         append(bytes, weight);
       });
 }
+
+TEST(adam_with_moments_of_any_bits_expanded) { adam_with_moments_of_any_bits(Scaling::expand); }
+TEST(adam_with_moments_of_any_bits_in_groups) { adam_with_moments_of_any_bits(Scaling::group); }
+TEST(adam_with_moments_of_any_bits_of_a_tensor) { adam_with_moments_of_any_bits(Scaling::tensor); }
 
 TEST(an_unknown_instruction_set_is_refused_by_name) {
   CHECK_THROWS(cpu::set_isa("mmx"), "got mmx");
