@@ -10,6 +10,9 @@ namespace quaver::cpu {
 
 // Values per piece of work: small enough to balance, large enough to pay for a thread.
 constexpr int64_t kGrain = 32768;
+// The same where a value costs a few instructions: a smaller matrix is done before a second thread
+// has begun, and beside other processes that thread may not run at all for a while.
+constexpr int64_t kLightGrain = 16 * kGrain;
 
 ParallelFor current_parallel_for();
 

@@ -45,9 +45,9 @@ Group group_of(const TensorView& x, const Layout& layout, int64_t g) {
           std::min(width, x.cols - col)};
 }
 
-// Scales per piece of work.
-int64_t group_grain(const TensorView& x, const Layout& layout) {
-  return kGrain / std::max<int64_t>(layout.width(x.cols) * layout.height(), 1);
+// Scales per piece of work of `grain` values.
+int64_t group_grain(const TensorView& x, const Layout& layout, int64_t grain) {
+  return grain / std::max<int64_t>(layout.width(x.cols) * layout.height(), 1);
 }
 
 uint32_t whole_amax(const TensorView& x) {
@@ -55,7 +55,7 @@ uint32_t whole_amax(const TensorView& x) {
   auto body = [&](int64_t begin, int64_t end) {
     amax.add(simd().amax(at(x, begin), x.dtype, end - begin));
   };
-  parallel_for(x.numel(), kGrain, body);
+  parallel_for(x.numel(), kLightGrain, body);
   return amax.bits();
 }
 
@@ -97,7 +97,7 @@ uint32_t quantize_pass(const TensorView& q, const TensorView& x, const QuantizeO
     }
     amax.add(bits);
   };
-  parallel_for(x.numel(), kGrain, body);
+  parallel_for(x.numel(), o.stochastic ? kGrain : kLightGrain / 2, body);
   return amax.bits();
 }
 
@@ -154,7 +154,7 @@ void quantize(const TensorView& q, const TensorView& scale, const TensorView& am
       for (int64_t r = 0; r < of.rows; ++r) cast_span(q, x, of.first + r * x.cols, of.cols, *s, o);
     }
   };
-  parallel_for(scale.numel(), group_grain(x, o.layout), body);
+  parallel_for(scale.numel(), group_grain(x, o.layout, kGrain), body);
 }
 
 void dequantize(const TensorView& out, const TensorView& q, const TensorView& scale,
@@ -166,7 +166,7 @@ void dequantize(const TensorView& out, const TensorView& q, const TensorView& sc
       simd().cast(out_at(out, begin), out.dtype, at(q, begin), q.dtype, end - begin, *scales,
                   false);
     };
-    parallel_for(q.numel(), kGrain, body);
+    parallel_for(q.numel(), kLightGrain, body);
     return;
   }
   auto body = [&](int64_t begin, int64_t end) {
@@ -178,7 +178,7 @@ void dequantize(const TensorView& out, const TensorView& q, const TensorView& sc
       }
     }
   };
-  parallel_for(scale.numel(), group_grain(q, layout), body);
+  parallel_for(scale.numel(), group_grain(q, layout, kLightGrain), body);
 }
 
 void cast_transpose(const TensorView& q, const TensorView& qt, const TensorView& scale,
