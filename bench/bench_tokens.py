@@ -48,8 +48,7 @@ def spin():
 def busy(count):
     """Processes beside this one that never wait."""
     processes = [
-        multiprocessing.get_context("spawn").Process(target=spin, daemon=True)
-        for _ in range(count)
+        multiprocessing.get_context("spawn").Process(target=spin, daemon=True) for _ in range(count)
     ]
     for process in processes:
         process.start()
