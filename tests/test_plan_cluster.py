@@ -91,6 +91,11 @@ def test_what_no_model_is_of_is_refused(options, message):
         model_cluster("tiny", "bf16", seq=SEQ, **options)
 
 
+def test_a_recipe_that_shards_would_cut_is_refused_with_the_other_kind():
+    with pytest.raises(UsageError, match=r"shards would cut.*may also be dp$"):
+        model_cluster("tiny", "coat", seq=SEQ, cluster="8xh100")
+
+
 def command(*flags):
     words = [sys.executable, "-m", "quaver", "plan", "--model", "tiny", "--seq", "64", *flags]
     return subprocess.run(words, capture_output=True, text=True, timeout=300)

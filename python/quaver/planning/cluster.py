@@ -106,6 +106,17 @@ def curve(counts: dict[int, float], ranks: int) -> float:
     return max(0.0, (wanted @ torch.linalg.solve(table, values)).item())
 
 
+def _groups(model, recipe, optimizer, parallel: str, options: dict) -> dict[int, Plan]:
+    """The plans of the numbers of ranks that are continued to a cluster's."""
+    try:
+        return {
+            n: plan(model, recipe, optimizer, parallel=f"{parallel}={n}", **options) for n in RANKS
+        }
+    except UsageError as error:
+        other = "dp" if parallel == "fsdp" else "fsdp"
+        raise UsageError(f"{error}. A cluster's parallel may also be {other}") from None
+
+
 def model_cluster(
     model,
     recipe,
@@ -138,8 +149,7 @@ def model_cluster(
         raise UsageError(f"plan: utilization must be above 0 and at most 1, got {utilization}")
     (low, fp8, memory), room, rate = rates(gpu), card(gpu), link(link_name)
     ops_low, ops_fp8, alone = operations(model, recipe, optimizer, **options)
-    groups = {n: plan(model, recipe, optimizer, parallel=f"{parallel}={n}", **options)
-              for n in RANKS}  # fmt: skip
+    groups = _groups(model, recipe, optimizer, parallel, options)
     sent = {
         kind: round(curve({n: p["communication"][kind] for n, p in groups.items()}, ranks))
         for kind in alone["communication"]
