@@ -30,6 +30,30 @@ QUAVER_HD Sigmoid sigmoid(float x) {
   return {s, bit_cast<float>(rest)};
 }
 
+// The sigmoid's value alone, the same bits, for what is multiplied by x: of NaN it is any number.
+// Where e^-x is far below 1 it is of no account, so that it needs no case for zero.
+QUAVER_HD float sigmoid_value(float x) {
+  constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  // exp(-c) of math.h, every sign turned instead of x's.
+  const float c = at_most(at_least(x, -89.0f), 87.0f);
+  const float shifted = fma(c, -1.44269504f, to_integer);
+  const float n = shifted - to_integer;
+  const float r = fma(n, ln2_low, fma(n, ln2_high, c));
+  float p = -1.98412698e-4f;
+  p = fma(p, r, 1.38888889e-3f);
+  p = fma(p, r, -8.33333333e-3f);
+  p = fma(p, r, 4.16666667e-2f);
+  p = fma(p, r, -1.66666667e-1f);
+  p = fma(p, r, 0.5f);
+  p = fma(p, r, -1.0f);
+  p = fma(p, r, 1.0f);
+  // times 2^n, which may be infinity
+  const uint32_t product = bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23);
+  const uint32_t e = product < 0x7f800000u ? product : 0x7f800000u;
+  return 1.0f / (1.0f + bit_cast<float>(e));
+}
+
 // The normal distribution function Phi within 8 ulp on both sides (0 below -13.2), and x times its
 // density.
 QUAVER_HD Gate normal_gate(float x) {
@@ -62,11 +86,16 @@ QUAVER_HD Gate sigmoid_gate(float x) {
   return {s.value, clamp(x, -128.0f, 128.0f) * s.value * s.rest};
 }
 
+// 2 sqrt(2 / pi) and 0.044715 times that
+constexpr float kTanhLinear = 1.59576912f, kTanhCubic = 0.0713548163f;
+
+// Of which tanh_gate is the sigmoid.
+QUAVER_HD float tanh_argument(float x) { return x * fma(kTanhCubic, x * x, kTanhLinear); }
+
 QUAVER_HD Gate tanh_gate(float x) {
-  constexpr float k1 = 1.59576912f, k3 = 0.0713548163f;  // 2 sqrt(2 / pi) and 0.044715 times that
-  const Sigmoid s = sigmoid(x * fma(k3, x * x, k1));
+  const Sigmoid s = sigmoid(tanh_argument(x));
   const float c = clamp(x, -16.0f, 16.0f);
-  return {s.value, c * s.value * s.rest * fma(3.0f * k3, c * c, k1)};
+  return {s.value, c * s.value * s.rest * fma(3.0f * kTanhCubic, c * c, kTanhLinear)};
 }
 
 template <Activation kind>
@@ -79,7 +108,9 @@ QUAVER_HD Gate gate(float x) {
 // f(x)
 template <Activation kind>
 QUAVER_HD float activate(float x) {
-  return x * gate<kind>(x).value;
+  if constexpr (kind == Activation::silu) return x * sigmoid_value(x);
+  if constexpr (kind == Activation::gelu) return x * normal_gate(x).value;
+  if constexpr (kind == Activation::gelu_tanh) return x * sigmoid_value(tanh_argument(x));
 }
 
 // f'(x) = G(x) + x * G'(x)

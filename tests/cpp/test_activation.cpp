@@ -85,6 +85,17 @@ TEST(gelu_tanh_near_zero) { check_gate<Activation::gelu_tanh>(3.0f, 1e-37, 16.0,
 // The argument of the sigmoid is rounded: 2^-24 of it, relative to the gate.
 TEST(gelu_tanh) { check_gate<Activation::gelu_tanh>(16.0f, 1e-37, 200.0, 8.0); }
 
+TEST(the_value_of_a_sigmoid_alone_has_the_same_bits) {
+  for (uint64_t i = 0; i < 2000000; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(random_bits(9, i));
+    const float any = bit_cast<float>(bits), near = sample(i, 90.0f);
+    for (const float x : {any, near})
+      if (x == x) CHECK_EQ(sigmoid_value(x), sigmoid(x).value);
+  }
+  for (const float x : {-89.0f, -88.73f, -88.72f, 87.0f, 87.34f, 0.0f, kInfinity, -kInfinity})
+    CHECK_EQ(sigmoid_value(x), sigmoid(x).value);
+}
+
 TEST(the_ends_of_silu) { check_ends<Activation::silu>(); }
 TEST(the_ends_of_gelu) { check_ends<Activation::gelu>(); }
 TEST(the_ends_of_gelu_tanh) { check_ends<Activation::gelu_tanh>(); }
