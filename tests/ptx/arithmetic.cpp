@@ -99,6 +99,20 @@ struct Max {
   }
 };
 
+// min.NaN and max.NaN: NaN wins over a number.
+template <class F>
+struct NanWins {
+  template <class T> static T of(T a, T b) { return a != a || b != b ? a + b : F::of(a, b); }
+};
+// Of magnitudes, under the product of the signs.
+template <class F>
+struct XorSign {
+  template <class T> static T of(T a, T b) {
+    const T x = F::of(std::fabs(a), std::fabs(b));
+    return std::signbit(a) != std::signbit(b) ? -x : x;
+  }
+};
+
 template <class T, class F>
 void binary(Warp& w, const Instruction& in, uint32_t lanes) {
   T* to = w.at<T>(in.to);
@@ -187,6 +201,16 @@ Handler float_binary_of(Type type) {
   return binary_of<F>(type);
 }
 
+// min and max with the modifiers that f32 alone has.
+template <class F>
+Handler extreme_of(const Statement& s, Type type) {
+  const bool nan = s.has("NaN"), signs = s.has("xorsign");
+  if (!nan && !signs) return float_binary_of<F>(type);
+  if (type != Type::f32 || signs != s.has("abs")) return nullptr;
+  if (!signs) return binary<float, NanWins<F>>;
+  return nan ? binary<float, XorSign<NanWins<F>>> : binary<float, XorSign<F>>;
+}
+
 template <class F>
 Handler multiply_add_of(Type type) {
   switch (type) {
@@ -224,8 +248,8 @@ Handler binary_handler(const Statement& s, Type type) {
   const std::string& op = s.opcode[0];
   if (op == "add") return float_binary_of<Add>(type);
   if (op == "sub") return float_binary_of<Sub>(type);
-  if (op == "min") return float_binary_of<Min>(type);
-  if (op == "max") return float_binary_of<Max>(type);
+  if (op == "min") return extreme_of<Min>(s, type);
+  if (op == "max") return extreme_of<Max>(s, type);
   if (op == "div") return float_binary_of<Div>(type);
   if (op == "rem") return binary_of<Rem>(type);
   if (op == "mul") {
@@ -264,9 +288,13 @@ bool decode_arithmetic(Decoder& d, const Statement& s, Instruction* in) {
   in->run = two ? two : three ? three : one;
   if (!in->run) return false;
   // Round to nearest even is the one rounding, and approximations have no exact value.
-  check_modifiers(s, {"rn", "lo", "hi", "wide"});
+  const bool extreme = s.opcode[0] == "min" || s.opcode[0] == "max";
+  if (extreme)
+    check_modifiers(s, {"NaN", "xorsign", "abs"});
+  else
+    check_modifiers(s, {"rn", "lo", "hi", "wide"});
   const bool rounds = (type == Type::f32 || type == Type::f64) && s.opcode[0] != "neg" &&
-                      s.opcode[0] != "abs" && s.opcode[0] != "min" && s.opcode[0] != "max";
+                      s.opcode[0] != "abs" && !extreme;
   if (rounds && !s.has("rn")) fail("only .rn is supported");
   check_operands(s, two ? 3 : three ? 4 : 2);
   const int bytes = size_of(type), result = s.has("wide") ? 2 * bytes : bytes;

@@ -150,6 +150,23 @@ TEST(instructions_are_counted_by_thread) {
 }
 
 // The library's codecs are the second opinion: neither was copied from the other.
+TEST(extremes_take_nan_and_magnitudes_as_their_modifiers_say) {
+  const auto one = [](const std::string& op, const std::string& a, const std::string& b) {
+    return run("mov.f32 %f1, " + a + "; mov.f32 %f2, " + b + "; " + op +
+               " %f3, %f1, %f2; st.global.f32 [%rd2], %f3;")
+        .words[0];
+  };
+  const std::string nan = "0f7FC00000", two = "0f40000000", minus_three = "0fC0400000";
+  CHECK_EQ(one("max.f32", nan, two), 0x40000000u);
+  CHECK_EQ(one("max.NaN.f32", nan, two), 0x7fffffffu);
+  CHECK_EQ(one("min.NaN.f32", two, nan), 0x7fffffffu);
+  CHECK_EQ(one("max.NaN.f32", two, minus_three), 0x40000000u);
+  CHECK_EQ(one("max.xorsign.abs.f32", two, minus_three), 0xc0400000u);
+  CHECK_EQ(one("max.NaN.xorsign.abs.f32", minus_three, minus_three), 0x40400000u);
+  CHECK_EQ(one("max.NaN.xorsign.abs.f32", minus_three, nan) & 0x7fffffffu, 0x7fffffffu);
+  CHECK_EQ(one("min.xorsign.abs.f32", two, minus_three), 0xc0000000u);
+}
+
 TEST(conversions_agree_with_the_codecs_of_the_library) {
   for (uint32_t code = 0; code < 256; ++code) {
     const auto byte = static_cast<uint8_t>(code);
