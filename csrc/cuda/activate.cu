@@ -11,6 +11,9 @@
 namespace quaver::cuda {
 namespace {
 
+// Problems that a fast path is compiled for: with up, and without.
+enum class Shape : uint8_t { any, plain, gated };
+
 template <class X>
 struct Problem {
   Matrix m;
@@ -21,62 +24,115 @@ struct Problem {
   const float* channel_scale;
   float* channel_amax;
   bool aligned, aligned_scale;
+  Shape shape;
 };
+
+// What a fast path knows of a problem.
+template <Shape shape, class X>
+QUAVER_DEVICE Problem<X> with_known(Problem<X> p) {
+  if (shape == Shape::any) return p;
+  p.y = as_aligned<DType::e4m3>(p.y);
+  p.x_saved = as_tile_wide(p.x_saved);
+  p.up_saved = as_tile_wide(p.up_saved);
+  p.channel_scale = nullptr;
+  p.aligned = true;
+  return p;
+}
+
+template <class X>
+Shape shape_of(const Problem<X>& p) {
+  const bool known = p.aligned && p.y.aligned && p.y.type == DType::e4m3 &&
+                     p.channel_scale == nullptr && are_tile_wide(p.x_saved);
+  if (!known || (p.up != nullptr && !are_tile_wide(p.up_saved))) return Shape::any;
+  return p.up != nullptr ? Shape::gated : Shape::plain;
+}
 
 // The largest |v| of a tile's columns.
 struct Columns {
   uint32_t bits[kTile];
 };
 
+template <int kRun>
 QUAVER_DEVICE void scale_channels(const float* channel_scale, bool aligned, Columns* columns,
-                                  const Fragment& p, float (&v)[kVector]) {
+                                  const Fragment<kRun>& p, float (&v)[kVector]) {
   if (columns != nullptr) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      if (i < p.n) atomicMax(&columns->bits[p.at.chunk * kVector + i], magnitude_bits(v[i]));
+    for (int i = 0; i < kVector; ++i) {
+      const int64_t at = place_in_runs<kRun>(i, kRunsApart<kRun>);
+      if (at < p.n) atomicMax(&columns->bits[first_column<kRun>(p.at) + at], magnitude_bits(v[i]));
+    }
   }
   float scale[kVector];
-  decode_vector<float>(load<4>(channel_scale + p.col, 4, p.n, aligned), scale);
+  decode_vector<float>(load_runs<kRun>(channel_scale + p.col, kRunsApart<kRun>, p.n, aligned),
+                       scale);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) v[i] *= scale[i];
 }
 
-// Computes a tile, saves its inputs where the pass collects, and casts the result to q and, in
-// shared memory, for qt. Returns the largest magnitude.
-template <class X, Activation kind>
-QUAVER_DEVICE uint32_t activate_tile(const Problem<X>& p, int64_t index, const CastPass& of,
+// Computes what a thread has in one pass over a tile, saves its inputs where the pass collects, and
+// casts the result to q and, in shared memory, for qt. Returns the largest magnitude; a fast path
+// takes all values for numbers.
+template <class X, Activation kind, Shape shape>
+QUAVER_DEVICE uint32_t activate_pass(const Problem<X>& any, Corner corner, int pass, CastPass of,
                                      Columns* columns, Tile& tile) {
-  uint32_t seen = 0;
+  constexpr int kRun = run_length(sizeof(X)), kApart = kRunsApart<kRun>;
+  constexpr bool kFast = shape != Shape::any;
+  const Problem<X> p = with_known<shape>(any);
+  Fragment<kRun> at = fragment_in_pass<kRun>(p.m, corner, pass);
+  if (kFast) {
+    of = {true, true, of.scale, as_multiplication(of.by)};
+    at = as_inside(at);
+  }
+  const bool gated = kFast ? shape == Shape::gated : p.up != nullptr;
+  const int64_t i = at.row * p.m.cols + at.col;
+  float v[kVector];
+  decode_vector<X>(load_runs<kRun>(p.x + i, kApart, at.n, p.aligned), v);
+  Packed<sizeof(X)> up = {};
+  if (gated) up = load_runs<kRun>(p.up + i, kApart, at.n, p.aligned);
+  if (of.collect && p.x_saved.held)
+    save_vector<kRun, kFast>(p.x_saved, at.row, at.col, kApart, at.n, v);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) v[k] = quaver::activate<kind>(v[k]);
+  if (gated) {
+    float u[kVector];
+    decode_vector<X>(up, u);
+    if (of.collect && p.up_saved.held)
+      save_vector<kRun, kFast>(p.up_saved, at.row, at.col, kApart, at.n, u);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) v[k] *= u[k];
+  }
+  if (p.channel_scale != nullptr) scale_channels(p.channel_scale, p.aligned_scale, columns, at, v);
+  const uint32_t seen = amax_bits(v);
+  if (of.encode) put_values(p.y, tile, p.m, at, v, kFast ? 0 : seen, of.by);
+  return seen;
+}
+
+// Returns the largest magnitude of a tile.
+template <class X, Activation kind>
+QUAVER_DEVICE uint32_t activate_tile(const Problem<X>& p, Corner corner, const CastPass& of,
+                                     Columns* columns, Tile& tile) {
+  const bool fast =
+      p.shape != Shape::any && of.encode && of.collect && !of.by.divide && is_inside(p.m, corner);
+  uint32_t most = 0;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
-    const Fragment at = fragment_in_pass(p.m, index, pass);
-    const int64_t i = at.row * p.m.cols + at.col;
-    float v[kVector];
-    decode_vector<X>(load<sizeof(X)>(p.x + i, sizeof(X), at.n, p.aligned), v);
-    Packed<sizeof(X)> up = {};
-    if (p.up != nullptr) up = load<sizeof(X)>(p.up + i, sizeof(X), at.n, p.aligned);
-    if (of.collect && p.x_saved.threads > 0) save_vector(p.x_saved, at.row, at.col, at.n, v);
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) v[k] = quaver::activate<kind>(v[k]);
-    if (p.up != nullptr) {
-      float u[kVector];
-      decode_vector<X>(up, u);
-      if (of.collect && p.up_saved.threads > 0) save_vector(p.up_saved, at.row, at.col, at.n, u);
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) v[k] *= u[k];
-    }
-    if (p.channel_scale != nullptr)
-      scale_channels(p.channel_scale, p.aligned_scale, columns, at, v);
-    seen = max_bits(seen, amax_bits(v));
-    if (of.encode) put_values(p.y, tile, p.m, at, v, of.by);
+    uint32_t seen = 0;
+    if (fast)
+      seen = p.shape == Shape::gated
+                 ? activate_pass<X, kind, Shape::gated>(p, corner, pass, of, nullptr, tile)
+                 : activate_pass<X, kind, Shape::plain>(p, corner, pass, of, nullptr, tile);
+    // Of an input that is NaN the result is too.
+    if (!fast || !is_number(__reduce_max_sync(kAllLanes, seen)))
+      seen = activate_pass<X, kind, Shape::any>(p, corner, pass, of, columns, tile);
+    most = max_bits(most, seen);
   }
-  return seen;
+  return most;
 }
 
 // The pass that only computes the amax is the same kernel without the cast, which saves half the
 // code.
 template <class X, Activation kind>
-__global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p, bool first) {
+__global__ void __launch_bounds__(kThreads, 2) activate_kernel(Problem<X> p, bool first) {
   __shared__ Columns columns;
   __shared__ Tile tile;
   __shared__ CastPass shared;
@@ -90,11 +146,13 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(Problem<X> p, bool f
       if (threadIdx.x < kTile) columns.bits[threadIdx.x] = 0;
       __syncthreads();
     }
-    seen = max_bits(seen, activate_tile<X, kind>(p, index, of, collect ? &columns : nullptr, tile));
+    const Corner corner = corner_of(p.m, index);
+    seen =
+        max_bits(seen, activate_tile<X, kind>(p, corner, of, collect ? &columns : nullptr, tile));
     __syncthreads();
-    if (of.encode) store_qt(p.y, tile, p.m, index);
+    if (of.encode) store_qt(p.y, tile, p.m, corner);
     if (collect && threadIdx.x < kTile) {
-      const int64_t col = index % p.m.padded.across * kTile + threadIdx.x;
+      const int64_t col = corner.col + threadIdx.x;
       if (col < p.m.cols)
         atomicMax(reinterpret_cast<uint32_t*>(p.channel_amax + col), columns.bits[threadIdx.x]);
     }
@@ -124,10 +182,11 @@ void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& 
     p.channel_amax = channel_amax;
     p.aligned = x.cols % kVector == 0 && is_aligned(x.data) && is_aligned(up.data);
     p.aligned_scale = is_aligned(channel_scale);
+    p.shape = shape_of(p);
     if (channel_scale != nullptr && x.cols > 0)
       clear(op, channel_amax, x.cols * sizeof(float), stream);
-    if (p.x_saved.threads == 0) save_groups(op, x_saved, x, stream);
-    if (p.up != nullptr && p.up_saved.threads == 0) save_groups(op, up_saved, up, stream);
+    if (!p.x_saved.held) save_groups(op, x_saved, x, stream);
+    if (p.up != nullptr && !p.up_saved.held) save_groups(op, up_saved, up, stream);
     with_kind(kind, [&](auto k) {
       constexpr Activation f = decltype(k)::value;
       const CastBlocks blocks = cast_blocks(op, p.y.scale.mode, p.tiles);

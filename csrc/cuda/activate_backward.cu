@@ -20,17 +20,22 @@ struct Problem {
   bool aligned, aligned_scale;
 };
 
+template <class X>
+constexpr int kRun = run_length(sizeof(X));
+
 // Computes dx and dup of up to kVector values, with zeros behind them.
 template <class X, Activation kind>
-QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment& at, float (&dx)[kVector],
+QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment<kRun<X>>& at, float (&dx)[kVector],
                              float (&dup)[kVector]) {
+  constexpr int kApart = kRunsApart<kRun<X>>;
   float x[kVector];
   const int64_t i = at.row * p.m.cols + at.col;
-  decode_vector<X>(load<sizeof(X)>(p.dy + i, sizeof(X), at.n, p.aligned), dx);
-  load_vector(p.x, at.row, at.col, at.n, x);
+  decode_vector<X>(load_runs<kRun<X>>(p.dy + i, kApart, at.n, p.aligned), dx);
+  load_vector<kRun<X>>(p.x, at.row, at.col, kApart, at.n, x);
   if (p.channel_scale != nullptr) {
     float scale[kVector];
-    decode_vector<float>(load<4>(p.channel_scale + at.col, 4, at.n, p.aligned_scale), scale);
+    decode_vector<float>(
+        load_runs<kRun<X>>(p.channel_scale + at.col, kApart, at.n, p.aligned_scale), scale);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) dx[k] *= scale[k];
   }
@@ -39,7 +44,7 @@ QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment& at, float (&dx
     for (int k = 0; k < kVector; ++k) dx[k] *= activation_slope<kind>(x[k]);
     return;
   }
-  load_vector(p.up, at.row, at.col, at.n, dup);
+  load_vector<kRun<X>>(p.up, at.row, at.col, kApart, at.n, dup);
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
     const Gradients d = activation_gradients<kind>(dx[k], x[k], dup[k]);
@@ -51,11 +56,11 @@ QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment& at, float (&dx
 // The pass that only computes amaxes is the same kernel without the cast, which saves half the
 // code.
 template <class X, Activation kind>
-__global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> p, bool first) {
+__global__ void __launch_bounds__(kThreads, 2) activate_backward_kernel(Problem<X> p, bool first) {
   __shared__ Tile tile, tile_up;
   // In registers these would spill on sm_100.
   __shared__ CastPass of, of_up;
-  __shared__ uint32_t most_up[kThreads];  // each thread's own
+  __shared__ uint32_t all_up[kThreads];  // each thread's own
   const bool gated = p.up.codes != nullptr;
   cast_pass(p.dx.scale, first, blockIdx.x, of);
   if (gated)
@@ -65,23 +70,26 @@ __global__ void __launch_bounds__(kThreads) activate_backward_kernel(Problem<X> 
   __syncthreads();
   if (!of.encode && !of.collect && !of_up.encode && !of_up.collect) return;
   uint32_t seen = 0;
-  uint32_t& seen_up = most_up[threadIdx.x];
+  uint32_t& seen_up = all_up[threadIdx.x];
   seen_up = 0;
   for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    const Corner corner = corner_of(p.m, index);
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; ++pass) {
-      const Fragment at = fragment_in_pass(p.m, index, pass);
+      const auto at = fragment_in_pass<kRun<X>>(p.m, corner, pass);
       float dx[kVector], dup[kVector];
       gradients<X, kind>(p, at, dx, dup);
-      seen = max_bits(seen, amax_bits(dx));
-      if (of.encode) put_values(p.dx, tile, p.m, at, dx, of.by);
+      const uint32_t most = amax_bits(dx);
+      seen = max_bits(seen, most);
+      if (of.encode) put_values(p.dx, tile, p.m, at, dx, most, of.by);
       if (!gated) continue;
-      seen_up = max_bits(seen_up, amax_bits(dup));
-      if (of_up.encode) put_values(p.dup, tile_up, p.m, at, dup, of_up.by);
+      const uint32_t most_up = amax_bits(dup);
+      seen_up = max_bits(seen_up, most_up);
+      if (of_up.encode) put_values(p.dup, tile_up, p.m, at, dup, most_up, of_up.by);
     }
     __syncthreads();
-    if (of.encode) store_qt(p.dx, tile, p.m, index);
-    if (of_up.encode) store_qt(p.dup, tile_up, p.m, index);
+    if (of.encode) store_qt(p.dx, tile, p.m, corner);
+    if (of_up.encode) store_qt(p.dup, tile_up, p.m, corner);
     __syncthreads();  // before the next tile
   }
   if (of.collect) leave_amax(p.dx.scale, blockIdx.x, seen);

@@ -31,16 +31,26 @@ struct Amaxes {
   uint32_t row[kTile], col[kTile];
 };
 
+template <class X>
+constexpr int kRun = run_length(sizeof(X));
+
 // The part of a row that a thread has in one pass.
 struct Part {
   TilePlace at;
   int64_t row, col, n;  // n: values inside of x
 };
 
+template <int kRun>
 QUAVER_DEVICE Part part_of(const Job& job, int64_t row0, int64_t col0, int pass) {
   const TilePlace at = place_in_pass(pass, threadIdx.x);
-  const int64_t row = row0 + at.row, col = col0 + at.chunk * kVector;
+  const int64_t row = row0 + at.row, col = col0 + first_column<kRun>(at);
   return {at, row, col, row < job.rows ? job.cols - col : 0};
+}
+
+// The column in the tile of element i of a thread.
+template <class X>
+QUAVER_DEVICE int column(int chunk, int i) {
+  return chunk * kRun<X> + int(place_in_runs<kRun<X>>(i, kRunsApart<kRun<X>>));
 }
 
 template <class X>
@@ -48,8 +58,9 @@ QUAVER_DEVICE void load_tile(Packed<sizeof(X)> (&loaded)[kPasses], const Job& jo
                              int64_t row0, int64_t col0) {
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
-    const Part p = part_of(job, row0, col0, pass);
-    loaded[pass] = load<sizeof(X)>(x + p.row * job.cols + p.col, sizeof(X), p.n, job.aligned);
+    const Part p = part_of<kRun<X>>(job, row0, col0, pass);
+    loaded[pass] =
+        load_runs<kRun<X>>(x + p.row * job.cols + p.col, kRunsApart<kRun<X>>, p.n, job.aligned);
   }
 }
 
@@ -74,7 +85,7 @@ QUAVER_DEVICE void measure(Amaxes& amax, const Packed<sizeof(X)> (&loaded)[kPass
     for (int distance = kChunks; distance < kWarp; distance *= 2)
       most[i] = max_bits(most[i], __shfl_xor_sync(kAllLanes, most[i], distance));
     if (threadIdx.x % kWarp < kChunks)
-      atomicMax(&amax.col[threadIdx.x % kChunks * kVector + i], most[i]);
+      atomicMax(&amax.col[column<X>(threadIdx.x % kChunks, i)], most[i]);
   }
   __syncthreads();
 }
@@ -94,7 +105,7 @@ QUAVER_DEVICE void encode_rows(const Job& job, const Packed<sizeof(X)> (&loaded)
                                const float* scale, int64_t row0, int64_t col0, Tile* tile) {
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
-    const Part p = part_of(job, row0, col0, pass);
+    const Part p = part_of<kRun<X>>(job, row0, col0, pass);
     float v[kVector];
     decode_vector<X>(loaded[pass], v);
     divide(v, divisor(scale[p.at.row]));
@@ -102,8 +113,9 @@ QUAVER_DEVICE void encode_rows(const Job& job, const Packed<sizeof(X)> (&loaded)
     encode_vector<Q>(v, codes);
     const int64_t n = p.row < job.padded.rows ? job.padded.cols - p.col : 0;
     if (job.q.codes != nullptr)
-      store(job.q.codes + p.row * job.padded.cols + p.col, codes, 1, n, job.q.aligned);
-    if (tile != nullptr) put_codes(*tile, p.at, codes);
+      store_runs<kRun<X>>(job.q.codes + p.row * job.padded.cols + p.col, codes, kRunsApart<kRun<X>>,
+                          n, job.q.aligned);
+    if (tile != nullptr) put_codes<kRun<X>>(*tile, p.at, codes);
   }
 }
 
@@ -117,10 +129,10 @@ QUAVER_DEVICE void encode_columns(const Packed<sizeof(X)> (&loaded)[kPasses], co
     float v[kVector];
     decode_vector<X>(loaded[pass], v);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = v[i] / scale[at.chunk * kVector + i];
+    for (int i = 0; i < kVector; ++i) v[i] = v[i] / scale[column<X>(at.chunk, i)];
     Packed<1> codes;
     encode_vector<Q>(v, codes);
-    put_codes(tile, at, codes);
+    put_codes<kRun<X>>(tile, at, codes);
   }
 }
 

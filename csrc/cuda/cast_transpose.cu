@@ -28,33 +28,36 @@ struct Jobs {
 
 template <class X, class Q>
 QUAVER_DEVICE uint32_t cast_tile(const Job& j, int64_t index, Divisor by, Tile& tile) {
+  constexpr int kRun = run_length(sizeof(X)), kApart = kRunsApart<kRun>;
   const int64_t row0 = index / j.tiles.across * kTile, col0 = index % j.tiles.across * kTile;
   const TilePlace start = place_in_pass(0, threadIdx.x);
   const int64_t left = j.tiles.rows - row0 - start.row;  // rows from this thread's first on
-  const int64_t col = col0 + start.chunk * kVector, width = j.tiles.cols - col;
+  const int64_t col = col0 + first_column<kRun>(start), width = j.tiles.cols - col;
   const int64_t first = (row0 + start.row) * j.tiles.cols + col, step = kPassRows * j.tiles.cols;
   const X* x = static_cast<const X*>(j.x) + first;
   Packed<sizeof(X)> loaded[kPasses];  // all loads before the first use
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass)
     loaded[pass] =
-        load<sizeof(X)>(x + pass * step, sizeof(X), pass * kPassRows < left ? width : 0, j.aligned);
-  uint32_t seen = 0;
+        load_runs<kRun>(x + pass * step, kApart, pass * kPassRows < left ? width : 0, j.aligned);
+  uint32_t most = 0;
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     float v[kVector];
     decode_vector<X>(loaded[pass], v);
-    seen = max_bits(seen, amax_bits(v));
+    const uint32_t seen = amax_bits(v);
+    most = max_bits(most, seen);
     divide(v, by);
     Packed<1> codes;
-    encode_vector<Q>(v, codes);
-    store(j.q + first + pass * step, codes, 1, pass * kPassRows < left ? width : 0, j.aligned);
-    if (j.qt != nullptr) put_codes(tile, place_in_pass(pass, threadIdx.x), codes);
+    encode_vector<Q>(v, codes, is_number(seen) && by.sound);
+    store_runs<kRun>(j.q + first + pass * step, codes, kApart, pass * kPassRows < left ? width : 0,
+                     j.aligned);
+    if (j.qt != nullptr) put_codes<kRun>(tile, place_in_pass(pass, threadIdx.x), codes);
   }
-  if (j.qt == nullptr) return seen;
+  if (j.qt == nullptr) return most;
   __syncthreads();
   store_transposed(j.qt, tile, j.tiles, row0, col0, threadIdx.x, j.aligned_t);
-  return seen;
+  return most;
 }
 
 template <class X, class Q>

@@ -7,14 +7,18 @@ namespace quaver::cuda {
 namespace {
 
 template <class Q, class X>
-QUAVER_DEVICE void decode_one(X* out, const Q* q, int64_t i, int64_t n, float scale, bool aligned) {
+constexpr int kRun = run_length(std::max(sizeof(Q), sizeof(X)));
+
+template <class Q, class X>
+QUAVER_DEVICE void decode_one(X* out, const Q* q, int64_t i, int64_t apart, int64_t n, float scale,
+                              bool aligned) {
   float v[kVector];
-  decode_vector<Q>(load<sizeof(Q)>(q + i, sizeof(Q), n, aligned), v);
+  decode_vector<Q>(load_runs<kRun<Q, X>>(q + i, apart, n, aligned), v);
 #pragma unroll
   for (int k = 0; k < kVector; ++k) v[k] *= scale;
   Packed<sizeof(X)> packed;
   encode_vector<X>(v, packed);
-  store(out + i, packed, sizeof(X), n, aligned);
+  store_runs<kRun<Q, X>>(out + i, packed, apart, n, aligned);
 }
 
 template <class Q, class X>
@@ -22,8 +26,8 @@ __global__ void __launch_bounds__(kThreads)
     dequantize_tensor_kernel(X* out, const Q* q, int64_t n, const float* scale, bool aligned) {
   const float s = *scale;
   const int64_t step = int64_t(gridDim.x) * kBlockSpan;
-  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < n; i += step)
-    decode_one(out, q, i, n - i, s, aligned);
+  for (int64_t i = blockIdx.x * kBlockSpan + threadIdx.x * kRun<Q, X>; i < n; i += step)
+    decode_one(out, q, i, kThreads * kRun<Q, X>, n - i, s, aligned);
 }
 
 template <class Q, class X>
@@ -33,9 +37,9 @@ __global__ void __launch_bounds__(kThreads)
   const Span span = span_of(sets, blockIdx.x, threadIdx.x);
   if (span.n == 0) return;
   const float s = scales[span.scale];
-  for (int64_t i = threadIdx.x % sets.threads * kVector; i < span.n;
+  for (int64_t i = threadIdx.x % sets.threads * kRun<Q, X>; i < span.n;
        i += int64_t(sets.threads) * kVector)
-    decode_one(out, q, span.first + i, span.n - i, s, aligned);
+    decode_one(out, q, span.first + i, sets.threads * kRun<Q, X>, span.n - i, s, aligned);
 }
 
 template <class Q, class X>

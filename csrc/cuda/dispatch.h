@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "quaver/quantize.h"
-#include "vector.h"
+#include "runs.h"
 
 namespace quaver::cuda {
 

@@ -37,45 +37,75 @@ inline Matrix make_matrix(int64_t rows, int64_t cols) {
 inline int64_t matrix_tiles(const Matrix& m) { return std::max<int64_t>(1, tile_count(m.padded)); }
 
 // Up to kVector values of one row that a thread has in one pass over a tile.
+template <int kRun>
 struct Fragment {
   TilePlace at;
-  int64_t row, col, n;  // n <= 0: only padding
+  int64_t row, col;
+  int64_t n, padded;  // from `col` on to the row's end: values, and with padding; may be negative
 };
 
-QUAVER_DEVICE Fragment fragment_in_pass(const Matrix& m, int64_t tile, int pass) {
-  Fragment p;
+// The first row and column of a tile.
+struct Corner {
+  int64_t row, col;
+};
+
+QUAVER_DEVICE Corner corner_of(const Matrix& m, int64_t tile) {
+  return {tile / m.padded.across * kTile, tile % m.padded.across * kTile};
+}
+
+template <int kRun>
+QUAVER_DEVICE Fragment<kRun> fragment_in_pass(const Matrix& m, Corner tile, int pass) {
+  Fragment<kRun> p;
   p.at = place_in_pass(pass, threadIdx.x);
-  p.row = tile / m.padded.across * kTile + p.at.row;
-  p.col = tile % m.padded.across * kTile + p.at.chunk * kVector;
+  p.row = tile.row + p.at.row;
+  p.col = tile.col + first_column<kRun>(p.at);
   p.n = p.row < m.rows ? m.cols - p.col : 0;
+  p.padded = p.row < m.padded.rows ? m.padded.cols - p.col : 0;
   return p;
 }
 
-// Zeros behind the values: they are the padding, and no part of an amax.
-QUAVER_DEVICE void mask(float (&x)[kVector], int64_t n) {
-  if (n >= kVector) return;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) x[i] = i < n ? x[i] : 0.0f;
+// Fast paths are compiled for tiles that have no edge, and for aligned casts by powers of two, so
+// that a pass is one run of instructions: each branch would decode the values again.
+QUAVER_DEVICE bool is_inside(const Matrix& m, Corner tile) {
+  return tile.row + kTile <= m.rows && tile.col + kTile <= m.cols;
 }
 
-// Encodes values in place of one pass: to q, and to the tile for qt.
-QUAVER_DEVICE void put_values(const DeviceCast& c, Tile& tile, const Matrix& m, const Fragment& p,
-                              float (&x)[kVector], Divisor by) {
+template <int kRun>
+QUAVER_DEVICE Fragment<kRun> as_inside(Fragment<kRun> p) {
+  p.n = p.padded = kTile;
+  return p;
+}
+
+template <DType type>
+QUAVER_DEVICE DeviceCast as_aligned(DeviceCast c) {
+  c.type = type;
+  c.aligned = true;
+  return c;
+}
+
+QUAVER_DEVICE Divisor as_multiplication(Divisor d) { return {d.factor, false, true}; }
+
+// Encodes values in place of one pass, of which `seen` are the amax's bits: to q, and to the tile
+// for qt.
+template <int kRun>
+QUAVER_DEVICE void put_values(const DeviceCast& c, Tile& tile, const Matrix& m,
+                              const Fragment<kRun>& p, float (&x)[kVector], uint32_t seen,
+                              Divisor by) {
+  const bool numbers = is_number(seen) && by.sound;
   divide(x, by);
   Packed<1> codes;
   if (c.type == DType::e4m3)
-    encode_vector<e4m3>(x, codes);
+    encode_vector<e4m3>(x, codes, numbers);
   else
-    encode_vector<e5m2>(x, codes);
-  const int64_t n = p.row < m.padded.rows ? m.padded.cols - p.col : 0;
-  store(c.q + p.row * m.padded.cols + p.col, codes, 1, n, c.aligned);
-  put_codes(tile, p.at, codes);
+    encode_vector<e5m2>(x, codes, numbers);
+  store_runs<kRun>(c.q + p.row * m.padded.cols + p.col, codes, kRunsApart<kRun>, p.padded,
+                   c.aligned);
+  put_codes<kRun>(tile, p.at, codes);
 }
 
 // The block must have synchronised after its put_values.
-QUAVER_DEVICE void store_qt(const DeviceCast& c, const Tile& tile, const Matrix& m, int64_t index) {
-  store_transposed(c.qt, tile, m.padded, index / m.padded.across * kTile,
-                   index % m.padded.across * kTile, threadIdx.x, c.aligned);
+QUAVER_DEVICE void store_qt(const DeviceCast& c, const Tile& tile, const Matrix& m, Corner corner) {
+  store_transposed(c.qt, tile, m.padded, corner.row, corner.col, threadIdx.x, c.aligned);
 }
 
 // Saved groups, to be written or read.
@@ -83,12 +113,13 @@ struct DeviceGroups {
   uint8_t* codes;  // null: none
   uint8_t* scale;
   int64_t cols, per_row, block;
-  int shift;    // of a block that is a power of two, else -1
-  int threads;  // neighbours that hold one group between them; 0: not in registers
+  int shift;  // of a block that is a power of two, else -1
+  bool held;  // a group is between neighbouring threads
   bool aligned;
 };
 
-// Groups of up to `most` neighbouring threads can be saved by the kernel that has the values.
+// Groups of up to kVector times `most` elements, of a power of two, can be saved by the kernel that
+// has the values in registers of so many threads.
 inline DeviceGroups device_groups(const GroupedView& g, int most) {
   DeviceGroups d = {};
   if (g.codes.data == nullptr) return d;
@@ -100,58 +131,119 @@ inline DeviceGroups device_groups(const GroupedView& g, int most) {
   d.shift = -1;
   for (int s = 0; s < 40; ++s)
     if (int64_t(1) << s == g.layout.block) d.shift = s;
-  if (d.shift >= 4 && g.layout.block <= int64_t(most) * kVector)
-    d.threads = static_cast<int>(g.layout.block / kVector);
+  d.held = d.shift >= 4 && g.layout.block <= int64_t(most) * kVector;
   d.aligned = d.cols % kVector == 0 && is_aligned(d.codes);
   return d;
+}
+
+// Groups of a fast path: a tile wide, so that a row of it is one.
+inline bool are_tile_wide(const DeviceGroups& g) {
+  return g.codes != nullptr && g.block == kTile && g.aligned;
+}
+
+QUAVER_DEVICE DeviceGroups as_tile_wide(DeviceGroups g) {
+  g.block = kTile;
+  g.shift = 7;
+  g.held = g.aligned = true;
+  return g;
 }
 
 QUAVER_DEVICE int64_t group_of(const DeviceGroups& g, int64_t col) {
   return g.shift >= 0 ? col >> g.shift : col / g.block;
 }
 
-// Saves n values from `col` on, zeros behind them. All lanes of the warp call it, and those that
-// hold one group are neighbours.
-QUAVER_DEVICE void save_vector(const DeviceGroups& g, int64_t row, int64_t col, int64_t n,
-                               const float (&x)[kVector]) {
-  uint32_t seen = amax_bits(x);
-  for (int distance = g.threads / 2; distance > 0; distance /= 2)
-    seen = max_bits(seen, __shfl_xor_sync(kAllLanes, seen, distance));
-  if (n <= 0) return;
-  const uint32_t code = block_exponent(seen);
-  const float inverse = block_inverse(code);
-  float scaled[kVector];
+// The amax of each run's group, which is a part of runs of all threads, one whole run of several
+// threads, or lies in several runs. All lanes of the warp call it.
+template <int kRun>
+QUAVER_DEVICE void group_amaxes(int64_t block, int apart, const float (&x)[kVector],
+                                uint32_t (&seen)[kVector / kRun]) {
+  constexpr int kRuns = kVector / kRun;
+  const bool one = block >= int64_t(kRuns) * apart;
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) scaled[i] = x[i] * inverse;
-  Packed<1> codes;
-  encode_vector<e4m3>(scaled, codes);
-  store(g.codes + row * g.cols + col, codes, 1, n, g.aligned);
-  if ((col & (g.block - 1)) == 0)
-    g.scale[row * g.per_row + group_of(g, col)] = static_cast<uint8_t>(code);
+  for (int r = 0; r < kRuns; ++r) {
+    float run[kRun];
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) run[k] = x[r * kRun + k];
+    seen[r] = amax_bits(run);
+  }
+#pragma unroll
+  for (int d = 1; d < kRuns; d *= 2) {
+    if (block <= d * apart) break;
+    uint32_t joint[kRuns];
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) joint[r] = max_bits(seen[r], seen[r ^ d]);
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) seen[r] = joint[r];
+  }
+  const int threads = int(block < apart ? block : apart) / kRun;
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    if (r > 0 && one) {
+      seen[r] = seen[0];
+      continue;
+    }
+    for (int distance = threads / 2; distance > 0; distance /= 2)
+      seen[r] = max_bits(seen[r], __shfl_xor_sync(kAllLanes, seen[r], distance));
+  }
 }
 
-// Saved values from `col` on, decoded, zeros behind them.
-QUAVER_DEVICE void load_vector(const DeviceGroups& g, int64_t row, int64_t col, int64_t n,
-                               float (&x)[kVector]) {
-  decode_vector<e4m3>(load<1>(g.codes + row * g.cols + col, 1, n, g.aligned), x);
+// Saves values from `col` on, runs of kRun that begin `apart` elements from each other; zeros are
+// behind n. All lanes of the warp call it, and those that hold one group are neighbours. kNumbers:
+// none is NaN. Returns the groups' largest magnitude.
+template <int kRun, bool kNumbers = false>
+QUAVER_DEVICE uint32_t save_vector(const DeviceGroups& g, int64_t row, int64_t col, int apart,
+                                   int64_t n, const float (&x)[kVector]) {
+  constexpr int kRuns = kVector / kRun;
+  uint32_t seen[kRuns], code[kRuns], most = 0;
+  group_amaxes<kRun>(g.block, apart, x, seen);
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) most = max_bits(most, seen[r]);
+  if (n <= 0) return most;
+  float scaled[kVector];
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    code[r] = block_exponent(seen[r]);
+    const float inverse = block_inverse(code[r]);
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) scaled[r * kRun + k] = x[r * kRun + k] * inverse;
+  }
+  Packed<1> codes;
+  encode_vector<e4m3>(scaled, codes, kNumbers || is_number(most));
+  store_runs<kRun>(g.codes + row * g.cols + col, codes, apart, n, g.aligned);
+  // Only the first run can begin a group that all runs are in.
+  const bool one = g.block >= int64_t(kRuns) * apart;
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    const int64_t at = col + r * apart;
+    if ((r == 0 || !one) && r * apart < n && (at & (g.block - 1)) == 0)
+      g.scale[row * g.per_row + group_of(g, at)] = static_cast<uint8_t>(code[r]);
+  }
+  return most;
+}
+
+// Saved values, decoded, zeros behind them.
+template <int kRun>
+QUAVER_DEVICE void load_vector(const DeviceGroups& g, int64_t row, int64_t col, int apart,
+                               int64_t n, float (&x)[kVector]) {
+  decode_vector<e4m3>(load_runs<kRun>(g.codes + row * g.cols + col, apart, n, g.aligned), x);
   if (n <= 0) return;
   const uint8_t* scale = g.scale + row * g.per_row;
-  if (g.shift >= 4) {
-    const float s = decode_e8m0(scale[group_of(g, col)]);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) x[i] *= s;
-    mask(x, n);  // a scale may be NaN
-    return;
-  }
-  int64_t group = group_of(g, col), end = (group + 1) * g.block - col;
+  for (int r = 0; r < kVector / kRun; ++r) {
+    if (r * apart >= n) continue;
+    int64_t group = group_of(g, col + r * apart);
+    int64_t end = (group + 1) * g.block - col - r * apart;  // of the group, in the run
+    float s = decode_e8m0(scale[group]);
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (i == end) {
-      ++group;
-      end += g.block;
+    for (int k = 0; k < kRun; ++k) {
+      if (g.shift < 4 && k == end) {
+        end += g.block;
+        if (r * apart + k < n) s = decode_e8m0(scale[++group]);
+      }
+      x[r * kRun + k] *= s;
     }
-    if (i < n) x[i] *= decode_e8m0(scale[group]);
   }
+  mask_runs<kRun>(x, apart, n);  // a scale may be NaN
 }
 
 // An optional [C] argument.
@@ -165,14 +257,15 @@ inline DeviceChannels device_channels(const TensorView& v) {
   return {v.data, v.dtype, is_aligned(v.data)};
 }
 
-// Its values from `col` on.
-QUAVER_DEVICE void load_channels(const DeviceChannels& c, int64_t col, int64_t n,
+// Its values from `col` on, four at a time.
+template <int kRun>
+QUAVER_DEVICE void load_channels(const DeviceChannels& c, int64_t col, int apart, int64_t n,
                                  float (&x)[kVector]) {
-  const AnyPacked packed = load_any(c.data, c.type, col, n, c.aligned);
 #pragma unroll
   for (int quad = 0; quad < kQuads; ++quad) {
+    const int64_t at = place_in_runs<kRun>(quad * kQuad, apart);
     float four[kQuad];
-    decode_any(c.type, packed, quad, 1.0f, four);
+    decode_any(c.type, load_quad(c.data, c.type, col + at, n - at, c.aligned), 0, 1.0f, four);
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) x[quad * kQuad + k] = four[k];
   }

@@ -19,117 +19,197 @@ struct Problem {
   float *mean, *rstd;  // mean null: RMSNorm
   float eps;
   bool aligned;
+  bool fast;  // a fast path (fused_cast.h) is for it
 };
 
-template <class X>
-QUAVER_DEVICE void load_x(const Problem<X>& p, int64_t row, int64_t col, int64_t n,
-                          float (&x)[kVector]) {
-  const X* from = p.x + row * p.m.cols + col;
-  decode_vector<X>(load<sizeof(X)>(from, sizeof(X), n, p.aligned), x);
+// What a fast path knows of a problem: RMSNorm with weights, saved in groups that are a tile wide.
+template <bool kFast, class X>
+QUAVER_DEVICE Problem<X> with_known(Problem<X> p) {
+  if (!kFast) return p;
+  p.y = as_aligned<DType::e4m3>(p.y);
+  p.saved = as_tile_wide(p.saved);
+  p.mean = nullptr;
+  p.bias.data = nullptr;
+  p.aligned = true;
+  return p;
 }
 
 template <class X>
-QUAVER_DEVICE void normalize_vector(const Problem<X>& p, int64_t col, int64_t n, float mean,
-                                    float rstd, float (&x)[kVector]) {
+bool is_fast(const Problem<X>& p) {
+  return p.mean == nullptr && p.bias.data == nullptr && p.weight.data != nullptr && p.aligned &&
+         p.y.aligned && p.y.type == DType::e4m3 && are_tile_wide(p.saved);
+}
+
+template <class X>
+constexpr int kRun = run_length(sizeof(X));
+
+template <class X>
+QUAVER_DEVICE void load_x(const Problem<X>& p, int64_t row, int64_t col, int apart, int64_t n,
+                          float (&x)[kVector]) {
+  const X* from = p.x + row * p.m.cols + col;
+  decode_vector<X>(load_runs<kRun<X>>(from, apart, n, p.aligned), x);
+}
+
+// Weights of a thread's columns; 1 where there are none.
+template <class X>
+QUAVER_DEVICE void load_weight(const Problem<X>& p, int64_t col, int apart, int64_t n,
+                               float (&weight)[kVector]) {
+  if (p.weight.data != nullptr) return load_channels<kRun<X>>(p.weight, col, apart, n, weight);
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) x[k] = normalized(x[k], mean, rstd);
-  float c[kVector];
-  if (p.weight.data != nullptr) {
-    load_channels(p.weight, col, n, c);
+  for (int k = 0; k < kVector; ++k) weight[k] = 1.0f;
+}
+
+template <class X>
+QUAVER_DEVICE void normalize_vector(const Problem<X>& p, int64_t col, int apart, int64_t n,
+                                    float mean, float rstd, const float (&weight)[kVector],
+                                    float (&x)[kVector]) {
+  if (p.mean != nullptr) {
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) x[k] *= c[k];
+    for (int k = 0; k < kVector; ++k) x[k] -= mean;
   }
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) x[k] = x[k] * rstd * weight[k];
   if (p.bias.data != nullptr) {
-    load_channels(p.bias, col, n, c);
+    float bias[kVector];
+    load_channels<kRun<X>>(p.bias, col, apart, n, bias);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) x[k] += c[k];
+    for (int k = 0; k < kVector; ++k) x[k] += bias[k];
   }
-  mask(x, n);
+  mask_runs<kRun<X>>(x, apart, n);
+}
+
+// Saves a thread's part of a row and adds its squares to the lanes of the sum.
+template <bool kFast, class X>
+QUAVER_DEVICE void square(const Problem<X>& any, RowPlace at, int64_t begin, float mean,
+                          float (&lanes)[kVector]) {
+  constexpr int kApart = kRowRunsApart<kRun<X>>;
+  const Problem<X> p = with_known<kFast>(any);
+  const int64_t col = begin + at.lane * kRun<X>, n = kFast ? kRowLanes : p.m.cols - col;
+  float x[kVector];
+  load_x(p, at.row, col, kApart, n, x);
+  float d[kVector];
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) d[k] = p.mean != nullptr ? x[k] - mean : x[k];
+  if (p.mean != nullptr) mask_runs<kRun<X>>(d, kApart, n);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) lanes[k] += d[k] * d[k];
+  if (!p.saved.held) return;
+  const uint32_t seen = save_vector<kRun<X>, kFast>(p.saved, at.row, col, kApart, n, x);
+  if (kFast && !is_number(__reduce_max_sync(kAllLanes, seen)))
+    save_vector<kRun<X>>(any.saved, at.row, col, kApart, n, x);
 }
 
 // Writes the statistics of a warp's row, saves it and returns the largest magnitude of its result
-// where `collect`.
-template <class X>
-QUAVER_DEVICE uint32_t normalize_row(const Problem<X>& p, RowPlace at, bool collect) {
+// where the kernel collects.
+template <bool kCollect, class X>
+QUAVER_DEVICE uint32_t normalize_row(const Problem<X>& p, RowPlace at) {
+  constexpr int kApart = kRowRunsApart<kRun<X>>;
   const int64_t cols = p.m.cols;
   const float count = static_cast<float>(cols > 0 ? cols : 1);
   float mean = 0.0f;
   if (p.mean != nullptr) {
     float lanes[kVector] = {};
-    for (int64_t col = at.lane * kVector; col < cols; col += kRowLanes) {
+    for (int64_t col = at.lane * kRun<X>; col < cols; col += kRowLanes) {
       float x[kVector];
-      load_x(p, at.row, col, cols - col, x);
+      load_x(p, at.row, col, kApart, cols - col, x);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) lanes[k] += x[k];
     }
-    mean = row_sum(lanes) / count;
+    mean = row_sum<kRun<X>>(lanes) / count;
   }
   float lanes[kVector] = {};
-  for (int64_t begin = 0; begin < cols; begin += kRowLanes) {  // the whole warp: groups exchange
-    const int64_t col = begin + at.lane * kVector, n = cols - col;
-    float x[kVector];
-    load_x(p, at.row, col, n, x);
-    if (p.saved.threads > 0) save_vector(p.saved, at.row, col, n, x);
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      const float d = k < n ? x[k] - mean : 0.0f;
-      lanes[k] += d * d;
-    }
-  }
-  const float rstd = inverse_deviation(row_sum(lanes) / count, p.eps);
+  int64_t begin = 0;
+  do {  // the whole warp: groups exchange
+    if (!kCollect && p.fast && begin + kRowLanes <= cols)
+      square<true>(p, at, begin, mean, lanes);
+    else
+      square<false>(p, at, begin, mean, lanes);
+    begin += kRowLanes;
+  } while (begin < cols);
+  const float rstd = inverse_deviation(row_sum<kRun<X>>(lanes) / count, p.eps);
   if (at.lane == 0) {
     if (p.mean != nullptr) p.mean[at.row] = mean;
     p.rstd[at.row] = rstd;
   }
   uint32_t seen = 0;
-  if (!collect) return seen;
-  for (int64_t col = at.lane * kVector; col < cols; col += kRowLanes) {
-    float x[kVector];
-    load_x(p, at.row, col, cols - col, x);
-    normalize_vector(p, col, cols - col, mean, rstd, x);
+  for (int64_t col = kCollect ? at.lane * kRun<X> : cols; col < cols; col += kRowLanes) {
+    float x[kVector], weight[kVector];
+    load_x(p, at.row, col, kApart, cols - col, x);
+    load_weight(p, col, kApart, cols - col, weight);
+    normalize_vector(p, col, kApart, cols - col, mean, rstd, weight, x);
     seen = max_bits(seen, amax_bits(x));
   }
   return seen;
 }
 
-// Where the scale is just in time, the rows are the first pass, of few blocks.
+// Where the scale is just in time, the rows are the first pass, of few blocks, and collect the
+// amax. Both in one kernel would take too many registers.
 template <class X>
-__global__ void __launch_bounds__(kThreads, 3) normalize_rows_kernel(Problem<X> p) {
+__global__ void __launch_bounds__(kThreads, 3) normalize_rows_now_kernel(Problem<X> p) {
   // Each thread's own; without `volatile` it would be in a register, and spill on sm_80.
   __shared__ volatile uint32_t most[kThreads];
-  const bool collect = p.y.scale.mode == ScaleMode::now;
   most[threadIdx.x] = 0;
   for (RowPlace at = row_place(); at.row < p.m.rows; at.row += int64_t(gridDim.x) * kWarps) {
-    const uint32_t seen = normalize_row(p, at, collect);
+    const uint32_t seen = normalize_row<true>(p, at);
     most[threadIdx.x] = max_bits(most[threadIdx.x], seen);
   }
-  if (collect) leave_amax(p.y.scale, blockIdx.x, most[threadIdx.x]);
+  leave_amax(p.y.scale, blockIdx.x, most[threadIdx.x]);
 }
 
 template <class X>
-__global__ void __launch_bounds__(kThreads) normalize_cast_kernel(Problem<X> p, bool first) {
+__global__ void __launch_bounds__(kThreads, 3) normalize_rows_kernel(Problem<X> p) {
+  const RowPlace at = row_place();
+  if (at.row < p.m.rows) normalize_row<false>(p, at);  // whole warps
+}
+
+// Normalises and casts what a thread has in one pass over a tile; returns the largest magnitude. A
+// fast path takes all values for numbers.
+template <bool kFast, class X>
+QUAVER_DEVICE uint32_t cast_pass(const Problem<X>& any, Corner corner, int pass, CastPass of,
+                                 const float (&weight)[kVector], Tile& tile) {
+  constexpr int kApart = kRunsApart<kRun<X>>;
+  const Problem<X> p = with_known<kFast>(any);
+  auto at = fragment_in_pass<kRun<X>>(p.m, corner, pass);
+  if (kFast) {
+    of = {true, of.collect, of.scale, as_multiplication(of.by)};
+    at = as_inside(at);
+  }
+  float v[kVector];
+  load_x(p, at.row, at.col, kApart, at.n, v);
+  if (at.n > 0)
+    normalize_vector(p, at.col, kApart, at.n, p.mean != nullptr ? p.mean[at.row] : 0.0f,
+                     p.rstd[at.row], weight, v);
+  const uint32_t seen = amax_bits(v);
+  if (of.encode) put_values(p.y, tile, p.m, at, v, kFast ? 0 : seen, of.by);
+  return seen;
+}
+
+template <class X>
+__global__ void __launch_bounds__(kThreads, 2) normalize_cast_kernel(Problem<X> p, bool first) {
   __shared__ Tile tile;
   __shared__ CastPass of;
   cast_pass(p.y.scale, first, blockIdx.x, of);
   if (!of.encode && !of.collect) return;
-  uint32_t seen = 0;
+  const CastPass known = of;
+  uint32_t most = 0;
   for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    const Corner corner = corner_of(p.m, index);
+    const int64_t col = fragment_in_pass<kRun<X>>(p.m, corner, 0).col;
+    float weight[kVector];  // of the thread's columns, which are those of every pass
+    load_weight(p, col, kRunsApart<kRun<X>>, p.m.cols - col, weight);
+    const bool fast = p.fast && known.encode && !known.by.divide && is_inside(p.m, corner);
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; ++pass) {
-      const Fragment at = fragment_in_pass(p.m, index, pass);
-      float v[kVector];
-      load_x(p, at.row, at.col, at.n, v);
-      if (at.n > 0)
-        normalize_vector(p, at.col, at.n, p.mean != nullptr ? p.mean[at.row] : 0.0f, p.rstd[at.row],
-                         v);
-      seen = max_bits(seen, amax_bits(v));
-      if (of.encode) put_values(p.y, tile, p.m, at, v, of.by);
+      uint32_t seen = 0;
+      if (fast) seen = cast_pass<true>(p, corner, pass, known, weight, tile);
+      if (!fast || !is_number(seen)) seen = cast_pass<false>(p, corner, pass, known, weight, tile);
+      most = max_bits(most, seen);
     }
     __syncthreads();
-    if (of.encode) store_qt(p.y, tile, p.m, index);
+    if (known.encode) store_qt(p.y, tile, p.m, corner);
     __syncthreads();
   }
-  if (of.collect) leave_amax(p.y.scale, blockIdx.x, seen);
+  if (known.collect) leave_amax(p.y.scale, blockIdx.x, most);
 }
 
 }  // namespace
@@ -153,7 +233,8 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
     p.rstd = rstd;
     p.eps = eps;
     p.aligned = x.cols % kVector == 0 && is_aligned(x.data);
-    if (p.saved.threads == 0) save_groups(op, saved, x, stream);
+    p.fast = is_fast(p);
+    if (!p.saved.held) save_groups(op, saved, x, stream);
     const ScaleMode mode = p.y.scale.mode;
     const int64_t rows = row_blocks(x.rows);
     CastBlocks blocks = cast_blocks(op, mode, p.tiles);
@@ -161,7 +242,7 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
     if (mode != ScaleMode::now) launch(op, normalize_rows_kernel<X>, rows, kThreads, stream, p);
     cast_in_passes(op, &p.y.scale, blocks, stream, [&](bool first, int64_t count) {
       if (first && mode == ScaleMode::now)
-        launch(op, normalize_rows_kernel<X>, count, kThreads, stream, p);
+        launch(op, normalize_rows_now_kernel<X>, count, kThreads, stream, p);
       else
         launch(op, normalize_cast_kernel<X>, count, kThreads, stream, p, first);
     });

@@ -32,53 +32,61 @@ template <class Y>
 QUAVER_DEVICE void load_values(const Problem& p, int64_t row, int64_t col, int64_t n, float mean,
                                float rstd, Values& v) {
   const Y* dy = static_cast<const Y*>(p.dy) + row * p.cols + col;
-  decode_vector<Y>(load<sizeof(Y)>(dy, sizeof(Y), n, p.aligned), v.g);
-  load_vector(p.x, row, col, n, v.xhat);
+  constexpr int kRun = run_length(sizeof(Y)), kApart = kRowRunsApart<kRun>;
+  decode_vector<Y>(load_runs<kRun>(dy, kApart, n, p.aligned), v.g);
+  load_vector<kRun>(p.x, row, col, kApart, n, v.xhat);
 #pragma unroll
   for (int k = 0; k < kVector; ++k) v.xhat[k] = normalized(v.xhat[k], mean, rstd);
   if (p.weight.data != nullptr) {
     float w[kVector];
-    load_channels(p.weight, col, n, w);
+    load_channels<kRun>(p.weight, col, kApart, n, w);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) v.g[k] *= w[k];
   }
 }
 
+template <class Y, class X>
+QUAVER_DEVICE void store_dx(const Problem& p, int64_t at, int64_t n, const float (&dx)[kVector]) {
+  constexpr int kRun = run_length(sizeof(Y));
+  Packed<sizeof(X)> packed;
+  encode_vector<X>(dx, packed);
+  store_runs<kRun>(static_cast<X*>(p.dx) + at, packed, kRowRunsApart<kRun>, n, p.aligned_dx);
+}
+
 template <class Y>
 __global__ void __launch_bounds__(kThreads) normalize_backward_kernel(Problem p) {
+  constexpr int kRun = run_length(sizeof(Y));
   const RowPlace at = row_place();
   if (at.row >= p.rows) return;  // whole warps
   const float mean = p.mean != nullptr ? p.mean[at.row] : 0.0f, rstd = p.rstd[at.row];
   const float count = static_cast<float>(p.cols);
   float lanes_g[kVector] = {}, lanes_g_xhat[kVector] = {};
-  for (int64_t col = at.lane * kVector; col < p.cols; col += kRowLanes) {
+  for (int64_t col = at.lane * kRun; col < p.cols; col += kRowLanes) {
     Values v;
     load_values<Y>(p, at.row, col, p.cols - col, mean, rstd, v);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
-      if (k >= p.cols - col) continue;
+      if (place_in_runs<kRun>(k, kRowRunsApart<kRun>) >= p.cols - col) continue;
       lanes_g[k] += v.g[k];
       lanes_g_xhat[k] += v.g[k] * v.xhat[k];
     }
   }
   NormalizeGradient sums;
-  sums.mean_g = p.mean != nullptr ? row_sum(lanes_g) / count : 0.0f;
-  sums.mean_g_xhat = row_sum(lanes_g_xhat) / count;
-  for (int64_t col = at.lane * kVector; col < p.cols; col += kRowLanes) {
+  sums.mean_g = p.mean != nullptr ? row_sum<kRun>(lanes_g) / count : 0.0f;
+  sums.mean_g_xhat = row_sum<kRun>(lanes_g_xhat) / count;
+  for (int64_t col = at.lane * kRun; col < p.cols; col += kRowLanes) {
     Values v;
     load_values<Y>(p, at.row, col, p.cols - col, mean, rstd, v);
-    AnyPacked packed;
+    float dx[kVector];
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) {
-      float dx[kQuad];
-#pragma unroll
-      for (int k = 0; k < kQuad; ++k)
-        dx[k] = normalize_gradient(v.g[quad * kQuad + k], v.xhat[quad * kQuad + k], sums, rstd);
-      encode_any(p.dx_type, dx, 1.0f, quad, packed);
-    }
-    const int64_t size = size_of(p.dx_type);
-    store(static_cast<char*>(p.dx) + (at.row * p.cols + col) * size, packed, static_cast<int>(size),
-          p.cols - col, p.aligned_dx);
+    for (int k = 0; k < kVector; ++k) dx[k] = normalize_gradient(v.g[k], v.xhat[k], sums, rstd);
+    const int64_t first = at.row * p.cols + col, n = p.cols - col;
+    if (p.dx_type == DType::f32)
+      store_dx<Y, float>(p, first, n, dx);
+    else if (p.dx_type == DType::f16)
+      store_dx<Y, f16>(p, first, n, dx);
+    else
+      store_dx<Y, bf16>(p, first, n, dx);
   }
 }
 

@@ -9,21 +9,25 @@
 namespace quaver::cuda {
 namespace {
 
+template <class X, class Q>
+constexpr int kRun = run_length(std::max(sizeof(X), sizeof(Q)));
+
 // Element i of the tensor takes the random bits of (seed, i), as on the CPU.
-template <class Q, int kSize>
+template <int kRun, class Q, int kSize>
 QUAVER_DEVICE void encode_random(const float (&x)[kVector], Packed<kSize>& v, uint64_t seed,
-                                 uint64_t first) {
+                                 uint64_t first, int64_t apart) {
   constexpr int per_word = 4 / sizeof(Q);
 #pragma unroll
   for (int w = 0; w < 4 * kSize; ++w) v.word[w] = 0;
 #pragma unroll
   for (int i = 0; i < kVector; i += 4) {
+    const int64_t at = place_in_runs<kRun>(i, apart);
     Philox4 random;
-    if (first % 4 == 0) {
-      random = philox4x32(seed, (first + i) / 4);
+    if ((first + at) % 4 == 0) {
+      random = philox4x32(seed, (first + at) / 4);
     } else {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) random.word[k] = random_bits(seed, first + i + k);
+      for (int k = 0; k < 4; ++k) random.word[k] = random_bits(seed, first + at + k);
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -33,18 +37,20 @@ QUAVER_DEVICE void encode_random(const float (&x)[kVector], Packed<kSize>& v, ui
   }
 }
 
-template <class Q, bool kStochastic>
-QUAVER_DEVICE void cast(Q* q, int64_t i, int64_t n, bool aligned, float (&x)[kVector], float scale,
-                        Divisor by, uint64_t seed) {
+// Casts values of which `seen` are the amax's bits.
+template <int kRun, class Q, bool kStochastic>
+QUAVER_DEVICE void cast(Q* q, int64_t i, int64_t apart, int64_t n, bool aligned,
+                        float (&x)[kVector], uint32_t seen, float scale, Divisor by,
+                        uint64_t seed) {
   Packed<sizeof(Q)> codes;
   if (kStochastic) {
-    divide(x, {scale, true});
-    encode_random<Q>(x, codes, seed, static_cast<uint64_t>(i));
+    divide(x, {scale, true, false});
+    encode_random<kRun, Q>(x, codes, seed, static_cast<uint64_t>(i), apart);
   } else {
     divide(x, by);
-    encode_vector<Q>(x, codes);
+    encode_vector<Q>(x, codes, is_number(seen) && by.sound);
   }
-  store(q + i, codes, sizeof(Q), n, aligned);
+  store_runs<kRun>(q + i, codes, apart, n, aligned);
 }
 
 template <class X, class Q, bool kStochastic>
@@ -56,15 +62,18 @@ __global__ void __launch_bounds__(kThreads)
   const CastPass pass = shared;
   if (!pass.encode && !pass.collect) return;
   if (!pass.encode) return leave_amax(s, blockIdx.x, look(x, n, blockIdx.x, gridDim.x, aligned));
-  uint32_t seen = 0;
+  constexpr int kApart = kThreads * kRun<X, Q>;
+  uint32_t most = 0;
   const int64_t step = int64_t(gridDim.x) * kBlockSpan;
-  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < n; i += step) {
+  for (int64_t i = blockIdx.x * kBlockSpan + threadIdx.x * kRun<X, Q>; i < n; i += step) {
     float v[kVector];
-    decode_vector<X>(load<sizeof(X)>(x + i, sizeof(X), n - i, aligned), v);
-    seen = max_bits(seen, amax_bits(v));
-    cast<Q, kStochastic>(q, i, n - i, aligned, v, pass.scale, pass.by, seed);
+    decode_vector<X>(load_runs<kRun<X, Q>>(x + i, kApart, n - i, aligned), v);
+    const uint32_t seen = amax_bits(v);
+    most = max_bits(most, seen);
+    cast<kRun<X, Q>, Q, kStochastic>(q, i, kApart, n - i, aligned, v, seen, pass.scale, pass.by,
+                                     seed);
   }
-  if (pass.collect) leave_amax(s, blockIdx.x, seen);
+  if (pass.collect) leave_amax(s, blockIdx.x, most);
 }
 
 template <class X, class Q, bool kStochastic>
@@ -75,23 +84,27 @@ __global__ void __launch_bounds__(kThreads)
   const Span span = span_of(sets, blockIdx.x, threadIdx.x);
   const int thread = threadIdx.x % sets.threads;
   const int64_t step = int64_t(sets.threads) * kVector;
+  constexpr int kLength = kRun<X, Q>;
+  const int64_t apart = sets.threads * kLength;
   float v[kVector];
   uint32_t seen = 0;
-  for (int64_t i = thread * kVector; i < span.n; i += step) {
-    decode_vector<X>(load<sizeof(X)>(x + span.first + i, sizeof(X), span.n - i, aligned), v);
+  for (int64_t i = thread * kLength; i < span.n; i += step) {
+    decode_vector<X>(load_runs<kLength>(x + span.first + i, apart, span.n - i, aligned), v);
     seen = max_bits(seen, amax_bits(v));
   }
-  const float amax = bit_cast<float>(group_max(seen, sets.threads));
+  seen = group_max(seen, sets.threads);
+  const float amax = bit_cast<float>(seen);
   if (span.group >= sets.count) return;
   const float scale = given ? scales[span.group] : scale_from_amax(amax, finite_max, power_of_two);
   if (thread == 0) {
     amaxes[span.group] = amax;
     if (!given) scales[span.group] = scale;
   }
-  for (int64_t i = thread * kVector; i < span.n; i += step) {
+  for (int64_t i = thread * kLength; i < span.n; i += step) {
     if (span.n > step)  // otherwise v still holds the thread's only vector
-      decode_vector<X>(load<sizeof(X)>(x + span.first + i, sizeof(X), span.n - i, aligned), v);
-    cast<Q, kStochastic>(q, span.first + i, span.n - i, aligned, v, scale, divisor(scale), seed);
+      decode_vector<X>(load_runs<kLength>(x + span.first + i, apart, span.n - i, aligned), v);
+    cast<kLength, Q, kStochastic>(q, span.first + i, apart, span.n - i, aligned, v, seen, scale,
+                                  divisor(scale), seed);
   }
 }
 

@@ -8,7 +8,7 @@ namespace quaver::cuda {
 namespace {
 
 // n values, of which the first is element i of the tensor: that counts for the random bits.
-template <class Q>
+template <int kRun, class Q>
 QUAVER_DEVICE void encode(Packed<sizeof(Q)>& codes, float (&v)[kVector], float scale,
                           bool stochastic, uint64_t seed, int64_t i) {
   if (!stochastic) {
@@ -22,7 +22,8 @@ QUAVER_DEVICE void encode(Packed<sizeof(Q)>& codes, float (&v)[kVector], float s
 #pragma unroll
     for (int k = 0; k < per_word; ++k) {
       const int at = w * per_word + k;
-      const uint32_t bits = random_bits(seed, static_cast<uint64_t>(i + at));
+      const uint32_t bits =
+          random_bits(seed, static_cast<uint64_t>(i + place_in_runs<kRun>(at, kRunsApart<kRun>)));
       codes.word[w] |= uint32_t(encode_stochastic<Q>(v[at] / scale, bits).bits)
                        << k * (32 / per_word);
     }
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(kThreads)
     quantize_tiles_kernel(Q* q, const X* x, float* scales, float* amaxes, Tiles tiles,
                           float finite_max, bool power_of_two, bool given, bool stochastic,
                           uint64_t seed, bool aligned) {
+  constexpr int kRun = run_length(std::max(sizeof(X), sizeof(Q)));
   __shared__ uint32_t most;
   const int64_t row0 = int64_t(blockIdx.x) / tiles.across * kTile;
   const int64_t col0 = int64_t(blockIdx.x) % tiles.across * kTile;
@@ -41,9 +43,9 @@ __global__ void __launch_bounds__(kThreads)
   float v[kVector];
   for (int pass = 0; pass < kPasses; ++pass) {
     const TilePlace at = place_in_pass(pass, threadIdx.x);
-    const int64_t row = row0 + at.row, col = col0 + at.chunk * kVector;
+    const int64_t row = row0 + at.row, col = col0 + first_column<kRun>(at);
     const int64_t n = row < tiles.rows ? tiles.cols - col : 0;
-    decode_vector<X>(load<sizeof(X)>(x + row * tiles.cols + col, sizeof(X), n, aligned), v);
+    decode_vector<X>(load_runs<kRun>(x + row * tiles.cols + col, kRunsApart<kRun>, n, aligned), v);
     seen = max_bits(seen, amax_bits(v));
   }
   seen = block_max(seen);
@@ -57,12 +59,13 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int pass = 0; pass < kPasses; ++pass) {
     const TilePlace at = place_in_pass(pass, threadIdx.x);
-    const int64_t row = row0 + at.row, col = col0 + at.chunk * kVector, i = row * tiles.cols + col;
+    const int64_t row = row0 + at.row, col = col0 + first_column<kRun>(at),
+                  i = row * tiles.cols + col;
     const int64_t n = row < tiles.rows ? tiles.cols - col : 0;
-    decode_vector<X>(load<sizeof(X)>(x + i, sizeof(X), n, aligned), v);
+    decode_vector<X>(load_runs<kRun>(x + i, kRunsApart<kRun>, n, aligned), v);
     Packed<sizeof(Q)> codes;
-    encode<Q>(codes, v, scale, stochastic, seed, i);
-    store(q + i, codes, sizeof(Q), n, aligned);
+    encode<kRun, Q>(codes, v, scale, stochastic, seed, i);
+    store_runs<kRun>(q + i, codes, kRunsApart<kRun>, n, aligned);
   }
 }
 

@@ -9,13 +9,14 @@ namespace {
 template <class X>
 __global__ void __launch_bounds__(kThreads)
     save_groups_kernel(uint8_t* codes, uint8_t* scale, const X* x, ScaleSets sets, bool aligned) {
+  constexpr int kRun = run_length(sizeof(X));
   const Span span = span_of(sets, blockIdx.x, threadIdx.x);
   const int64_t step = int64_t(sets.threads) * kVector;
-  const int64_t begin = int64_t(threadIdx.x % sets.threads) * kVector;
+  const int64_t begin = threadIdx.x % sets.threads * kRun, apart = sets.threads * kRun;
   float v[kVector];
   uint32_t seen = 0;
   for (int64_t i = begin; i < span.n; i += step) {
-    decode_vector<X>(load<sizeof(X)>(x + span.first + i, sizeof(X), span.n - i, aligned), v);
+    decode_vector<X>(load_runs<kRun>(x + span.first + i, apart, span.n - i, aligned), v);
     seen = max_bits(seen, amax_bits(v));
   }
   seen = group_max(seen, sets.threads);
@@ -23,12 +24,12 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t code = block_exponent(seen);
   if (begin == 0) scale[span.group] = static_cast<uint8_t>(code);
   for (int64_t i = begin; i < span.n; i += step) {
-    decode_vector<X>(load<sizeof(X)>(x + span.first + i, sizeof(X), span.n - i, aligned), v);
+    decode_vector<X>(load_runs<kRun>(x + span.first + i, apart, span.n - i, aligned), v);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) v[k] *= block_inverse(code);
     Packed<1> packed;
     encode_vector<e4m3>(v, packed);
-    store(codes + span.first + i, packed, 1, span.n - i, aligned);
+    store_runs<kRun>(codes + span.first + i, packed, apart, span.n - i, aligned);
   }
 }
 

@@ -14,7 +14,7 @@
 #pragma once
 
 #include "quaver/quantize.h"
-#include "vector.h"
+#include "runs.h"
 
 namespace quaver::cuda {
 
@@ -138,11 +138,12 @@ QUAVER_DEVICE void cast_pass(const TensorScale& s, bool first, int64_t block, Ca
 // The largest magnitude that this block sees of n elements, by `blocks` that take turns.
 template <class X>
 QUAVER_DEVICE uint32_t look(const X* x, int64_t n, int64_t block, int64_t blocks, bool aligned) {
+  constexpr int kRun = run_length(sizeof(X));
   uint32_t seen = 0;
   const int64_t step = blocks * kBlockSpan;
-  for (int64_t i = (block * kThreads + threadIdx.x) * kVector; i < n; i += step) {
+  for (int64_t i = block * kBlockSpan + threadIdx.x * kRun; i < n; i += step) {
     float v[kVector];
-    decode_vector<X>(load<sizeof(X)>(x + i, sizeof(X), n - i, aligned), v);
+    decode_vector<X>(load_runs<kRun>(x + i, kThreads * kRun, n - i, aligned), v);
     seen = max_bits(seen, amax_bits(v));
   }
   return seen;

@@ -14,9 +14,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const TilePlace at = place_in_pass(pass, threadIdx.x);
-    const int64_t row = row0 + at.row, col = col0 + at.chunk * kVector;
+    const int64_t row = row0 + at.row, col = col0 + first_column<kVector>(at);
     const int64_t n = row < e.tiles.rows ? e.tiles.cols - col : 0;
-    put_codes(tile, at, load<1>(e.from + row * e.tiles.cols + col, 1, n, e.aligned));
+    put_codes<kVector>(tile, at, load<1>(e.from + row * e.tiles.cols + col, 1, n, e.aligned));
   }
   __syncthreads();
   store_transposed(e.to, tile, e.tiles, row0, col0, threadIdx.x, e.aligned_t);

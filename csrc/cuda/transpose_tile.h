@@ -1,14 +1,15 @@
 // A tile of 128 x 128 FP8 codes in shared memory, written by rows and read by columns, 16 bytes at
 // a time, without bank conflicts.
 //
-// A row is 8 chunks of 16 bytes. Chunk c of row r lies at c ^ (r / 16): a warp that stores rows
-// (8 threads for each of 4 rows) and a warp that reads columns (8 strips of 16 rows times the 4
-// words of one chunk) both touch every bank once.
+// A row is 8 chunks of 16 bytes. Chunk c of row r lies at c ^ turn_of(r), which depends on r / 16,
+// so that a warp that reads columns (8 strips of 16 rows times the 4 words of one chunk) touches
+// every bank once, and on r % 4, so that one that stores rows does (8 threads for each of 4 rows,
+// 4, 8 or 16 bytes a thread).
 #pragma once
 
 #include <algorithm>
 
-#include "vector.h"
+#include "runs.h"
 
 namespace quaver::cuda {
 
@@ -28,12 +29,22 @@ inline Tiles make_tiles(int64_t rows, int64_t cols) {
 
 inline int64_t tile_count(const Tiles& t) { return ceil_div(t.rows, kTile) * t.across; }
 
-// The row and chunk of a tile that a thread casts in one pass.
+// The row of a tile that a thread casts in one pass, and which of the row's 8 threads it is.
 struct TilePlace {
-  int row, chunk;
+  unsigned row, chunk;
 };
 
-QUAVER_DEVICE TilePlace place_in_pass(int pass, int thread) {
+// The distance between a thread's runs in a row.
+template <int kRun>
+constexpr int kRunsApart = kChunks * kRun;
+
+// The first column of a thread in a tile.
+template <int kRun>
+QUAVER_DEVICE unsigned first_column(TilePlace at) {
+  return at.chunk * kRun;
+}
+
+QUAVER_DEVICE TilePlace place_in_pass(unsigned pass, unsigned thread) {
   return {pass * kPassRows + thread / kChunks, thread % kChunks};
 }
 
@@ -41,14 +52,27 @@ struct alignas(16) Tile {
   uint4 chunk[kTile][kChunks];
 };
 
-QUAVER_DEVICE void put_codes(Tile& tile, TilePlace at, const Packed<1>& v) {
-  tile.chunk[at.row][at.chunk ^ (at.row / kVector)] =
-      uint4{v.word[0], v.word[1], v.word[2], v.word[3]};
-}
+// Bits 2 and 1 of the turn differ between the rows that a warp stores at once, and bit 2 between
+// those of half a warp.
+QUAVER_DEVICE unsigned turn_in_four(unsigned row) { return (row & 1) << 2 | (row & 2); }
+QUAVER_DEVICE unsigned turn_of(unsigned row) { return row / kVector ^ turn_in_four(row); }
 
 // Four codes at column 4 * word.
-QUAVER_DEVICE void put_word(Tile& tile, int row, int word, uint32_t codes) {
-  reinterpret_cast<uint32_t*>(&tile.chunk[row][(word / 4) ^ (row / kVector)])[word % 4] = codes;
+QUAVER_DEVICE uint32_t* word_of(Tile& tile, unsigned row, unsigned word) {
+  return reinterpret_cast<uint32_t*>(&tile.chunk[row][word / 4 ^ turn_of(row)]) + word % 4;
+}
+
+template <int kRun>
+QUAVER_DEVICE void put_codes(Tile& tile, TilePlace at, const Packed<1>& v) {
+  constexpr int kWords = kRun / 4;
+#pragma unroll
+  for (int r = 0; r < kVector / kRun; ++r)
+    store_words<kWords>(word_of(tile, at.row, at.chunk * kWords + r * kChunks * kWords),
+                        v.word + r * kWords);
+}
+
+QUAVER_DEVICE void put_word(Tile& tile, unsigned row, unsigned word, uint32_t codes) {
+  *word_of(tile, row, word) = codes;
 }
 
 // a b c d -> the four words of a 4 x 4 byte transpose.
@@ -64,9 +88,9 @@ QUAVER_DEVICE void transpose4(uint32_t (&r)[4]) {
 // Writes the tile whose first element is (row0, col0) to qt [cols, rows]: each thread 4 columns of
 // 16 rows. The block must have synchronised after its put_codes.
 QUAVER_DEVICE void store_transposed(uint8_t* qt, const Tile& tile, const Tiles& t, int64_t row0,
-                                    int64_t col0, int thread, bool aligned) {
-  const int strip = thread % kChunks;
-  const int word = thread / kChunks;  // of a row: 4 columns
+                                    int64_t col0, unsigned thread, bool aligned) {
+  const unsigned strip = thread % kChunks;
+  const unsigned word = thread / kChunks;  // of a row: 4 columns
   const int64_t row = row0 + strip * kVector, col = col0 + word * 4;
   if (row >= t.rows || col >= t.cols) return;
   Packed<1> column[4];
@@ -76,7 +100,7 @@ QUAVER_DEVICE void store_transposed(uint8_t* qt, const Tile& tile, const Tiles& 
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       r[k] = reinterpret_cast<const uint32_t*>(
-          &tile.chunk[strip * kVector + i + k][(word / 4) ^ strip])[word % 4];
+          &tile.chunk[strip * kVector + i + k][word / 4 ^ strip ^ turn_in_four(k)])[word % 4];
     transpose4(r);
 #pragma unroll
     for (int c = 0; c < 4; ++c) column[c].word[i / 4] = r[c];

@@ -23,6 +23,7 @@ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 QUAVER_DEVICE uint32_t max_bits(uint32_t a, uint32_t b) { return a < b ? b : a; }
+[[maybe_unused]] QUAVER_DEVICE uint32_t min_bits(uint32_t a, uint32_t b) { return a < b ? a : b; }
 QUAVER_DEVICE uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x7fffffffu; }
 
 // Up to kVector elements of kSize bytes as they lie in memory.
@@ -148,6 +149,14 @@ QUAVER_DEVICE uint32_t encode_word(const float* x) {
   }
 }
 
+template <class T>
+constexpr uint32_t nan_code() {
+  if constexpr (std::is_same<T, bf16>::value)
+    return 0x7fffu;
+  else
+    return Format<T>::nan_code;
+}
+
 #if defined(__CUDA_ARCH__)
 // Encodes one word's values by instructions; none of them may be NaN.
 template <class T>
@@ -179,43 +188,88 @@ QUAVER_DEVICE uint32_t convert_finite_word(const float* x) {
 }
 #endif
 
-// Encodes one word's values, nearest. The hardware's NaN codes are not specified for every format.
+// Encodes one word's values, nearest. The hardware's NaN codes are not specified for every format,
+// so they are put in place of zeros.
 template <class T>
 QUAVER_DEVICE uint32_t convert_word(const float* x) {
 #if defined(__CUDA_ARCH__)
-  bool nan = false;
+  if constexpr (sizeof(T) < 4) {
+    constexpr int count = 4 / int(sizeof(T));
+    bool any = false;
 #pragma unroll
-  for (int i = 0; i < int(4 / sizeof(T)); ++i) nan = nan || x[i] != x[i];
-  if (!nan) return convert_finite_word<T>(x);
+    for (int i = 0; i < count; ++i) any = any | (x[i] != x[i]);
+    if (!any) return convert_finite_word<T>(x);
+    float number[count];
+    uint32_t nan = 0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      number[i] = x[i] == x[i] ? x[i] : 0.0f;
+      nan |= x[i] == x[i] ? 0u : uint32_t(nan_code<T>()) << 32 / count * i;
+    }
+    return convert_finite_word<T>(number) | nan;
+  }
 #endif
   return encode_word<T>(x);
 }
 
-template <class T, int kSize>
-QUAVER_DEVICE void encode_vector(const float (&x)[kVector], Packed<kSize>& v) {
-  constexpr int per_word = 4 / sizeof(T);
+// Whether one of the values is NaN: one comparison finds it in two.
+template <int kCount>
+QUAVER_DEVICE bool has_nan(const float (&x)[kCount]) {
+  bool nan = false;
 #pragma unroll
-  for (int w = 0; w < kVector / per_word; ++w) v.word[w] = convert_word<T>(x + w * per_word);
+  for (int i = 0; i < kCount; i += 2) nan = nan | (x[i] != x[i]) | (x[i + 1] != x[i + 1]);
+  return nan;
 }
 
-// Bits of the largest magnitude, every NaN above infinity.
+// Encodes values of which the caller knows whether all are numbers.
+template <class T, int kSize>
+QUAVER_DEVICE void encode_vector(const float (&x)[kVector], Packed<kSize>& v,
+                                 [[maybe_unused]] bool numbers) {
+  constexpr int count = kVector * int(sizeof(T)) / 4, per_word = 4 / int(sizeof(T));
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+  for (int w = 0; w < count; ++w) v.word[w] = convert_finite_word<T>(x + w * per_word);
+  if (numbers) return;
+#endif
+#pragma unroll
+  for (int w = 0; w < count; ++w) v.word[w] = convert_word<T>(x + w * per_word);
+}
+
+template <class T, int kSize>
+QUAVER_DEVICE void encode_vector(const float (&x)[kVector], Packed<kSize>& v) {
+  encode_vector<T>(x, v, sizeof(T) == 4 || !has_nan(x));
+}
+
+QUAVER_DEVICE bool is_number(uint32_t magnitude) { return magnitude <= 0x7f800000u; }
+
+// Bits of the largest magnitude, every NaN above infinity. The instruction that compares magnitudes
+// makes one NaN of all; where there is none for it, the bits keep theirs.
 template <int kCount>
 QUAVER_DEVICE uint32_t amax_bits(const float (&x)[kCount]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+  float most = x[0];  // its sign means nothing
+#pragma unroll
+  for (int i = 1; i < kCount; ++i)
+    asm("max.NaN.xorsign.abs.f32 %0, %0, %1;" : "+f"(most) : "f"(x[i]));
+  return min_bits(magnitude_bits(most), 0x7fc00000u);
+#else
   uint32_t result = 0;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) result = max_bits(result, magnitude_bits(x[i]));
   return result;
+#endif
 }
 
 // The division by a scale: a multiplication where the reciprocal is exact.
 struct Divisor {
   float factor;
   bool divide;
+  bool sound;  // makes no NaN of a number
 };
 
 QUAVER_DEVICE Divisor divisor(float scale) {
   const bool exact = is_power_of_two(scale);
-  return {exact ? 1.0f / scale : scale, !exact};
+  return {exact ? 1.0f / scale : scale, !exact, scale != 0.0f && is_finite(scale)};
 }
 
 QUAVER_DEVICE void divide(float (&x)[kVector], Divisor d) {

@@ -125,6 +125,38 @@ TEST(what_is_not_finite) {
   }
 }
 
+// Whole tiles, groups as wide as they and a forecast; edges beside them.
+TEST(fast_paths) {
+  constexpr Shape shape = {260, 272};
+  constexpr int64_t n = shape.rows * shape.cols;
+  for (const float bad : {0.5f, INFINITY, NAN}) {
+    for (const bool gated : {false, true}) {
+      Buffer x(n * 2), up(n * 2);
+      fill_small(&x, DType::bf16, n, 47);
+      fill_small(&up, DType::bf16, n, 48);
+      x.as<bf16>()[131 * shape.cols + 77] = encode_nearest<bf16>(bad);
+      up.as<bf16>()[3 * shape.cols + 200] = encode_nearest<bf16>(bad);
+      CastMemory wanted(shape, DType::e4m3, 0, 0xcd), got(shape, DType::e4m3, 0, 0x3b);
+      wanted.history = got.history = std::vector<float>(kHistoryState, 3.0f);
+      wanted.history[0] = got.history[0] = float(kHistory);
+      GroupMemory saved(shape, 128, 0, 0xcd), cuda_saved(shape, 128, 0, 0x3b);
+      GroupMemory u(shape, 128, 0, 0xcd), cuda_u(shape, 128, 0, 0x3b);
+      const GroupedView none = {};
+      const TensorView values = view(x, DType::bf16, shape.rows, shape.cols);
+      const TensorView ups = gated ? view(up, DType::bf16, shape.rows, shape.cols) : TensorView{};
+      cpu::activate(wanted.cast(false), saved.grouped(), gated ? u.grouped() : none, nullptr,
+                    values, ups, nullptr, Activation::silu);
+      cuda::activate(got.cast(false), cuda_saved.grouped(), gated ? cuda_u.grouped() : none,
+                     nullptr, values, ups, nullptr, Activation::silu, nullptr);
+      CHECK(wanted.q.bytes() == got.q.bytes() && wanted.qt.bytes() == got.qt.bytes());
+      CHECK(is_finite(bad) == is_finite(got.amax));
+      if (is_finite(bad)) check_same(wanted, got);
+      check_same(saved, cuda_saved);
+      if (gated) check_same(u, cuda_u);
+    }
+  }
+}
+
 TEST(delayed_scaling) {
   constexpr Shape shape = {48, 80};
   constexpr int64_t n = shape.rows * shape.cols;

@@ -122,6 +122,36 @@ TEST(what_is_not_finite) {
   }
 }
 
+// Whole tiles and lanes of a sum, groups as wide as a tile and a forecast; edges beside them.
+TEST(fast_paths) {
+  constexpr Shape shape = {140, 1040};
+  constexpr int64_t n = shape.rows * shape.cols;
+  Buffer weight(shape.cols * 4);
+  fill_small(&weight, DType::f32, shape.cols, 37);
+  for (const float bad : {0.5f, INFINITY, NAN}) {
+    Buffer x(n * 2);
+    fill_small(&x, DType::bf16, n, 38);
+    x.as<bf16>()[70 * shape.cols + 600] = encode_nearest<bf16>(bad);
+    CastMemory wanted(shape, DType::e4m3, 0, 0xcd), got(shape, DType::e4m3, 0, 0x3b);
+    wanted.history = got.history = std::vector<float>(kHistoryState, 3.0f);
+    wanted.history[0] = got.history[0] = float(kHistory);
+    GroupMemory saved(shape, 128, 0, 0xcd), cuda_saved(shape, 128, 0, 0x3b);
+    std::vector<float> rstd(shape.rows), cuda_rstd(shape.rows);
+    const TensorView values = view(x, DType::bf16, shape.rows, shape.cols);
+    const TensorView w = view(weight, DType::f32, 1, shape.cols);
+    cpu::normalize(wanted.cast(false), saved.grouped(), nullptr, rstd.data(), values, w, {}, 1e-5f);
+    cuda::normalize(got.cast(false), cuda_saved.grouped(), nullptr, cuda_rstd.data(), values, w, {},
+                    1e-5f, nullptr);
+    CHECK(wanted.q.bytes() == got.q.bytes() && wanted.qt.bytes() == got.qt.bytes());
+    CHECK(is_finite(bad) == is_finite(got.amax));
+    if (is_finite(bad)) check_same(wanted, got);
+    check_same(saved, cuda_saved);
+    CHECK(is_finite(bad) == is_finite(cuda_rstd[70]));
+    rstd[70] = cuda_rstd[70] = 0.0f;
+    CHECK(same_bits(rstd, cuda_rstd));
+  }
+}
+
 TEST(delayed_scaling) {
   constexpr Shape shape = {48, 80};
   CastMemory wanted(shape, DType::e4m3, 0, 0xcd), got(shape, DType::e4m3, 0, 0x3b);
