@@ -1,9 +1,11 @@
 // add, sub, mul, mad, fma, div, rem, min, max, neg, abs, sqrt, rcp of integers and floats.
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "decode.h"
+#include "formats.h"
 #include "quaver/check.h"
 
 namespace quaver::ptx {
@@ -151,6 +153,39 @@ void fused_multiply_add(Warp& w, const Instruction& in, uint32_t lanes) {
   for_lanes(lanes, [=](int i) { to[i] = canonical(std::fma(a[i], b[i], c[i])); });
 }
 
+// add.rz: the sum to nearest is one float too large where it is farther from zero than the exact
+// one, which the f64 sum's error tells.
+float add_toward_zero(float a, float b) {
+  const double sum = double(a) + b, large = std::fabs(a) < std::fabs(b) ? b : a;
+  const double lost = (std::fabs(a) < std::fabs(b) ? a : b) - (sum - large);  // by `sum`
+  const float near = static_cast<float>(sum);
+  if (std::isinf(near) && std::isfinite(sum))
+    return std::copysign(std::numeric_limits<float>::max(), near);
+  const double over = (double(near) - sum) - lost;
+  const bool away = near > 0.0f ? over > 0.0 : over < 0.0;
+  return canonical(away && std::isfinite(near) ? std::nextafter(near, 0.0f) : near);
+}
+
+void add_rz(Warp& w, const Instruction& in, uint32_t lanes) {
+  float* to = w.at<float>(in.to);
+  const float *a = w.at<float>(in.a), *b = w.at<float>(in.b);
+  for_lanes(lanes, [=](int i) { to[i] = add_toward_zero(a[i], b[i]); });
+}
+
+// Halves of a register as f16.
+void multiply_halves(Warp& w, const Instruction& in, uint32_t lanes) {
+  uint32_t* to = w.at<uint32_t>(in.to);
+  const uint32_t *a = w.at<uint32_t>(in.a), *b = w.at<uint32_t>(in.b);
+  for_lanes(lanes, [=](int i) {
+    const auto product = [&](int shift) {  // exact in f32, unless f16 has no digits for it
+      const float x = decode(a[i] >> shift & 0xffff, kF16),
+                  y = decode(b[i] >> shift & 0xffff, kF16);
+      return encode(x * y, kF16, true, false);
+    };
+    to[i] = product(16) << 16 | product(0);
+  });
+}
+
 struct Neg {
   template <class T> static T of(T a) {
     if constexpr (std::is_integral_v<T>)
@@ -246,6 +281,8 @@ Handler unary_of(Type type, bool integers) {
 
 Handler binary_handler(const Statement& s, Type type) {
   const std::string& op = s.opcode[0];
+  if (op == "add" && type == Type::f32 && s.has("rz")) return add_rz;
+  if (op == "mul" && type == Type::f16x2) return multiply_halves;
   if (op == "add") return float_binary_of<Add>(type);
   if (op == "sub") return float_binary_of<Sub>(type);
   if (op == "min") return extreme_of<Min>(s, type);
@@ -292,10 +329,12 @@ bool decode_arithmetic(Decoder& d, const Statement& s, Instruction* in) {
   if (extreme)
     check_modifiers(s, {"NaN", "xorsign", "abs"});
   else
-    check_modifiers(s, {"rn", "lo", "hi", "wide"});
+    check_modifiers(s, {"rn", "rz", "lo", "hi", "wide"});
   const bool rounds = (type == Type::f32 || type == Type::f64) && s.opcode[0] != "neg" &&
                       s.opcode[0] != "abs" && !extreme;
-  if (rounds && !s.has("rn")) fail("only .rn is supported");
+  const bool zero = in->run == add_rz;
+  if ((rounds && !zero && !s.has("rn")) || (s.has("rz") && !zero))
+    fail("only .rn is supported, and .rz of add.f32");
   check_operands(s, two ? 3 : three ? 4 : 2);
   const int bytes = size_of(type), result = s.has("wide") ? 2 * bytes : bytes;
   in->to = d.result(s.operands[0], result);

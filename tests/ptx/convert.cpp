@@ -145,11 +145,27 @@ void from_fp8_pair(Warp& w, const Instruction& in, uint32_t lanes) {
   });
 }
 
+// Two f16 in one register to FP8, lower to lower.
+template <const Format* format>
+void halves_to_fp8(Warp& w, const Instruction& in, uint32_t lanes) {
+  const uint32_t* a = w.at<uint32_t>(in.a);
+  uint16_t* to = w.at<uint16_t>(in.to);
+  for_lanes(lanes, [=](int i) {
+    const uint32_t high = encode(decode(a[i] >> 16, kF16), *format, true, true);
+    to[i] =
+        static_cast<uint16_t>(high << 8 | encode(decode(a[i] & 0xffff, kF16), *format, true, true));
+  });
+}
+
 Handler pair_handler(const Statement& s, Type to, Type type) {
   const bool sat = s.has("satfinite"), rn = s.has("rn");
   if (!rn && !s.has("rz")) return nullptr;
   if (type == Type::e4m3x2 && to == Type::f16x2) return from_fp8_pair<&kE4M3>;
   if (type == Type::e5m2x2 && to == Type::f16x2) return from_fp8_pair<&kE5M2>;
+  if (type == Type::f16x2 && sat && rn) {
+    if (to == Type::e4m3x2) return halves_to_fp8<&kE4M3>;
+    if (to == Type::e5m2x2) return halves_to_fp8<&kE5M2>;
+  }
   if (type != Type::f32) return nullptr;
   if (to == Type::f16x2)
     return sat  ? rn ? to_pair<&kF16, true, true, uint32_t> : to_pair<&kF16, false, true, uint32_t>

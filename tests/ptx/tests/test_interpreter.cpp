@@ -1,4 +1,7 @@
 // The interpreter of PTX itself: what it computes, and the mistakes of kernels that it must show.
+#include <cmath>
+#include <cstdio>
+
 #include "decode.h"
 #include "driver.h"
 #include "formats.h"
@@ -133,7 +136,7 @@ TEST(a_block_that_hangs_is_reported_with_what_its_warps_wait_for) {
 
 TEST(what_is_not_supported_is_an_error_with_its_line) {
   CHECK_THROWS(run("frob.u32 %r1, %r0;"), "ptx: line 9: not supported: frob.u32 %r1, %r0");
-  CHECK_THROWS(run("add.rz.f32 %f1, %f1, %f2;"), "the modifier .rz is not supported");
+  CHECK_THROWS(run("add.rm.f32 %f1, %f1, %f2;"), "the modifier .rm is not supported");
   CHECK_THROWS(run("add.ftz.f32 %f1, %f1, %f2;"), "the modifier .ftz is not supported");
   CHECK_THROWS(run("add.s32 %r1, %rd1, 1;"), "has 8 bytes and not 4");
   CHECK_THROWS(run("mov.u32 %r1, %clock;"), "the special register %clock");
@@ -165,6 +168,32 @@ TEST(extremes_take_nan_and_magnitudes_as_their_modifiers_say) {
   CHECK_EQ(one("max.NaN.xorsign.abs.f32", minus_three, minus_three), 0x40400000u);
   CHECK_EQ(one("max.NaN.xorsign.abs.f32", minus_three, nan) & 0x7fffffffu, 0x7fffffffu);
   CHECK_EQ(one("min.xorsign.abs.f32", two, minus_three), 0xc0000000u);
+}
+
+TEST(sums_toward_zero_and_pairs_of_halves) {
+  const auto sum = [](float a, float b) {
+    const auto hex = [](float x) {
+      char text[16];
+      std::snprintf(text, sizeof(text), "0f%08X", bit_cast<uint32_t>(x));
+      return std::string(text);
+    };
+    return bit_cast<float>(run("mov.f32 %f1, " + hex(a) + "; mov.f32 %f2, " + hex(b) +
+                               "; add.rz.f32 %f3, %f1, %f2; st.global.f32 [%rd2], %f3;")
+                               .words[0]);
+  };
+  CHECK_EQ(sum(16384.0f, 0.99f / 512.0f), 16384.0f);
+  CHECK_EQ(sum(16384.0f, 1.99f / 512.0f), 16384.0f + 1.0f / 512.0f);
+  CHECK_EQ(sum(-16384.0f, -1.99f / 512.0f), -16384.0f - 1.0f / 512.0f);
+  CHECK_EQ(sum(1.0f, -1e-30f), std::nextafter(1.0f, 0.0f));
+  CHECK_EQ(sum(1.0f, 1e-30f), 1.0f);
+  CHECK_EQ(sum(3e38f, 3e38f), 3.40282347e38f);
+  const std::string halves =  // 1.5 and -3 times 2^-7, then e4m3
+      "mov.u32 %r1, 0xC2003E00; mov.u32 %r2, 0x20002000; mul.rn.f16x2 %r3, %r1, %r2;\n";
+  CHECK_EQ(run(halves + "st.global.u32 [%rd2], %r3;").words[0], 0xa6002200u);
+  CHECK_EQ(run("mov.u32 %r1, 0xC2003E00; cvt.rn.satfinite.e4m3x2.f16x2 %h1, %r1;\n"
+               "cvt.u32.u16 %r2, %h1; st.global.u32 [%rd2], %r2;")
+               .words[0],
+           0xc43cu);
 }
 
 TEST(conversions_agree_with_the_codecs_of_the_library) {
