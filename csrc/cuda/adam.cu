@@ -7,7 +7,7 @@
 //
 // Scales are known before the pass from bounds of the new amaxes (quaver/adam.h). Whether the step
 // is skipped, its number and its hyperparameters are read on the device.
-#include "adam_entry.h"
+#include "adam_quick.h"
 #include "list_op.h"
 #include "transpose.h"
 
@@ -74,14 +74,6 @@ QUAVER_DEVICE void decode_weight(const Entry& e, const Loaded& l, float (&w)[kQu
   for (int j = 0; j < kQuad; ++j)
     w[j] = join_master(bf16{static_cast<uint16_t>(half_of(l.state[0], j))},
                        low_of(e.remainder, l.remainder, j));
-}
-
-QUAVER_DEVICE void dither_starts(const Dither& d, uint64_t index, uint32_t (&start)[kQuad]) {
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) {
-    const uint64_t element = index + j;
-    start[j] = dither_start(d, static_cast<uint32_t>(element), uint32_t(element >> 32));
-  }
 }
 
 template <class T>
@@ -182,43 +174,94 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, const Logarithms& l
   return codes.word[0];
 }
 
+// Four elements by the quick path, and by the general one where a weight is none for it.
+template <Kind kKind>
+QUAVER_DEVICE uint32_t update_loaded(const Entry& e, const Plan& p, const Logarithms& logarithms,
+                                     Loaded& l, uint32_t (&seen)[kStates],
+                                     [[maybe_unused]] CodeMaxima& most) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kKind == Kind::quick) {
+    if (l.n <= 0) return 0;
+    const auto element = static_cast<uint64_t>(e.first_element + l.i);
+    if (!update_quick(p, element, l.state, l.grad, most)) return update(e, p, logarithms, l, seen);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k)
+      store_quad(e.state[k].values, e.state[k].type, l.i, l.state[k], l.n, e.aligned, e.whole);
+    if (e.fp8 == nullptr) return 0;
+    const AnyQuad codes = {{copy_of(l.state[0].word[0], l.state[0].word[1])}};
+    store_quad(e.fp8, DType::e4m3, l.i, codes, l.n, e.aligned, e.whole);
+    return codes.word[0];
+  }
+#endif
+  return update(e, p, logarithms, l, seen);
+}
+
+// Where a thread's fours lie: a turn's lie `step` elements behind those of the turn before.
+struct Turns {
+  int64_t first, step, n;  // n: elements from the first one to the end of its row or tensor
+  int inside;              // turns of which the first element is inside
+};
+
+QUAVER_DEVICE Turns turns_of(const Entry& e, int64_t chunk) {
+  const int word = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;  // a warp takes a tile's row
+  Turns t;
+  int64_t most;
+  if (e.tiled) {
+    const int64_t row = chunk / e.tiles.across * kTile + warp;
+    const int64_t col = chunk % e.tiles.across * kTile + word * kQuad;
+    t = {row * e.tiles.cols + col, kWarps * e.tiles.cols, e.tiles.cols - col, 0};
+    most = t.n > 0 ? (e.tiles.rows - row + kWarps - 1) / kWarps : 0;
+  } else {
+    t = {chunk * kChunk + int64_t(threadIdx.x) * kQuad, kThreads * kQuad, 0, 0};
+    t.n = e.numel - t.first;
+    most = (t.n + t.step - 1) / t.step;
+  }
+  t.inside = int(most < 0 ? 0 : most < kTurns ? most : kTurns);
+  return t;
+}
+
+// What is left of the row or tensor in a turn.
+QUAVER_DEVICE int64_t left_in_turn(const Entry& e, const Turns& t, int turn) {
+  if (turn >= t.inside) return 0;
+  return e.whole ? kQuad : e.tiled ? t.n : t.n - turn * t.step;
+}
+
 // Updates one chunk of a parameter.
 template <Kind kKind>
 QUAVER_DEVICE void update_chunk(const Problem& p, int64_t owner, const Logarithms& logarithms,
                                 Tile& tile) {
   // Where the types are known copies need not be read again after each store; all of an entry and
-  // its plan are too much for registers.
-  using Held = std::conditional_t<kKind == Kind::any, const Entry&, const Entry>;
-  Held e = with_known<kKind>(p.table[owner]);
-  const Plan& plan = p.plans[owner];
+  // its plan are too much for registers, except in the quick path.
+  using HeldEntry = std::conditional_t<kKind == Kind::any, const Entry&, const Entry>;
+  using HeldPlan = std::conditional_t<kKind == Kind::quick, const Plan, const Plan&>;
+  HeldEntry e = with_known<kKind>(p.table[owner]);
+  HeldPlan plan = p.plans[owner];
   const int64_t chunk = blockIdx.x - e.first;
   const bool tiled = e.tiled;
-  const int64_t row0 = chunk / e.tiles.across * kTile, col0 = chunk % e.tiles.across * kTile;
-  const int word = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;  // a warp takes a tile's row
+  const unsigned word = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Turns turns = turns_of(e, chunk);
   uint32_t seen[kStates] = {};
+  CodeMaxima most = {};
+  int64_t i = turns.first;
 #pragma unroll 1
   for (int turn = 0; turn < kTurns; turn += kAhead<kKind>) {
     Loaded loaded[kAhead<kKind>];
 #pragma unroll
     for (int a = 0; a < kAhead<kKind>; ++a) {
-      int64_t i = chunk * kChunk + ((turn + a) * kThreads + int(threadIdx.x)) * kQuad;
-      int64_t n = e.numel - i;
-      if (tiled) {
-        const int64_t row = row0 + (turn + a) * kWarps + warp, col = col0 + word * kQuad;
-        i = row * e.tiles.cols + col;
-        n = row < e.tiles.rows ? e.tiles.cols - col : 0;
-      }
-      loaded[a] = load_elements(e, plan, i, n);
+      loaded[a] = load_elements(e, plan, i, left_in_turn(e, turns, turn + a));
+      i += turns.step;
     }
 #pragma unroll
     for (int a = 0; a < kAhead<kKind>; ++a) {
-      const uint32_t codes = update(e, plan, logarithms, loaded[a], seen);
+      const uint32_t codes = update_loaded<kKind>(e, plan, logarithms, loaded[a], seen, most);
       if (tiled) put_word(tile, (turn + a) * kWarps + warp, word, codes);
     }
   }
+  if (kKind == Kind::quick) raise_stored(most, plan, seen);
   if (tiled) {
     __syncthreads();
-    store_transposed(e.fp8_t, tile, e.tiles, row0, col0, threadIdx.x, e.aligned_t);
+    store_transposed(e.fp8_t, tile, e.tiles, chunk / e.tiles.across * kTile,
+                     chunk % e.tiles.across * kTile, threadIdx.x, e.aligned_t);
   }
 #pragma unroll
   for (int k = 0; k < kStates; ++k) block_atomic_max(&p.plans[owner].amax[k], seen[k]);
@@ -233,6 +276,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(Problem p) {
   const int64_t owner = owner_of(p.table, p.count, blockIdx.x);
   switch (p.table[owner].kind) {
     case Kind::scaled: update_chunk<Kind::scaled>(p, owner, logarithms, tile); break;
+    case Kind::quick: update_chunk<Kind::quick>(p, owner, logarithms, tile); break;
     case Kind::expanded: update_chunk<Kind::expanded>(p, owner, logarithms, tile); break;
     default: update_chunk<Kind::any>(p, owner, logarithms, tile);
   }

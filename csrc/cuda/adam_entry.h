@@ -23,9 +23,9 @@ struct State {
 };
 
 // Parameters whose states have types that a kernel is compiled for, so that its branches on them
-// vanish: `scaled` f16, e4m3 and f16, each with one scale (FP8-LM), `expanded` moments of e4m3
-// beside a plain weight (COAT).
-enum class Kind : uint8_t { any, scaled, expanded };
+// vanish: `scaled` f16, e4m3 and f16, each with one scale (FP8-LM), `quick` these under an e4m3
+// gradient and rounded stochastically, `expanded` moments of e4m3 beside a plain weight (COAT).
+enum class Kind : uint8_t { any, scaled, quick, expanded };
 
 struct Entry {
   State state[kStates];
@@ -96,7 +96,11 @@ QUAVER_DEVICE const Entry& with_known(const Entry& e) {
 
 template <Kind kKind, std::enable_if_t<kKind != Kind::any, int> = 0>
 QUAVER_DEVICE Entry with_known(Entry e) {
-  const bool scaled = kKind == Kind::scaled;
+  const bool scaled = kKind == Kind::scaled || kKind == Kind::quick;
+  if (kKind == Kind::quick) {
+    e.grad_type = DType::e4m3;
+    e.stochastic = e.stochastic_exp_avg = true;
+  }
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
     e.state[k].scaled = scaled;
@@ -122,7 +126,8 @@ inline Kind kind_of(const Entry& e) {
   if (!e.whole || e.rates != nullptr) return Kind::any;
   if (has(0, DType::f16, Scaling::tensor, true) && has(1, DType::e4m3, Scaling::tensor, true) &&
       has(2, DType::f16, Scaling::tensor, true) && e.remainder.bytes == 0)
-    return Kind::scaled;
+    return e.grad_type == DType::e4m3 && e.stochastic && e.stochastic_exp_avg ? Kind::quick
+                                                                              : Kind::scaled;
   if (!e.state[0].scaled && has(1, DType::e4m3, Scaling::expand, false) &&
       has(2, DType::e4m3, Scaling::expand, false) && e.fp8 == nullptr)
     return Kind::expanded;

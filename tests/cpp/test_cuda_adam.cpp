@@ -245,8 +245,9 @@ TEST(masters_rounded_stochastically) {
     l.stochastic = true;
     check({l});
   }
-  for (const int64_t first : {0, 1, 2, 3, 1000001})
-    for (const int64_t cols : {4, 97, 130}) {
+  // The last one passes 2^32 between four elements that are read at once.
+  for (const int64_t first : {0l, 1l, 2l, 3l, 1000001l, (1l << 32) - 70})
+    for (const int64_t cols : {4, 97, 130, 144}) {
       Layout tiled = o2({131, cols}), flat = coat({3, cols}, DType::bf16), half = flat;
       half.weight = DType::f16;
       half.scaled = false;

@@ -32,6 +32,7 @@ TEST_BLOCKS = "test_cuda_cast_layouts:every_shape"
 NORM = "normalize:normalize_rows_kernelINS_4bf16E"
 TEST_CAST, TEST_QUANTIZE = "test_cuda_cast_transpose", "test_cuda_quantize"
 TEST_NORM, TEST_ADAM = "test_cuda_normalize", "test_cuda_adam:low_precision"
+TEST_MASTERS = "test_cuda_adam:masters_rounded"
 RACE = "a race: "
 GEMM = "gemm_sm90_e4m3_e4m3_fast_half_128x256:gemm_kernel"
 TEST_LATE = "test_gemm:as_late_as_they_may_be"
@@ -151,6 +152,20 @@ MUTATIONS = [
         r"div.rn.f32 \1, \3, \2;",
         TEST_ADAM,
         number=12,  # of states with one scale: those of other kinds come before and behind
+    ),
+    Mutation(
+        "noise that is rounded once more",
+        "adam:update_kernel",
+        r"cvt\.rz\.satfinite\.f16x2",
+        "cvt.rn.satfinite.f16x2",
+        TEST_MASTERS,
+    ),
+    Mutation(
+        "a small moment that is rounded up",
+        "adam:update_kernel",
+        r"add\.rz\.f32",
+        "add.rn.f32",
+        TEST_MASTERS,
     ),
     Mutation(
         "Philox with a wrong operation",
