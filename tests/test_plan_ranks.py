@@ -5,12 +5,16 @@ import rank_pool
 import torch
 
 import quaver as qv
+from quaver import job as train
 from quaver import models, recipe
 from quaver.distributed import World
+from quaver.errors import UsageError
 from quaver.parallel import Parallel
 from quaver.planning.job import Job
 from quaver.planning.sources import source
 from quaver.planning.step import measure
+from quaver.settings import Settings
+from quaver.training import Run
 
 SEQ = 32
 
@@ -66,3 +70,49 @@ def test_125m_is_planned_on_ranks_to_the_byte(parallel, name):
             plan = qv.plan("125m", name, seq=SEQ, dtype=torch.float32, parallel=parallel, rank=rank)
             assert {key: plan[key] for key in report} == report
             assert 0 <= peak - plan["peak"] <= plan["peak_by_kind"]["rest"]
+
+
+def trained(rank, parallel, name, optimizer):
+    """The memory report of two steps of the model and optimizer that `quaver train` puts together,
+    or what refuses them."""
+    ranks, tokens = Parallel.parse(parallel), torch.zeros(1, SEQ, dtype=torch.int64)
+    settings = Settings(
+        data=("none",), recipe=(name,), batch=ranks.data, seq=SEQ, parallel=ranks, lr=1e-3
+    )
+    run = Run(settings, models.load("tiny"), None, World(torch.device("cpu"), ranks.tensor))
+    try:
+        job = train.Job(run, name, optimizer)
+    except ValueError as error:
+        return str(error)
+    for _ in range(2):
+        job.optimizer.zero_grad(set_to_none=True)
+        with qv.saved_activations(job.model) as saved:
+            loss = job._loss(tokens, tokens)
+        loss.backward()
+        job.optimizer.step()
+    return qv.memory_report(job.model, job.optimizer, saved)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "name", "optimizer"),
+    [
+        ("dp=1", "rowwise", "adamw-4bit"),
+        ("dp=2", "blockwise", None),
+        ("zero=2", "fp8lm-o2", None),
+        ("fsdp=2", "bf16", "subset-norm"),
+        ("fsdp=2", "coat", None),
+        ("tp=2", "tensorwise", None),
+    ],
+)
+def test_the_trainers_own_parts_take_what_is_planned(parallel, name, optimizer):
+    """Not the parts of a plan, which the other tests run for real."""
+    size = Parallel.parse(parallel).ranks
+    found = rank_pool.run(size, trained, parallel, name, optimizer)
+    for rank in (0, size - 1):
+        options = {"seq": SEQ, "dtype": torch.float32, "parallel": parallel, "rank": rank}
+        try:
+            plan = qv.plan("tiny", name, optimizer, **options)
+        except UsageError as error:
+            assert isinstance(found[rank], str) and str(error).endswith(found[rank][-60:])
+        else:
+            assert {key: plan[key] for key in found[rank]} == found[rank]
