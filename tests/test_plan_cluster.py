@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import rank_pool
+import torch
+from test_plan_ranks import real
 
 import quaver as qv
 from quaver import models
@@ -37,6 +40,27 @@ def test_small_groups_foretell_the_messages_and_memory_of_larger_ones(recipe, pa
     # From 16 ranks on the peak of FSDP2 is in another place, and lower than the curve has it.
     peak = curve({n: p["peak"] for n, p in groups.items()}, 32)
     assert peak == pytest.approx(large["peak"], rel=0.1)
+
+
+@pytest.mark.parametrize("recipe", ["fp8lm-o3", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_zero_sends_and_holds_what_the_busiest_of_real_ranks_do(recipe):
+    found = model_cluster(
+        "tiny", recipe, cluster="4xh100", parallel="zero", seq=SEQ, dtype=torch.float32
+    )
+    reports = [report for report, _ in rank_pool.run(4, real, "zero=4", recipe, None)]
+    for kind, sent in found.communication.items():
+        assert sent == max(report["communication"][kind] for report in reports), kind
+    messages = max(report["messages"] for report in reports)
+    starts = found.communication_seconds - sum(found.communication.values()) / 50e9
+    assert starts == pytest.approx(messages * MESSAGE * 2)  # log2 of 4
+    if recipe == "fp8lm-o3":  # whose data parallelism is ZeRO
+        same = model_cluster(
+            "tiny", recipe, cluster="4xh100", parallel="dp", seq=SEQ, dtype=torch.float32
+        )
+        assert same == found
+    # Each rank holds a moment less than the whole; the weights are whole on all.
+    alone = qv.plan("tiny", recipe, seq=SEQ, dtype=torch.float32)
+    assert max(report["exp_avg"] for report in reports) < alone["exp_avg"]
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "coat"])
@@ -79,8 +103,8 @@ def test_times_are_counts_over_stated_rates():
         ({"cluster": "1xh100"}, "of 2 or more, got '1xh100'"),
         ({"cluster": "8xt4"}, "no rates are stated of 't4'; there are a100-40"),
         (
-            {"cluster": "8xh100", "parallel": "zero"},
-            "a cluster's parallel is dp or fsdp, got 'zero'",
+            {"cluster": "8xh100", "parallel": "tp"},
+            "a cluster's parallel is dp, zero or fsdp, got 'tp'",
         ),
         ({"cluster": "8xh100", "utilization": 1.5}, "above 0 and at most 1, got 1.5"),
         ({"cluster": "8xh100", "link_name": "string"}, "unknown link 'string'"),

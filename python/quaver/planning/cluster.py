@@ -1,7 +1,8 @@
 """A model of a training step on a cluster that does not exist: `quaver plan --cluster 1024xh100`.
 
 Nothing of it is measured. What it computes is counted on fake tensors and divided by stated rates;
-what it sends and holds follows the counts of small groups of ranks, which `plan` makes.
+what it sends and holds follows the counts of small groups of ranks, which `plan` makes. ZeRO deals
+out whole tensors, of which no curve is: its plan is of the cluster's own number of ranks.
 """
 
 from __future__ import annotations
@@ -9,17 +10,26 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
+from .. import recipe as recipes
+from ..distributed import ZeroAdamW
 from ..errors import UsageError
 from ..nn.product import register_product
+from ..parallel import Parallel
 from .cards import card, link, rates
+from .job import Job
 from .plan import Plan, plan
+from .simulated import simulated
+from .sources import source
 
 __all__ = ["Cluster", "model_cluster", "operations"]
 
+KINDS = ("dp", "zero", "fsdp")
+MESSAGES, PEAK = itemgetter("messages"), itemgetter("peak")  # of a Plan
 RANKS = (2, 4, 8)  # whose plans the model is made of
 STEPS = 2  # that a plan takes
 MESSAGE = 10e-6  # seconds of a message between two cards before its first byte, a round figure
@@ -117,6 +127,48 @@ def _groups(model, recipe, optimizer, parallel: str, options: dict) -> dict[int,
         raise UsageError(f"{error}. A cluster's parallel may also be {other}") from None
 
 
+def _ends(
+    parallel: Parallel, model, recipe, optimizer, dtype=torch.bfloat16, **options
+) -> list[int]:
+    """The ranks of ZeRO that own most bytes and fewest, of which the second sends most."""
+    ranks = range(parallel.ranks)
+    with simulated(parallel, 0) as world:
+        job = Job(source(model, dtype), recipes.get(recipe), optimizer, parallel, world,
+                  **{"release": False, "recompute": False, **options})  # fmt: skip
+        with job.simulated() as (training, _):
+            spread = isinstance(training.optimizer, ZeroAdamW)
+            loads = training.optimizer.loads if spread else [0] * len(ranks)
+    return [max(ranks, key=loads.__getitem__), min(ranks, key=loads.__getitem__)]
+
+
+def _spread(
+    ranks: int, parallel: str, model, recipe, optimizer, options: dict
+) -> tuple[dict[str, int], float, float, int]:
+    """What a rank of so many sends by kind, its messages, the bytes of its weights, gradients and
+    states, and its peak."""
+
+    def held(p: Plan) -> int:
+        return sum(p["peak_by_kind"][kind] for kind in ("weights", "gradients", "states"))
+
+    # A replica in FP8 makes ZeRO of data parallelism, as in optimizers.adamw.
+    if parallel == "zero" or (parallel == "dp" and recipes.get(recipe).replica):
+        of = {key: options[key] for key in ("dtype", "release", "recompute") if key in options}
+        whole = Parallel(parallel, ranks)
+        ends = [plan(model, recipe, optimizer, parallel=whole, rank=rank, **options)
+                for rank in _ends(whole, model, recipe, optimizer, **of)]  # fmt: skip
+        kinds = ends[0]["communication"]
+        sent = {kind: max(p["communication"][kind] for p in ends) for kind in kinds}
+        return (sent, *(max(map(of, ends)) for of in (MESSAGES, held, PEAK)))
+    groups = _groups(model, recipe, optimizer, parallel, options)
+
+    def at(of) -> float:
+        return curve({n: of(p) for n, p in groups.items()}, ranks)
+
+    kinds = groups[RANKS[0]]["communication"]
+    sent = {kind: round(at(lambda p, kind=kind: p["communication"][kind])) for kind in kinds}
+    return sent, at(MESSAGES), at(held), round(at(PEAK))
+
+
 def model_cluster(
     model,
     recipe,
@@ -133,31 +185,24 @@ def model_cluster(
     Args:
         model, recipe, optimizer, options: as `plan` takes them; the batch is each rank's own.
         cluster: "1024xh100", ranks and a card with stated rates.
-        parallel: "dp" or "fsdp", over all ranks.
+        parallel: "dp", "zero" or "fsdp", over all ranks. ZeRO's ranks differ: each figure is the
+            larger one of the rank that owns most and of the one that owns least.
         link_name: what every message goes over, that between hosts where there are several.
         utilization: the share of the stated rate that products reach, above 0 and at most 1.
 
     Raises UsageError as `plan` does, and for a cluster, kind or share that it does not know.
     """
     ranks, gpu = parsed(cluster)
-    if parallel not in ("dp", "fsdp"):
+    if parallel not in KINDS:
         raise UsageError(
-            f"plan: a cluster's parallel is dp or fsdp, got {parallel!r}; what ranks of ZeRO and "
-            "tensor parallelism send depends on how tensors are dealt out: plan zero=N or tp=N"
+            f"plan: a cluster's parallel is dp, zero or fsdp, got {parallel!r}; tensor parallelism "
+            "is within a host: plan tp=N"
         )
     if not 0 < utilization <= 1:
         raise UsageError(f"plan: utilization must be above 0 and at most 1, got {utilization}")
     (low, fp8, memory), room, rate = rates(gpu), card(gpu), link(link_name)
     ops_low, ops_fp8, alone = operations(model, recipe, optimizer, **options)
-    groups = _groups(model, recipe, optimizer, parallel, options)
-    sent = {
-        kind: round(curve({n: p["communication"][kind] for n, p in groups.items()}, ranks))
-        for kind in alone["communication"]
-    }
-    messages = curve({n: p["messages"] for n, p in groups.items()}, ranks)
-    kinds = ("weights", "gradients", "states")
-    held = curve({n: sum(p["peak_by_kind"][k] for k in kinds) for n, p in groups.items()}, ranks)
-    peak = round(curve({n: p["peak"] for n, p in groups.items()}, ranks))
+    sent, messages, held, peak = _spread(ranks, parallel, model, recipe, optimizer, options)
     settings = alone["settings"]
     start = MESSAGE * math.ceil(math.log2(ranks))
     return Cluster(

@@ -76,7 +76,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--cluster",
         metavar="RANKSxGPU",
         help=f"model a step on all ranks of such a cluster, as 1024xh100 ({', '.join(RATES)}); "
-        "--parallel is then dp or fsdp (the default), without a number",
+        "--parallel is then dp, zero or fsdp (the default), without a number",
     )
     p.add_argument(
         "--utilization", type=float, metavar="SHARE", help="of the cluster's stated rates that "

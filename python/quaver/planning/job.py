@@ -40,6 +40,14 @@ class Job:
 
     def run(self, batch: int, length: int) -> tuple[dict, Peak, int]:
         """The report and the peak of a step, and the number of parameters of the whole model."""
+        with self.simulated() as (training, count):
+            report, peak = measure(training, batch, length)
+        return report, peak, count
+
+    @contextmanager
+    def simulated(self) -> Iterator[tuple[Training, int]]:
+        """The training on fake tensors, in their mode, and the number of parameters of the whole
+        model. Raises UsageError where a part refuses another."""
         from torch._subclasses.fake_tensor import FakeTensorMode  # half a second to import
 
         model = self.found.build()
@@ -51,8 +59,7 @@ class Job:
         mesh = mesh_of(self.world)  # made of real numbers
         with FakeTensorMode(), HostValues(), quiet():
             materialise(model)
-            report, peak = measure(self.training(model, mesh), batch, length)
-        return report, peak, count
+            yield self.training(model, mesh), count
 
     def training(self, model: nn.Module, mesh: DeviceMesh | None = None) -> Training:
         """The training of a converted model. Raises UsageError where a part refuses another."""

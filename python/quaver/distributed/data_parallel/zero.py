@@ -106,7 +106,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         mine |= describe({str(i): p for i, p in enumerate(parameters)})
         compare("ZeroAdamW", self.transport.all_gather_object(mine, device))
         broadcast_values(parameters, self.transport)
-        sizes = [p.numel() * self._replica(p).itemsize for p in parameters]
+        sizes = [self._size(p) for p in parameters]
         self.owners = dict(zip(parameters, zero_partition(sizes, self.transport.size), strict=True))
         for p, rank in self.owners.items():
             p.owner = placement.Owner(rank, self.transport)
@@ -137,6 +137,14 @@ class ZeroAdamW(torch.optim.Optimizer):
         return self.owners[p] == self.transport.rank
 
     @property
+    def loads(self) -> list[int]:
+        """The bytes of weights that each rank owns and sends after a step, without padding."""
+        found = [0] * self.transport.size
+        for p, rank in self.owners.items():
+            found[rank] += self._size(p)
+        return found
+
+    @property
     def gradient_owners(self) -> dict[Tensor, int] | None:
         """The rank that wants each parameter's gradient; None where all do."""
         return self.owners if self.stage == 2 else None
@@ -151,6 +159,10 @@ class ZeroAdamW(torch.optim.Optimizer):
         if not isinstance(p, ScaledTensor):
             return p.dtype
         return self.recipe.replica or p.qdata.dtype
+
+    def _size(self, p: Tensor) -> int:
+        """The bytes that the ranks that do not own p keep of it."""
+        return p.numel() * self._replica(p).itemsize
 
     def _place(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
         """Moves the weights into two buffers, converted ones and others, with a row of bytes for
