@@ -27,6 +27,8 @@ INSTRUCTIONS = {
     "activate SwiGLU bf16, delayed": 55,
     "normalize RMSNorm bf16, delayed": 40,
     "adam fp8lm-o2": 100,
+    "adam coat": 190,
+    "adam 4 bits, blocks": 150,
 }
 
 

@@ -151,9 +151,12 @@ __global__ void __launch_bounds__(kThreads, 2) maxima_kernel(Problem p) {
 
 // The largest magnitude among the threads of a group. All threads of a warp must call it.
 QUAVER_DEVICE float amax_of_group(const float (&x)[kVector], int64_t n) {
-  uint32_t most = 0;
+  uint32_t most = amax_bits(x);
+  if (n < kVector || most > 0x7f7fffffu) {  // an edge, or what is not finite
+    most = 0;
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) most = max_bits(most, j < n ? range_bits(x[j]) : 0);
+    for (int j = 0; j < kVector; ++j) most = max_bits(most, j < n ? range_bits(x[j]) : 0);
+  }
 #pragma unroll
   for (int d = 1; d < kMembers; d *= 2) most = max_bits(most, __shfl_xor_sync(kAllLanes, most, d));
   return bit_cast<float>(most);

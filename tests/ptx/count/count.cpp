@@ -6,6 +6,8 @@
 
 #include "driver.h"
 #include "quaver/activate.h"
+#include "quaver/adam4.h"
+#include "quaver/codec.h"
 #include "quaver/nf4.h"
 #include "quaver/normalize.h"
 #include "quaver/optimizer.h"
@@ -18,7 +20,7 @@ using namespace quaver::test;
 
 namespace {
 
-constexpr Shape kShape = {256, 512};
+constexpr test::Shape kShape = {256, 512};
 constexpr int64_t kElements = kShape.rows * kShape.cols;
 constexpr int64_t kBlock = 128;
 
@@ -134,6 +136,60 @@ TEST(adam) {
   p.seed = 1;
   Buffer workspace(cuda::adam_workspace_bytes(&p, 1));
   count("adam fp8lm-o2", 13, [&] { cuda::adam(&p, 1, &skipped, workspace.data(), nullptr); });
+}
+
+// COAT's expanded moments beside a bf16 weight.
+TEST(adam_coat) {
+  Buffer weight(2 * kElements), exp_avg(kElements), exp_avg_sq(kElements), grad(2 * kElements);
+  Buffer scales(4 * group_count(kElements)), scales_sq(4 * group_count(kElements));
+  fill_small(&weight, DType::bf16, kElements, 9);
+  fill_small(&grad, DType::bf16, kElements, 10);
+  for (Buffer* b : {&exp_avg, &exp_avg_sq, &scales, &scales_sq})
+    std::memset(b->data(), 0, b->size());
+  float grad_amax = 4.0f;
+  int64_t step = 0, skipped = 0;
+  const double hyper[5] = {1e-3, 0.9, 0.95, 1e-8, 0.1};
+  AdamParameter p;
+  p.weight = {values(weight, DType::bf16)};
+  p.exp_avg = {values(exp_avg, DType::e4m3), scales.as<float>(), nullptr, Scaling::expand};
+  p.exp_avg_sq = {values(exp_avg_sq, DType::e4m3), scales_sq.as<float>(), nullptr, Scaling::expand};
+  p.grad = values(grad, DType::bf16);
+  p.grad_amax = &grad_amax;
+  p.step = &step;
+  p.hyper = hyper;
+  Buffer workspace(cuda::adam_workspace_bytes(&p, 1));
+  count("adam coat", 10 + 16.0 / kGroup,
+        [&] { cuda::adam(&p, 1, &skipped, workspace.data(), nullptr); });
+}
+
+// Moments of 4 bits in blocks beside a bf16 weight.
+TEST(adam_4bit) {
+  Buffer weight(2 * kElements), exp_avg(kElements / 2), exp_avg_sq(kElements / 2);
+  Buffer grad(2 * kElements);
+  Buffer scales(4 * group_count(kElements)), scales_sq(4 * group_count(kElements));
+  fill_small(&weight, DType::bf16, kElements, 11);
+  fill_small(&grad, DType::bf16, kElements, 12);
+  for (Buffer* b : {&exp_avg, &exp_avg_sq, &scales, &scales_sq})
+    std::memset(b->data(), 0, b->size());
+  float grad_amax = 4.0f;
+  int64_t step = 0, skipped = 0;
+  const double hyper[5] = {1e-3, 0.9, 0.95, 1e-8, 0.1};
+  Adam4Parameter p;
+  p.weight = values(weight, DType::bf16);
+  p.grad = values(grad, DType::bf16);
+  p.grad_amax = &grad_amax;
+  p.exp_avg = exp_avg.data();
+  p.exp_avg_scale = scales.as<float>();
+  p.exp_avg_sq = exp_avg_sq.data();
+  p.exp_avg_sq_scale = scales_sq.as<float>();
+  p.shape.size[0] = kShape.rows;
+  p.shape.size[1] = kShape.cols;
+  p.shape.axes = 2;
+  p.step = &step;
+  p.hyper = hyper;
+  Buffer workspace(cuda::adam4_workspace_bytes(&p, 1));
+  count("adam 4 bits, blocks", 8 + 16.0 / kGroup,
+        [&] { cuda::adam4(&p, 1, &skipped, workspace.data(), nullptr); });
 }
 
 TEST(nf4) {
