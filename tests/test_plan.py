@@ -166,8 +166,31 @@ def test_transformers_configurations_and_folders(tmp_path):
     job = Job(found, chosen, None, Parallel(), World(), release=False, recompute=True)
     report, peak = measure(job.training(qv.convert(model, chosen)), 1, 64)
     assert {key: plan[key] for key in report} == report
-    # On fake tensors transformers makes the causal mask, 64 x 64 of bool and of float32.
-    assert plan["peak"] - peak.bytes == 64 * 64 * 5
+    assert plan["peak"] == peak.bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("Llama", "bf16"), ("Mixtral", "bf16"), ("Mixtral", "tensorwise")]
+)
+def test_what_transformers_decide_by_values_is_planned_as_it_is(kind, name):
+    """Masks, which whole rows do without, and the rows of each expert."""
+    transformers = pytest.importorskip("transformers")
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "Mixtral" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=256, max_position_embeddings=64, **more,
+    )  # fmt: skip
+    plan, chosen = qv.plan(config, name), recipe.get(name)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    found = source(model, torch.bfloat16)
+    job = Job(found, chosen, None, Parallel(), World(), release=False, recompute=False)
+    report, _ = measure(job.training(qv.convert(model, chosen)), 1, 64)
+    # A plan spreads 128 rows over 4 experts, equal tokens go to 2 of them, and no share is padded:
+    # 2 more experts keep a scale of 4 bytes for each of 2 products in 2 layers.
+    scales = 2 * 2 * 2 * 4 if (kind, name) == ("Mixtral", "tensorwise") else 0
+    assert plan["activation"] - report["activation"] == scales
+    kinds = ("weight", "weight_fp8", "master", "grad", "exp_avg", "exp_avg_sq", "other")
+    assert [plan[key] for key in kinds] == [report[key] for key in kinds]
 
 
 def test_a_model_that_is_no_causal_one_is_named(tmp_path):

@@ -131,8 +131,7 @@ class Experts(Swapped):
         check_devices(self, hidden_states.device)
         tokens, k = top_k_index.shape
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        numbers = torch.arange(self.num_experts, device=experts.device)
-        ends = torch.searchsorted(experts, numbers, right=True).tolist()
+        ends = self.ends_of(experts)
         # Experts of other ranks have numbers from num_experts on; their tokens are last.
         here = (experts < self.num_experts).unsqueeze(1) if self._is_expert_parallel else None
         experts = experts.clamp(max=self.num_experts - 1)
@@ -147,6 +146,11 @@ class Experts(Swapped):
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
         return y[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+    def ends_of(self, experts: Tensor) -> list[int]:
+        """The end of each expert's rows, of the sorted experts of all rows. The host waits."""
+        numbers = torch.arange(self.num_experts, device=experts.device)
+        return torch.searchsorted(experts, numbers, right=True).tolist()
 
     def multiply(self, x: Tensor, name: str, ends: list[int], experts: Tensor) -> Tensor:
         """The product of the sorted tokens x [S, K] and their experts' weights called `name`, with

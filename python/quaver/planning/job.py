@@ -19,7 +19,7 @@ from ..parallel import Parallel
 from ..schedule import parameter_groups
 from ..settings import BETAS, RATE
 from .ledger import Peak
-from .simulated import HostValues, mesh_of, spread
+from .simulated import HostValues, mesh_of, routed, single_sequences, spread
 from .sources import Source
 from .step import Training, materialise, measure, recompute_blocks
 
@@ -57,7 +57,7 @@ class Job:
             raise UsageError(f"plan: {self.found.name}: {error}") from None
         count = sum(p.numel() for p in model.parameters())
         mesh = mesh_of(self.world)  # made of real numbers
-        with FakeTensorMode(), HostValues(), quiet():
+        with FakeTensorMode(), HostValues(), quiet(), single_sequences(), routed():
             materialise(model)
             yield self.training(model, mesh), count
 

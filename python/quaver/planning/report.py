@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..optim.release import is_released
 from ..tensor import is_sharded
 from .job import quiet
-from .simulated import HostValues
+from .simulated import HostValues, routed, single_sequences
 from .sources import without_storage
 from .step import Training, materialise, measure
 
@@ -43,7 +43,8 @@ def step_report(model: nn.Module, optimizer: torch.optim.Optimizer | None, batch
     released = any(is_released(p) for p in parameters)
     copied = _copied(optimizer, memo)
     # An autocast in force here is that of the forward alone.
-    with fake, HostValues(), quiet(), torch.autocast("cpu", enabled=False):
+    off = torch.autocast("cpu", enabled=False)
+    with fake, HostValues(), quiet(), single_sequences(), routed(), off:
         training = Training(empty, copied, type(model).__name__, low, released)
         report, peak = measure(training, *shape)
     del report["communication"], report["messages"]

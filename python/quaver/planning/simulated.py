@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,10 +16,11 @@ from .. import distributed
 from ..assembly import shard
 from ..comm.heartbeat import Heartbeat
 from ..errors import UsageError
+from ..nn.experts import Experts
 from ..parallel import Parallel
 from ..recipe import Recipe
 
-__all__ = ["HostValues", "mesh_of", "simulated", "spread"]
+__all__ = ["HostValues", "mesh_of", "routed", "simulated", "single_sequences", "spread"]
 
 _SCALAR = torch.ops.aten._local_scalar_dense.default
 
@@ -32,6 +34,45 @@ class HostValues(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         kind = args[0].dtype
         return True if kind == torch.bool else 1.0 if kind.is_floating_point else 0
+
+
+@contextmanager
+def single_sequences() -> Iterator[None]:
+    """Lets transformers' models take the rows of a plan for one sequence each, as they find from
+    the positions' values of real rows. On tensors without values they would prepare for several,
+    and every layer would save a mask of length x length, which real steps do not make."""
+    masks = sys.modules.get("transformers.masking_utils")
+    find = getattr(masks, "find_packed_sequence_indices", None)
+    if find is None:  # no transformers, or one that does not look for packed sequences
+        yield
+        return
+
+    def none(*args, **kwargs) -> None:
+        find(*args, **kwargs)  # its memory counts
+
+    masks.find_packed_sequence_indices = none
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = find
+
+
+@contextmanager
+def routed() -> Iterator[None]:
+    """Deals the rows of a plan out to FP8 experts evenly. Their counts are values, which fake
+    tensors lack: of zeros no expert would multiply at all."""
+    real = Experts.ends_of
+
+    def even(self, experts: torch.Tensor) -> list[int]:
+        real(self, experts)  # its memory counts
+        rows, count = experts.numel(), self.num_experts
+        return [rows * (i + 1) // count for i in range(count)]
+
+    Experts.ends_of = even
+    try:
+        yield
+    finally:
+        Experts.ends_of = real
 
 
 class _Silent(Heartbeat):
