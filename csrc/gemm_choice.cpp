@@ -24,8 +24,8 @@ GemmOut out_class(DType out) {
 }
 
 bool serves(const GemmTactic& t, const GemmProblem& p) {
-  return t.a == p.a && t.b == p.b && t.out == out_class(p.out) && (p.fast_accumulate || !t.fast) &&
-         (t.source || !p.accumulate);
+  return t.a == p.a && t.b == p.b && t.out == out_class(p.out) && t.scales == p.scales &&
+         (p.fast_accumulate || !t.fast) && (t.source || !p.accumulate);
 }
 
 // The part of the tensor cores' peak that a tile's main loop reaches: a warpgroup reads a 64-row
@@ -115,17 +115,25 @@ GemmCandidate evaluate(const GemmTactic& t, int index, const GemmProblem& p, int
 std::string text_of(const GemmProblem& p) {
   std::ostringstream s;
   s << name_of(p.a) << " x " << name_of(p.b) << " to " << name_of(p.out)
-    << (p.accumulate ? ", accumulated" : "");
+    << (p.accumulate ? ", accumulated" : "")
+    << (p.scales == GemmScales::tiles    ? ", scales of 1 x 128 by 128 x 128"
+        : p.scales == GemmScales::blocks ? ", scales of 1 x 128 by 1 x 128"
+                                         : "");
   return s.str();
 }
 
-using Key = std::array<int64_t, 9>;  // all that a choice depends on
+using Key = std::array<int64_t, 10>;  // all that a choice depends on
 
 Key key_of(const GemmProblem& p, int sm_count) {
-  return {p.m,          p.n,
-          p.k,          int64_t(p.a),
-          int64_t(p.b), int64_t(p.out),
-          p.accumulate, p.fast_accumulate,
+  return {p.m,
+          p.n,
+          p.k,
+          int64_t(p.a),
+          int64_t(p.b),
+          int64_t(p.out),
+          p.accumulate,
+          p.fast_accumulate,
+          int64_t(p.scales),
           sm_count};
 }
 
@@ -135,18 +143,19 @@ int percent(double part) { return static_cast<int>(part * 100.0 + 0.5); }
 
 const std::vector<GemmTactic>& gemm_tactics() {
   static const std::vector<GemmTactic> tactics = {
-#define QUAVER_ROW(NAME, A, B, OUT, SUMS, ADDEND, TM, TN, CM, CN, SCHEDULE, SCHEDULER) \
-  {#NAME,                                                                              \
-   DType::A,                                                                           \
-   DType::B,                                                                           \
-   GemmOut::OUT,                                                                       \
-   SUMS,                                                                               \
-   ADDEND,                                                                             \
-   TM,                                                                                 \
-   TN,                                                                                 \
-   CM,                                                                                 \
-   CN,                                                                                 \
-   GemmSchedule::SCHEDULE,                                                             \
+#define QUAVER_ROW(NAME, A, B, OUT, SUMS, ADDEND, SCALES, TM, TN, CM, CN, SCHEDULE, SCHEDULER) \
+  {#NAME,                                                                                      \
+   DType::A,                                                                                   \
+   DType::B,                                                                                   \
+   GemmOut::OUT,                                                                               \
+   SUMS,                                                                                       \
+   ADDEND,                                                                                     \
+   GemmScales::SCALES,                                                                         \
+   TM,                                                                                         \
+   TN,                                                                                         \
+   CM,                                                                                         \
+   CN,                                                                                         \
+   GemmSchedule::SCHEDULE,                                                                     \
    GemmScheduler::SCHEDULER},
       QUAVER_GEMM_TACTICS(QUAVER_ROW)
 #undef QUAVER_ROW
@@ -155,8 +164,8 @@ const std::vector<GemmTactic>& gemm_tactics() {
 }
 
 GemmProblem gemm_problem(const GemmArguments& a) {
-  return {a.out.rows, a.out.cols,  a.a.cols,     a.a.dtype,
-          a.b.dtype,  a.out.dtype, a.accumulate, a.fast_accumulate};
+  return {a.out.rows,  a.out.cols,   a.a.cols,          a.a.dtype, a.b.dtype,
+          a.out.dtype, a.accumulate, a.fast_accumulate, a.scales};
 }
 
 std::vector<GemmCandidate> gemm_candidates(const GemmProblem& p, int sm_count) {
@@ -211,7 +220,9 @@ std::string explain_gemm(const GemmProblem& p, const std::vector<GemmCandidate>&
     s << "; small tiles occupy the most multiprocessors";
   else
     s << "; two warpgroups share a tile, which reads the least shared memory";
-  if (!t.fast)
+  if (t.scales != GemmScales::outer)
+    s << "; sums are scaled and promoted to f32 each 128 of K, as the scales lie";
+  else if (!t.fast)
     s << (p.fast_accumulate
               ? "; sums are promoted to f32, as no faster kernel serves this problem better"
               : "; sums are promoted to f32 each 128 of K, as asked");

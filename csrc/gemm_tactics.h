@@ -7,26 +7,31 @@
 // e5m2, and a gradient is the first operand of both backward products. e4m3 x e5m2 serves callers
 // with the other order. Fast kernels of two-byte outputs take no addend, which leaves them more
 // shared memory. Where no fast kernel exists, a promoted one serves requests that permit fast sums.
+// Scales of blocks are e4m3's alone: recipes give them no other operand.
 #pragma once
 
 // clang-format off
-// name, a, b, out, sums, addend, tile m, tile n, cluster m, cluster n, schedule, scheduler
+// name, a, b, out, sums, addend, scales, tile m, tile n, cluster m, cluster n, schedule, scheduler
 #define QUAVER_GEMM_TACTICS(X) \
-  X(e4m3_e4m3_fast_half_128x256, e4m3, e4m3, half, kFast, kPlain, 128, 256, 2, 1, cooperative, persistent) \
-  X(e4m3_e4m3_fast_half_128x128, e4m3, e4m3, half, kFast, kPlain, 128, 128, 2, 1, pingpong, persistent) \
-  X(e4m3_e4m3_fast_half_64x128, e4m3, e4m3, half, kFast, kPlain, 64, 128, 1, 1, pingpong, persistent) \
-  X(e4m3_e4m3_fast_half_128x256_stream_k, e4m3, e4m3, half, kFast, kPlain, 128, 256, 2, 1, cooperative, stream_k) \
-  X(e4m3_e4m3_half_128x128, e4m3, e4m3, half, kPromoted, kSource, 128, 128, 2, 1, cooperative, persistent) \
-  X(e4m3_e4m3_fast_f32_128x256, e4m3, e4m3, f32, kFast, kSource, 128, 256, 2, 1, cooperative, persistent) \
-  X(e4m3_e4m3_f32_128x128, e4m3, e4m3, f32, kPromoted, kSource, 128, 128, 2, 1, cooperative, persistent) \
-  X(e4m3_e4m3_fast_fp8_128x256, e4m3, e4m3, fp8, kFast, kPlain, 128, 256, 2, 1, cooperative, persistent) \
-  X(e4m3_e4m3_fp8_128x128, e4m3, e4m3, fp8, kPromoted, kPlain, 128, 128, 2, 1, cooperative, persistent) \
-  X(e5m2_e4m3_fast_half_128x256, e5m2, e4m3, half, kFast, kPlain, 128, 256, 2, 1, cooperative, persistent) \
-  X(e5m2_e4m3_half_128x128, e5m2, e4m3, half, kPromoted, kSource, 128, 128, 2, 1, cooperative, persistent) \
-  X(e5m2_e4m3_half_64x128, e5m2, e4m3, half, kPromoted, kSource, 64, 128, 1, 1, pingpong, persistent) \
-  X(e5m2_e4m3_f32_128x128, e5m2, e4m3, f32, kPromoted, kSource, 128, 128, 2, 1, cooperative, persistent) \
-  X(e5m2_e4m3_f32_128x128_stream_k, e5m2, e4m3, f32, kPromoted, kSource, 128, 128, 2, 1, cooperative, stream_k) \
-  X(e5m2_e4m3_fp8_128x128, e5m2, e4m3, fp8, kPromoted, kPlain, 128, 128, 2, 1, cooperative, persistent) \
-  X(e4m3_e5m2_half_128x128, e4m3, e5m2, half, kPromoted, kSource, 128, 128, 2, 1, cooperative, persistent) \
-  X(e4m3_e5m2_f32_128x128, e4m3, e5m2, f32, kPromoted, kSource, 128, 128, 2, 1, cooperative, persistent)
+  X(e4m3_e4m3_fast_half_128x256, e4m3, e4m3, half, kFast, kPlain, outer, 128, 256, 2, 1, cooperative, persistent) \
+  X(e4m3_e4m3_fast_half_128x128, e4m3, e4m3, half, kFast, kPlain, outer, 128, 128, 2, 1, pingpong, persistent) \
+  X(e4m3_e4m3_fast_half_64x128, e4m3, e4m3, half, kFast, kPlain, outer, 64, 128, 1, 1, pingpong, persistent) \
+  X(e4m3_e4m3_fast_half_128x256_stream_k, e4m3, e4m3, half, kFast, kPlain, outer, 128, 256, 2, 1, cooperative, stream_k) \
+  X(e4m3_e4m3_half_128x128, e4m3, e4m3, half, kPromoted, kSource, outer, 128, 128, 2, 1, cooperative, persistent) \
+  X(e4m3_e4m3_fast_f32_128x256, e4m3, e4m3, f32, kFast, kSource, outer, 128, 256, 2, 1, cooperative, persistent) \
+  X(e4m3_e4m3_f32_128x128, e4m3, e4m3, f32, kPromoted, kSource, outer, 128, 128, 2, 1, cooperative, persistent) \
+  X(e4m3_e4m3_fast_fp8_128x256, e4m3, e4m3, fp8, kFast, kPlain, outer, 128, 256, 2, 1, cooperative, persistent) \
+  X(e4m3_e4m3_fp8_128x128, e4m3, e4m3, fp8, kPromoted, kPlain, outer, 128, 128, 2, 1, cooperative, persistent) \
+  X(e5m2_e4m3_fast_half_128x256, e5m2, e4m3, half, kFast, kPlain, outer, 128, 256, 2, 1, cooperative, persistent) \
+  X(e5m2_e4m3_half_128x128, e5m2, e4m3, half, kPromoted, kSource, outer, 128, 128, 2, 1, cooperative, persistent) \
+  X(e5m2_e4m3_half_64x128, e5m2, e4m3, half, kPromoted, kSource, outer, 64, 128, 1, 1, pingpong, persistent) \
+  X(e5m2_e4m3_f32_128x128, e5m2, e4m3, f32, kPromoted, kSource, outer, 128, 128, 2, 1, cooperative, persistent) \
+  X(e5m2_e4m3_f32_128x128_stream_k, e5m2, e4m3, f32, kPromoted, kSource, outer, 128, 128, 2, 1, cooperative, stream_k) \
+  X(e5m2_e4m3_fp8_128x128, e5m2, e4m3, fp8, kPromoted, kPlain, outer, 128, 128, 2, 1, cooperative, persistent) \
+  X(e4m3_e5m2_half_128x128, e4m3, e5m2, half, kPromoted, kSource, outer, 128, 128, 2, 1, cooperative, persistent) \
+  X(e4m3_e5m2_f32_128x128, e4m3, e5m2, f32, kPromoted, kSource, outer, 128, 128, 2, 1, cooperative, persistent) \
+  X(e4m3_e4m3_tiles_half_128x128, e4m3, e4m3, half, kPromoted, kSource, tiles, 128, 128, 2, 1, cooperative, persistent) \
+  X(e4m3_e4m3_tiles_f32_128x128, e4m3, e4m3, f32, kPromoted, kSource, tiles, 128, 128, 2, 1, cooperative, persistent) \
+  X(e4m3_e4m3_blocks_half_128x128, e4m3, e4m3, half, kPromoted, kSource, blocks, 128, 128, 2, 1, cooperative, persistent) \
+  X(e4m3_e4m3_blocks_f32_128x128, e4m3, e4m3, f32, kPromoted, kSource, blocks, 128, 128, 2, 1, cooperative, persistent)
 // clang-format on

@@ -143,7 +143,11 @@ def test_info_lists_the_gemm_kernels_and_says_why(capsys):
     wgrad = ["--types", "e5m2,e4m3,f32", "--accumulate", "--promoted"]
     status, out, _ = run(["info", "--gemm", "512", "512", "8192", *wgrad], capsys)
     assert status == 0 and "e5m2_e4m3_f32_128x128" in out and "fast" not in out
+    blocks = ["--types", "e4m3,e4m3,f32", "--scales", "blocks"]
+    status, out, _ = run(["info", "--gemm", "512", "512", "8192", *blocks], capsys)
+    assert status == 0 and "e4m3_e4m3_blocks_f32_128x128" in out and "as the scales lie" in out
     for wrong, message in (
+        ("--types e5m2,e4m3,bf16 --scales tiles", "scales of 1 x 128 by 128 x 128"),
         ("--types e5m2,e5m2,bf16", "at least one operand must be e4m3"),
         ("--types e4m3,e4m3", "wants A,B,OUT"),
         ("--types e4m3,e4m3,e3m4", "unknown format 'e3m4'"),

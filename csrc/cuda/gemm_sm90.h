@@ -1,12 +1,11 @@
 // One CUTLASS 3 kernel: TMA loads, FP8 wgmma and an epilogue whose scales, bias, addend and format
 // are arguments. A kernel takes about a minute to compile, so what can be an argument is one.
-// (NVIDIA CUTLASS 4.2, examples 48, 49 and 54.)
+// (NVIDIA CUTLASS 4.2, examples 48, 49, 54 and 67.)
 #pragma once
 
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
-#include "cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp"
 
 // These replace collective_builder.hpp and gemm_universal.hpp, which include the kernels of all
 // architectures.
@@ -14,22 +13,18 @@
 #include "cutlass/gemm/collective/collective_mma_decl.hpp"
 #include "cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp"
 #include "cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized_fp8.hpp"
+#include "cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized_fp8_blockwise_scaling.hpp"
 #include "cutlass/gemm/kernel/gemm_universal_decl.h"
 #include "cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_cooperative.hpp"
 #include "cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_pingpong.hpp"
 #include "cutlass/gemm/kernel/tile_scheduler.hpp"
+#include "gemm_epilogue_sm90.h"
 #include "launch.h"
 #include "quaver/gemm.h"
-#include "quaver/scale.h"
+#include "quaver/layout.h"
 
 namespace quaver::cuda {
 namespace gemm_sm90 {
-
-namespace fusion = cutlass::epilogue::fusion;
-using cute::_0;
-using cute::_1;
-using cute::Int;
-using cutlass::Array;
 
 template <class T> struct Element;
 template <> struct Element<e4m3> {
@@ -37,184 +32,6 @@ template <> struct Element<e4m3> {
 };
 template <> struct Element<e5m2> {
   using type = cutlass::float_e5m2_t;
-};
-
-// Elements as they lie in memory. Formats of one size share a kernel, so they are bits to CUTLASS.
-template <GemmOut kOut> struct Stored;
-template <> struct Stored<GemmOut::half> {
-  using type = uint16_t;
-};
-template <> struct Stored<GemmOut::f32> {
-  using type = float;
-};
-template <> struct Stored<GemmOut::fp8> {
-  using type = uint8_t;
-};
-
-// The parts of an epilogue node that ours do not need.
-template <class P>
-struct Node {
-  struct SharedStorage {};
-  using Arguments = P;
-  using Params = P;
-  Params params;
-
-  CUTLASS_HOST_DEVICE Node() {}
-  CUTLASS_HOST_DEVICE Node(const Params& p, const SharedStorage&) : params(p) {}
-  template <class Shape>
-  static constexpr Params to_underlying_arguments(const Shape&, const Arguments& a, void*) {
-    return a;
-  }
-  template <class Shape>
-  static bool can_implement(const Shape&, const Arguments&) {
-    return true;
-  }
-  template <class Shape>
-  static size_t get_workspace_size(const Shape&, const Arguments&) {
-    return 0;
-  }
-  template <class Shape>
-  static cutlass::Status initialize_workspace(const Shape&, const Arguments&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
-  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
-  template <class... Args>
-  CUTLASS_DEVICE auto get_producer_load_callbacks(
-      const fusion::detail::ProducerLoadArgs<Args...>&) {
-    return fusion::detail::EmptyProducerLoadCallbacks{};
-  }
-};
-
-struct SourceArguments {
-  bool needed = false;
-};
-
-// The addend, as bits. The kernel loads it only if the call accumulates.
-struct Source : Node<SourceArguments> {
-  using Node<SourceArguments>::Node;
-  CUTLASS_DEVICE bool is_producer_load_needed() const { return params.needed; }
-  CUTLASS_DEVICE bool is_C_load_needed() const { return params.needed; }
-
-  template <class Tensor>
-  struct Callbacks : fusion::detail::EmptyConsumerStoreCallbacks {
-    const Tensor& registers;
-    CUTLASS_DEVICE Callbacks(const Tensor& r) : registers(r) {}
-    template <class Accumulator, int kSize>
-    CUTLASS_DEVICE auto visit(const Array<Accumulator, kSize>&, int v, int, int) {
-      return cute::recast<Array<typename Tensor::value_type, kSize>>(registers)(v);
-    }
-  };
-  template <bool, class... Args>
-  CUTLASS_DEVICE auto get_consumer_store_callbacks(
-      const fusion::detail::ConsumerStoreArgs<Args...>& args) {
-    return Callbacks<cute::remove_cvref_t<decltype(args.tCrC)>>(args.tCrC);
-  }
-};
-
-struct FinishArguments {
-  bool second = false;  // the format of this size that is not bf16 or e4m3: f16 or e5m2
-  bool accumulate = false;
-  const float* out_scale = nullptr;
-  uint32_t* amax = nullptr;
-};
-
-template <class To, int kSize>
-CUTLASS_DEVICE auto bits_of(const Array<float, kSize>& y) {
-  using Bits = cute::uint_bit_t<cutlass::sizeof_bits<To>::value>;
-  const Array<To, kSize> rounded = cutlass::NumericArrayConverter<To, float, kSize>{}(y);
-  return reinterpret_cast<const Array<Bits, kSize>&>(rounded);
-}
-
-template <class From, class Bits, int kSize>
-CUTLASS_DEVICE void add(Array<float, kSize>& y, const Array<Bits, kSize>& source) {
-  static_assert(sizeof(From) == sizeof(Bits), "the source comes as bits");
-  const auto& values = reinterpret_cast<const Array<From, kSize>&>(source);
-  const Array<float, kSize> wide = cutlass::NumericArrayConverter<float, From, kSize>{}(values);
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < kSize; ++i) y[i] += wide[i];
-}
-
-// The root node computes the stored value of (sum, scale_a, scale_b, bias, source), with one
-// rounding.
-template <GemmOut kOut>
-struct Finish : Node<FinishArguments> {
-  using Node<FinishArguments>::Node;
-  using Bits = typename Stored<kOut>::type;
-
-  template <class Coordinates, class Residue>
-  struct Callbacks : fusion::detail::EmptyConsumerStoreCallbacks {
-    FinishArguments params;
-    Coordinates coordinates;
-    Residue residue;
-    float scale = 1.0f;
-    uint32_t seen = 0;  // bits of the largest magnitude; every NaN is above infinity
-
-    CUTLASS_DEVICE Callbacks(const FinishArguments& p, const Coordinates& c, const Residue& r)
-        : params(p), coordinates(c), residue(r) {
-      if constexpr (kOut == GemmOut::fp8) scale = *p.out_scale;
-    }
-
-    template <class Accumulator, int kSize, class... Sources>
-    CUTLASS_DEVICE Array<Bits, kSize> visit(const Array<Accumulator, kSize>&, int v, int m, int n,
-                                            const Array<float, kSize>& sum,
-                                            const Array<float, kSize>& scale_a,
-                                            const Array<float, kSize>& scale_b,
-                                            const Array<float, kSize>& bias,
-                                            const Sources&... sources) {
-      Array<float, kSize> y;
-      // The scales first: each may be near a limit of f32 where their product is not.
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kSize; ++i) y[i] = sum[i] * (scale_a[i] * scale_b[i]) + bias[i];
-      if constexpr (kOut == GemmOut::fp8) {
-        see(y, v, m, n);
-        const bool exact = is_power_of_two(scale);
-        const float inverse = 1.0f / scale;
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kSize; ++i) y[i] = exact ? y[i] * inverse : y[i] / scale;
-        return params.second ? bits_of<cutlass::float_e5m2_t>(y)
-                             : bits_of<cutlass::float_e4m3_t>(y);
-      } else if constexpr (kOut == GemmOut::f32) {
-        if (params.accumulate) (add<float>(y, sources), ...);
-        return y;
-      } else {
-        if (params.second) {
-          if (params.accumulate) (add<cutlass::half_t>(y, sources), ...);
-          return bits_of<cutlass::half_t>(y);
-        }
-        if (params.accumulate) (add<cutlass::bfloat16_t>(y, sources), ...);
-        return bits_of<cutlass::bfloat16_t>(y);
-      }
-    }
-
-    // The amax counts elements inside of the matrix only: outside, y is the bias, not zero.
-    template <int kSize>
-    CUTLASS_DEVICE void see(const Array<float, kSize>& y, int v, int m, int n) {
-      auto here = coordinates(cute::_, cute::_, cute::_, m, n);
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kSize; ++i) {
-        const uint32_t magnitude = bit_cast<uint32_t>(y[i]) & 0x7fffffffu;
-        if (cute::elem_less(here(v * kSize + i), residue))
-          seen = seen < magnitude ? magnitude : seen;
-      }
-    }
-
-    // One atomic a warp and tile.
-    CUTLASS_DEVICE void end() {
-      if constexpr (kOut == GemmOut::fp8) {
-        const uint32_t all = __reduce_max_sync(0xffffffffu, seen);
-        if (threadIdx.x % 32 == 0 && all != 0) atomicMax(params.amax, all);
-      }
-    }
-  };
-  template <bool, class... Args>
-  CUTLASS_DEVICE auto get_consumer_store_callbacks(
-      const fusion::detail::ConsumerStoreArgs<Args...>& args) {
-    return Callbacks<cute::remove_cvref_t<decltype(args.tCcD)>,
-                     cute::remove_cvref_t<decltype(args.residue_tCcD)>>(params, args.tCcD,
-                                                                        args.residue_tCcD);
-  }
 };
 
 constexpr bool kFast = true, kPromoted = false;
@@ -238,16 +55,43 @@ template <> struct Schedules<GemmSchedule::pingpong, kPromoted> {
   using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
 };
 
-template <class A, class B, GemmOut kOut, bool kFastSums, bool kHasSource, int kTileM, int kTileN,
-          int kClusterM, int kClusterN, GemmSchedule kSchedule, GemmScheduler kScheduler>
+// What the main loop is told of scales: each operand's layout in memory, and the schedule.
+template <GemmScales kScales, class Mainloop>
+struct Operands {
+  using A = cutlass::layout::RowMajor;
+  using B = cutlass::layout::ColumnMajor;
+  using Schedule = Mainloop;
+};
+
+// Scales as casts write them: [rows, K / 128], or [rows / 128, K / 128] of tiles, rounded up.
+template <int kRowsOfB>
+struct BlockOperands {
+  static constexpr auto kAlongK = cute::GMMA::Major::K;
+  using Config =
+      cutlass::detail::Sm90BlockwiseScaleConfig<1, kRowsOfB, kGemmTileK, kAlongK, kAlongK>;
+  using A = cute::tuple<cutlass::layout::RowMajor, decltype(Config::deduce_layoutSFA())>;
+  using B = cute::tuple<cutlass::layout::ColumnMajor, decltype(Config::deduce_layoutSFB())>;
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8Blockwise;
+};
+template <class Mainloop>
+struct Operands<GemmScales::tiles, Mainloop> : BlockOperands<kScaleTile> {};
+template <class Mainloop>
+struct Operands<GemmScales::blocks, Mainloop> : BlockOperands<1> {};
+
+template <class A, class B, GemmOut kOut, bool kFastSums, bool kHasSource, GemmScales kScales,
+          int kTileM, int kTileN, int kClusterM, int kClusterN, GemmSchedule kSchedule,
+          GemmScheduler kScheduler>
 struct Gemm {
+  static_assert(kScales == GemmScales::outer ||
+                    (kSchedule == GemmSchedule::cooperative && !kFastSums),
+                "scales of blocks promote sums, in the cooperative schedule");
   using Tile = cute::Shape<Int<kTileM>, Int<kTileN>, Int<kGemmTileK>>;
   using Cluster = cute::Shape<Int<kClusterM>, Int<kClusterN>, _1>;
   using Schedule = Schedules<kSchedule, kFastSums>;
   using Bits = typename Stored<kOut>::type;
   using SourceBits = std::conditional_t<kHasSource, Bits, void>;
   using RowMajor = cutlass::layout::RowMajor;
-  using ColumnMajor = cutlass::layout::ColumnMajor;
+  using Layouts = Operands<kScales, typename Schedule::Mainloop>;
   static constexpr int kOutAlignment = 16 / sizeof(Bits);
 
   using ScaleA = fusion::Sm90ColBroadcast<0, Tile, float, float, cute::Stride<bool, _0, int64_t>>;
@@ -263,11 +107,12 @@ struct Gemm {
       kOutAlignment, Bits, RowMajor, kOutAlignment, typename Schedule::Epilogue,
       Tree>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Element<A>::type, RowMajor,
-      kGemmAlignment, typename Element<B>::type, ColumnMajor, kGemmAlignment, float, Tile, Cluster,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Element<A>::type,
+      typename Layouts::A, kGemmAlignment, typename Element<B>::type, typename Layouts::B,
+      kGemmAlignment, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename Epilogue::SharedStorage))>,
-      typename Schedule::Mainloop>::CollectiveOp;
+      typename Layouts::Schedule>::CollectiveOp;
   using Scheduler =
       std::conditional_t<kScheduler == GemmScheduler::stream_k, cutlass::gemm::StreamKScheduler,
                          cutlass::gemm::PersistentScheduler>;
@@ -275,8 +120,12 @@ struct Gemm {
                                                       Epilogue, Scheduler>;
 
   static typename Tree::Arguments tree(const GemmArguments& p) {
-    const typename ScaleA::Arguments scale_a{p.scale_a, 0.0f, {p.rows_a, _0{}, 0}};
-    const typename ScaleB::Arguments scale_b{p.scale_b, 0.0f, {_0{}, p.rows_b, 0}};
+    // No pointer: one for all, as the main loop has multiplied by scales of blocks.
+    constexpr bool kOuter = kScales == GemmScales::outer;
+    const typename ScaleA::Arguments scale_a{
+        kOuter ? p.scale_a : nullptr, 1.0f, {p.rows_a, _0{}, 0}};
+    const typename ScaleB::Arguments scale_b{
+        kOuter ? p.scale_b : nullptr, 1.0f, {_0{}, p.rows_b, 0}};
     const typename Bias::Arguments bias{p.bias, 0.0f, {_0{}, _1{}, 0}};
     const FinishArguments finish{p.out.dtype == DType::f16 || p.out.dtype == DType::e5m2,
                                  p.accumulate, p.out_scale, reinterpret_cast<uint32_t*>(p.amax)};
@@ -295,6 +144,12 @@ struct Gemm {
     args.mainloop.dA = {p.a.cols, _1{}, 0};
     args.mainloop.ptr_B = p.b.as<const typename Element<B>::type>();
     args.mainloop.dB = {p.b.cols, _1{}, 0};
+    if constexpr (kScales != GemmScales::outer) {
+      args.mainloop.ptr_SFA = p.scale_a;
+      args.mainloop.layout_SFA = Layouts::Config::tile_atom_to_shape_SFA(args.problem_shape);
+      args.mainloop.ptr_SFB = p.scale_b;
+      args.mainloop.layout_SFB = Layouts::Config::tile_atom_to_shape_SFB(args.problem_shape);
+    }
     args.epilogue.thread = tree(p);
     if constexpr (kHasSource) args.epilogue.ptr_C = p.out.as<const Bits>();
     args.epilogue.dC = {p.out.cols, _1{}, 0};
@@ -358,14 +213,15 @@ void run(const GemmArguments& p, const GemmLaunch& l) {
 }  // namespace quaver::cuda
 
 // Instantiates a row of csrc/gemm_tactics.h, in a translation unit of its own.
-#define QUAVER_GEMM_UNIT(NAME, A, B, OUT, SUMS, ADDEND, TILE_M, TILE_N, CLUSTER_M, CLUSTER_N,  \
-                         SCHEDULE, SCHEDULER)                                                  \
-  namespace quaver::cuda::gemm_sm90 {                                                          \
-  struct NAME {                                                                                \
-    static const char* name() { return #NAME; }                                                \
-    using Gemm = gemm_sm90::Gemm<A, B, GemmOut::OUT, SUMS, ADDEND, TILE_M, TILE_N, CLUSTER_M,  \
-                                 CLUSTER_N, GemmSchedule::SCHEDULE, GemmScheduler::SCHEDULER>; \
-    using Kernel = typename Gemm::Kernel;                                                      \
-  };                                                                                           \
-  void run_##NAME(const GemmArguments& p, const GemmLaunch& l) { run<NAME>(p, l); }            \
+#define QUAVER_GEMM_UNIT(NAME, A, B, OUT, SUMS, ADDEND, SCALES, TILE_M, TILE_N, CLUSTER_M,       \
+                         CLUSTER_N, SCHEDULE, SCHEDULER)                                         \
+  namespace quaver::cuda::gemm_sm90 {                                                            \
+  struct NAME {                                                                                  \
+    static const char* name() { return #NAME; }                                                  \
+    using Gemm =                                                                                 \
+        gemm_sm90::Gemm<A, B, GemmOut::OUT, SUMS, ADDEND, GemmScales::SCALES, TILE_M, TILE_N,    \
+                        CLUSTER_M, CLUSTER_N, GemmSchedule::SCHEDULE, GemmScheduler::SCHEDULER>; \
+    using Kernel = typename Gemm::Kernel;                                                        \
+  };                                                                                             \
+  void run_##NAME(const GemmArguments& p, const GemmLaunch& l) { run<NAME>(p, l); }              \
   }

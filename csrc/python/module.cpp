@@ -74,6 +74,15 @@ quaver::DType dtype_of(const std::string& name) {
                               "'; formats are f32, f16, bf16, e4m3, e5m2");
 }
 
+quaver::GemmScales scales_of(const std::string& name) {
+  using quaver::GemmScales;
+  for (const auto& [scales, known] : {std::pair{GemmScales::outer, "outer"},
+                                      {GemmScales::tiles, "tiles"},
+                                      {GemmScales::blocks, "blocks"}})
+    if (name == known) return scales;
+  throw std::invalid_argument("unknown scales '" + name + "'; they are outer, tiles or blocks");
+}
+
 py::dict as_dict(const quaver::GemmCandidate& c) {
   const quaver::GemmTactic& t = *c.tactic;
   py::dict d;
@@ -95,7 +104,7 @@ py::dict as_dict(const quaver::GemmCandidate& c) {
 
 py::tuple gemm_candidates(int64_t m, int64_t n, int64_t k, const std::string& a,
                           const std::string& b, const std::string& out, bool accumulate,
-                          bool fast_accumulate, int sm_count) {
+                          bool fast_accumulate, int sm_count, const std::string& scales) {
   quaver::GemmProblem p;
   p.m = m;
   p.n = n;
@@ -105,6 +114,7 @@ py::tuple gemm_candidates(int64_t m, int64_t n, int64_t k, const std::string& a,
   p.out = dtype_of(out);
   p.accumulate = accumulate;
   p.fast_accumulate = fast_accumulate;
+  p.scales = scales_of(scales);
   const auto found = quaver::gemm_candidates(p, sm_count);
   py::list candidates;
   for (const auto& candidate : found) candidates.append(as_dict(candidate));
@@ -124,6 +134,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_candidates", gemm_candidates, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("a") = "e4m3", py::arg("b") = "e4m3", py::arg("out") = "bf16",
         py::arg("accumulate") = false, py::arg("fast_accumulate") = true, py::arg("sm_count") = 132,
+        py::arg("scales") = "outer",
         "The Hopper kernels that can serve a matrix product, best first, and why the first one "
         "is. Needs no GPU.");
 }

@@ -1,7 +1,8 @@
-// gemm on a Hopper GPU is CUTLASS's, where scales are of tensors or rows. Elsewhere the codes are
-// decoded and torch's own product does the rest: in bf16 on a CPU that is fast at it (oneDNN, f32
-// sums), in f32 otherwise. Codes are exact in both formats. A scale of a whole tensor multiplies
-// the product; others multiply the codes, which bf16 then rounds, unless they are powers of two.
+// gemm on a Hopper GPU is CUTLASS's, where a kernel takes the scales (block_scales). Elsewhere the
+// codes are decoded and torch's own product does the rest: in bf16 on a CPU that is fast at it
+// (oneDNN, f32 sums), in f32 otherwise. Codes are exact in both formats. A scale of a whole tensor
+// multiplies the product; others multiply the codes, which bf16 then rounds, unless they are powers
+// of two.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <array>
@@ -28,8 +29,9 @@ struct Call {
   Layout layout_a = {}, layout_b = {};       // of the scales
 };
 
-bool has_blocks(const Layout& layout) {
-  return layout.height() > 1 || layout.grain == Grain::block;
+bool has_blocks(const Call& c) {
+  const auto is = [](const Layout& l) { return l.grain == Grain::block || l.grain == Grain::tile; };
+  return is(c.layout_a) || is(c.layout_b);
 }
 
 // The layout of an operand [rows, K], by the shape of its scales. Shapes that fit two layouts mean
@@ -53,6 +55,17 @@ Layout layout_of(const char* name, const Tensor& codes, const Tensor& scale) {
        "] for 1 x 128 blocks or [", tiles, ", ", blocks, "] for 128 x 128 tiles, got [", got, "]");
 }
 
+// Whether the scales are those of 1 x 128 blocks: shapes that fit two layouts mean the same in
+// both.
+bool fits_blocks(const Tensor& codes, const Tensor& scale) {
+  return scale.numel() == codes.size(0) * blocks_in_row(codes.size(1), kScaleTile);
+}
+
+bool fits_tiles(const Tensor& codes, const Tensor& scale, const Layout& layout) {
+  const int64_t tiles = Layout{Grain::tile}.scale_count(view("gemm", "codes", codes));
+  return layout.grain == Grain::tile || (scale.numel() == 1 && tiles == 1);
+}
+
 void check(const Call& c) {
   QUAVER_CHECK(c.a.dim() == 2 && c.b.dim() == 2, "gemm: a and b must be matrices, got ", c.a.dim(),
                " and ", c.b.dim(), " dimensions");
@@ -68,6 +81,16 @@ void check(const Call& c) {
                  c.b.size(0), " values, got ", c.bias->numel());
 }
 
+// The kernels that take scales of blocks: both operands e4m3, 1 x 128 blocks of a by 128 x 128
+// tiles or 1 x 128 blocks of b, and a result that is not FP8. Other pairs of scales are decoded.
+GemmScales block_scales(const Call& c) {
+  const bool served = c.a.scalar_type() == ScalarType::Float8_e4m3fn &&
+                      c.b.scalar_type() == ScalarType::Float8_e4m3fn && !c.out_scale.has_value();
+  if (!has_blocks(c) || !served || !fits_blocks(c.a, c.scale_a)) return GemmScales::outer;
+  if (fits_tiles(c.b, c.scale_b, c.layout_b)) return GemmScales::tiles;
+  return fits_blocks(c.b, c.scale_b) ? GemmScales::blocks : GemmScales::outer;
+}
+
 // The tensors of `c` as the core takes them, except the bias, which may have any format.
 GemmArguments arguments_of(const Call& c) {
   GemmArguments g;
@@ -78,6 +101,7 @@ GemmArguments arguments_of(const Call& c) {
   g.scale_b = present("gemm", "scale_b", c.scale_b).as<const float>();
   g.rows_a = c.layout_a.grain == Grain::row;
   g.rows_b = c.layout_b.grain == Grain::row;
+  g.scales = block_scales(c);
   if (c.out_scale.has_value()) g.out_scale = scalar("gemm_quantize", "out_scale", *c.out_scale);
   if (c.amax.has_value()) g.amax = scalar("gemm_quantize", "amax", *c.amax);
   g.accumulate = c.accumulate;
@@ -171,9 +195,8 @@ bool has_bf16_products() {
 void run_cpu(Call& c) {
   const ScalarType type = c.out.scalar_type();
   static const bool bf16_products = has_bf16_products();
-  const bool blocks = has_blocks(c.layout_a) || has_blocks(c.layout_b);
   const bool direct = type == ScalarType::Float || (type == ScalarType::BFloat16 && bf16_products);
-  if (!direct) return blocks ? compose_decoded(c) : compose(c);
+  if (!direct) return has_blocks(c) ? compose_decoded(c) : compose(c);
   const Tensor addend = c.bias.has_value() ? torch::stable::to(*c.bias, type) : c.out;
   const double beta = c.bias.has_value() || c.accumulate ? 1.0 : 0.0;
   if (c.scale_a.numel() != 1 || c.scale_b.numel() != 1)
@@ -187,8 +210,9 @@ void run_cpu(Call& c) {
   addmm(c.out, addend, decode_codes(c.a, type), decode_codes(c.b, type), beta, alpha);
 }
 
-// Blocks on a GPU: a bf16 result is the library's product of operands that are decoded to bf16;
-// bias and addend, which are added before the one rounding, need it in f32.
+// Blocks on a GPU without a kernel for them: a bf16 result is the library's product of operands
+// that are decoded to bf16; bias and addend, which are added before the one rounding, need it in
+// f32.
 void run_blocks(Call& c) {
   const bool half =
       c.out.scalar_type() == ScalarType::BFloat16 && !c.bias.has_value() && !c.accumulate;
@@ -200,10 +224,11 @@ void run_blocks(Call& c) {
 
 template <class Stream>
 void run_cuda(Call& c, Stream stream) {
-  if (has_blocks(c.layout_a) || has_blocks(c.layout_b)) return run_blocks(c);
   GemmArguments g = arguments_of(c);
+  const bool blocks = has_blocks(c), decoded = blocks && g.scales == GemmScales::outer;
   const cuda::GemmDevice device = cuda::gemm_device();
-  if (device.major != 9 || g.out.numel() == 0 || g.a.cols == 0) return compose(c);
+  if (decoded || device.major != 9 || g.out.numel() == 0 || g.a.cols == 0)
+    return blocks ? run_blocks(c) : compose(c);
   OptionalTensor bias;
   if (c.bias.has_value()) {
     bias = dense(torch::stable::to(*c.bias, ScalarType::Float));

@@ -5,12 +5,18 @@
 
 namespace quaver {
 
+// Where a product's scales go. outer: those of tensors or rows multiply the finished sum. tiles and
+// blocks multiply the partial sum of each 128 of K: a has a scale for each 1 x 128 block, and b for
+// each 128 x 128 tile or for each 1 x 128 block.
+enum class GemmScales : int8_t { outer, tiles, blocks };
+
 struct GemmArguments {
   TensorView out;                  // [M, N] in bf16, f16 or f32; in FP8 with out_scale and amax
   TensorView a;                    // [M, K] codes
   TensorView b;                    // [N, K] codes
-  const float* scale_a = nullptr;  // one, or M of them
-  const float* scale_b = nullptr;  // one, or N of them
+  const float* scale_a = nullptr;  // one, or M of them, or those of blocks
+  const float* scale_b = nullptr;  // one, or N of them, or those of tiles or blocks
+  GemmScales scales = GemmScales::outer;
   bool rows_a = false, rows_b = false;
   const float* bias = nullptr;       // [N], or none
   const float* out_scale = nullptr;  // FP8 out: the decode scale to encode with

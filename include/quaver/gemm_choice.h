@@ -16,6 +16,7 @@ struct GemmTactic {
   GemmOut out;
   bool fast;    // keeps sums in the tensor core; otherwise they are promoted to f32 each 128 of K
   bool source;  // can add to out
+  GemmScales scales;
   int tile_m, tile_n;
   int cluster_m, cluster_n;
   GemmSchedule schedule;
@@ -28,6 +29,7 @@ struct GemmProblem {
   DType a = DType::e4m3, b = DType::e4m3, out = DType::bf16;
   bool accumulate = false;
   bool fast_accumulate = true;
+  GemmScales scales = GemmScales::outer;
 };
 
 // A tactic on a problem, by a model of the machine (csrc/gemm_choice.cpp).

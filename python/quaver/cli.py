@@ -246,6 +246,13 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
         help="with --gemm: formats of a, b and the result",
     )
     p.add_argument("--accumulate", action="store_true", help="with --gemm: add to the result")
+    p.add_argument(
+        "--scales",
+        choices=("outer", "tiles", "blocks"),
+        default="outer",
+        help="with --gemm: of tensors or rows, of 1 x 128 blocks by 128 x 128 tiles, or of blocks "
+        "by blocks",
+    )
     p.add_argument("--promoted", action="store_true", help="with --gemm: sums in f32 only")
     p.add_argument("--sms", type=int, default=132, help="with --gemm: multiprocessors of the GPU")
     p.set_defaults(call=_info)

@@ -25,6 +25,7 @@ def show(arguments: argparse.Namespace) -> None:
             accumulate=arguments.accumulate,
             fast_accumulate=not arguments.promoted,
             sm_count=arguments.sms,
+            scales=arguments.scales,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -42,4 +43,3 @@ def show(arguments: argparse.Namespace) -> None:
         )
     print(f"{candidates[0]['name']}: {reason}")
     print("Predicted is of the peak, by a model; `make gpu-report` measures.")
-    print("Scales of blocks or tiles have no kernel: operands are decoded for torch's product.")

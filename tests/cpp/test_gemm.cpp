@@ -14,11 +14,15 @@ const DType kOuts[] = {DType::bf16, DType::f16, DType::f32, DType::e4m3, DType::
 const std::pair<DType, DType> kPairs[] = {
     {DType::e4m3, DType::e4m3}, {DType::e5m2, DType::e4m3}, {DType::e4m3, DType::e5m2}};
 
+const GemmScales kScales[] = {GemmScales::outer, GemmScales::tiles, GemmScales::blocks};
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What the kernels promise to serve: any pair but e5m2 x e5m2; FP8 out where `a` and `b` are what
-// layers multiply; adding to what is not FP8.
+// layers multiply; adding to what is not FP8; scales of blocks of e4m3.
 bool promised(const GemmProblem& p) {
+  if (p.scales != GemmScales::outer)
+    return p.a == DType::e4m3 && p.b == DType::e4m3 && !is_fp8(p.out);
   if (is_fp8(p.out)) return !p.accumulate && p.b == DType::e4m3;
   return true;
 }
@@ -31,10 +35,11 @@ void for_each_problem(Body body) {
       for (int64_t k : sizes)
         for (const auto& [a, b] : kPairs)
           for (DType out : kOuts)
-            for (int flags = 0; flags < 4; ++flags) {
-              const GemmProblem p{m, n, k, a, b, out, (flags & 1) != 0, (flags & 2) != 0};
-              if (promised(p)) body(p);
-            }
+            for (GemmScales scales : kScales)
+              for (int flags = 0; flags < 4; ++flags) {
+                const GemmProblem p{m, n, k, a, b, out, (flags & 1) != 0, (flags & 2) != 0, scales};
+                if (promised(p)) body(p);
+              }
 }
 
 TEST(every_row_says_what_its_name_says) {
@@ -42,6 +47,8 @@ TEST(every_row_says_what_its_name_says) {
   for (const GemmTactic& t : gemm_tactics()) {
     std::string wanted = std::string(name_of(t.a)) + "_" + name_of(t.b);
     if (t.fast) wanted += "_fast";
+    if (t.scales != GemmScales::outer)
+      wanted += t.scales == GemmScales::tiles ? "_tiles" : "_blocks";
     wanted += t.out == GemmOut::half ? "_half" : t.out == GemmOut::f32 ? "_f32" : "_fp8";
     wanted += "_" + std::to_string(t.tile_m) + "x" + std::to_string(t.tile_n);
     if (t.scheduler == GemmScheduler::stream_k) wanted += "_stream_k";
@@ -59,6 +66,8 @@ TEST(no_row_asks_for_what_does_not_compile_well) {
     CHECK(t.schedule != GemmSchedule::cooperative || t.tile_m >= 128);
     CHECK(t.out != GemmOut::fp8 || !t.source);
     CHECK(t.a == DType::e4m3 || t.b == DType::e4m3);
+    CHECK(t.scales == GemmScales::outer ||
+          (!t.fast && t.schedule == GemmSchedule::cooperative && t.tile_n == 128));
   }
 }
 
@@ -67,7 +76,7 @@ TEST(every_promised_problem_has_a_choice) {
     for_each_problem([&](const GemmProblem& p) {
       const GemmCandidate c = choose_gemm(p, sm_count);
       CHECK(c.index >= 0 && c.tactic == &gemm_tactics()[c.index]);
-      CHECK(c.tactic->a == p.a && c.tactic->b == p.b);
+      CHECK(c.tactic->a == p.a && c.tactic->b == p.b && c.tactic->scales == p.scales);
       CHECK(p.fast_accumulate || !c.tactic->fast);
       CHECK(c.tactic->source || !p.accumulate);
       CHECK(c.efficiency > 0.0 && c.efficiency <= 1.0);
@@ -81,7 +90,8 @@ TEST(candidates_come_best_first_and_are_explained) {
     for (size_t i = 1; i < found.size(); ++i) CHECK(found[i - 1].efficiency >= found[i].efficiency);
     const std::string why = explain_gemm(p, found);
     CHECK(why.find("tiles of") != std::string::npos);
-    if (p.fast_accumulate) return;
+    if (p.scales != GemmScales::outer) CHECK(why.find("as the scales lie") != std::string::npos);
+    if (p.fast_accumulate || p.scales != GemmScales::outer) return;
     CHECK(why.find("as asked") != std::string::npos);
   });
 }
@@ -162,6 +172,12 @@ TEST(a_few_choices) {
   wgrad.m = wgrad.n = 1024;  // 64 tiles would leave half of the multiprocessors idle
   CHECK_EQ(name(wgrad), std::string("e5m2_e4m3_f32_128x128_stream_k"));
   CHECK_EQ(choose_gemm(wgrad, 132).launch.splits, 2);
+  wgrad.a = DType::e4m3;
+  wgrad.scales = GemmScales::blocks;
+  CHECK_EQ(name(wgrad), std::string("e4m3_e4m3_blocks_f32_128x128"));
+  CHECK_EQ(name({4096, 4096, 4096, DType::e4m3, DType::e4m3, DType::bf16, false, true,
+                 GemmScales::tiles}),
+           std::string("e4m3_e4m3_tiles_half_128x128"));
 }
 
 TEST(what_no_kernel_serves_is_refused_by_name) {
@@ -172,6 +188,10 @@ TEST(what_no_kernel_serves_is_refused_by_name) {
   p.out = DType::e4m3;
   p.accumulate = true;
   CHECK_THROWS(choose_gemm(p, 132), "FP8 cannot be accumulated into");
+  p = {64, 64, 64};
+  p.a = DType::e5m2;
+  p.scales = GemmScales::tiles;
+  CHECK_THROWS(choose_gemm(p, 132), "e5m2 x e4m3 to bf16, scales of 1 x 128 by 128 x 128");
   CHECK_THROWS(choose_gemm({0, 64, 64}, 132), "empty product [0, 64] over K = 64");
   CHECK_THROWS(choose_gemm({64, 64, 64}, 1), "two multiprocessors, got 1");
 }

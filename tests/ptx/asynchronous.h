@@ -49,6 +49,19 @@ struct Load {
   uint64_t bytes() const { return map.box_bytes(); }
 };
 
+// A thread's copy of a few bytes to its CTA's shared memory.
+struct ElementCopy {
+  uint64_t from = 0;
+  uint32_t to = 0, bytes = 0;
+  int thread = 0;
+};
+
+// Those of one thread whose end an mbarrier of its CTA is told.
+struct CopyGroup {
+  uint32_t rank = 0, barrier = 0;
+  std::vector<ElementCopy> copies;
+};
+
 struct Store {
   TensorMap map;
   Coordinates at{};
@@ -79,6 +92,8 @@ Mbarrier& mbarrier_at(Cta& cta, uint32_t address);
 // Lands one copy that is as late as it may be, now that no warp can go on; false where none is
 // left.
 bool land_one(Machine* machine);
+// The same of the copies of one thread.
+bool land_group(Machine* machine);
 // Refuses a CTA that ends before what it started has ended.
 void check_settled(const Cta& cta);
 // Marks the instructions that touch accumulators.

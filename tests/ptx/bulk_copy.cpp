@@ -195,6 +195,7 @@ bool decode_box(Decoder& d, const Statement& s, Instruction* in) {
 
 bool land_one(Machine* machine) {
   const Timing& timing = machine->launch->timing;
+  if (timing.descending && land_group(machine)) return true;
   for (const auto& cluster : machine->clusters()) {
     std::vector<Load>& loads = cluster->loads;
     if (loads.empty()) continue;
@@ -204,7 +205,7 @@ bool land_one(Machine* machine) {
     land(machine, cluster.get(), load);
     return true;
   }
-  return false;
+  return !timing.descending && land_group(machine);
 }
 
 void check_settled(const Cta& cta) {
@@ -218,6 +219,13 @@ void check_settled(const Cta& cta) {
   for (const Load& load : cta.cluster->loads)
     if (load.ctas >> cta.rank & 1)
       fail("ptx: block ", cta.index, " ends before a copy to its shared memory has landed");
+  for (const CopyGroup& group : cta.cluster->groups)
+    if (group.rank == cta.rank)
+      fail("ptx: block ", cta.index, " ends before a copy to its shared memory has landed");
+  for (const auto& [thread, copies] : cta.copies)
+    if (!copies.empty())
+      fail("ptx: block ", cta.index, " ends, and copies of thread ", thread,
+           " to its shared memory were told to no mbarrier");
 }
 
 bool decode_bulk_copy(Decoder& d, const Statement& s, Instruction* in) {

@@ -13,10 +13,11 @@ constexpr uint32_t kAlign = 64;
 constexpr uint8_t kRegisters = 0, kConstants = 1;
 
 using Decode = bool (*)(Decoder&, const Statement&, Instruction*);
-constexpr Decode kFamilies[] = {decode_arithmetic, decode_bits,      decode_compare, decode_convert,
-                                decode_move,       decode_memory,    decode_atomic,  decode_control,
-                                decode_fence,      decode_warp,      decode_cluster, decode_matrix,
-                                decode_mbarrier,   decode_bulk_copy, decode_wgmma};
+constexpr Decode kFamilies[] = {
+    decode_arithmetic, decode_bits,      decode_compare,      decode_convert,
+    decode_move,       decode_memory,    decode_atomic,       decode_control,
+    decode_fence,      decode_warp,      decode_cluster,      decode_matrix,
+    decode_mbarrier,   decode_bulk_copy, decode_element_copy, decode_wgmma};
 
 void decode_statement(Decoder& d, const Statement& s, Instruction* in) {
   if (s.guard >= 0) {

@@ -48,6 +48,7 @@ bool decode_fence(Decoder& d, const Statement& s, Instruction* in);
 bool decode_cluster(Decoder& d, const Statement& s, Instruction* in);
 bool decode_mbarrier(Decoder& d, const Statement& s, Instruction* in);
 bool decode_bulk_copy(Decoder& d, const Statement& s, Instruction* in);
+bool decode_element_copy(Decoder& d, const Statement& s, Instruction* in);
 bool decode_matrix(Decoder& d, const Statement& s, Instruction* in);
 bool decode_wgmma(Decoder& d, const Statement& s, Instruction* in);
 bool decode_warp(Decoder& d, const Statement& s, Instruction* in);

@@ -104,6 +104,7 @@ void Machine::prepare() {
   const auto ctas = static_cast<size_t>(launch->cluster.count());
   for (const auto& cluster : clusters_) {
     cluster->loads.clear();
+    cluster->groups.clear();
     while (cluster->ctas.size() < ctas) cluster->ctas.emplace_back(new Cta);
     cluster->ctas.resize(ctas);
     for (size_t rank = 0; rank < ctas; ++rank) {
@@ -118,6 +119,7 @@ void Machine::prepare() {
 
 void Machine::prepare(Cta* cta) {
   cta->stores.clear();
+  cta->copies.clear();
   cta->warps.resize((cta->threads + kLanes - 1) / kLanes);
   auto* constants = const_cast<uint64_t*>(program.constants.data());  // no result goes there
   for (size_t i = 0; i < cta->warps.size(); ++i) {
@@ -153,6 +155,7 @@ void Machine::start(Cluster* cluster, int64_t index) {
   const Dim at = coordinates(index, clusters_of(*launch)), of = launch->cluster,
             grid = launch->grid;
   cluster->loads.clear();
+  cluster->groups.clear();
   cluster->arrived = 0;
   cluster->used = 0;
   for (const auto& cta : cluster->ctas) {
@@ -170,6 +173,7 @@ void Machine::start(Cta* cta) {
   cta->local.assign(k.local_bytes * cta->threads, kPoison);
   cta->mbarriers.clear();
   cta->stores.clear();
+  cta->copies.clear();
   for (Barrier& b : cta->barriers) b = {};
   for (Warp& w : cta->warps) {
     const int threads = std::min(kLanes, cta->threads - w.index * kLanes);

@@ -122,8 +122,9 @@ struct Cta {
   SharedMemory shared;
   std::vector<unsigned char> local;  // of all threads, one after the other
   Barrier barriers[16];
-  std::map<uint32_t, Mbarrier> mbarriers;  // by address
-  std::map<int, StoreQueue> stores;        // by thread
+  std::map<uint32_t, Mbarrier> mbarriers;          // by address
+  std::map<int, StoreQueue> stores;                // by thread
+  std::map<int, std::vector<ElementCopy>> copies;  // by thread: those that no mbarrier knows of
   bool live() const;
 };
 
@@ -131,7 +132,8 @@ struct Cta {
 struct Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   std::vector<Load> loads;  // that have not landed
-  int arrived = 0;          // threads at the barrier of the cluster
+  std::vector<CopyGroup> groups;
+  int arrived = 0;  // threads at the barrier of the cluster
   uint32_t phase = 0;
   uint64_t used = 0;  // instructions of its warps
   bool live() const;

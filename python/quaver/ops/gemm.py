@@ -29,10 +29,11 @@ def gemm(
         a, b: FP8 [M, K] and [N, K]; any mix of e4m3 and e5m2 (CUDA: not both e5m2, and N and K are
             multiples of 16). Each has scales of its own: of the tensor, of rows, of 1 x 128 blocks
             or of 128 x 128 tiles. With other scales than the tensor's, a CPU with AVX-512 decodes
-            operands of a bf16 product to bf16, which rounds unless the scales are powers of two;
-            with blocks or tiles so does CUDA, which has no kernel for them yet: it decodes both
-            operands and multiplies by torch's product, in f32 where the result is not bf16 or there
-            is a bias or an addend.
+            operands of a bf16 product to bf16, which rounds unless the scales are powers of two.
+            Hopper has kernels for blocks of `a` by tiles or blocks of `b`, both e4m3, and a result
+            that is not FP8; sums are scaled and promoted to f32 each 128 of K. CUDA decodes
+            operands with other blocks or tiles, and multiplies by torch's product, in f32 where the
+            result is not bf16 or there is a bias or an addend.
         out_dtype: bfloat16, float16, float32, or with `out_scale` an FP8 type (ignored where `out`
             is given).
         bias: [N], added before the one rounding to the output type.

@@ -61,7 +61,7 @@ def tensor_core_tolerance(
     leading bit of the largest one (DeepSeek-V3, arXiv 2412.19437, section 3.5.2: "about 14 bits"),
     so each of the 33 loses less than 2^-13 of that one. Promoted sums start anew each 128 of K.
     """
-    a, b = a.double() * scale_a.double(), b.double() * scale_b.double()
+    a, b = decoded(a, scale_a), decoded(b, scale_b)
     partial = lost = a.new_zeros(a.shape[0], b.shape[0])
     for step, k in enumerate(range(0, a.shape[1], 32)):
         if promoted and step % 4 == 0:

@@ -9,6 +9,7 @@
 #include "cuda/launch.h"
 #include "quaver/fp8.h"
 #include "quaver/gemm_choice.h"
+#include "quaver/layout.h"
 
 namespace {
 
@@ -41,13 +42,22 @@ void encode(const TensorView& v, int64_t i, float x) {
   if (v.dtype == DType::f32) v.as<float>()[i] = x;
 }
 
+// The scales of the products of a row, a column and a place along K, multiplied.
+double scale_at(const GemmArguments& g, int64_t row, int64_t col, int64_t k) {
+  if (g.scales == GemmScales::outer)
+    return double(g.scale_a[g.rows_a ? row : 0]) * g.scale_b[g.rows_b ? col : 0];
+  const int64_t blocks = blocks_in_row(g.a.cols, kScaleTile), block = k / kScaleTile;
+  const int64_t row_b = g.scales == GemmScales::tiles ? col / kScaleTile : col;
+  return double(g.scale_a[row * blocks + block]) * g.scale_b[row_b * blocks + block];
+}
+
 // One value of the product, in f64.
 void multiply(const GemmArguments& g, int64_t row, int64_t col) {
-  double sum = 0.0;
+  double y = 0.0;
   for (int64_t k = 0; k < g.a.cols; ++k)
-    sum += decoded(g.a, row * g.a.cols + k) * decoded(g.b, col * g.b.cols + k);
+    y += decoded(g.a, row * g.a.cols + k) * decoded(g.b, col * g.b.cols + k) *
+         scale_at(g, row, col, k);
   const int64_t i = row * g.out.cols + col;
-  double y = sum * g.scale_a[g.rows_a ? row : 0] * g.scale_b[g.rows_b ? col : 0];
   if (g.bias != nullptr) y += g.bias[col];
   if (g.accumulate) y += decoded(g.out, i);
   const float value = static_cast<float>(y);
@@ -65,7 +75,8 @@ GemmDevice gemm_device() { return {132, 9, 0}; }
 void gemm(const GemmArguments& g, int tactic, const GemmLaunch& l) {
   check_gemm_cuda(g);
   const auto& t = gemm_tactics()[static_cast<size_t>(tactic)];
-  QUAVER_CHECK(t.a == g.a.dtype && t.b == g.b.dtype, "gemm: ", t.name, " does not serve this");
+  QUAVER_CHECK(t.a == g.a.dtype && t.b == g.b.dtype && t.scales == g.scales, "gemm: ", t.name,
+               " does not serve this");
   if (g.amax != nullptr) clear("gemm", g.amax, sizeof(float), l.stream);
   if (l.workspace_bytes > 0) record("gemm", 0);
   record("gemm", 1);

@@ -139,6 +139,31 @@ TEST(the_async_proxy_sees_what_was_written_behind_a_fence) {
   CHECK_THROWS(run(write + kStore + kStored + "AFTER:"), "no fence.proxy.async after it");
 }
 
+TEST(copies_of_threads_land_before_the_mbarrier_that_is_told) {
+  const std::string copy =
+      "shl.b32 %r4, %r0, 2; add.s32 %r5, %r1, %r4; mul.wide.u32 %rd4, %r0, 4;\n"
+      "add.s64 %rd4, %rd1, %rd4; cp.async.ca.shared.global.L2::128B [%r5+64], [%rd4], 4;\n";
+  const std::string init =
+      "setp.ne.s32 %p1, %r0, 0; @%p1 bra READY;\n"
+      "mbarrier.init.shared::cta.b64 [%r2], 32;\nREADY: bar.sync 0;\n";
+  const std::string tell = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r2];\n";
+  const std::string read = "ld.shared.u32 %r6, [%r5+64]; st.global.u32 [%rd4+1024], %r6;\n";
+  for (const bool late : {false, true}) {
+    const Words w = run(init + copy + tell + kWait + read, launch_of(32, late));
+    for (uint32_t i = 0; i < 32; ++i) CHECK_EQ(w[256 + i], i + 1);
+    CHECK_THROWS(run(init + copy + tell + "mov.u32 %r6, 0;", launch_of(32, true)),
+                 "ends before a copy to its shared memory has landed");
+    CHECK_THROWS(run(init + copy, launch_of(32, late)), "were told to no mbarrier");
+  }
+  CHECK_THROWS(run(init + copy + tell + read, launch_of(32, true)),
+               "before the end of an asynchronous write");
+  CHECK_THROWS(run(init + tell + tell, launch_of(32)), "more arrivals than the 32 it expects");
+  CHECK_THROWS(run("cp.async.ca.shared.global [%r1+2], [%rd1], 4;"), "no multiples of that");
+  CHECK_THROWS(run("cp.async.ca.shared.global [%r1], [%rd1], 12;"), "not 4, 8 or 16");
+  CHECK_THROWS(run("add.s64 %rd4, %rd1, 2048; cp.async.ca.shared.global [%r1], [%rd4], 4;"),
+               "outside of every buffer");
+}
+
 TEST(mbarriers_end_their_phase_with_the_last_arrival_and_byte) {
   const std::string two = "mbarrier.init.shared::cta.b64 [%r2], 2;\n";
   const std::string arrive = "mbarrier.arrive.shared::cta.b64 _, [%r2];\n";

@@ -8,6 +8,7 @@
 #include "gemm_tactics.h"
 #include "quaver/fp8.h"
 #include "quaver/gemm_choice.h"
+#include "quaver/layout.h"
 #include "test.h"
 
 using namespace quaver;
@@ -119,8 +120,10 @@ class Product {
         a_(random_values(&g_, t.a, shape_.m * shape_.k)),
         b_(random_values(&g_, t.b, shape_.n * shape_.k)),
         out_(random_values(&g_, out_dtype_, shape_.m * shape_.n)),
-        scale_a_(random_scales(&g_, s.rows ? shape_.m : 1)),
-        scale_b_(random_scales(&g_, s.rows ? shape_.n : 1)),
+        blocks_(t.scales == GemmScales::outer ? 1 : blocks_in_row(shape_.k, kScaleTile)),
+        fine_(s.rows || t.scales != GemmScales::outer),
+        scale_a_(random_scales(&g_, (fine_ ? shape_.m : 1) * blocks_)),
+        scale_b_(random_scales(&g_, (row_b(fine_ ? shape_.n - 1 : 0) + 1) * blocks_)),
         bias_(random_scales(&g_, shape_.n)) {
     GemmArguments& p = arguments_;
     p.out = {out_.codes.data(), out_dtype_, shape_.m, shape_.n};
@@ -128,7 +131,8 @@ class Product {
     p.b = {b_.codes.data(), t.b, shape_.n, shape_.k};
     p.scale_a = scale_a_.data();
     p.scale_b = scale_b_.data();
-    p.rows_a = p.rows_b = s.rows;
+    p.rows_a = p.rows_b = s.rows && t.scales == GemmScales::outer;
+    p.scales = t.scales;
     p.bias = bias_.data();
     p.accumulate = s.accumulate && t.source;
     p.fast_accumulate = t.fast;
@@ -180,7 +184,8 @@ class Product {
     double value, bound, cut_bound;
   };
   // The bounds are those of reference.gemm_tolerance, K roundings and one of the result, and of
-  // reference.tensor_core_tolerance.
+  // reference.tensor_core_tolerance. A product meets no more than K roundings on its way where sums
+  // start anew each 128 of K: those of its block, one of each later block, and two of its scales.
   Expected expected(int64_t i, int64_t j) const {
     constexpr int64_t kDepth = 32;
     const double* a = a_.numbers.data() + i * shape_.k;
@@ -188,10 +193,11 @@ class Product {
     double sum = 0, magnitude = 0, partial = 0, lost = 0;
     for (int64_t start = 0; start < shape_.k; start += kDepth) {
       double largest_a = 0, largest_b = 0, step = 0;
+      const double scale = scale_at(i, j, start);
       for (int64_t k = start; k < std::min(start + kDepth, shape_.k); ++k) {
-        step += a[k] * b[k];
-        magnitude += std::fabs(a[k] * b[k]);
-        largest_a = std::max(largest_a, std::fabs(a[k]));
+        step += a[k] * b[k] * scale;
+        magnitude += std::fabs(a[k] * b[k]) * scale;
+        largest_a = std::max(largest_a, std::fabs(a[k]) * scale);
         largest_b = std::max(largest_b, std::fabs(b[k]));
       }
       if (!tactic_.fast && start % kGemmTileK == 0) partial = 0;
@@ -199,13 +205,19 @@ class Product {
       partial += step;
       sum += step;
     }
-    const double scale = double(scale_a_[scale_a_.size() > 1 ? i : 0]) *
-                         double(scale_b_[scale_b_.size() > 1 ? j : 0]);
     const double addend = arguments_.accumulate ? out_.numbers[i * shape_.n + j] : 0;
-    const double value = sum * scale + double(bias_[j]) + addend;
-    magnitude = magnitude * scale + std::fabs(double(bias_[j])) + std::fabs(addend);
+    const double value = sum + double(bias_[j]) + addend;
+    magnitude += std::fabs(double(bias_[j])) + std::fabs(addend);
     return {value, magnitude * (double(shape_.k) + 4) * 0x1p-24 + rounding(value),
-            cut_ ? lost * scale * (1 + 2 * rounding(1)) : 0};
+            cut_ ? lost * (1 + 2 * rounding(1)) : 0};
+  }
+  int64_t row_b(int64_t j) const {
+    return tactic_.scales == GemmScales::tiles ? j / kScaleTile : j;
+  }
+  double scale_at(int64_t i, int64_t j, int64_t k) const {
+    const int64_t block = blocks_ > 1 ? k / kScaleTile : 0;
+    return double(scale_a_[(fine_ ? i : 0) * blocks_ + block]) *
+           double(scale_b_[row_b(fine_ ? j : 0) * blocks_ + block]);
   }
   double rounding(double value) const {
     switch (out_dtype_) {
@@ -223,6 +235,8 @@ class Product {
   DType out_dtype_;
   bool cut_;
   Values a_, b_, out_;
+  int64_t blocks_;  // scales along K
+  bool fine_;       // more scales than one along M and N
   std::vector<float> scale_a_, scale_b_, bias_;
   float out_scale_ = 0.125f, amax_ = 0;
   GemmArguments arguments_;
