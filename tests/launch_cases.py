@@ -71,6 +71,14 @@ def results():
             ops.gemm(q, scale, q, scale, bias, dtype)
             for bias, dtype in ((None, BF16), (None, F32), (randn(144), BF16))
         )
+    a, b = (ops.cast_layouts(tall, E4M3, grain)[:2] for grain in ("block", "tile"))
+    found["products of blocks by tiles"] = tuple(
+        ops.gemm(*a, *b, bias, dtype)
+        for bias, dtype in ((None, BF16), (None, F32), (randn(144), BF16))
+    )
+    out = randn(144, 144, dtype=F32)
+    ops.gemm_(out, *a, *a, None, True)
+    found["products of blocks, added"] = (out,)
     found["given"] = (
         *ops.quantize(x, E4M3, torch.tensor(0.5)),
         *ops.cast_transpose(x, E4M3, torch.tensor(0.5)),

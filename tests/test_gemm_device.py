@@ -94,6 +94,28 @@ def test_row_scales(rows, device):
         check(got, a, b, bias, True, device)
 
 
+@pytest.mark.parametrize("grain_b", ["tile", "block"])
+def test_scales_of_blocks(grain_b, device):
+    for (m, n, k), out_dtype in itertools.product(SHAPES[device], (BF16, F16, F32)):
+        a, b = operand(m, k, E4M3, "block", 1), operand(n, k, E4M3, grain_b, 2)
+        bias = randn(n, seed=3, dtype=out_dtype)
+        on = to(a, device), to(b, device)
+        check(qv.gemm(*on, out_dtype), a, b, None, False, device)
+        check(qv.gemm(*on, out_dtype, bias.to(device)), a, b, bias, False, device)
+        start = randn(m, n, seed=4, dtype=out_dtype)
+        out = start.clone().to(device)
+        qv.gemm(*on, out=out, accumulate=True)
+        check(out, a, b, start, False, device)
+
+
+@pytest.mark.parametrize("types", PAIRS)
+@pytest.mark.parametrize("grains", [("tile", "block"), ("block", "row"), ("tensor", "tile")])
+def test_scales_that_no_kernel_takes(grains, types, device):
+    for (m, n, k), out_dtype in itertools.product(SMALL, (BF16, F32)):
+        a, b = operand(m, k, types[0], grains[0], 1), operand(n, k, types[1], grains[1], 2)
+        check(qv.gemm(to(a, device), to(b, device), out_dtype), a, b, None, False, device)
+
+
 @pytest.mark.parametrize("dtype", FP8)
 @pytest.mark.parametrize("fast", [True, False])
 def test_fp8_out(dtype, fast, device):

@@ -23,10 +23,16 @@ def run(*command):
         [sys.executable, *command], capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_no_count_has_grown():
     run(ROOT / "bench/bench_launches.py", "--check")
+
+
+def test_a_layer_with_scales_of_blocks_decodes_nothing():
+    layer = run(ROOT / "bench/bench_launches.py", "--ops", "blockwise").partition("Llama block")[0]
+    assert "3  quaver gemm" in layer and "dequantize" not in layer and "aten mm" not in layer
 
 
 def test_results_are_the_cpus(tmp_path):

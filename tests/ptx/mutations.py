@@ -35,6 +35,7 @@ TEST_NORM, TEST_ADAM = "test_cuda_normalize", "test_cuda_adam:low_precision"
 TEST_MASTERS = "test_cuda_adam:masters_rounded"
 RACE = "a race: "
 GEMM = "gemm_sm90_e4m3_e4m3_fast_half_128x256:gemm_kernel"
+GEMM_BLOCKS = "gemm_sm90_e4m3_e4m3_blocks_f32_128x128:gemm_kernel"
 TEST_LATE = "test_gemm:as_late_as_they_may_be"
 TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, [^;]*;"
 STORE = r"(cp\.async\.bulk\.tensor\.3d\.global[^{]*\{)(%r\d+), (%r\d+),"
@@ -319,6 +320,23 @@ MUTATIONS = [
         number=1,
     ),
     Mutation("a wrong swizzle of the output", GEMM, r"xor\.b32", "or.b32", TEST_LATE, number=5),
+    Mutation("a copy of scales dropped", GEMM_BLOCKS, r"cp\.async\.ca[^;]*;", "", TEST_LATE),
+    Mutation(
+        "scales of which no mbarrier is told",
+        GEMM_BLOCKS,
+        r"cp\.async\.mbarrier[^;]*;",
+        "",
+        TEST_LATE,
+        "a block hangs",
+    ),
+    Mutation(
+        "scales that are told of before they land",
+        GEMM_BLOCKS,
+        r"cp\.async\.mbarrier\.arrive\.noinc\.shared::cta\.b64",
+        "mbarrier.arrive.shared::cta.b64 _,",
+        TEST_LATE,
+        "before the end of an asynchronous write",
+    ),
 ]
 
 
@@ -380,7 +398,7 @@ def main():
     chosen = [m for m in MUTATIONS if arguments.only in m.fault]
     if not (arguments.build / "tests" / "test_gemm_ptx").exists():
         print("the matrix products' mutations are left out: this build has no CUTLASS")
-        chosen = [m for m in chosen if m.kernel != GEMM]
+        chosen = [m for m in chosen if m.kernel not in (GEMM, GEMM_BLOCKS)]
     for m in chosen:
         found, said = caught(arguments.build.resolve(), m)
         print(
