@@ -1,7 +1,10 @@
 """`import quaver` brings torch and what a loop on one device needs, and no more."""
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 CODE = """
 import sys, time
@@ -30,3 +33,21 @@ def test_what_is_imported_later_is_there():
 
     assert {*qv.__all__} <= {*dir(qv)}
     assert qv.distributed.ddp and qv.plan and qv.side_tune and qv.load_pretrained
+
+
+@pytest.mark.parametrize(
+    ("modules", "chosen", "spins"),
+    [
+        ("quaver, torch", {}, "10000"),
+        ("torch, quaver", {}, "None"),  # libgomp has read it
+        ("quaver", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("quaver", {"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
+)
+def test_threads_spin_briefly_unless_someone_chose(modules, chosen, spins):
+    variables = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    env = {k: v for k, v in os.environ.items() if k not in variables} | chosen
+    code = f"import os, {modules}; print(os.environ.get('GOMP_SPINCOUNT'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, check=True, text=True)
+    assert done.stdout.strip() == spins

@@ -1,13 +1,28 @@
 """Loads libquaver.so, or raises one error that names the file and the remedy."""
 
+import os
+import sys
 from pathlib import Path
 
 MINIMUM_TORCH = (2, 11)
 LIBRARY = Path(__file__).parent / "lib" / "libquaver.so"
+SPINS = 10_000  # some twenty microseconds
+
+
+def spin_briefly() -> None:
+    """Makes idle threads of libgomp, torch's on Linux, sleep after SPINS looks for work.
+
+    By itself it looks for milliseconds, and a step has a thousand places to wait: beside other busy
+    processes a training then takes a hundred times as long. libgomp reads its variables when torch
+    loads it, so nothing happens where that was done, or where they are set."""
+    chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+    if "torch" not in sys.modules and not chosen:
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def load():
     """Import torch and then the native module, which registers `torch.ops.quaver`."""
+    spin_briefly()
     try:
         # First, always: libquaver.so finds torch's libraries because they are loaded already.
         import torch
