@@ -372,6 +372,15 @@ def test_a_flag_of_one_rank_ends_all_by_name(flags, changes, named):
         assert named in text and len(text.splitlines()) == 1 and text.startswith("quaver")
 
 
+def test_a_recipe_that_parallel_does_not_take_is_refused_before_anything_is_written(
+    flags, tmp_path
+):
+    arguments = flags("run", "coat", "--parallel", "fsdp=2")
+    for status, text, _ in ranks.Ranks(2, command, arguments, timeout=100, init=False).results():
+        assert status == 2 and "FSDP2 takes parameters of one dtype" in text
+    assert not (tmp_path / "run").exists()
+
+
 def _joins_twice(rank):
     """One after the other in a process, as a notebook's cell that is run again."""
 

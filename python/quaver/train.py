@@ -114,11 +114,11 @@ def _run(settings: Settings, world: distributed.World, logs: tuple[Callable, ...
 
 
 def _check_optimizers(run: Run) -> None:
-    """Builds each chosen optimizer for a model of one layer, or one without memory: what one of
-    them refuses is an error before anything is written, and not after the others have trained."""
+    """Builds each optimizer for a model of one layer, or one without memory: what one of them
+    refuses is an error before anything is written, and not after the others have trained."""
     for name, optimizer in run.settings.trainings:
-        if optimizer is None:
-            continue
+        if optimizer is None and run.world.size == 1:
+            continue  # any recipe's own steps there
         if isinstance(run.model, models.Config):
             Job(replace(run, model=run.model.replace(layers=1)), name, optimizer)
             continue
