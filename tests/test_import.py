@@ -38,7 +38,7 @@ def test_what_is_imported_later_is_there():
 @pytest.mark.parametrize(
     ("modules", "chosen", "spins"),
     [
-        ("quaver, torch", {}, "10000"),
+        ("quaver, torch", {}, "1000"),
         ("torch, quaver", {}, "None"),  # libgomp has read it
         ("quaver", {"GOMP_SPINCOUNT": "7"}, "7"),
         ("quaver", {"OMP_WAIT_POLICY": "active"}, "None"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 MINIMUM_TORCH = (2, 11)
 LIBRARY = Path(__file__).parent / "lib" / "libquaver.so"
-SPINS = 10_000  # some twenty microseconds
+SPINS = 1_000  # some ten microseconds
 
 
 def spin_briefly() -> None:
