@@ -118,7 +118,8 @@ def compared(model: str, parallel: str, pair: tuple, results: dict) -> dict:
             differing[rank] = wrong
     refused = "refused" in results["0"]
     return {"model": model, "parallel": parallel, "recipe": pair[0], "optimizer": pair[1],
-            "refused": refused, "differing": differing}  # fmt: skip
+            "refused": refused, "differing": differing,
+            "commit": common.machine()["commit"]}  # fmt: skip
 
 
 def kept() -> dict[tuple, dict]:
