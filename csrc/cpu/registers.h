@@ -88,8 +88,7 @@ QUAVER_INLINE bool any_nan(const Values& x) {
 #endif
 }
 
-// Values from memory, kValues of them, times `scale`.
-
+// kValues values from memory.
 QUAVER_INLINE Values load_values(const float* x) {
   Values v;
   for (int k = 0; k < kRegisters; ++k) v.of[k] = QUAVER_PS(loadu)(x + k * kRegister);
@@ -132,7 +131,7 @@ QUAVER_INLINE Integers widen(const void* x) {
 #endif
 }
 
-// 2^kHalvesShift<T> times the halves are the values.
+// The halves times this are the values.
 template <class T>
 constexpr float kHalvesFactor = 15 - Format<T>::bias == 8 ? 256.0f : 1.0f;
 
