@@ -451,7 +451,7 @@ def test_two_hosts_train_what_one_does(flags, tmp_path):
     script = Path(__file__).parents[1] / "examples" / "two_hosts.sh"
     _, *arguments = flags("two", "fp8lm-o3", "--parallel", "dp=4")
     done = subprocess.run(
-        [str(script), *arguments], capture_output=True, text=True, timeout=100,
+        [str(script), *arguments], capture_output=True, text=True, timeout=300,
         env=os.environ | {"PYTHON": sys.executable},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
