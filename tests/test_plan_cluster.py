@@ -115,8 +115,8 @@ def test_what_no_model_is_of_is_refused(options, message):
         model_cluster("tiny", "bf16", seq=SEQ, **options)
 
 
-def test_a_recipe_that_shards_would_cut_is_refused_with_the_other_kind():
-    with pytest.raises(UsageError, match=r"shards would cut.*may also be dp$"):
+def test_a_recipe_that_shards_would_cut_is_refused_with_the_other_kinds():
+    with pytest.raises(UsageError, match=r"shards would cut.*may also be dp or zero$"):
         model_cluster("tiny", "coat", seq=SEQ, cluster="8xh100")
 
 

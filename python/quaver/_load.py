@@ -6,14 +6,14 @@ from pathlib import Path
 
 MINIMUM_TORCH = (2, 11)
 LIBRARY = Path(__file__).parent / "lib" / "libquaver.so"
-SPINS = 1_000  # some ten microseconds
+SPINS = 1_000  # bench/bench_tokens.py: as fast as more alone, faster beside others
 
 
 def spin_briefly() -> None:
     """Makes idle threads of libgomp, torch's on Linux, sleep after SPINS looks for work.
 
-    By itself it looks for milliseconds, and a step has a thousand places to wait: beside other busy
-    processes a training then takes a hundred times as long. libgomp reads its variables when torch
+    By itself it looks 300,000 times, and a step has a thousand places to wait: beside other busy
+    processes the threads that have work then do not run. libgomp reads its variables when torch
     loads it, so nothing happens where that was done, or where they are set."""
     chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
     if "torch" not in sys.modules and not chosen:

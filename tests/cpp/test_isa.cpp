@@ -1,68 +1,14 @@
 // Every instruction set gives the bits of the portable code, at sizes around the vector widths.
 #include <cmath>
-#include <cstring>
-#include <functional>
 #include <limits>
-#include <vector>
 
+#include "every_isa.h"
 #include "quaver/adam.h"
-#include "quaver/all_reduce.h"
-#include "quaver/cpu.h"
 #include "quaver/fp8.h"
-#include "quaver/grad.h"
 #include "quaver/optimizer.h"
-#include "quaver/philox.h"
 #include "quaver/quantize.h"
-#include "test.h"
-
-using namespace quaver;
 
 namespace {
-
-using Bytes = std::vector<unsigned char>;
-
-// Runs `body` under every instruction set; what it appends must be what portable code appends.
-void same_everywhere(const std::function<void(Bytes*)>& body) {
-  const std::string before = cpu::isa();
-  cpu::set_isa("portable");
-  Bytes wanted;
-  body(&wanted);
-  int count = 0;
-  const char* const* names = cpu::available_isas(&count);
-  for (int i = 0; i < count; ++i) {
-    cpu::set_isa(names[i]);
-    Bytes got;
-    body(&got);
-    if (got != wanted) {
-      cpu::set_isa(before.c_str());
-      CHECK_EQ(std::string(names[i]), "the same bits as portable");
-    }
-  }
-  cpu::set_isa(before.c_str());
-}
-
-template <class T>
-void append(Bytes* bytes, const std::vector<T>& values) {
-  const auto* first = reinterpret_cast<const unsigned char*>(values.data());
-  bytes->insert(bytes->end(), first, first + values.size() * sizeof(T));
-}
-
-// Random signs, magnitudes over some 30 binades, a few zeros and subnormals.
-std::vector<float> some_values(int64_t n, uint64_t seed) {
-  std::vector<float> values(n);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = random_bits(seed, i);
-    const uint32_t exponent = 112 + bits % 30;
-    values[i] = bit_cast<float>((bits & 0x807fffffu) | exponent << 23);
-    if (bits % 97 == 0) values[i] = 0.0f;
-    if (bits % 101 == 0) values[i] = bit_cast<float>(bits & 0x807fffffu);
-  }
-  return values;
-}
-
-TensorView view(void* data, DType type, int64_t rows, int64_t cols) {
-  return TensorView{data, type, rows, cols};
-}
 
 const int64_t kSizes[] = {0, 1, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 511, 513, 4097};
 
@@ -158,58 +104,6 @@ TEST(cast_transpose_of_large_matrices) {
       append(bytes, q);
     }
   });
-}
-
-// All codes by all codes, NaN and infinities among them, of one rank to three.
-TEST(sums_of_shards) {
-  const int64_t n = 256 * 256, sizes[] = {n};
-  for (const DType type : {DType::e4m3, DType::e5m2}) {
-    std::vector<uint8_t> shards(3 * n);
-    for (int64_t i = 0; i < n; ++i) {
-      shards[i] = static_cast<uint8_t>(i);
-      shards[n + i] = static_cast<uint8_t>(i / 256);
-      shards[2 * n + i] = static_cast<uint8_t>(i / 7);
-    }
-    for (const DType to : {type, DType::f32})
-      for (const int64_t ranks : {1, 2, 3})
-        for (const float sum_scale : {0.25f, 0.3f})
-          same_everywhere([&](Bytes* bytes) {
-            std::vector<uint8_t> out(n * size_of(to));
-            const float scale = 0.125f;
-            float amax = 0.0f;
-            int32_t saturated = 0;
-            cpu::reduce_shards(
-                view(out.data(), to, 1, n), &amax, &saturated,
-                {view(shards.data(), type, ranks, n), 0, sizes, 1, &scale, &sum_scale});
-            append(bytes, out);
-            append(bytes, std::vector<float>{std::isnan(amax) ? -1.0f : amax});
-            append(bytes, std::vector<int32_t>{saturated});
-          });
-  }
-}
-
-TEST(accumulated_gradients) {
-  const int64_t n = 256 * 256 - 3;
-  for (const DType type : {DType::e4m3, DType::e5m2}) {
-    std::vector<uint8_t> a(n), b(n);
-    for (int64_t i = 0; i < n; ++i) {
-      // Finite: the rest is in `sums_of_shards`.
-      a[i] = static_cast<uint8_t>(i) & 0xfb;
-      b[i] = static_cast<uint8_t>(i / 256) & 0xfb;
-      if (type == DType::e5m2) a[i] &= 0xbf, b[i] &= 0xbf;
-    }
-    same_everywhere([&](Bytes* bytes) {
-      std::vector<uint8_t> target = a;
-      float scale = 0.5f, other_scale = 0.0625f, amax = 1.0f;
-      ScaledView other;
-      other.values = view(b.data(), type, 1, n);
-      other.scale = &other_scale;
-      cpu::accumulate(view(target.data(), type, 1, n), &scale, &amax, other);
-      CHECK(is_finite(amax));
-      append(bytes, target);
-      append(bytes, std::vector<float>{scale, amax});
-    });
-  }
 }
 
 // With a master rounded to nearest, stochastically, and as a shard that begins inside a block of

@@ -123,8 +123,8 @@ def _groups(model, recipe, optimizer, parallel: str, options: dict) -> dict[int,
             n: plan(model, recipe, optimizer, parallel=f"{parallel}={n}", **options) for n in RANKS
         }
     except UsageError as error:
-        other = "dp" if parallel == "fsdp" else "fsdp"
-        raise UsageError(f"{error}. A cluster's parallel may also be {other}") from None
+        others = " or ".join(kind for kind in KINDS if kind != parallel)
+        raise UsageError(f"{error}. A cluster's parallel may also be {others}") from None
 
 
 def _ends(
