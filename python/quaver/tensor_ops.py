@@ -122,11 +122,11 @@ def rounding_seed(t: ScaledTensor) -> int | None:
     aten.expand.default, aten.unfold.default, aten.as_strided.default,
 )  # fmt: skip
 def _view(func, x, *args, **kwargs):
-    """Codes with one scale may be viewed in any way."""
-    if x.qlayout.grain != "tensor":
-        same = func in (aten.alias.default, aten.detach.default)
-        return x.view_of_codes(func(x.qdata), x.qt) if same else NotImplemented
+    """Codes with one scale may be viewed in any way, others as they lie."""
     codes = func(x.qdata, *args, **kwargs)
+    if x.qlayout.grain != "tensor":
+        same = isinstance(codes, Tensor) and _geometry(codes) == _geometry(x.qdata)
+        return x.view_of_codes(codes, x.qt) if same else NotImplemented
     if not isinstance(codes, Tensor):
         return [x.view_of_codes(q) for q in codes]
     # A view that keeps the last axis, and splits or joins the others, is the same matrix.
@@ -135,6 +135,10 @@ def _view(func, x, *args, **kwargs):
     if func is aten.slice.Tensor and x.owned_rows is not None:
         _own(x, out)
     return out
+
+
+def _geometry(t: Tensor) -> tuple:
+    return t.shape, t.stride(), t.storage_offset()
 
 
 _KEEP_ROWS = (aten.alias.default, aten.detach.default, aten.view.default, aten._unsafe_view.default)

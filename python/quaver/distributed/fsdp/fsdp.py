@@ -2,9 +2,10 @@
 
 A converted weight is sharded as it is stored: f16 codes and one scale, equal on all ranks. Its
 all-gather carries the e4m3 codes that the products take, one byte a value and no scale; they are
-freed with the unsharded weight, and their transpose is made when backward needs it. Gradients are
-reduce-scattered in FP8 and summed in f32. (FP8-LM, arXiv 2310.18313, section 2.3; torchao's
-float8 all-gather has the idea for f32 masters.)
+freed with the unsharded weight, and their transpose is made when backward needs it. A plain weight
+whose scales are of tiles is gathered as codes too (tiles.py). Gradients are reduce-scattered in FP8
+and summed in f32. (FP8-LM, arXiv 2310.18313, section 2.3; torchao's float8 all-gather has the idea
+for f32 masters.)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ...placement import max_, mesh_transports, transport, whole_amaxes_
 from ...tensor import ScaledTensor, is_sharded, local, plain_tensors
 from ..replicas import describe, histories, stack_histories, unstack_histories_
 from .reduce_scatter import FORMATS, ReduceScatter
+from .tiles import gather_tiles
 
 
 class _AllGather:
@@ -85,6 +87,8 @@ def fully_shard(
         unit.set_gradient_divide_factor(float(mesh.size()) if average else 1.0)
     for linear in linears:
         linear.refresh()  # drops the copies of the whole weight
+    gather_tiles(model)
+    model.register_forward_pre_hook(_gather_tiles, prepend=True)  # before FSDP2's own
     model.register_forward_pre_hook(_sync_histories)
     return model
 
@@ -174,6 +178,10 @@ def transport_of(model: nn.Module) -> Transport:
     if not links:
         raise ValueError("transport_of: the model is not sharded")
     return links[0]
+
+
+def _gather_tiles(model: nn.Module, arguments) -> None:
+    gather_tiles(model)
 
 
 @torch.no_grad()
