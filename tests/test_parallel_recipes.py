@@ -22,12 +22,6 @@ PARALLEL = ("dp=2", "zero=2", "fsdp=2", "tp=2", "dp=2,tp=2", "zero=2,tp=2")
 STEPS, SAVED = 3, 2
 REFUSED = {
     ("coat", "fsdp=2"): "--parallel fsdp=2: fully_shard: FSDP2 takes parameters of one dtype",
-    **{
-        (name, parallel): f"has scales of {grain}s, and ranks exchange codes under one scale"
-        for name, grain in (("rowwise", "row"), ("blockwise", "block"))
-        for parallel in PARALLEL
-        if "tp" in parallel
-    },
 }
 
 pytestmark = pytest.mark.slow

@@ -259,6 +259,9 @@ def relative(a, b):
         (2, "fp8lm-o2", {"fp8_sum": True}),
         (4, "fp8lm-o2", {}),
         (2, "coat", {}),
+        (2, "blockwise", {"regather": True}),
+        (4, "rowwise", {}),
+        (2, "blockwise", {"fp8_sum": True}),
     ],
 )
 def test_a_decoder_gives_what_it_gives_in_one_process(kind, ranks, name, options):

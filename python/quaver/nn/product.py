@@ -29,18 +29,18 @@ class Exchange:
         """The layer's output [..., S / ranks, N] of the local product [..., S, N]."""
         return y
 
-    def cast_gradient(self, dy: Tensor, dtype: torch.dtype, history: Tensor | None,
-                      both: bool) -> Cast:  # fmt: skip
-        """The FP8 output gradient [M, N] of the local product."""
-        ready = quantized(dy, dtype)
-        return cast(matrix(dy), dtype, both=both, history=history) if ready is None else ready
+    def cast_gradient(self, dy: Tensor, dtype: torch.dtype, history: Tensor | None, grain: str,
+                      both: bool) -> Cast | None:  # fmt: skip
+        """The FP8 output gradient [M, N] of the local product, with its transpose where `both`.
+        None: the product casts it."""
 
-    def start_gather(self, kept: Tensor) -> None:
+    def start_gather(self, kept: Tensor, scale: Tensor) -> None:
         """Called before dgrad, so that it overlaps with what `transposed_input` waits for."""
 
-    def transposed_input(self, kept: Tensor) -> Tensor:
-        """The transposed codes [K, M] of the input, from what forward saved."""
-        return kept
+    def transposed_input(self, kept: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The transposed codes [K, M] of the input, and their scale, from what forward saved as qt
+        and qt_scale."""
+        return kept, scale
 
 
 class Product(FirstOrder):
@@ -164,17 +164,20 @@ def _cast_gradient(ctx, dy: Tensor, both: bool) -> Cast:
 def _exchanged(ctx, dy, wt, xt, x_scale):
     """dx and dw, with the messages of ctx.exchange while dgrad runs."""
     if xt is not None:
-        ctx.exchange.start_gather(xt)
+        ctx.exchange.start_gather(xt, x_scale)
     if wt is None and xt is None:
         return None, None
-    g = ctx.exchange.cast_gradient(dy, ctx.grad_dtype, ctx.history, xt is not None)
+    both = xt is not None
+    g = ctx.exchange.cast_gradient(dy, ctx.grad_dtype, ctx.history, ctx.grain, both)
+    if g is None:
+        g = _cast_gradient(ctx, dy, both)
     dx, _ = _gradients(ctx, g.q, g, wt, None, None)
     if dx is not None:
         rows, k = math.prod(ctx.x_shape[:-1]), ctx.x_shape[-1]
         dx = dx[:rows, :k].reshape(ctx.x_shape)
     if xt is None:
         return dx, None
-    xt = ctx.exchange.transposed_input(xt)
+    xt, x_scale = ctx.exchange.transposed_input(xt, x_scale)
     if ctx.chosen is not None:
         return dx, _chosen_rows(ctx, g, xt, x_scale)
     return dx, _gradients(ctx, g.q, g, None, xt, x_scale)[1]

@@ -3,9 +3,9 @@
 Column parallel: the weight's rows are spread, the input is gathered along the sequence. Row
 parallel: the columns are spread, the partial outputs are summed into sequence shards. Megatron-LM
 (arXiv 2205.05198, section 4.2.2), with FP8 on the wire (FP8-LM, arXiv 2310.18313, section 2.3):
-the input and, in backward, the output gradient are cast once, with one scale on all ranks, and
-their codes are gathered. For backward a rank keeps the codes of its own sequence shard and gathers
-them again, or keeps the gathered codes (TPGroup.regather).
+the input and, in backward, the output gradient are cast once, with one scale on all ranks, or with
+scales of rows or blocks, and their codes are gathered. For backward a rank keeps the codes of its
+own sequence shard and gathers them again, or keeps the gathered codes (TPGroup.regather).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from ... import recipe as recipes
 from ...comm.transport import Transport
-from ...nn.cast import Cast, cast_history, matrix, output_dtype, pad, transpose_codes
+from ...layout import Layout
+from ...nn.cast import Cast, cast_history, matrix, output_dtype
 from ...nn.linear import Linear, product_dtype
 from ...nn.product import Exchange, Product
 from ...tensor import ScaledTensor
@@ -58,17 +59,17 @@ class RegatherCache(Exchange):
         self.users = self.served = 0
         self.waiting = self.result = None
 
-    def start_gather(self, kept: Tensor) -> None:
+    def start_gather(self, kept: Tensor, scale: Tensor | None = None) -> None:
         if self.waiting is not None or self.result is not None:
             return
         if self.transport is None:
-            self.waiting = lambda: kept
+            self.waiting = lambda: (kept, scale)
         else:
-            self.waiting = sequence.start_gather(kept, self.transport)
+            self.waiting = sequence.start_gather_codes(kept, scale, self.transport)
 
-    def transposed_input(self, kept: Tensor) -> Tensor:
+    def transposed_input(self, kept: Tensor, scale: Tensor | None = None):
         if self.result is None:
-            self.result, self.waiting = self.prepare(self.waiting()), None
+            self.result, self.waiting = self.prepare(*self.waiting()), None
         result = self.result
         self.served += 1
         if self.served >= self.users:
@@ -86,10 +87,12 @@ class _RowExchange(Exchange):
         fp8 = recipes.E4M3 if self.tp_group.fp8_sum else None
         return sequence.sum_scatter(y, self.tp_group.transport, fp8, y.dtype)
 
-    def cast_gradient(self, dy, dtype, history, both) -> Cast:
-        own, scale = sequence.shared_cast(dy, dtype, history, self.tp_group.transport)
-        g = pad(matrix(sequence.gather(own, self.tp_group.transport)))
-        return Cast(g, scale, transpose_codes(g) if both else None, scale)
+    def cast_gradient(self, dy, dtype, history, grain, both) -> Cast:
+        link = self.tp_group.transport
+        own, scale = sequence.shared_cast(dy, dtype, history, link, grain)
+        codes, scale = sequence.start_gather_codes(own, scale, link)()
+        g = sequence.operand(codes, scale)
+        return Cast(*g, *(sequence.transposed(codes, scale, grain) if both else (None, g[1])))
 
 
 class _Gathered(torch.autograd.Function):
@@ -141,7 +144,7 @@ class _PlainProduct(torch.autograd.Function):
         if needs_x:
             dx = dy @ low
         if needs_weight:
-            dw = (matrix(dy).t() @ ctx.cache.transposed_input(kept)).to(ctx.dtypes[0])
+            dw = (matrix(dy).t() @ ctx.cache.transposed_input(kept)[0]).to(ctx.dtypes[0])
         if needs_bias:
             db = matrix(dy).sum(0, dtype=torch.float32).to(ctx.dtypes[1])
         return dx, dw, db, None, None
@@ -149,7 +152,8 @@ class _PlainProduct(torch.autograd.Function):
 
 @dataclass(eq=False)
 class Input:
-    """Stored on a gathered tensor for the layers that take it: what to save, and the scale."""
+    """Stored on a gathered tensor for the layers that take it: what to save, the scale of that,
+    and what gives it back transposed."""
 
     kept: Tensor
     scale: Tensor | None
@@ -176,7 +180,9 @@ class _Column:
         if group.regathers(codes=scale is not None):
             kept, cache = shard, RegatherCache(group.transport, self._prepare)
         else:
-            kept, cache = _values(full), RegatherCache(None, self._prepare)
+            kept, cache = full, RegatherCache(None, self._prepare)
+            if isinstance(full, ScaledTensor):
+                kept, scale = full.qdata, full.scale
         full = _Gathered.apply(x, full, group.transport, fp8 if group.fp8_sum else None)
         full.sequence_input = Input(kept, scale, cache)
         return full
@@ -195,10 +201,6 @@ class _Column:
         return x, x.sequence_input
 
 
-def _values(full: Tensor) -> Tensor:
-    return full.qdata if isinstance(full, ScaledTensor) else full
-
-
 class ColumnParallelLinear(_Column, Linear):
     """FP8. Input: a sequence shard [..., S / ranks, K], or what `gather` made of one; output
     [..., S, N / ranks] in the dtype that Linear has."""
@@ -206,23 +208,24 @@ class ColumnParallelLinear(_Column, Linear):
     def _gather(self, x, dtype):
         # A shared scale, so a shared history: the input's amax is that of the whole sequence.
         history = cast_history(self, self.input_history)
-        codes, scale = sequence.shared_cast(x, self.rule.input, history, self.tp_group.transport)
-        full = ScaledTensor(sequence.gather(codes, self.tp_group.transport), scale, None, dtype)
-        return codes, scale, full, self.rule.grad_output
+        rule, link = self.rule, self.tp_group.transport
+        codes, scale = sequence.shared_cast(x, rule.input, history, link, rule.grain)
+        layout = Layout.of(rule.input, rule.grain)
+        gathered = sequence.start_gather_codes(codes, scale, link)()
+        return codes, scale, ScaledTensor(*gathered, None, dtype, layout), rule.grad_output
 
-    @staticmethod
-    def _prepare(codes):
-        return transpose_codes(pad(matrix(codes)))
+    def _prepare(self, codes, scale):
+        return sequence.transposed(codes, scale, self.rule.grain)
 
     def forward(self, x: Tensor) -> Tensor:
         x, taken = self._take(x)
         rule = self.rule
         learns = torch.is_grad_enabled() and self.weight.requires_grad
         return Product.apply(
-            x, self.weight, self.bias, pad(matrix(x.qdata)), taken.scale, taken.kept, taken.scale,
+            x, self.weight, self.bias, *sequence.operand(x.qdata, x.scale), taken.kept, taken.scale,
             *self.operands(), None, None, self.grad_history if self.training else None, rule.input,
             rule.weight, rule.grad_output, product_dtype(x.dtype), rule.weight_grad,
-            rule.grad_accumulate, learns, False, taken.cache,
+            rule.grad_accumulate, learns, False, taken.cache, None, rule.grain, rule.power_of_two,
         ).to(x.dtype)  # fmt: skip
 
 
@@ -248,8 +251,8 @@ class PlainColumnParallelLinear(_Column, nn.Linear):
         return x, None, sequence.gather(x, self.tp_group.transport), None
 
     @staticmethod
-    def _prepare(full):
-        return matrix(full)
+    def _prepare(full, scale):
+        return matrix(full), None
 
     def forward(self, x: Tensor) -> Tensor:
         x, taken = self._take(x)

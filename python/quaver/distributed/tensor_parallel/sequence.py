@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ... import ops
 from ...comm.transport import Transport
-from ...nn.cast import nan_unless_finite
+from ...layout import FLAT_BLOCK
+from ...nn.cast import matrix, nan_unless_finite, pad, transpose_codes
 
 _ops = torch.ops.quaver
 
@@ -28,6 +29,17 @@ def start_gather(x: Tensor, transport: Transport) -> Callable[[], Tensor]:
     """`gather`, under way: the call of what this returns waits for it."""
     pending = transport.all_gather(x, "activation")
     return lambda: _moved(pending.wait(), 0, -3).flatten(-3, -2).view(x.dtype)
+
+
+def start_gather_codes(
+    codes: Tensor, scale: Tensor | None, transport: Transport
+) -> Callable[[], tuple[Tensor, Tensor | None]]:
+    """`start_gather` of codes, and of their scales where those are not the tensor's."""
+    pending = start_gather(codes, transport)
+    if scale is None or scale.dim() == 0:
+        return lambda: (pending(), scale)
+    scales = start_gather(scale, transport)
+    return lambda: (pending(), scales())
 
 
 def own(x: Tensor, transport: Transport) -> Tensor:
@@ -72,15 +84,43 @@ def largest(x: Tensor) -> Tensor:
 
 
 def shared_cast(
-    x: Tensor, dtype: torch.dtype, history: Tensor | None, transport: Transport
+    x: Tensor,
+    dtype: torch.dtype,
+    history: Tensor | None,
+    transport: Transport,
+    grain: str = "tensor",
 ) -> tuple[Tensor, Tensor]:
     """FP8 codes of x, and the decode scale, from the amax of all ranks: what one process would
-    choose for the whole tensor. The scale is NaN where a value on any rank is not finite."""
+    choose for the whole tensor. The scale is NaN where a value on any rank is not finite.
+
+    Scales of rows or blocks are this rank's own. They are powers of two whatever the recipe: a
+    product that sums over the sequence needs the codes under scales along the other axis, and
+    between powers of two a code only moves its exponent (DeepSeek-V3, arXiv 2412.19437, 3.5.1)."""
+    if grain != "tensor":
+        codes, scale, amax = _ops.quantize(x, dtype, None, None, grain, FLAT_BLOCK, True, False, 0)
+        return codes, nan_unless_finite(scale, amax)
     amax = shared_amax(x, transport)
     # The op that chooses scales and keeps histories, given the largest value alone.
     _, scale, _ = _quantize(amax.reshape(1), dtype, None, history)
     codes, _, _ = _quantize(x, dtype, scale, None)
     return codes, nan_unless_finite(scale, amax)
+
+
+def operand(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The operand [M, C] of a product, padded, of the codes [..., S, C] of a sequence."""
+    q = pad(matrix(codes))
+    if scale.dim() == 0:
+        return q, scale
+    scale = matrix(scale)
+    return q, F.pad(scale, (0, 0, 0, len(q) - len(scale)), value=1.0)
+
+
+def transposed(codes: Tensor, scale: Tensor, grain: str) -> tuple[Tensor, Tensor]:
+    """The operand [C, M] of the product that sums over the sequence, and its scale or scales."""
+    if grain == "tensor":
+        return transpose_codes(pad(matrix(codes))), scale
+    values = _ops.dequantize(codes, scale, torch.float32, grain, FLAT_BLOCK)
+    return _ops.cast_layouts(matrix(values), codes.dtype, grain, False, True, True)[2:]
 
 
 def _quantize(x, dtype, scale, history):

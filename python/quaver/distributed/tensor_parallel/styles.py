@@ -224,10 +224,10 @@ def _check_linear(style: str, name: str, module: nn.Module) -> None:
         raise TypeError(f"{style}: {name} must be a Linear, got {type(module).__name__}")
     if getattr(module, "channel_amax", None) is not None:
         raise ValueError(f"{style}: {name} is smoothed by channels, which cannot be spread yet")
-    if isinstance(module, Linear) and module.rule.grain != "tensor":
+    if isinstance(module, Linear) and module.rule.weight_product != "fp8":
         raise ValueError(
-            f"{style}: {name} has scales of {module.rule.grain}s, and ranks exchange codes under "
-            'one scale a tensor; use a recipe with grain="tensor", such as "tensorwise"'
+            f"{style}: {name} multiplies the weight's gradient in {module.rule.weight_product}, "
+            'and ranks exchange FP8 codes; wanted weight_product="fp8"'
         )
 
 
