@@ -11,10 +11,10 @@ from torch import nn
 
 import quaver as qv
 from quaver import models
+from quaver.cast_statistics import measured
 from quaver.nn import Norm
 from quaver.ops import quantize
 from quaver.rows import Rows
-from quaver.watching import measured
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 RECIPES = ["tensorwise", "fp8lm-o2", "fp8lm-o1"]

@@ -16,16 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .cast_statistics import MEASURED, STATISTICS, measured, measured_groups
 from .nn import MLP, LinearBase, Norm
-from .nn.cast import matrix
+from .nn.experts import Experts, weight_names
 from .nn.linear import is_converted, smooth
-from .ops import quantize
 from .tensor import ScaledTensor, is_sharded
 
 __all__ = ["STATE", "STATISTICS", "Watch", "is_watched", "watch"]
 
-STATISTICS = ("amax", "amax_jump", "saturated", "flushed", "kurtosis")
-_MEASURED = ("amax", "saturated", "flushed", "kurtosis")  # of a tensor; a jump is of two
 STATE = "watch_steps", "watch_modules"  # entries of the model's state_dict
 _PLAIN, _CALM, _AMAX = 0, 1, 2  # columns of the state, the last for each of a module's tensors
 _NOTHING = -1.0  # stands for a statistic of a tensor that was not seen
@@ -39,8 +37,10 @@ def watch(model: nn.Module, *, every: int = 10, fallback: str = "off", flushed: 
     The model's bits stay as they are while nothing falls back, and a step between two measured ones
     costs nothing. Measured are the inputs, weights (unless they are sharded) and output gradients
     of linear layers, the outputs of FP8 norms and the products inside FP8 MLPs, in forwards with
-    gradients; experts are not. Of several forwards in a step the largest values count. Ranks step
-    together, share their largest values and decide alike.
+    gradients. A stack of experts is one module: of its two products' inputs, weights and output
+    gradients the largest amax of an expert counts, and the mean over rows of the rest. Of several
+    forwards in a step the largest values count. Ranks step together, share their largest values
+    and decide alike.
 
     Args:
         every: steps from one measured step to the next; the first step is measured.
@@ -69,6 +69,16 @@ def watch(model: nn.Module, *, every: int = 10, fallback: str = "off", flushed: 
     return Watch(model, every, fallback, calm, writer, group, {
         "flushed": flushed, "saturated": saturated, "kurtosis": kurtosis, "amax_jump": amax_jump,
     })  # fmt: skip
+
+
+class _Observed:
+    """The handle of a stack's observer, as of a hook."""
+
+    def __init__(self, experts: Experts, observer):
+        experts.observer, self.experts = observer, experts
+
+    def remove(self) -> None:
+        self.experts.__dict__.pop("observer", None)
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,8 @@ class Watch:
                 hook = w.module.register_forward_hook(self._linear_hook(name))
             elif isinstance(w.module, Norm):
                 hook = w.module.register_forward_hook(self._norm_hook(name))
+            elif isinstance(w.module, Experts):
+                hook = _Observed(w.module, self._experts_hook(name))
             else:
                 continue
             self._hooks.append(hook)
@@ -195,10 +207,35 @@ class Watch:
 
         return hook
 
+    def _experts_hook(self, name: str):
+        """What a stack calls with the operands of each of its two products, and its result."""
+
+        def hook(rule, tensor, x, weight, y, ends):
+            if not torch.is_grad_enabled():
+                return
+            fine = {"grain": rule.grain, "power_of_two": rule.power_of_two}
+            rows = [0, *ends]
+            self._count((name, f"{tensor}.input"), measured_groups(x, rows, rule.input, **fine))
+            if not is_sharded(weight):
+                fine_weight = fine | {"grain": rule.weight_grain}
+                found = measured_groups(weight.detach().flatten(0, 1), [
+                    i * weight.shape[1] for i in range(len(weight) + 1)
+                ], rule.weight, **fine_weight)  # fmt: skip
+                self._count((name, f"{tensor}.weight"), found)
+            if y.requires_grad:
+                key = name, f"{tensor}.grad_output"
+                y.register_hook(lambda g: self._count(
+                    key, measured_groups(g, rows, rule.grad_output, **fine)
+                ))  # fmt: skip
+
+        return hook
+
     @torch.no_grad()
     def _measure(self, key, x: Tensor, dtype: torch.dtype, history: Tensor | None = None,
                  **scales) -> None:  # fmt: skip
-        found = measured(x.detach(), dtype, history, **scales)
+        self._count(key, measured(x.detach(), dtype, history, **scales))
+
+    def _count(self, key, found: Tensor) -> None:
         before = self._found.get(key)
         self._found[key] = found if before is None else torch.maximum(before, found)
 
@@ -207,7 +244,7 @@ class Watch:
     def _judge(self) -> None:
         places = [(name, tensor) for name, w in self.watched.items() for tensor in w.tensors]
         device = next((found.device for found in self._found.values()), torch.device("cpu"))
-        table = torch.full((len(places), len(_MEASURED)), _NOTHING, device=device)
+        table = torch.full((len(places), len(MEASURED)), _NOTHING, device=device)
         for row, place in enumerate(places):
             if place in self._found:
                 table[row] = self._found[place]
@@ -223,7 +260,7 @@ class Watch:
         self.last = {}
         for (name, tensor), row in zip(places, values, strict=True):
             if row[0] != _NOTHING:
-                self._keep(name, tensor, dict(zip(_MEASURED, row, strict=True)))
+                self._keep(name, tensor, dict(zip(MEASURED, row, strict=True)))
         before = self._rows[:, _PLAIN].tolist()
         if self.fallback == "auto":
             for name in self.last:
@@ -297,36 +334,6 @@ def is_watched(model: nn.Module) -> bool:
     return model.__dict__.get("_quaver_watched", False)
 
 
-def measured(x: Tensor, dtype: torch.dtype, history: Tensor | None = None, grain: str = "tensor",
-             power_of_two: bool = True) -> Tensor:  # fmt: skip
-    """amax, saturated, flushed and kurtosis (float32 [4]; see `watch`) of x, as codes or before its
-    cast to `dtype`, under the delayed scaling of `history` if there is one, or just in time with
-    scales of a `grain`."""
-    coded = isinstance(x, ScaledTensor)
-    values = (x.dequantize(torch.float32) if coded else x.float()).abs()
-    amax = values.amax() if values.numel() else values.new_zeros(())
-    if coded:
-        codes = x.qdata.float().abs()
-        beyond = codes == torch.finfo(x.qdata.dtype).max
-        lost, of = codes == 0, torch.ones_like(codes)
-    elif grain != "tensor":
-        q = quantize(matrix(x), dtype, granularity=grain, power_of_two=power_of_two)
-        beyond = torch.zeros_like(values, dtype=torch.bool)  # a scale just in time fits
-        lost, of = (q.qdata.view(x.shape).float() == 0) & (values > 0), values > 0
-    else:
-        kept = None if history is None else history.clone()
-        q = quantize(x, dtype, history=kept)
-        beyond = values > torch.finfo(dtype).max * q.scale
-        lost, of = (q.qdata.float() == 0) & (values > 0), values > 0
-    count = max(1, values.numel())
-    squares = (values / amax.clamp(min=torch.finfo(torch.float32).tiny)).square()
-    kurtosis = squares.square().mean() / squares.mean().square()
-    return torch.stack((
-        amax, beyond.sum() / count, lost.sum() / of.sum().clamp(min=1),
-        torch.where(amax > 0, kurtosis, 0.0),
-    ))  # fmt: skip
-
-
 def _watched(model: nn.Module, fallback: str) -> tuple[dict[str, _Watched], Tensor]:
     """The modules that cast, and their state."""
     found = {}
@@ -342,9 +349,18 @@ def _watched(model: nn.Module, fallback: str) -> tuple[dict[str, _Watched], Tens
             found[name] = module, ("output",)
         elif isinstance(module, MLP):
             found[name] = module, ("product",)
+        elif isinstance(module, Experts):
+            found[name] = (
+                module,
+                tuple(
+                    f"{tensor}.{what}"
+                    for tensor in weight_names(module)
+                    for what in ("input", "weight", "grad_output")
+                ),
+            )
     if not found:
         raise ValueError("watch: the model has no FP8 layer; call quaver.convert first")
-    rows = torch.zeros(len(found), _AMAX + 3)
+    rows = torch.zeros(len(found), _AMAX + max(len(tensors) for _, tensors in found.values()))
     watched = {
         name: _Watched(*of, row) for (name, of), row in zip(found.items(), rows, strict=True)
     }

@@ -82,6 +82,19 @@ class GroupedProduct(FirstOrder):
         return dx, dw, None, None, None, None, None
 
 
+def _plain_product(x: Tensor, weight: Tensor, ends: list[int], out: torch.dtype,
+                   input_major: bool) -> Tensor:  # fmt: skip
+    """What GroupedProduct computes, in `out` without FP8."""
+    weights, parts = weight.unbind(), []  # one gradient of the stack, not one for each expert
+    with torch.autocast(x.device.type, enabled=False):
+        for expert, begin, end in _groups(ends):
+            of = weights[expert].to(out)
+            parts.append(x[begin:end].to(out) @ (of if input_major else of.t()))
+    rest = len(x) - sum(len(part) for part in parts)
+    width = weight.shape[2 if input_major else 1]
+    return torch.cat((*parts, x.new_zeros((rest, width), dtype=out)))
+
+
 def _groups(ends: list[int]):
     """(expert, begin, end) of those that have rows."""
     for expert, (begin, end) in enumerate(itertools.pairwise((0, *ends))):
@@ -101,6 +114,9 @@ class Experts(Swapped):
         TypeError: an input of another dtype.
         RuntimeError: parameters on another device than the input.
     """
+
+    plain = False  # whether `quaver.watch` lets it multiply without FP8
+    observer = None  # what `quaver.watch` measures the operands of both products with
 
     def convert_in_place(self, recipe: recipes.Recipe) -> None:
         _keep_out_of_graphs()
@@ -157,10 +173,15 @@ class Experts(Swapped):
         their biases; `experts` are the experts of the rows."""
         out, weight = output_dtype(x), getattr(self, name)
         learns = torch.is_grad_enabled() and weight.requires_grad
-        y = GroupedProduct.apply(
-            x, weight, ends, self.rule, product_dtype(out), self.is_transposed, learns
-        )
-        y = y if y.dtype == out else y.to(out)
+        if self.plain:
+            y = _plain_product(x, weight, ends, out, self.is_transposed)
+        else:
+            y = GroupedProduct.apply(
+                x, weight, ends, self.rule, product_dtype(out), self.is_transposed, learns
+            )
+            y = y if y.dtype == out else y.to(out)
+        if self.observer is not None:
+            self.observer(self.rule, name, x, weight, y, ends)
         return y + getattr(self, f"{name}_bias")[experts].to(out) if self.has_bias else y
 
 
