@@ -93,7 +93,7 @@ def test_values_that_are_not_finite_spread():
 def refused(rank):
     base = recipe.get("blockwise")
     chosen = replace(base, linear=replace(base.linear, weight_product="bf16"))
-    with pytest.raises(ValueError, match='0 multiplies the weight\'s gradient in bf16.*"fp8"'):
+    with pytest.raises(ValueError, match=r'0 multiplies .* gradient in bf16.*"fp8"'):
         tp.parallelize(model(chosen), Transport(), PLAN)
     return True
 
