@@ -52,10 +52,10 @@ def test_codes_and_scales_are_those_of_one_process(size):
             assert_same(torch.cat([f[i][0] for f in found]), bits(codes[: shape[0], : shape[1]]))
 
 
-def _model():
+def _model(name="blockwise"):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256, bias=False))
-    return qv.convert(model, "blockwise", skip=())
+    return qv.convert(model, name, skip=())
 
 
 def _step(model, optimizer):
@@ -118,3 +118,21 @@ def test_torchs_own_fully_shard_gathers_plain_weights_to_the_same_codes():
     model = _model()
     loss = _step(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True))
     assert ranks.run(2, _torchs) == [loss, loss]
+
+
+def _compiled(rank, name):
+    losses = []
+    for compiled in (False, True):
+        model = qv.distributed.fully_shard(_model(name))
+        optimizer = qv.AdamW(model.parameters(), lr=1e-2, recipe=name)
+        whole = torch.compile(model) if compiled else model
+        losses.append([_step(whole, optimizer) for _ in range(2)])
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fp8lm-o2", "blockwise"])
+def test_a_sharded_model_compiles(name):
+    """Graphs end at the hooks that exchange messages."""
+    for eager, compiled in ranks.run(2, _compiled, name):
+        assert eager == compiled

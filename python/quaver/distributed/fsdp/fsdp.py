@@ -88,8 +88,10 @@ def fully_shard(
     for linear in linears:
         linear.refresh()  # drops the copies of the whole weight
     gather_tiles(model)
-    model.register_forward_pre_hook(_gather_tiles, prepend=True)  # before FSDP2's own
-    model.register_forward_pre_hook(_sync_histories)
+    # A compiled model breaks its graph at these hooks, as it does at FSDP2's own.
+    before = torch.compiler.disable(_gather_tiles)
+    model.register_forward_pre_hook(before, prepend=True)  # before FSDP2's own
+    model.register_forward_pre_hook(torch.compiler.disable(_sync_histories))
     return model
 
 
