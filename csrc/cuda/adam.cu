@@ -7,7 +7,7 @@
 //
 // Scales are known before the pass from bounds of the new amaxes (quaver/adam.h). Whether the step
 // is skipped, its number and its hyperparameters are read on the device.
-#include "adam_quick.h"
+#include "adam_groups.h"
 #include "list_op.h"
 #include "transpose.h"
 
@@ -17,92 +17,9 @@ namespace {
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTurns = kChunk / (kThreads * kQuad);
 
-// Turns whose loads are in flight together: two have no room beside expanded moments.
-template <Kind kKind>
-constexpr int kAhead = kKind == Kind::expanded ? 1 : 2;
+constexpr int kAhead = 2;  // turns whose loads are in flight together
 
 using Problem = ListOp<Entry, Plan>;
-
-struct Loaded {
-  AnyQuad state[kStates], grad, remainder;
-  float scale[kStates];  // decode
-  int64_t i, n;          // first element, and how many are left of its row or tensor
-};
-
-QUAVER_DEVICE Loaded load_elements(const Entry& e, const Plan& p, int64_t i, int64_t n) {
-  Loaded l;
-  l.i = i;
-  l.n = n;
-#pragma unroll
-  for (int k = 0; k < kStates; ++k) {
-    const State& s = e.state[k];
-    const bool shared = k == 2 && e.rates != nullptr;
-    l.state[k] = load_quad(s.values, s.type, i, shared ? 0 : n, e.aligned, e.whole);
-    l.scale[k] = s.scaling == Scaling::tensor ? p.scale[k] : n > 0 ? s.scale[i / kGroup] : 1.0f;
-  }
-  l.grad = load_quad(e.grad, e.grad_type, i, n, e.aligned, e.whole);
-  if (e.remainder.bytes != 0)
-    l.remainder =
-        load_quad(e.remainder.data, remainder_type(e.remainder), i, n, e.aligned, e.whole);
-  return l;
-}
-
-// The rates of four elements, each its subset's.
-QUAVER_DEVICE void load_rates(const Entry& e, int64_t i, int64_t n, float (&rate)[kQuad]) {
-  const int64_t width = e.subsets.width;
-  int64_t subset = i / width, inside = i - subset * width;
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) {
-    rate[j] = j < n ? e.rates[e.subsets.strided ? inside : subset] : 0.0f;
-    if (++inside < width) continue;
-    inside = 0;
-    ++subset;
-  }
-}
-
-QUAVER_DEVICE void decode_state(const State& s, const AnyQuad& v, float scale,
-                                const Logarithms& logarithms, float (&x)[kQuad]) {
-  if (s.scaling == Scaling::expand)
-    decode_expanded(s.type, v, scale, logarithms, x);
-  else
-    decode_any(s.type, v, 0, scale, x);
-}
-
-QUAVER_DEVICE void decode_weight(const Entry& e, const Loaded& l, float (&w)[kQuad]) {
-  if (e.remainder.bytes == 0) return decode_any(e.state[0].type, l.state[0], 0, l.scale[0], w);
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j)
-    w[j] = join_master(bf16{static_cast<uint16_t>(half_of(l.state[0], j))},
-                       low_of(e.remainder, l.remainder, j));
-}
-
-template <class T>
-QUAVER_DEVICE void encode_stochastic(const Plan& p, const float (&w)[kQuad],
-                                     const uint32_t (&start)[kQuad], Loaded& l) {
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j)
-    put_half(
-        l.state[0], j,
-        encode_weight_stochastic<T>(w[j] * p.inverse[0], weight_noise(p.dither, start[j])).bits);
-}
-
-QUAVER_DEVICE void encode_weight(const Entry& e, const Plan& p, const float (&w)[kQuad],
-                                 const uint32_t (&start)[kQuad], Loaded& l) {
-  if (e.remainder.bytes != 0) {
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j)
-      put_half(l.state[0], j, put_low(e.remainder, w[j], l.remainder, j).bits);
-    store_quad(e.remainder.data, remainder_type(e.remainder), l.i, l.remainder, l.n, e.aligned,
-               e.whole);
-  } else if (e.stochastic) {
-    if (e.state[0].type == DType::bf16)
-      encode_stochastic<bf16>(p, w, start, l);
-    else
-      encode_stochastic<f16>(p, w, start, l);
-  } else {
-    encode_any(e.state[0].type, w, p.inverse[0], 0, l.state[0]);
-  }
-}
 
 // Encodes a moment. All threads of a warp must call it.
 QUAVER_DEVICE void encode_moment(const Entry& e, const Plan& p, int k, const float (&x)[kQuad],
@@ -154,6 +71,9 @@ QUAVER_DEVICE uint32_t update(const Entry& e, const Plan& p, const Logarithms& l
   uint32_t start[kQuad] = {};
   if (e.stochastic) dither_starts(p.dither, static_cast<uint64_t>(e.first_element + l.i), start);
   encode_weight(e, p, x[0], start, l);
+  if (e.remainder.bytes != 0)
+    store_quad(e.remainder.data, remainder_type(e.remainder), l.i, l.remainder, l.n, e.aligned,
+               e.whole);
 #pragma unroll
   for (int k = 1; k < kStates; ++k)
     if (k < own) encode_moment(e, p, k, x[k], grad, start, l);
@@ -244,15 +164,15 @@ QUAVER_DEVICE void update_chunk(const Problem& p, int64_t owner, const Logarithm
   CodeMaxima most = {};
   int64_t i = turns.first;
 #pragma unroll 1
-  for (int turn = 0; turn < kTurns; turn += kAhead<kKind>) {
-    Loaded loaded[kAhead<kKind>];
+  for (int turn = 0; turn < kTurns; turn += kAhead) {
+    Loaded loaded[kAhead];
 #pragma unroll
-    for (int a = 0; a < kAhead<kKind>; ++a) {
+    for (int a = 0; a < kAhead; ++a) {
       loaded[a] = load_elements(e, plan, i, left_in_turn(e, turns, turn + a));
       i += turns.step;
     }
 #pragma unroll
-    for (int a = 0; a < kAhead<kKind>; ++a) {
+    for (int a = 0; a < kAhead; ++a) {
       const uint32_t codes = update_loaded<kKind>(e, plan, logarithms, loaded[a], seen, most);
       if (tiled) put_word(tile, (turn + a) * kWarps + warp, word, codes);
     }
@@ -267,18 +187,60 @@ QUAVER_DEVICE void update_chunk(const Problem& p, int64_t owner, const Logarithm
   for (int k = 0; k < kStates; ++k) block_atomic_max(&p.plans[owner].amax[k], seen[k]);
 }
 
+// The four groups of a warp in a turn of the path for numbers.
+QUAVER_DEVICE int64_t span_begin(const Entry& e, int turn) {
+  return (blockIdx.x - e.first) * kChunk + (turn * kWarps + threadIdx.x / kWarp) * kWarpSpan;
+}
+
+// Updates one chunk of a parameter of which the moments are expanded: what the path for numbers
+// left, a turn of the whole warp for each group. Apart, each has its registers to itself.
+QUAVER_DEVICE void update_expanded_chunk(const Problem& p, int64_t owner,
+                                         const Logarithms& logarithms,
+                                         const LaneLogarithms& lanes) {
+  constexpr int kSpans = kChunk / (kWarps * kWarpSpan);
+  const Plan& plan = p.plans[owner];
+  const Entry e = with_known<Kind::expanded>(p.table[owner]);
+  uint32_t left = 0;  // a bit for each span
+#pragma unroll 1
+  for (int turn = 0; turn < kSpans; ++turn) {
+    const int64_t i = span_begin(e, turn);
+    const bool whole = e.numel - i >= kWarpSpan;
+    if (!whole || !update_groups(e, plan, lanes, i)) left |= 1u << turn;
+  }
+  uint32_t seen[kStates] = {};  // of states with one scale, of which there are none
+#pragma unroll 1
+  for (int turn = 0; turn < kSpans * kQuads; ++turn) {
+    if ((left >> turn / kQuads & 1) == 0) continue;
+    const int64_t i = span_begin(e, turn / kQuads) + turn % kQuads * kGroup;
+    if (i >= e.numel) break;
+    const int64_t at = i + threadIdx.x % kWarp * kQuad;
+    Loaded l = load_elements(e, plan, at, e.numel - at);
+    update(e, plan, logarithms, l, seen);
+  }
+}
+
+// What a block has in shared memory: a tile of copies, or a table for moments in groups.
+union Scratch {
+  Tile tile;
+  LaneLogarithms lanes;
+};
+
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(Problem p) {
-  __shared__ Tile tile;
+  __shared__ Scratch scratch;
   __shared__ Logarithms logarithms;
   if (*p.skip) return;
   fill(logarithms, threadIdx.x);
   __syncthreads();
   const int64_t owner = owner_of(p.table, p.count, blockIdx.x);
   switch (p.table[owner].kind) {
-    case Kind::scaled: update_chunk<Kind::scaled>(p, owner, logarithms, tile); break;
-    case Kind::quick: update_chunk<Kind::quick>(p, owner, logarithms, tile); break;
-    case Kind::expanded: update_chunk<Kind::expanded>(p, owner, logarithms, tile); break;
-    default: update_chunk<Kind::any>(p, owner, logarithms, tile);
+    case Kind::scaled: update_chunk<Kind::scaled>(p, owner, logarithms, scratch.tile); break;
+    case Kind::quick: update_chunk<Kind::quick>(p, owner, logarithms, scratch.tile); break;
+    case Kind::expanded:
+      fill(scratch.lanes, logarithms, threadIdx.x);
+      __syncthreads();
+      update_expanded_chunk(p, owner, logarithms, scratch.lanes);
+      break;
+    default: update_chunk<Kind::any>(p, owner, logarithms, scratch.tile);
   }
 }
 

@@ -52,20 +52,25 @@ QUAVER_DEVICE void dither_starts(const Dither& d, uint64_t index, uint32_t (&sta
     start[j] = dither_start(d, low + j, high + (low + j < low ? 1u : 0u));
 }
 
+constexpr float kLeastNormal = 1.0f / (1 << (Format<e4m3>::bias - 1));
+// The bits that a normal number loses when it becomes a code.
+constexpr uint32_t kDropped = (1u << (23 - Format<e4m3>::mantissa)) - 1u;
+
+// A magnitude below the normal numbers of e4m3, rounded toward zero.
+QUAVER_DEVICE float rounded_down(float a) {
+  constexpr float aligner = kLeastNormal / (1 << Format<e4m3>::mantissa) * (1 << 23);
+  return __fadd_rz(a, aligner) - aligner;
+}
+
 #if defined(__CUDA_ARCH__)
 // settle_exp_avg of adam.h for a number, in e4m3 and with noise.
 QUAVER_DEVICE float settle_number(float y, float m, float grad, uint32_t noise) {
-  using F = Format<e4m3>;
-  constexpr float min_normal = 1.0f / (1 << (F::bias - 1));
-  constexpr float aligner = min_normal / (1 << F::mantissa) * (1 << 23);
-  constexpr uint32_t dropped = (1u << (23 - F::mantissa)) - 1u;
   const float a = fabsf(y);
   const uint32_t bits = bit_cast<uint32_t>(y);
   const bool weak = 8.0f * fabsf(grad) < fabsf(m);
-  const uint32_t drawn = (bits + (weak ? 0u : noise >> (9 + F::mantissa))) & ~dropped;
-  const float below = __fadd_rz(a, aligner) - aligner;
-  const uint32_t small = bit_cast<uint32_t>(below) | (bits & 0x80000000u);
-  return bit_cast<float>(a < min_normal ? small : drawn);
+  const uint32_t drawn = (bits + (weak ? 0u : noise >> (9 + Format<e4m3>::mantissa))) & ~kDropped;
+  const uint32_t small = bit_cast<uint32_t>(rounded_down(a)) | (bits & 0x80000000u);
+  return bit_cast<float>(a < kLeastNormal ? small : drawn);
 }
 
 // The e4m3 copy of two words of f16 codes, none of them NaN.

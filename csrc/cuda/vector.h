@@ -186,6 +186,11 @@ QUAVER_DEVICE uint32_t convert_finite_word(const float* x) {
     return encode_word<T>(x);
   }
 }
+#else
+template <class T>
+QUAVER_DEVICE uint32_t convert_finite_word(const float* x) {
+  return encode_word<T>(x);
+}
 #endif
 
 // Encodes one word's values, nearest. The hardware's NaN codes are not specified for every format,

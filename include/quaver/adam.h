@@ -57,16 +57,25 @@ struct AdamElement {
   float weight, exp_avg, exp_avg_sq;
 };
 
-// The step under a second moment that is already this step's.
-QUAVER_HD AdamElement adamw_under(const AdamStep& s, AdamElement e, float grad) {
-  e.exp_avg = s.beta1 * e.exp_avg + s.one_minus_beta1 * grad;
-  const float denominator = ::sqrtf(e.exp_avg_sq) * s.inverse_sqrt_c2 + s.eps;
-  e.weight = s.decay * e.weight - s.step_size * (e.exp_avg / denominator);
-  return e;
+QUAVER_HD float next_exp_avg(const AdamStep& s, float exp_avg, float grad) {
+  return s.beta1 * exp_avg + s.one_minus_beta1 * grad;
 }
 
 QUAVER_HD float next_exp_avg_sq(const AdamStep& s, float exp_avg_sq, float grad) {
   return s.beta2 * exp_avg_sq + s.one_minus_beta2 * (grad * grad);
+}
+
+// Of moments that are this step's.
+QUAVER_HD float next_weight(const AdamStep& s, AdamElement e) {
+  const float denominator = ::sqrtf(e.exp_avg_sq) * s.inverse_sqrt_c2 + s.eps;
+  return s.decay * e.weight - s.step_size * (e.exp_avg / denominator);
+}
+
+// The step under a second moment that is already this step's.
+QUAVER_HD AdamElement adamw_under(const AdamStep& s, AdamElement e, float grad) {
+  e.exp_avg = next_exp_avg(s, e.exp_avg, grad);
+  e.weight = next_weight(s, e);
+  return e;
 }
 
 QUAVER_HD AdamElement adamw(const AdamStep& s, AdamElement e, float grad) {

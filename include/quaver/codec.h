@@ -149,11 +149,21 @@ QUAVER_HD float log2_expanded(const Expander& e, float x) {
   return fma(e.power, log2_coarse(bit_cast<float>(bits) * e.lift), e.offset);
 }
 
+// Of a number, without its sign. The floor is below any code, and a zero, too, is below it. The
+// host chooses by bits, so that loops vectorise.
+QUAVER_HD float expanded_number(float log2_y) {
+  constexpr float floor = -40.0f;
+#if defined(__CUDA_ARCH__)
+  return exp2_coarse(at_least(log2_y, floor));
+#else
+  return exp2_coarse(bit_cast<float>(
+      select(log2_y > floor, bit_cast<uint32_t>(log2_y), bit_cast<uint32_t>(floor))));
+#endif
+}
+
 QUAVER_HD float expanded(float log2_y, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
-  constexpr float floor = -40.0f;  // below any code; a zero, too, is below this
-  const uint32_t y = bit_cast<uint32_t>(exp2_coarse(bit_cast<float>(
-      select(log2_y > floor, bit_cast<uint32_t>(log2_y), bit_cast<uint32_t>(floor)))));
+  const uint32_t y = bit_cast<uint32_t>(expanded_number(log2_y));
   return bit_cast<float>(select(bits > 0x7f800000u, 0x7fc00000u, y) |
                          (bit_cast<uint32_t>(x) & 0x80000000u));
 }
@@ -180,10 +190,16 @@ QUAVER_HD float log2_of_code(uint32_t code) {
   return log2_coarse(decode(T{static_cast<uint8_t>(code)})) - log2_coarse(Format<T>::finite_max);
 }
 
-// A magnitude over its group's scale. Codes above `max_code` are NaN.
-QUAVER_HD float contract(uint32_t code, uint32_t max_code, float log2_code, float inverse_power) {
+// A magnitude over its group's scale, of a code that is a number.
+QUAVER_HD float contract_number(uint32_t code, float log2_code, float inverse_power) {
   const uint32_t x = bit_cast<uint32_t>(exp2_coarse(log2_code * inverse_power));
-  return bit_cast<float>(select(code == 0u, 0u, select(code > max_code, 0x7fc00000u, x)));
+  return bit_cast<float>(select(code == 0u, 0u, x));
+}
+
+// The same of any code. Those above `max_code` are NaN.
+QUAVER_HD float contract(uint32_t code, uint32_t max_code, float log2_code, float inverse_power) {
+  const uint32_t x = bit_cast<uint32_t>(contract_number(code, log2_code, inverse_power));
+  return bit_cast<float>(select(code > max_code, 0x7fc00000u, x));
 }
 
 // The bits of an f32 master beside its bf16 weight: the 16 that make an exact f32, or 8 that make a

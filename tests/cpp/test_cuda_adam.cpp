@@ -55,6 +55,13 @@ class Parameter {
       c->grad_amax = amax;
     }
   }
+  // Puts a code into state k of both.
+  void put(int k, int64_t i, unsigned char code) {
+    for (Copy* c : {&cpu_, &cuda_}) c->state[k].data()[i] = code;
+  }
+  void put_grad(int64_t i, float x) {
+    for (Copy* c : {&cpu_, &cuda_}) c->grad.as<bf16>()[i] = encode_nearest<bf16>(x);
+  }
   AdamParameter cpu() { return cpu_.parameter(layout_); }
   AdamParameter cuda() { return cuda_.parameter(layout_); }
   int64_t step() const { return cpu_.step; }
@@ -285,6 +292,47 @@ TEST(second_moments_of_subsets) {
     check({tiled, o2({3, 70}), run,
            with({3, 5}, {1 << 20, false}, DType::f32, DType::f32, DType::bf16)});
   }
+}
+
+// A warp takes four groups at once where all are whole and all is a number: here an edge, NaN, a
+// second moment with a sign, one that overflows, and zeros, each in groups of its own.
+TEST(expanded_moments_that_are_no_numbers) {
+  constexpr int64_t kSpan = 512;
+  Layout l = coat({1, 9 * kSpan + 132}, DType::bf16);
+  l.remainder = 1;
+  Parameter p(l, 3);
+  for (int step = 0; step < 4; ++step) {
+    p.set_grad(70 + step, 4.0f);
+    for (int64_t i = 0; i < kSpan; ++i) p.put_grad(7 * kSpan + i, 0.0f);
+    if (step == 2) {
+      p.put(1, 5, 0x7f);
+      p.put(1, kSpan + 130, 0xff);
+      p.put(2, 2 * kSpan + 511, 0x7f);
+      p.put(2, 3 * kSpan + 77, 0x91);
+      p.put_grad(4 * kSpan + 300, std::numeric_limits<float>::quiet_NaN());
+      p.put_grad(5 * kSpan + 2, 3e38f);
+      p.put_grad(6 * kSpan + 3, -1e-30f);
+    }
+    AdamParameter cpu = p.cpu(), cuda = p.cuda();
+    int64_t skipped = 0;
+    Buffer workspace(cuda::adam_workspace_bytes(&cuda, 1));
+    cpu::adam(&cpu, 1, &skipped);
+    cuda::adam(&cuda, 1, &skipped, workspace.data(), nullptr);
+    CHECK_EQ(skipped, 0);
+    p.check();
+  }
+}
+
+// Every type of weight and gradient beside expanded moments, in a chunk and a part of one.
+TEST(expanded_moments_beside_every_type) {
+  for (const DType grad : {DType::f32, DType::f16, DType::bf16, DType::e4m3, DType::e5m2})
+    for (const DType weight : {DType::f32, DType::bf16, DType::f16}) {
+      Layout l = coat({1, weight == DType::f32 ? 16384 + 1024 : 1024}, weight, grad);
+      l.scaled = false;
+      check({l});
+      l.stochastic = weight != DType::f32;
+      check({l});
+    }
 }
 
 TEST(many_parameters_in_one_launch) {

@@ -33,6 +33,7 @@ NORM = "normalize:normalize_rows_kernelINS_4bf16E"
 TEST_CAST, TEST_QUANTIZE = "test_cuda_cast_transpose", "test_cuda_quantize"
 TEST_NORM, TEST_ADAM = "test_cuda_normalize", "test_cuda_adam:low_precision"
 TEST_MASTERS = "test_cuda_adam:masters_rounded"
+TEST_EXPANDED = "test_cuda_adam:expanded_moments"
 RACE = "a race: "
 GEMM = "gemm_sm90_e4m3_e4m3_fast_half_128x256:gemm_kernel"
 GEMM_BLOCKS = "gemm_sm90_e4m3_e4m3_blocks_f32_128x128:gemm_kernel"
@@ -152,7 +153,7 @@ MUTATIONS = [
         r"div\.rn\.f32 (\s*%f\d+), ([^,]*), ([^;]*);",
         r"div.rn.f32 \1, \3, \2;",
         TEST_ADAM,
-        number=12,  # of states with one scale: those of other kinds come before and behind
+        number=59,  # of states with one scale: those of other kinds come before and behind
     ),
     Mutation(
         "noise that is rounded once more",
@@ -161,12 +162,39 @@ MUTATIONS = [
         "cvt.rn.satfinite.f16x2",
         TEST_MASTERS,
     ),
+    *(
+        Mutation(
+            f"a small moment that is rounded up: {tests}",
+            "adam:update_kernel",
+            r"add\.rz\.f32",
+            "add.rn.f32",
+            tests,
+            number=n,
+        )
+        for n, tests in ((0, TEST_EXPANDED), (16, TEST_MASTERS))
+    ),
     Mutation(
-        "a small moment that is rounded up",
+        "a barrier dropped: logarithms",
         "adam:update_kernel",
-        r"add\.rz\.f32",
-        "add.rn.f32",
-        TEST_MASTERS,
+        r"bar\.sync[^;]*;",
+        "",
+        TEST_EXPANDED,
+        RACE,
+        number=1,
+    ),
+    Mutation(
+        "a group's largest moment that half of its threads miss",
+        "adam:update_kernel",
+        r"(shfl\.sync\.bfly\.b32 [^,]*, %r\d+), %r\d+",
+        r"\1, 0",
+        TEST_EXPANDED,
+    ),
+    Mutation(
+        "what is no number taken for one",
+        "adam:update_kernel",
+        r"redux\.sync\.max\.u32 (%r\d+), [^;]*;",
+        r"mov.u32 \1, 0;",
+        TEST_EXPANDED,
     ),
     Mutation(
         "Philox with a wrong operation",

@@ -2,6 +2,7 @@
 
 #include <ucontext.h>
 
+#include <cfenv>
 #include <exception>
 #include <memory>
 #include <numeric>
@@ -202,6 +203,14 @@ uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
   for (int i = 0; i < 32; ++i)
     if (mask >> i & 1) result = std::max(result, static_cast<uint32_t>(all[i]));
   return result;
+}
+
+float __fadd_rz(float a, float b) {
+  std::fesetround(FE_TOWARDZERO);
+  const volatile float x = a, y = b;  // read behind the change of rounding
+  const volatile float sum = x + y;
+  std::fesetround(FE_TONEAREST);
+  return sum;
 }
 
 int __syncthreads_or(int predicate) {

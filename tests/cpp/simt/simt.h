@@ -116,6 +116,7 @@ T __shfl_xor_sync(uint32_t mask, T value, int distance, int width = 32) {
   return quaver::simt::shuffle(mask, value, quaver::simt::lane() ^ distance, width);
 }
 uint32_t __reduce_max_sync(uint32_t mask, uint32_t value);
+float __fadd_rz(float a, float b);  // rounds toward zero
 
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
