@@ -47,6 +47,7 @@ def test_tiles_are_of_matrices():
     for shape in ((), (5,), (2, 3, 4)):
         with pytest.raises(REFUSAL, match='granularity "tile" must be a matrix'):
             qv.quantize(torch.ones(shape), granularity="tile")
+    for shape in ((), (5,)):
         with pytest.raises(ValueError, match="is for matrices"):
             qv.ScaledTensor(torch.ones(shape).to(E4M3), torch.ones(1, 1),
                             layout=Layout("e4m3", "tile"))  # fmt: skip

@@ -14,7 +14,7 @@ from . import recipe as recipes
 from . import structure
 from .mismatch import mark_converted, mark_replaced, mark_restored
 from .nn.cast import Holder
-from .nn.experts import Experts, is_experts, why_experts_stay
+from .nn.experts import TRAINS, Experts, is_experts, why_experts_stay
 from .nn.linear import LINEARS, Conv1D, Linear, LinearBase, SwappedLinear, is_converted
 from .nn.mlp import MLP
 from .nn.norm import Norm
@@ -25,7 +25,7 @@ from .roles import by_role, check_share, share_of, why_matrices_stay
 from .tensor import ScaledTensor, is_sharded
 
 HEAD = ("lm_head",)  # the default of `skip`, allowed for models without such a layer too
-SKIPPED, TRAINS = "it is skipped", "it trains"
+SKIPPED = "it is skipped"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def convert(
             experts and layers with less than 16 outputs; names given here take their place.
         frozen: "fp8" converts the linear layers whose weight does not need gradients, and no other:
             it becomes e4m3 codes with one scale, 1 byte a value, which forward and backward
-            multiply by. Layers that train (LoRA's) stay as they are.
+            multiply by. So do stacks of experts, under every recipe, with a scale a row (blocks
+            under recipes with blocks). Layers that train (LoRA's) stay as they are.
         allow_empty: whether a model in which nothing becomes FP8 is returned as it is.
 
     Warns where less than half of the weights became FP8, with the reasons of `convert_report`.
@@ -219,7 +220,7 @@ def _convert_experts(model, chosen, skip, report, frozen) -> None:
             report.left[name] = why
             continue
         if not isinstance(module, Experts):
-            Experts.convert_in_place(module, chosen)
+            Experts.convert_in_place(module, chosen, frozen)
             mark_converted(module, chosen)
         report.left.pop(name, None)
         report.converted[name] = "experts"

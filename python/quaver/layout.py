@@ -28,7 +28,8 @@ class Layout:
     Args:
         format: "f32", "bf16", "f16", "e4m3" or "e5m2".
         grain: "tensor" for one scale, "row" for one for each row of the last axis, "block" for one
-            for each 1 x `block` along the last axis, "tile" for one for each 128 x 128 of a matrix,
+            for each 1 x `block` along the last axis, "tile" for one for each 128 x 128 of a matrix
+            or of each in a stack,
             "flat" for one for each 128 flat elements (optimizer states).
         block: values along the last axis that share a scale, for grain "block"; else always 128.
         expand: COAT's dynamic range expansion of each block, for grain "flat" (codec.h).
@@ -79,9 +80,9 @@ class Layout:
         if self.grain == "tensor":
             return ()
         if self.grain == "tile":
-            if len(shape) != 2:
+            if len(shape) < 2:
                 raise ValueError(f'Layout: grain "tile" is for matrices, got {tuple(shape)}')
-            return tuple(-(-n // FLAT_BLOCK) for n in shape)
+            return (*shape[:-2], *(-(-n // FLAT_BLOCK) for n in shape[-2:]))
         *rows, columns = shape or (1,)
         if self.grain == "row":
             return (*rows, 1)

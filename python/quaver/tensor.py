@@ -154,6 +154,8 @@ class ScaledTensor(Interchange):
         if self.qlayout.grain == "flat":
             values = torch.ops.quaver.decode_state(self.qdata, self.scale, self.qlayout.expand)
             return values.to(dtype)
+        if self.qlayout.grain == "tile" and self.dim() > 2:
+            return torch.stack([part.dequantize(dtype) for part in _matrices(self)])
         direct = dtype in (torch.float32, torch.float16, torch.bfloat16)
         out = torch.ops.quaver.dequantize(
             self.qdata,
@@ -330,10 +332,30 @@ def encode(
         q = value if scale is None else value / scale
         q = q.to(layout.dtype, copy=True)
         return ScaledTensor(q, one, amax, dtype, layout)
+    if layout.grain == "tile" and value.dim() > 2:
+        scales = [None] * len(value) if scale is None else scale.unbind()
+        parts = [
+            encode(part, layout, dtype, of, seed, power_of_two)
+            for part, of in zip(value, scales, strict=True)
+        ]
+        return _stack(parts, dtype, layout)
     stochastic, seed = seed is not None, seed or 0
     q, scale, amax = torch.ops.quaver.quantize(
         value, layout.dtype, scale, None, layout.grain, layout.block, power_of_two, stochastic, seed
     )
+    return ScaledTensor(q, scale, amax, dtype, layout)
+
+
+def _matrices(stack: ScaledTensor) -> list[ScaledTensor]:
+    """The parts along the first axis of a stack whose matrices have scales of their own."""
+    parts = zip(stack.qdata, stack.scale, strict=True)
+    return [ScaledTensor(q, scale, None, stack.dtype, stack.qlayout) for q, scale in parts]
+
+
+def _stack(parts: list[ScaledTensor], dtype: torch.dtype, layout: Layout) -> ScaledTensor:
+    """The inverse of `_matrices`."""
+    names = ("qdata", "scale", "amax")
+    q, scale, amax = (torch.stack([getattr(p, name) for p in parts]) for name in names)
     return ScaledTensor(q, scale, amax, dtype, layout)
 
 

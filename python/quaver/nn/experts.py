@@ -2,6 +2,7 @@
 
 transformers keeps experts like this (its `use_experts_implementation`). Tokens are sorted by their
 expert; each expert that has some multiplies them as a linear layer of its own, with its own scales.
+A stack that does not train may be codes alone, with scales of rows or of 128 x 128 tiles.
 """
 
 from __future__ import annotations
@@ -13,13 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from .. import recipe as recipes
+from ..mismatch import mark_replaced
 from ..ops import FLOATS
+from ..tensor import ScaledTensor
 from .cast import check_devices, output_dtype
 from .first_order import FirstOrder
 from .linear import product_dtype
 from .product import Product
+from .state_dict import SUFFIX, load_master, master_scale, save_master
 from .swap import Swapped, swap, swap_back
-from .weight import convert_weight, set_dtype
+from .weight import (
+    cast_weight,
+    check_cut,
+    convert_weight,
+    freeze_weight,
+    set_dtype,
+    several_scales,
+)
+
+TRAINS = "it trains"  # the reason why `frozen` leaves a layer
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
 
@@ -40,7 +53,7 @@ class GroupedProduct(FirstOrder):
     Args:
         x: [S, K] float32, float16 or bfloat16, sorted by expert. Rows from ends[-1] on belong to
             none; their results and gradients are zero.
-        weight: [E, N, K], or [E, K, N] where `input_major`, of a float type.
+        weight: [E, N, K], or [E, K, N] where `input_major`, of a float type, or frozen codes.
         ends: E ints that do not fall.
         rule: the LinearRecipe, of current scaling and plain gradients.
         out_dtype: float32 or bfloat16, of the result [S, N].
@@ -53,10 +66,15 @@ class GroupedProduct(FirstOrder):
         y = x.new_zeros((len(x), weight.shape[2 if input_major else 1]), dtype=out_dtype)
         ctx.inner = [_Context((*ctx.needs_input_grad[:2], False)) for _ in ctx.groups]
         for inner, (expert, begin, end) in zip(ctx.inner, ctx.groups, strict=True):
+            own, operands = _expert(weight, expert), (None,) * 4
+            if isinstance(own, ScaledTensor):
+                codes = cast_weight(own, rule.weight, both=input_major)
+                operands = (codes.transposed() if input_major else codes)._replace(qt=None)
             y[begin:end] = Product.forward(
-                inner, x[begin:end], weight[expert], *(None,) * 12, rule.input, rule.weight,
-                rule.grad_output, out_dtype, rule.weight_grad, rule.grad_accumulate, learns,
-                input_major, None, None, rule.grain, rule.power_of_two, rule.weight_product,
+                inner, x[begin:end], own, *(None,) * 5, *operands, *(None,) * 3, rule.input,
+                rule.weight, rule.grad_output, out_dtype, rule.weight_grad, rule.grad_accumulate,
+                learns, input_major, None, None, rule.grain, rule.power_of_two,
+                rule.weight_product,
             )  # fmt: skip
         # Autograd must know of all that is kept: hooks count, move or drop it.
         ctx.save_for_backward(*(t for inner in ctx.inner for t in inner.saved_tensors))
@@ -85,14 +103,23 @@ class GroupedProduct(FirstOrder):
 def _plain_product(x: Tensor, weight: Tensor, ends: list[int], out: torch.dtype,
                    input_major: bool) -> Tensor:  # fmt: skip
     """What GroupedProduct computes, in `out` without FP8."""
-    weights, parts = weight.unbind(), []  # one gradient of the stack, not one for each expert
+    frozen, parts = isinstance(weight, ScaledTensor), []
+    weights = None if frozen else weight.unbind()  # one gradient of the stack, not one for each
     with torch.autocast(x.device.type, enabled=False):
         for expert, begin, end in _groups(ends):
-            of = weights[expert].to(out)
+            of = _expert(weight, expert).dequantize(out) if frozen else weights[expert].to(out)
             parts.append(x[begin:end].to(out) @ (of if input_major else of.t()))
     rest = len(x) - sum(len(part) for part in parts)
     width = weight.shape[2 if input_major else 1]
     return torch.cat((*parts, x.new_zeros((rest, width), dtype=out)))
+
+
+def _expert(stack: Tensor, expert: int) -> Tensor:
+    """The matrix of an expert; of frozen codes the codes."""
+    if not isinstance(stack, ScaledTensor):
+        return stack[expert]
+    codes, scale = stack.qdata[expert], stack.scale[expert]
+    return ScaledTensor(codes, scale, None, stack.dtype, stack.qlayout)
 
 
 def _groups(ends: list[int]):
@@ -116,22 +143,60 @@ class Experts(Swapped):
     """
 
     plain = False  # whether `quaver.watch` lets it multiply without FP8
+    several_scales = ()  # weight.py
     observer = None  # what `quaver.watch` measures the operands of both products with
 
-    def convert_in_place(self, recipe: recipes.Recipe) -> None:
+    def convert_in_place(self, recipe: recipes.Recipe, frozen: bool = False) -> None:
         _keep_out_of_graphs()
         swap(self, Experts)
         self.rule = recipe.linear
         self.plain_dtype = self.down_proj.dtype  # what `restore` gives back
+        convert_one = freeze_weight if frozen else convert_weight
         for name in weight_names(self):
-            convert_weight(getattr(self, name), self.rule)
+            old = getattr(self, name)
+            setattr(self, name, convert_one(old, self.rule))
+            mark_replaced(old, getattr(self, name))
+        self.several_scales = several_scales(self, weight_names(self))
 
     def restore(self) -> None:
-        if self.rule.master == "bf16":
-            for name in weight_names(self):
-                set_dtype(getattr(self, name), self.plain_dtype)
-        del self.rule, self.plain_dtype
+        for name in weight_names(self):
+            old = getattr(self, name)
+            if isinstance(old, ScaledTensor):
+                setattr(self, name, nn.Parameter(old.detach().dequantize(), old.requires_grad))
+                mark_replaced(old, getattr(self, name))
+            elif self.rule.master == "bf16":
+                set_dtype(old, self.plain_dtype)
+        del self.rule, self.plain_dtype, self.several_scales
         swap_back(self)
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        return self.__dict__.get("_is_fsdp_managed_module", False)
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, value: bool) -> None:
+        check_cut(self)
+        self.__dict__["_is_fsdp_managed_module"] = value
+
+    def __getattr__(self, name: str):
+        """Of frozen codes also the state_dict's entries of scales, which
+        torch.distributed.checkpoint reads as attributes."""
+        if name.endswith(SUFFIX):
+            weight = self._parameters.get(name.removesuffix(SUFFIX))
+            if isinstance(weight, ScaledTensor):
+                return master_scale(weight)
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            for name in weight_names(self):
+                save_master(getattr(self, name), destination, f"{prefix}{name}")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        for name in weight_names(self):
+            state_dict = load_master(getattr(self, name), state_dict, f"{prefix}{name}")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -220,7 +285,8 @@ def why_experts_stay(module: nn.Module, recipe: recipes.Recipe, frozen: bool) ->
     """The reason why experts keep their own products under a recipe, or None."""
     rule = recipe.linear
     if frozen:
-        return 'it is a stack of experts, which frozen="fp8" leaves as they are'
+        trains = any(getattr(module, name).requires_grad for name in weight_names(module))
+        return TRAINS if trains else None
     if rule.master == "f16-tensor" or rule.weight_grad == "e4m3":
         return (
             "it is a stack of experts, whose weights and gradients stay plain: tensorwise, "

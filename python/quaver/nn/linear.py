@@ -27,7 +27,15 @@ from .cast import (
 from .product import Exchange, Product, register_product
 from .state_dict import load_master, master_scale, save_master
 from .swap import Swapped
-from .weight import GemmWeight, cached_cast, cast_weight, convert_weight, shard_codes
+from .weight import (
+    GemmWeight,
+    cached_cast,
+    cast_weight,
+    check_cut,
+    convert_weight,
+    several_scales,
+    shard_codes,
+)
 
 _NONE = None, None, None, None
 
@@ -46,6 +54,7 @@ class LinearBase(nn.Module):
 
     input_major = False  # the weight is [K, N], not [N, K]
     plain = False  # whether `quaver.watch` lets it multiply without FP8
+    several_scales = ()  # weight.py
 
     def convert_in_place(self, recipe, weight: nn.Parameter | None = None,
                          plain_dtype: torch.dtype | None = None) -> None:  # fmt: skip
@@ -58,6 +67,7 @@ class LinearBase(nn.Module):
         self.rule = rule
         self.plain_dtype = plain_dtype or self.weight.dtype  # what `restore` gives back
         self.weight = convert_weight(self.weight, rule) if weight is None else weight
+        self.several_scales = several_scales(self, ("weight",))
         for name in ("input_history", "grad_history"):
             delayed = rule.scaling == "delayed"
             self.register_buffer(name, new_history(self.weight.device) if delayed else None)
@@ -68,8 +78,9 @@ class LinearBase(nn.Module):
 
     def restore(self) -> None:
         """Undoes `convert_in_place`, except for the weight and the class."""
-        for name in ("rule", "plain_dtype", "input_history", "grad_history", "history_before",
-                     "channel_amax", "channels_before", "fp8_weight"):  # fmt: skip
+        for name in ("rule", "plain_dtype", "several_scales", "input_history", "grad_history",
+                     "history_before", "channel_amax", "channels_before",
+                     "fp8_weight"):  # fmt: skip
             delattr(self, name)
 
     # The weight
@@ -86,6 +97,7 @@ class LinearBase(nn.Module):
                 f"FullyShardedDataParallel: a {type(self).__name__} of a recipe with f16 masters "
                 "cannot be flattened; use quaver.distributed.fully_shard (FSDP2)"
             )
+        check_cut(self)
         self.__dict__["_is_fsdp_managed_module"] = value
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -124,14 +124,38 @@ def convert_weight(weight: nn.Parameter, rule: recipes.LinearRecipe) -> nn.Param
 
 
 def freeze_weight(weight: nn.Parameter, rule: recipes.LinearRecipe) -> nn.Parameter:
-    """A weight that does not train, as the codes that products multiply by, and nothing else."""
+    """A weight that does not train, as the codes that products multiply by, and nothing else. Of a
+    stack of matrices [E, N, K] each has scales of its own: of its rows, unless the recipe says
+    blocks."""
     if isinstance(weight, ScaledTensor):
         return weight
-    layout = Layout.of(rule.weight, rule.weight_grain)
+    stack = weight.dim() == 3 and rule.weight_grain == "tensor"
+    layout = Layout.of(rule.weight, "row" if stack else rule.weight_grain)
     codes = encode(weight, layout, weight.dtype, power_of_two=rule.power_of_two)
     codes.scale = nan_unless_finite(codes.scale, codes.amax)
     codes.is_frozen = True
     return nn.Parameter(codes, requires_grad=False)
+
+
+def several_scales(module: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of a module's weights that are frozen codes with more than one scale."""
+    weights = ((name, module._parameters[name]) for name in names)
+    return tuple(
+        name
+        for name, weight in weights
+        if isinstance(weight, ScaledTensor) and weight.qlayout.grain != "tensor"
+    )
+
+
+def check_cut(module: nn.Module) -> None:
+    """Raises ValueError where a module that FSDP2 cuts has frozen codes with several scales: views
+    of those are values, in f32."""
+    if module.several_scales:
+        raise ValueError(
+            f"fully_shard: {module.several_scales[0]} of a {type(module).__name__} is frozen codes "
+            "with several scales, which FSDP2 would decode; freeze linear layers under a recipe "
+            'with grain="tensor" (tensorwise) and leave stacks of experts by `skip`, or use DDP'
+        )
 
 
 def set_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> None:

@@ -17,7 +17,9 @@ from torch.distributed import fsdp as torch_fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...comm.transport import Transport, compare
+from ...nn.experts import Experts
 from ...nn.linear import LinearBase
+from ...nn.weight import check_cut
 from ...placement import max_, mesh_transports, transport, whole_amaxes_
 from ...tensor import ScaledTensor, is_sharded, local, plain_tensors
 from ..replicas import describe, histories, stack_histories, unstack_histories_
@@ -65,10 +67,10 @@ def fully_shard(
     Raises:
         RuntimeError: no process group.
         ValueError: a model without converted layers (unless gradient is "bf16" or "f32"), one that
-            is sharded already, has Smooth-SwiGLU or parameters of two dtypes in a unit, a mesh of
-            two axes or of another device type, an unknown gradient format, or ranks whose
-            parameters differ in name, order, shape, recipe or value: found before anything is
-            sharded, on every rank.
+            is sharded already, has Smooth-SwiGLU, frozen codes with several scales or parameters
+            of two dtypes in a unit, a mesh of two axes or of another device type, an unknown
+            gradient format, or ranks whose parameters differ in name, order, shape, recipe or
+            value: found before anything is sharded, on every rank.
     """
     if not dist.is_initialized():
         raise RuntimeError(
@@ -137,6 +139,9 @@ def _checked_mesh(
         raise ValueError(
             f"fully_shard: {smooth[0]} has Smooth-SwiGLU; wanted a recipe without smooth_swiglu"
         )
+    for module in model.modules():
+        if isinstance(module, (LinearBase, Experts)):
+            check_cut(module)
     already = [name for name, p in parameters.items() if is_sharded(p)]
     if already:
         raise ValueError(f"fully_shard: {already[0]} is sharded already")
