@@ -49,10 +49,10 @@ struct Load {
   uint64_t bytes() const { return map.box_bytes(); }
 };
 
-// A thread's copy of a few bytes to its CTA's shared memory.
+// A thread's copy of a few bytes to its CTA's shared memory, with zeros behind those that it reads.
 struct ElementCopy {
   uint64_t from = 0;
-  uint32_t to = 0, bytes = 0;
+  uint32_t to = 0, bytes = 0, read = 0;
   int thread = 0;
 };
 
@@ -60,6 +60,12 @@ struct ElementCopy {
 struct CopyGroup {
   uint32_t rank = 0, barrier = 0;
   std::vector<ElementCopy> copies;
+};
+
+// Those of one thread that no mbarrier knows of: the thread itself waits for them, by groups.
+struct CopyQueue {
+  std::vector<ElementCopy> open;
+  std::deque<std::vector<ElementCopy>> groups;
 };
 
 struct Store {

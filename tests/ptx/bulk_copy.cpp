@@ -222,10 +222,15 @@ void check_settled(const Cta& cta) {
   for (const CopyGroup& group : cta.cluster->groups)
     if (group.rank == cta.rank)
       fail("ptx: block ", cta.index, " ends before a copy to its shared memory has landed");
-  for (const auto& [thread, copies] : cta.copies)
-    if (!copies.empty())
+  const auto empty = [](const std::vector<ElementCopy>& group) { return group.empty(); };
+  for (const auto& [thread, queue] : cta.copies) {
+    if (!queue.open.empty())
       fail("ptx: block ", cta.index, " ends, and copies of thread ", thread,
-           " to its shared memory were told to no mbarrier");
+           " to its shared memory were told to no mbarrier and committed to no group");
+    if (!std::all_of(queue.groups.begin(), queue.groups.end(), empty))
+      fail("ptx: block ", cta.index, " ends before copies of thread ", thread,
+           " to its shared memory were waited for");
+  }
 }
 
 bool decode_bulk_copy(Decoder& d, const Statement& s, Instruction* in) {

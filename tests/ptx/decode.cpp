@@ -14,10 +14,10 @@ constexpr uint8_t kRegisters = 0, kConstants = 1;
 
 using Decode = bool (*)(Decoder&, const Statement&, Instruction*);
 constexpr Decode kFamilies[] = {
-    decode_arithmetic, decode_bits,      decode_compare,      decode_convert,
-    decode_move,       decode_memory,    decode_atomic,       decode_control,
-    decode_fence,      decode_warp,      decode_cluster,      decode_matrix,
-    decode_mbarrier,   decode_bulk_copy, decode_element_copy, decode_wgmma};
+    decode_arithmetic, decode_bits,   decode_compare,  decode_convert,   decode_move,
+    decode_memory,     decode_atomic, decode_control,  decode_fence,     decode_warp,
+    decode_cluster,    decode_matrix, decode_mbarrier, decode_bulk_copy, decode_element_copy,
+    decode_wgmma,      decode_mma};
 
 void decode_statement(Decoder& d, const Statement& s, Instruction* in) {
   if (s.guard >= 0) {
@@ -45,8 +45,8 @@ Program decode(Kernel kernel) {
     Instruction& in = program.code[i];
     in.index = static_cast<int>(i);
     in.target = s.target;
-    for (const char* family : {"mbarrier", "cp", "wgmma"})
-      program.asynchronous = program.asynchronous || s.opcode[0] == family;
+    program.asynchronous = program.asynchronous || s.opcode[0] == "mbarrier" || s.has("mbarrier") ||
+                           s.opcode[0] == "wgmma" || (s.opcode[0] == "cp" && s.has("bulk"));
     try {
       decode_statement(decoder, s, &in);
     } catch (const std::exception& error) {

@@ -51,6 +51,7 @@ bool decode_bulk_copy(Decoder& d, const Statement& s, Instruction* in);
 bool decode_element_copy(Decoder& d, const Statement& s, Instruction* in);
 bool decode_matrix(Decoder& d, const Statement& s, Instruction* in);
 bool decode_wgmma(Decoder& d, const Statement& s, Instruction* in);
+bool decode_mma(Decoder& d, const Statement& s, Instruction* in);
 bool decode_warp(Decoder& d, const Statement& s, Instruction* in);
 
 // The n-th type among the modifiers of an opcode; Type::none where there is none.

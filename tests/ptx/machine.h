@@ -122,9 +122,9 @@ struct Cta {
   SharedMemory shared;
   std::vector<unsigned char> local;  // of all threads, one after the other
   Barrier barriers[16];
-  std::map<uint32_t, Mbarrier> mbarriers;          // by address
-  std::map<int, StoreQueue> stores;                // by thread
-  std::map<int, std::vector<ElementCopy>> copies;  // by thread: those that no mbarrier knows of
+  std::map<uint32_t, Mbarrier> mbarriers;  // by address
+  std::map<int, StoreQueue> stores;        // by thread
+  std::map<int, CopyQueue> copies;         // by thread
   bool live() const;
 };
 

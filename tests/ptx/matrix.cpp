@@ -31,6 +31,8 @@ void store_matrix(Warp& w, const Instruction& in, uint32_t lanes) {
 
 void load_matrix(Warp& w, const Instruction& in, uint32_t lanes) {
   check_aligned(w, lanes);
+  const auto named = static_cast<int>(8 * in.more.size());  // lanes that have the address of a row
+  count_request(w, in, 0xffffffffu >> (kLanes - named), kRowBytes, false);
   for_tile_rows(w, in, Access::read, [&](int tile, int row, const unsigned char* memory) {
     std::memcpy(w.at<uint32_t>(in.more[tile]) + 4 * row, memory, kRowBytes);
   });

@@ -11,6 +11,7 @@ void SharedMemory::start(uint64_t bytes, int threads, bool barriers_alone) {
   constexpr unsigned char kPattern = 0xcd;
   bytes_.assign(bytes, kPattern);
   held_.clear();
+  pending_.assign(barriers_alone ? bytes : 0, 0);
   fences_.assign(barriers_alone ? 0 : threads, 0);
   written_.assign(barriers_alone ? 0 : bytes, Written{});
   if (!barriers_alone) {
@@ -30,6 +31,7 @@ void SharedMemory::check_bounds(uint64_t address, uint64_t bytes) const {
 unsigned char* SharedMemory::access(uint64_t address, uint64_t bytes, Access kind, int thread) {
   check_bounds(address, bytes);
   if (!shadow_.empty()) {
+    check_pending(address, bytes, kind);
     check_race(address, bytes, kind, thread);
   } else if (!written_.empty()) {
     check_held(address, bytes, kind);
@@ -55,6 +57,28 @@ void SharedMemory::check_race(uint64_t address, uint64_t bytes, Access kind, int
       s->written = epoch_;
     }
   }
+}
+
+void SharedMemory::check_pending(uint64_t address, uint64_t bytes, Access kind) const {
+  const auto first = pending_.begin() + static_cast<int64_t>(address);
+  if (std::find(first, first + static_cast<int64_t>(bytes), 1) == first + int64_t(bytes)) return;
+  fail("a race: bytes ", address, " to ", address + bytes - 1, " of shared memory are ",
+       kind == Access::read ? "read" : "written",
+       " before the end of an asynchronous write of a thread");
+}
+
+void SharedMemory::begin_copy(uint64_t address, uint64_t bytes, int thread) {
+  if (shadow_.empty()) return hold(address, bytes, Access::write);
+  access(address, bytes, Access::write, thread);
+  std::fill_n(pending_.begin() + static_cast<int64_t>(address), bytes, uint8_t(1));
+}
+
+unsigned char* SharedMemory::end_copy(uint64_t address, uint64_t bytes, int thread) {
+  if (shadow_.empty())
+    release(address, bytes, Access::write);
+  else
+    std::fill_n(pending_.begin() + static_cast<int64_t>(address), bytes, uint8_t(0));
+  return access(address, bytes, Access::write, thread);
 }
 
 unsigned char* SharedMemory::copy(uint64_t address, uint64_t bytes, Access kind) {

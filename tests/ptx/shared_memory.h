@@ -2,7 +2,9 @@
 // accesses to the same bytes since the last barrier of the CTA: two that no barrier separates, one
 // of them a write, are a race, whatever the order they happened to run in. Of kernels with
 // mbarriers it checks accesses against asynchronous copies instead: none may touch bytes that one
-// is to write or to read, and a copy may not read what a thread wrote without a proxy fence.
+// is to write or to read, and a copy may not read what a thread wrote without a proxy fence. A copy
+// that its own thread waits for (cp.async.wait_group) is a write of that thread, which nobody may
+// see before; barriers alone order what follows.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +33,9 @@ class SharedMemory {
   void hold(uint64_t address, uint64_t bytes, Access kind);
   void release(uint64_t address, uint64_t bytes, Access kind);
   void check_held(uint64_t address, uint64_t bytes, Access kind) const;
+  // A thread's own copy, from its start to its end, where it lands.
+  void begin_copy(uint64_t address, uint64_t bytes, int thread);
+  unsigned char* end_copy(uint64_t address, uint64_t bytes, int thread);
 
  private:
   static constexpr uint16_t kSeveral = 0xffff, kAtomic = 0xfffe, kNobody = 0xfffd;
@@ -49,11 +54,13 @@ class SharedMemory {
     Access kind;
   };
   void check_bounds(uint64_t address, uint64_t bytes) const;
+  void check_pending(uint64_t address, uint64_t bytes, Access kind) const;
   void check_race(uint64_t address, uint64_t bytes, Access kind, int thread);
   [[noreturn]] void race(uint64_t address, const Shadow& s, Access kind, int thread) const;
 
   std::vector<unsigned char> bytes_;
   std::vector<Shadow> shadow_;
+  std::vector<uint8_t> pending_;  // bytes that threads' copies are to write
   std::vector<Written> written_;
   std::vector<uint32_t> fences_;  // of each thread
   std::vector<Held> held_;

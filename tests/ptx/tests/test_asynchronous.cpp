@@ -3,6 +3,8 @@
 #include "asynchronous.h"
 #include "decode.h"
 #include "driver.h"
+#include "formats.h"
+#include "quaver/philox.h"
 #include "simt.h"
 #include "tensor_core.h"
 #include "test.h"
@@ -66,8 +68,8 @@ ptx::Launch launch_of(int threads, bool late = false) {
   return l;
 }
 
-Words run(const std::string& body, ptx::Launch launch = launch_of(32), int swizzle = 0) {
-  Words words = counted();
+Words run(const std::string& body, ptx::Launch launch = launch_of(32), int swizzle = 0,
+          Words words = counted()) {
   const ptx::Module module("test", text_of(body));
   const ptx::Program program = ptx::decode(module.kernel("k"));
   ptx::Memory memory;
@@ -163,6 +165,40 @@ TEST(copies_of_threads_land_before_the_mbarrier_that_is_told) {
                "outside of every buffer");
 }
 
+// Thread t copies 16 bytes, of which it reads 16 or, where `size` says so, fewer.
+std::string copy_group(const std::string& size, const std::string& wait, const std::string& bar) {
+  return "shl.b32 %r4, %r0, 4; add.s32 %r5, %r1, %r4; mul.wide.u32 %rd4, %r0, 16;\n"
+         "add.s64 %rd4, %rd1, %rd4; setp.lt.u32 %p3, %r0, 20; selp.u32 %r7, 16, " +
+         size +
+         ", %p3;\ncp.async.cg.shared.global.L2::128B [%r5], [%rd4], 16, %r7;\n"
+         "cp.async.commit_group;\n" +
+         wait + bar +
+         "xor.b32 %r8, %r4, 496; add.s32 %r8, %r1, %r8; ld.shared.u32 %r6, [%r8+4];\n"
+         "mul.wide.u32 %rd5, %r0, 4; add.s64 %rd5, %rd1, %rd5; st.global.u32 [%rd5+1024], %r6;\n";
+}
+
+TEST(copies_of_threads_land_before_the_wait_for_their_group) {
+  const std::string wait = "cp.async.wait_group 0;\n", bar = "bar.sync 0;\n";
+  for (const char* size : {"0", "4", "16"}) {
+    const Words w = run(copy_group(size, wait, bar), launch_of(32));
+    for (uint32_t i = 0; i < 32; ++i)  // of thread 31 - i, the second word
+      CHECK_EQ(w[256 + i], 31 - i < 20 || size == std::string("16") ? (31 - i) * 4 + 2 : 0u);
+  }
+  CHECK_THROWS(run(copy_group("0", "", bar)), "before the end of an asynchronous write");
+  CHECK_THROWS(run(copy_group("0", "cp.async.wait_group 1;\n", bar)),
+               "before the end of an asynchronous write");
+  CHECK_THROWS(run(copy_group("0", wait, "")), "with no barrier between");
+  CHECK_THROWS(run(copy_group("0", bar, wait)), "with no barrier between");
+  CHECK_THROWS(run(copy_group("17", wait, bar)), "of 16 bytes that reads 17");
+  CHECK_THROWS(run(kFirst + "cp.async.ca.shared.global [%r1], [%rd1], 4;\n"
+                            "cp.async.commit_group;\nAFTER:"),
+               "ends before copies of thread 0");
+  CHECK_THROWS(run("ld.shared.u32 %r4, [%r1]; setp.ne.s32 %p1, %r0, 1; @%p1 bra AFTER;\n"
+                   "cp.async.ca.shared.global [%r1], [%rd1], 4;\nAFTER:"),
+               "which several threads read");
+  CHECK_THROWS(run("cp.async.cg.shared.global [%r1], [%rd1], 8;"), "past L1 of 8 bytes");
+}
+
 TEST(mbarriers_end_their_phase_with_the_last_arrival_and_byte) {
   const std::string two = "mbarrier.init.shared::cta.b64 [%r2], 2;\n";
   const std::string arrive = "mbarrier.arrive.shared::cta.b64 _, [%r2];\n";
@@ -240,6 +276,54 @@ TEST(tensor_maps_keep_the_rules_of_the_driver) {
   CHECK_THROWS(broken([&](R& r) { r.box = thin; }), "a box of 12 bytes");
   CHECK_THROWS(broken([](R& r) { r.swizzle = 2; }), "wider than its swizzle of 64");
   CHECK_THROWS(broken([](R& r) { r.rank = 6; }), "1 to 5 axes, got 6");
+}
+
+// Codes of both formats, none of which is infinite or NaN.
+Words random_codes() {
+  Words words(512);
+  for (uint32_t i = 0; i < 512; ++i) words[i] = random_bits(5, i) & 0xbbbbbbbb;
+  return words;
+}
+
+// Row-major A [16, 32] lies at words, B [8, 32] at word 128; D goes to word 256.
+TEST(a_warp_multiplies_what_its_lanes_hold) {
+  const std::string load =
+      "shr.u32 %r3, %r0, 2; and.b32 %r4, %r0, 3; shl.b32 %r4, %r4, 2;\n"
+      "mad.lo.s32 %r5, %r3, 32, %r4; cvt.u64.u32 %rd4, %r5; add.s64 %rd4, %rd1, %rd4;\n"
+      "ld.global.u32 %r6, [%rd4]; ld.global.u32 %r7, [%rd4+256];\n"
+      "ld.global.u32 %r8, [%rd4+16]; ld.global.u32 %r9, [%rd4+272];\n"
+      "ld.global.u32 %r10, [%rd4+512]; ld.global.u32 %r11, [%rd4+528];\n"
+      "mov.f32 %f4, 0f3F800000; mov.f32 %f5, 0f40000000;\n";
+  const std::string store =
+      "shl.b32 %r4, %r4, 1; mad.lo.s32 %r5, %r3, 32, %r4; cvt.u64.u32 %rd4, %r5;\n"
+      "add.s64 %rd4, %rd1, %rd4; st.global.v2.f32 [%rd4+1024], {%f0, %f1};\n"
+      "st.global.v2.f32 [%rd4+1280], {%f2, %f3};\n";
+  for (const bool second_a : {false, true})
+    for (const bool second_b : {false, true}) {
+      const auto name = [](bool second) { return std::string(second ? "e5m2" : "e4m3"); };
+      const Words w = run(load + "mma.sync.aligned.m16n8k32.row.col.f32." + name(second_a) + "." +
+                              name(second_b) +
+                              ".f32 {%f0, %f1, %f2, %f3}, {%r6, %r7, %r8, %r9}, {%r10, %r11}, "
+                              "{%f4, %f5, %f5, %f4};\n" +
+                              store,
+                          launch_of(32), 0, random_codes());
+      const auto* bytes = reinterpret_cast<const unsigned char*>(w.data());
+      for (int row = 0; row < 16; ++row)
+        for (int column = 0; column < 8; ++column) {
+          double sum = (row < 8) == (column % 2 == 0) ? 1 : 2;
+          for (int k = 0; k < 32; ++k)
+            sum += double(ptx::fp8_values(second_a)[bytes[row * 32 + k]]) *
+                   double(ptx::fp8_values(second_b)[bytes[512 + column * 32 + k]]);
+          CHECK_EQ(ptx::float_of(w[256 + row * 8 + column]), static_cast<float>(sum));
+        }
+    }
+  CHECK_THROWS(run("setp.ne.s32 %p1, %r0, 0; @%p1 mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3"
+                   ".f32 {%f0, %f1, %f2, %f3}, {%r6, %r7, %r8, %r9}, {%r6, %r7}, "
+                   "{%f0, %f1, %f2, %f3};"),
+               "skip an instruction that is .aligned");
+  CHECK_THROWS(run("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f0, %f1, %f2, %f3}, "
+                   "{%r6, %r7, %r8, %r9}, {%r6, %r7}, {%f0, %f1, %f2, %f3};"),
+               "not supported");
 }
 
 TEST(tensor_cores_cut_addends_below_the_largest) {
