@@ -31,8 +31,8 @@ export PATH := $(dir $(PY)):$(PATH)
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc include -type f)
 BUILT := build/.built$(subst /,-,$(PY))
-# What `make cuda` compiles for; a build in place is for sm_90a alone unless told otherwise.
-ARCHS := $(or $(QUAVER_CUDA_ARCHS),80;89;90a;100)
+# What `make cuda` compiles for; a build in place is for this machine's GPUs, or for sm_90a where there is none.
+ARCHS := $(or $(QUAVER_CUDA_ARCHS),80;89;90a;100;120)
 # Processes of pytest, each on one thread: most tests are too small for more.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile

@@ -22,6 +22,17 @@ class FreshBuild(build):
         super().run()
 
 
+def architectures():
+    """CUDA architectures of this machine's GPUs, with ; between; Hopper's where there is none."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        said = ""
+    found = sorted({line.strip().replace(".", "") for line in said.split("\n") if "." in line})
+    return ";".join("90a" if arch == "90" else arch for arch in found) or "90a"
+
+
 class CMakeBuild(build_ext):
     def run(self):
         home = ROOT / "python" if self.inplace or self.editable_mode else self.build_lib
@@ -38,7 +49,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DQUAVER_PYTHONS={os.environ.get('QUAVER_PYTHONS', '')}",
             f"-DQUAVER_CUDA={os.environ.get('QUAVER_CUDA', 'auto')}",
-            f"-DQUAVER_CUDA_ARCHS={os.environ.get('QUAVER_CUDA_ARCHS', '90a')}",
+            f"-DQUAVER_CUDA_ARCHS={os.environ.get('QUAVER_CUDA_ARCHS') or architectures()}",
             f"-DQUAVER_CUTLASS_DIR={os.environ.get('QUAVER_CUTLASS_DIR', '')}",
         )
         cmake("--build", BUILD)

@@ -1,9 +1,10 @@
 """Checks the machine code of the CUDA backend and prints what each kernel uses.
 
-Every kernel must exist for every architecture (matrix products: sm_90a only), and none may spill,
-use local memory or have a stack. Every tactic of gemm must be there, with FP8 tensor core products
-that overlap. ptxas tells of products that it serialised (C7508, C7510, C7511) as information only,
-which no flag makes an error, but the machine code shows them.
+Every kernel must exist for every architecture (Hopper's matrix products: sm_90a only), and none may
+spill, use local memory or have a stack. Every tactic of gemm must be there. Hopper's products must
+be of FP8 and overlap: ptxas tells of those that it serialised (C7508, C7510, C7511) as information
+only, which no flag makes an error, but the machine code shows them. Products by mma.sync must be of
+FP8 on sm_89 and sm_120, and of codes unpacked to f16 on sm_90 and sm_100.
 """
 
 import re
@@ -14,7 +15,9 @@ from collections import defaultdict
 from pathlib import Path
 
 GEMM_ARCH = "90a"
-TACTICS = Path(__file__).resolve().parents[1] / "csrc" / "gemm_tactics.h"
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+# The tensor core's instruction that ptxas makes of an FP8 mma.sync.
+MMA = {"89": "QMMA", "90a": "HMMA", "100": "HMMA", "120": "QMMA"}
 
 
 def run(*command, text=None):
@@ -43,7 +46,7 @@ def instructions(library):
             arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             name = match[1]
-        elif match := re.search(r"\b(LDL|STL|QGMMA|HGMMA)\b", line):
+        elif match := re.search(r"\b(LDL|STL|QGMMA|HGMMA|QMMA|HMMA)\b", line):
             counts[arch, name][match[1]] += 1
             counts[arch, name]["BATCH"] += match[1] == "QGMMA" and "gsb0" in line
     return counts
@@ -58,8 +61,12 @@ def readable(names):
     short = {}
     for name, line in zip(names, lines, strict=True):
         line = re.sub(r"\(anonymous namespace\)::|quaver::(cuda::)?|gemm_sm90::|^void ", "", line)
-        short[name] = re.sub(r"\(bool\)", "", line).split("(")[0]
+        short[name] = re.sub(r"\((bool|int|GemmOut)\)", "", line).split("(")[0]
     return short
+
+
+def is_hopper(kernel):
+    return "gemm_kernel" in kernel
 
 
 def main(library, *archs):
@@ -67,7 +74,7 @@ def main(library, *archs):
     names = {name for _, name in usage}
     short = readable(names)
     wanted = {
-        name: [a for a in archs if a == GEMM_ARCH] if "gemm" in short[name] else archs
+        name: [a for a in archs if a == GEMM_ARCH] if is_hopper(short[name]) else archs
         for name in names
     }
     problems = [
@@ -79,10 +86,14 @@ def main(library, *archs):
     if not names:
         problems.append("no kernel at all")
     if GEMM_ARCH in archs:
-        tactics = re.findall(r"X\((\w+),", TACTICS.read_text())
+        tactics = re.findall(r"X\((\w+),", (CSRC / "gemm_tactics.h").read_text())
         built = "".join(names)  # a mangled name holds the tactic's with its length before it
         problems += [f"no kernel for {t}" for t in tactics if f"{len(t)}{t}E" not in built]
-    head = ("kernel", "sm", "regs", "shared", "local", "spills", "qgmma")
+    rows = re.findall(r"X\((\w+),", (CSRC / "gemm_mma_tactics.h").read_text())
+    built = sum("gemm_mma_kernel" in name for name in names)
+    if built != len(rows):
+        problems.append(f"{built} kernels of mma.sync for {len(rows)} tactics")
+    head = ("kernel", "sm", "regs", "shared", "local", "spills", "mma")
     row = "{:<60} {:>4} {:>5} {:>7} {:>6} {:>7} {:>6}"
     print(row.format(*head))
     for (arch, name), use in sorted(
@@ -90,13 +101,16 @@ def main(library, *archs):
     ):
         op = ops[arch, name]
         local, spills = use["LOCAL"] + use["STACK"], op["LDL"] + op["STL"]
-        numbers = (use["REG"], use["SHARED"], local, spills, op["QGMMA"])
+        products = sum(op[key] for key in ("QGMMA", "QMMA", "HMMA"))
+        numbers = (use["REG"], use["SHARED"], local, spills, products)
         print(row.format(short[name][:60], arch, *numbers))
         where = f"{short[name]} (sm_{arch})"
         if local or spills:
             problems.append(f"{where}: {local} bytes of local memory, {spills} accesses to it")
-        if "gemm" in short[name] and not op["QGMMA"]:
+        if is_hopper(short[name]) and not op["QGMMA"]:
             problems.append(f"{where}: no QGMMA")
+        if "gemm_mma_kernel" in short[name] and arch in MMA and not op[MMA[arch]]:
+            problems.append(f"{where}: no {MMA[arch]}")
         if 2 * op["BATCH"] > op["QGMMA"]:
             problems.append(
                 f"{where}: {op['BATCH']} of {op['QGMMA']} QGMMA are waited for, serialised"

@@ -47,8 +47,9 @@ foreach(source IN LISTS ptx_test_sources)
   add_dependencies(ptx_tests ${name}_ptx)
 endforeach()
 
-# The interpreter itself, and below the proof that it finds faults.
-foreach(name test_interpreter test_asynchronous)
+# The interpreter itself, what the products of mma.sync do on it, and below the proof that it finds
+# faults.
+foreach(name test_interpreter test_asynchronous test_mma)
   add_executable(${name}_ptx EXCLUDE_FROM_ALL tests/ptx/tests/${name}.cpp)
   target_include_directories(${name}_ptx PRIVATE tests/cpp csrc)
   target_link_libraries(${name}_ptx PRIVATE quaver_core quaver_ptx -Wl,--wrap=mmap,--wrap=munmap)

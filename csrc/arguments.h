@@ -316,22 +316,20 @@ inline void check_gemm(const GemmArguments& g) {
   QUAVER_CHECK(!is_fp8(g.out.dtype) || !g.accumulate, "gemm: FP8 cannot be accumulated into");
 }
 
-// Limits of the tensor cores and TMA, checked on every GPU so that all refuse the same calls.
+// Limits of the tensor cores and the kernels, checked on every GPU so that all refuse the same
+// calls.
 inline void check_gemm_cuda(const GemmArguments& g) {
   check_gemm(g);
   QUAVER_CHECK(g.a.dtype == DType::e4m3 || g.b.dtype == DType::e4m3,
                "gemm: e5m2 x e5m2 has no CUDA kernel; at least one operand must be e4m3");
-  for (const auto& [name, size] : {std::pair{"K", g.a.cols}, std::pair{"N", g.b.rows}})
-    QUAVER_CHECK(size % kGemmAlignment == 0, "gemm: ", name, " must be a multiple of ",
-                 kGemmAlignment, " on CUDA, got ", size);
   for (const auto& [name, size] :
        {std::pair{"M", g.a.rows}, std::pair{"N", g.b.rows}, std::pair{"K", g.a.cols}})
     QUAVER_CHECK(size <= kGemmMaxSize, "gemm: ", name, " must be at most ", kGemmMaxSize,
                  " on CUDA, got ", size);
-  for (const auto& [name, data] :
-       {std::pair{"a", g.a.data}, std::pair{"b", g.b.data}, std::pair{"out", g.out.data}})
-    QUAVER_CHECK(reinterpret_cast<uintptr_t>(data) % kGemmAlignment == 0, "gemm: ", name,
-                 " must start at a multiple of ", kGemmAlignment, " bytes on CUDA, got ", data);
+  QUAVER_CHECK(
+      reinterpret_cast<uintptr_t>(g.out.data) % static_cast<uintptr_t>(size_of(g.out.dtype)) == 0,
+      "gemm: out is ", name_of(g.out.dtype), " and must start at a multiple of ",
+      size_of(g.out.dtype), " bytes, got ", g.out.data);
 }
 
 }  // namespace quaver

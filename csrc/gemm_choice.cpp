@@ -7,6 +7,7 @@
 #include <iomanip>
 #include <sstream>
 
+#include "gemm_mma_tactics.h"
 #include "gemm_tactics.h"
 
 namespace quaver {
@@ -23,9 +24,24 @@ GemmOut out_class(DType out) {
   return out == DType::f32 ? GemmOut::f32 : GemmOut::half;
 }
 
+// Hopper's wgmma is faster than its mma.sync, which therefore serves what TMA refuses alone.
+bool fits_machine(const GemmTactic& t, const GemmProblem& p) {
+  if (t.schedule != GemmSchedule::warps) return p.hopper && p.aligned;
+  return t.copies == GemmCopies::bytes ? !p.aligned : p.aligned && !p.hopper;
+}
+
 bool serves(const GemmTactic& t, const GemmProblem& p) {
-  return t.a == p.a && t.b == p.b && t.out == out_class(p.out) && t.scales == p.scales &&
-         (p.fast_accumulate || !t.fast) && (t.source || !p.accumulate);
+  return fits_machine(t, p) && t.a == p.a && t.b == p.b && t.out == out_class(p.out) &&
+         t.scales == p.scales && (p.fast_accumulate || !t.fast) && (t.source || !p.accumulate);
+}
+
+// Of mma.sync a warp reads its rows of both operands from shared memory, twice as many bytes for
+// each product in 32 x 32 of a 64 x 64 tile as in 64 x 32 and less in flight; single bytes go
+// through registers.
+double rate_of_warps(const GemmTactic& t) {
+  double r = t.tile_m < 128 ? 0.7 : 1.0;
+  if (t.copies == GemmCopies::bytes) r *= 0.25;
+  return t.fast ? r : r * 0.93;
 }
 
 // The part of the tensor cores' peak that a tile's main loop reaches: a warpgroup reads a 64-row
@@ -34,6 +50,7 @@ bool serves(const GemmTactic& t, const GemmProblem& p) {
 // work must be worth its trouble.
 double rate(const GemmTactic& t) {
   double r = 1.0;
+  if (t.schedule == GemmSchedule::warps) return rate_of_warps(t);
   if (t.tile_n < 256) r *= 0.93;
   if (t.tile_m < 128) r *= 0.85;
   if (!t.fast) r *= 0.93;
@@ -79,18 +96,37 @@ int64_t workspace_of(const GemmTactic& t, int64_t tiles, int splits, int sm_coun
   return round_up(cut * t.tile_m * t.tile_n * 4, 128) + round_up(cut * 2 * 4, 128);
 }
 
+// Tiles in M of a band, whose rows of `a` stay in the L2 cache while the band goes through `b`.
+constexpr int kBand = 8;
+
+// A multiprocessor has one tile after another, or some of the smaller ones at a time, which take as
+// long together.
+void evaluate_warps(GemmCandidate* c, const GemmProblem& p, double k) {
+  const GemmTactic& t = *c->tactic;
+  c->launch.swizzle = kBand;
+  c->tiles = ceil_div(p.m, t.tile_m) * ceil_div(p.n, t.tile_n);
+  c->waves = double(c->tiles) / double(c->launch.sm_count);
+  const double time = double(ceil_div(c->tiles, c->launch.sm_count)) * (k + overhead(t, c->waves));
+  c->efficiency = double(p.m) * double(p.n) * double(std::max<int64_t>(p.k, 1)) /
+                  (time * t.tile_m * t.tile_n / rate(t) * double(c->launch.sm_count));
+}
+
 GemmCandidate evaluate(const GemmTactic& t, int index, const GemmProblem& p, int sm_count) {
   GemmCandidate c;
   c.tactic = &t;
   c.index = index;
   c.launch.sm_count = sm_count;
+  const double k = double(round_up(std::max<int64_t>(p.k, 1), kGemmTileK));
+  if (t.schedule == GemmSchedule::warps) {
+    evaluate_warps(&c, p, k);
+    return c;
+  }
   const int64_t cluster = t.cluster_m * t.cluster_n;
   const int64_t slots = sm_count / cluster * cluster;
   c.launch.swizzle = choose_swizzle(t, p, slots);
   c.launch.along_m = ceil_div(p.m, t.tile_m) <= ceil_div(p.n, t.tile_n);
   c.tiles = padded_tiles(t, p, c.launch.swizzle);
   c.waves = double(c.tiles) / double(slots);
-  const double k = double(round_up(std::max<int64_t>(p.k, 1), kGemmTileK));
   double time;  // of one multiprocessor, in elements of K of a whole tile
   if (t.scheduler == GemmScheduler::stream_k) {
     const int64_t steps = ceil_div(std::max<int64_t>(p.k, 1), kGemmTileK);
@@ -118,11 +154,12 @@ std::string text_of(const GemmProblem& p) {
     << (p.accumulate ? ", accumulated" : "")
     << (p.scales == GemmScales::tiles    ? ", scales of 1 x 128 by 128 x 128"
         : p.scales == GemmScales::blocks ? ", scales of 1 x 128 by 1 x 128"
-                                         : "");
+                                         : "")
+    << (p.hopper ? "" : ", by mma.sync");
   return s.str();
 }
 
-using Key = std::array<int64_t, 10>;  // all that a choice depends on
+using Key = std::array<int64_t, 12>;  // all that a choice depends on
 
 Key key_of(const GemmProblem& p, int sm_count) {
   return {p.m,
@@ -134,6 +171,8 @@ Key key_of(const GemmProblem& p, int sm_count) {
           p.accumulate,
           p.fast_accumulate,
           int64_t(p.scales),
+          p.hopper,
+          p.aligned,
           sm_count};
 }
 
@@ -156,22 +195,56 @@ const std::vector<GemmTactic>& gemm_tactics() {
    CM,                                                                                         \
    CN,                                                                                         \
    GemmSchedule::SCHEDULE,                                                                     \
-   GemmScheduler::SCHEDULER},
+   GemmScheduler::SCHEDULER,                                                                   \
+   GemmCopies::tma},
       QUAVER_GEMM_TACTICS(QUAVER_ROW)
+#undef QUAVER_ROW
+#define QUAVER_ROW(NAME, A, B, OUT, SUMS, TM, TN, COPIES) \
+  {#NAME,                                                 \
+   DType::A,                                              \
+   DType::B,                                              \
+   GemmOut::OUT,                                          \
+   SUMS,                                                  \
+   GemmOut::OUT != GemmOut::fp8,                          \
+   GemmScales::outer,                                     \
+   TM,                                                    \
+   TN,                                                    \
+   1,                                                     \
+   1,                                                     \
+   GemmSchedule::warps,                                   \
+   GemmScheduler::persistent,                             \
+   GemmCopies::COPIES},
+          QUAVER_GEMM_MMA_TACTICS(QUAVER_ROW)
 #undef QUAVER_ROW
   };
   return tactics;
 }
 
-GemmProblem gemm_problem(const GemmArguments& a) {
-  return {a.out.rows,  a.out.cols,   a.a.cols,          a.a.dtype, a.b.dtype,
-          a.out.dtype, a.accumulate, a.fast_accumulate, a.scales};
+int hopper_tactics() {
+  const auto& all = gemm_tactics();
+  const auto is_warps = [](const GemmTactic& t) { return t.schedule == GemmSchedule::warps; };
+  return static_cast<int>(std::find_if(all.begin(), all.end(), is_warps) - all.begin());
+}
+
+GemmProblem gemm_problem(const GemmArguments& a, int major) {
+  const auto fits = [](uintptr_t x) { return x % kGemmAlignment == 0; };
+  const auto starts = [&](const TensorView& v) {
+    return fits(reinterpret_cast<uintptr_t>(v.data));
+  };
+  const bool aligned = fits(static_cast<uintptr_t>(a.a.cols)) &&
+                       fits(static_cast<uintptr_t>(a.out.cols)) && starts(a.a) && starts(a.b) &&
+                       starts(a.out);
+  return {a.out.rows,   a.out.cols,        a.a.cols, a.a.dtype,  a.b.dtype, a.out.dtype,
+          a.accumulate, a.fast_accumulate, a.scales, major == 9, aligned};
 }
 
 std::vector<GemmCandidate> gemm_candidates(const GemmProblem& p, int sm_count) {
   QUAVER_CHECK(p.m > 0 && p.n > 0 && p.k >= 0, "gemm: no tactic for an empty product [", p.m, ", ",
                p.n, "] over K = ", p.k);
-  QUAVER_CHECK(sm_count >= 2, "gemm: a cluster takes two multiprocessors, got ", sm_count);
+  QUAVER_CHECK(sm_count >= (p.hopper ? 2 : 1),
+               p.hopper ? "gemm: a cluster takes two multiprocessors, got "
+                        : "gemm: a GPU has multiprocessors, got ",
+               sm_count);
   std::vector<GemmCandidate> found;
   const auto& tactics = gemm_tactics();
   for (size_t i = 0; i < tactics.size(); ++i)
@@ -210,11 +283,19 @@ std::string explain_gemm(const GemmProblem& p, const std::vector<GemmCandidate>&
   s << std::fixed << std::setprecision(2);
   s << c.tiles << " tiles of " << t.tile_m << " x " << t.tile_n << " are " << c.waves
     << " waves of " << c.launch.sm_count << " multiprocessors";
+  if (t.schedule == GemmSchedule::warps)
+    s << "; warps share a tile by mma.sync"
+      << (p.aligned
+              ? ""
+              : ", and operands come byte by byte, as N, K or a pointer is no multiple of 16");
   if (c.launch.splits > 1)
     s << "; K is cut into " << c.launch.splits << " parts to use those that would idle";
   else if (t.scheduler == GemmScheduler::stream_k)
     s << "; the work is cut evenly along K, so that the last wave is full";
-  if (hides(t, c.waves))
+  if (t.schedule == GemmSchedule::warps)
+    s << (t.tile_m < 128 ? "; small tiles occupy the most multiprocessors"
+                         : "; large tiles read the least shared memory");
+  else if (hides(t, c.waves))
     s << "; two warpgroups take turns, so that one's epilogue hides behind the other's products";
   else if (t.schedule == GemmSchedule::pingpong)
     s << "; small tiles occupy the most multiprocessors";

@@ -146,7 +146,17 @@ def test_info_lists_the_gemm_kernels_and_says_why(capsys):
     blocks = ["--types", "e4m3,e4m3,f32", "--scales", "blocks"]
     status, out, _ = run(["info", "--gemm", "512", "512", "8192", *blocks], capsys)
     assert status == 0 and "e4m3_e4m3_blocks_f32_128x128" in out and "as the scales lie" in out
+    for arch in ("sm_89", "sm_100", "sm_120"):
+        flags = ["--arch", arch, "--sms", "128"]
+        status, out, _ = run(["info", "--gemm", "4096", "4096", "8192", *flags], capsys)
+        assert status == 0 and "mma_e4m3_e4m3_fast_half_128x128: 1024 tiles" in out
+        assert "by mma.sync" in out and "e4m3_blocks" not in out
+    status, out, _ = run(["info", "--gemm", "64", "50", "40"], capsys)
+    assert status == 0 and "mma_e4m3_e4m3_half_64x64_bytes: 1 tiles" in out
     for wrong, message in (
+        ("--arch sm_80", "no kernel multiplies FP8 on 'sm_80'"),
+        ("--arch hopper", "no kernel multiplies FP8 on 'hopper'"),
+        ("--arch sm_89 --scales blocks", "scales of 1 x 128 by 1 x 128, by mma.sync"),
         ("--types e5m2,e4m3,bf16 --scales tiles", "scales of 1 x 128 by 128 x 128"),
         ("--types e5m2,e5m2,bf16", "at least one operand must be e4m3"),
         ("--types e4m3,e4m3", "wants A,B,OUT"),

@@ -65,7 +65,7 @@ def test_f32_is_taken_only_where_bf16_is_slow(monkeypatch, isa, wide):
 )
 def test_a_driver_older_than_the_runtime_is_named(monkeypatch, served, why):
     """A torch of CUDA 12.6 runs there, and none of our kernels would."""
-    build = qv.build_info() | {"cuda": True, "cuda_runtime": "13.0.88"}
+    build = qv.build_info() | {"cuda": True, "cuda_runtime": "13.0.88", "cuda_archs": ["90a"]}
     monkeypatch.setattr(qv, "build_info", lambda: build)
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -75,3 +75,35 @@ def test_a_driver_older_than_the_runtime_is_named(monkeypatch, served, why):
     assert found is None if why is None else found.startswith(why)
     with pytest.raises(UsageError) if why else contextlib.nullcontext():
         assert machine.choose_device("cuda").type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "runs"),
+    [
+        ((9, 0), ["90a"], True),
+        ((8, 9), ["90a"], False),
+        ((8, 9), ["80", "90a"], True),
+        ((8, 0), ["89", "90a"], False),
+        ((10, 0), ["90a", "100"], True),
+        ((10, 3), ["100"], True),
+        ((12, 0), ["100"], False),
+        ((12, 0), ["89", "120"], True),
+    ],
+)
+def test_a_gpu_is_refused_only_where_this_build_has_no_code_for_it(
+    monkeypatch, capability, archs, runs
+):
+    build = qv.build_info() | {"cuda": True, "cuda_runtime": "13.0.88", "cuda_archs": archs}
+    monkeypatch.setattr(qv, "build_info", lambda: build)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    found = machine.why_not_cuda()
+    if runs:
+        assert found is None
+    else:
+        major, minor = capability
+        assert f"compute capability {major}.{minor}" in found
+        assert f"QUAVER_CUDA_ARCHS={major}{minor}" in found

@@ -5,8 +5,8 @@
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
 #include "cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp"
+#include "gemm_finish.h"
 #include "quaver/gemm.h"
-#include "quaver/scale.h"
 
 namespace quaver::cuda {
 namespace gemm_sm90 {
@@ -142,15 +142,13 @@ struct Finish : Node<FinishArguments> {
                                             const Array<float, kSize>& bias,
                                             const Sources&... sources) {
       Array<float, kSize> y;
-      // The scales first: each may be near a limit of f32 where their product is not.
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kSize; ++i) y[i] = sum[i] * (scale_a[i] * scale_b[i]) + bias[i];
+      for (int i = 0; i < kSize; ++i) y[i] = finish_sum(sum[i], scale_a[i], scale_b[i], bias[i]);
       if constexpr (kOut == GemmOut::fp8) {
         see(y, v, m, n);
-        const bool exact = is_power_of_two(scale);
-        const float inverse = 1.0f / scale;
+        const Divisor by = divisor(scale);
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kSize; ++i) y[i] = exact ? y[i] * inverse : y[i] / scale;
+        for (int i = 0; i < kSize; ++i) y[i] = divide_one(y[i], by);
         return params.second ? bits_of<cutlass::float_e5m2_t>(y)
                              : bits_of<cutlass::float_e4m3_t>(y);
       } else if constexpr (kOut == GemmOut::f32) {
@@ -172,9 +170,8 @@ struct Finish : Node<FinishArguments> {
       auto here = coordinates(cute::_, cute::_, cute::_, m, n);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kSize; ++i) {
-        const uint32_t magnitude = bit_cast<uint32_t>(y[i]) & 0x7fffffffu;
         if (cute::elem_less(here(v * kSize + i), residue))
-          seen = seen < magnitude ? magnitude : seen;
+          seen = max_bits(seen, magnitude_bits(y[i]));
       }
     }
 

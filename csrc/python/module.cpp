@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cctype>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -83,13 +84,29 @@ quaver::GemmScales scales_of(const std::string& name) {
   throw std::invalid_argument("unknown scales '" + name + "'; they are outer, tiles or blocks");
 }
 
+// Of the name of an architecture, such as sm_89 or 89.
+bool is_hopper(const std::string& arch) {
+  const std::string number = arch.compare(0, 3, "sm_") == 0 ? arch.substr(3) : arch;
+  size_t digits = 0;
+  while (digits < number.size() && std::isdigit(static_cast<unsigned char>(number[digits])))
+    ++digits;
+  const int value = digits == 2 || digits == 3 ? std::stoi(number.substr(0, digits)) : 0;
+  if (!quaver::multiplies_fp8(value / 10, value % 10))
+    throw std::invalid_argument("gemm: no kernel multiplies FP8 on '" + arch +
+                                "': they are for sm_89 and newer; older GPUs decode and multiply");
+  return value / 10 == 9;
+}
+
 py::dict as_dict(const quaver::GemmCandidate& c) {
   const quaver::GemmTactic& t = *c.tactic;
   py::dict d;
   d["name"] = t.name;
-  d["tile"] = std::vector<int>{t.tile_m, t.tile_n, quaver::kGemmTileK};
+  const bool warps = t.schedule == quaver::GemmSchedule::warps;
+  d["tile"] = std::vector<int>{t.tile_m, t.tile_n, warps ? 64 : quaver::kGemmTileK};
   d["cluster"] = std::vector<int>{t.cluster_m, t.cluster_n};
-  d["schedule"] = t.schedule == quaver::GemmSchedule::pingpong ? "pingpong" : "cooperative";
+  d["schedule"] = warps                                          ? "warps"
+                  : t.schedule == quaver::GemmSchedule::pingpong ? "pingpong"
+                                                                 : "cooperative";
   d["scheduler"] = t.scheduler == quaver::GemmScheduler::stream_k ? "stream_k" : "persistent";
   d["fast"] = t.fast;
   d["swizzle"] = c.launch.swizzle;
@@ -104,7 +121,8 @@ py::dict as_dict(const quaver::GemmCandidate& c) {
 
 py::tuple gemm_candidates(int64_t m, int64_t n, int64_t k, const std::string& a,
                           const std::string& b, const std::string& out, bool accumulate,
-                          bool fast_accumulate, int sm_count, const std::string& scales) {
+                          bool fast_accumulate, int sm_count, const std::string& scales,
+                          const std::string& arch) {
   quaver::GemmProblem p;
   p.m = m;
   p.n = n;
@@ -115,6 +133,8 @@ py::tuple gemm_candidates(int64_t m, int64_t n, int64_t k, const std::string& a,
   p.accumulate = accumulate;
   p.fast_accumulate = fast_accumulate;
   p.scales = scales_of(scales);
+  p.hopper = is_hopper(arch);
+  p.aligned = n % quaver::kGemmAlignment == 0 && k % quaver::kGemmAlignment == 0;
   const auto found = quaver::gemm_candidates(p, sm_count);
   py::list candidates;
   for (const auto& candidate : found) candidates.append(as_dict(candidate));
@@ -134,7 +154,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_candidates", gemm_candidates, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("a") = "e4m3", py::arg("b") = "e4m3", py::arg("out") = "bf16",
         py::arg("accumulate") = false, py::arg("fast_accumulate") = true, py::arg("sm_count") = 132,
-        py::arg("scales") = "outer",
-        "The Hopper kernels that can serve a matrix product, best first, and why the first one "
+        py::arg("scales") = "outer", py::arg("arch") = "sm_90",
+        "The kernels of a GPU that can serve a matrix product, best first, and why the first one "
         "is. Needs no GPU.");
 }

@@ -1,4 +1,5 @@
-// gemm on a Hopper GPU is CUTLASS's, where a kernel takes the scales (block_scales). Elsewhere the
+// gemm on a Hopper GPU is CUTLASS's, where a kernel takes the scales (block_scales), and on other
+// GPUs from sm_89 on ours by mma.sync, where the scales are those of tensors or rows. Elsewhere the
 // codes are decoded and torch's own product does the rest: in bf16 on a CPU that is fast at it
 // (oneDNN, f32 sums), in f32 otherwise. Codes are exact in both formats. A scale of a whole tensor
 // multiplies the product; others multiply the codes, which bf16 then rounds, unless they are powers
@@ -225,16 +226,18 @@ void run_blocks(Call& c) {
 template <class Stream>
 void run_cuda(Call& c, Stream stream) {
   GemmArguments g = arguments_of(c);
-  const bool blocks = has_blocks(c), decoded = blocks && g.scales == GemmScales::outer;
+  const bool blocks = has_blocks(c);
   const cuda::GemmDevice device = cuda::gemm_device();
-  if (decoded || device.major != 9 || g.out.numel() == 0 || g.a.cols == 0)
-    return blocks ? run_blocks(c) : compose(c);
+  const GemmProblem problem = gemm_problem(g, device.major);
+  const bool scaled = blocks ? g.scales != GemmScales::outer && problem.hopper && problem.aligned
+                             : multiplies_fp8(device.major, device.minor);
+  if (!scaled || g.out.numel() == 0 || g.a.cols == 0) return blocks ? run_blocks(c) : compose(c);
   OptionalTensor bias;
   if (c.bias.has_value()) {
     bias = dense(torch::stable::to(*c.bias, ScalarType::Float));
     g.bias = static_cast<const float*>(bias->data_ptr());
   }
-  const GemmCandidate choice = choose_gemm(gemm_problem(g), device.sm_count);
+  const GemmCandidate choice = choose_gemm(problem, device.sm_count);
   const Tensor memory = workspace(c.a, choice.workspace_bytes);
   GemmLaunch launch = choice.launch;
   launch.workspace = memory.data_ptr();

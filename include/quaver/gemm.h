@@ -27,20 +27,26 @@ struct GemmArguments {
 
 // Formats of one size share a kernel, which takes the format as an argument.
 enum class GemmOut : int8_t { half, f32, fp8 };
-// Two warpgroups share a tile, or take turns at one each.
-enum class GemmSchedule : int8_t { cooperative, pingpong };
+// Two warpgroups of Hopper's share a tile, or take turns at one each; or the warps of a block share
+// one by mma.sync, which every GPU from sm_89 on has.
+enum class GemmSchedule : int8_t { cooperative, pingpong, warps };
 // The units of work: whole tiles, or parts of them along K, reduced in a fixed order.
 enum class GemmScheduler : int8_t { persistent, stream_k };
 
+// How operands reach shared memory: boxes by Hopper's TMA or 16 bytes by cp.async, both of which
+// want pointers, N and K in multiples of 16; or single bytes, which any address and width will do.
+enum class GemmCopies : int8_t { tma, vectors, bytes };
+
 constexpr int kGemmTileK = 128;
 constexpr int kGemmAlignment = 16;  // of pointers and rows in bytes, hence of N and K
-// Sizes are 32-bit in CUTLASS, and so are its counts of tiles, rounded up to bands.
+// Sizes are 32-bit in kernels, and so are CUTLASS's counts of tiles, rounded up to bands.
 constexpr int64_t kGemmMaxSize = (int64_t(1) << 31) - (int64_t(1) << 16);
 
 // How a launch walks the tiles.
 struct GemmLaunch {
   int sm_count = 0;
-  int swizzle = 1;      // clusters side by side in one band of the output, for the L2 cache
+  int swizzle = 1;      // clusters side by side in one band of the output, for the L2 cache; tiles
+                        // in M of a band where warps share one
   bool along_m = true;  // neighbouring clusters are neighbours in M
   int splits = 1;       // stream_k: more than one cuts K into so many parts, one cuts work evenly
   void* workspace = nullptr;
@@ -55,9 +61,11 @@ struct GemmDevice {
 };
 GemmDevice gemm_device();
 
-// The Hopper kernel of gemm_tactics()[tactic]. The workspace has the size that its candidate gives
-// and may be dirty.
+// The kernel of gemm_tactics()[tactic]. The workspace has the size that its candidate gives and may
+// be dirty.
 void gemm(const GemmArguments& arguments, int tactic, const GemmLaunch& launch);
+// That of gemm_tactics()[hopper_tactics() + row].
+void gemm_mma(const GemmArguments& arguments, int row, const GemmLaunch& launch);
 
 }  // namespace cuda
 }  // namespace quaver

@@ -21,6 +21,7 @@ struct GemmTactic {
   int cluster_m, cluster_n;
   GemmSchedule schedule;
   GemmScheduler scheduler;
+  GemmCopies copies;
 };
 
 // The inputs of a choice.
@@ -30,6 +31,8 @@ struct GemmProblem {
   bool accumulate = false;
   bool fast_accumulate = true;
   GemmScales scales = GemmScales::outer;
+  bool hopper = true;   // the GPU has TMA and wgmma; others from sm_89 on have mma.sync
+  bool aligned = true;  // pointers, N and K are multiples of 16, as TMA and cp.async want them
 };
 
 // A tactic on a problem, by a model of the machine (csrc/gemm_choice.cpp).
@@ -43,8 +46,13 @@ struct GemmCandidate {
   int64_t workspace_bytes = 0;
 };
 
+// Those of Hopper, csrc/gemm_tactics.h, then those of mma.sync, csrc/gemm_mma_tactics.h.
 const std::vector<GemmTactic>& gemm_tactics();
-GemmProblem gemm_problem(const GemmArguments& arguments);
+int hopper_tactics();  // how many are the first
+// Of a GPU of this compute capability.
+GemmProblem gemm_problem(const GemmArguments& arguments, int major = 9);
+// Whether a GPU has instructions for FP8 products.
+inline bool multiplies_fp8(int major, int minor) { return 10 * major + minor >= 89; }
 
 // Every tactic that can serve the problem, best first; throws Error where there is none.
 std::vector<GemmCandidate> gemm_candidates(const GemmProblem& problem, int sm_count);

@@ -237,7 +237,7 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
         nargs=3,
         type=int,
         metavar=("M", "N", "K"),
-        help="list the Hopper kernels that can serve this product instead, and say which and why",
+        help="list the kernels of a GPU that can serve this product instead, and say which and why",
     )
     p.add_argument(
         "--types",
@@ -255,6 +255,9 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--promoted", action="store_true", help="with --gemm: sums in f32 only")
     p.add_argument("--sms", type=int, default=132, help="with --gemm: multiprocessors of the GPU")
+    p.add_argument(
+        "--arch", default="sm_90", help="with --gemm: the GPU's architecture, sm_89 or newer"
+    )
     p.set_defaults(call=_info)
 
 

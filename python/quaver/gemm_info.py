@@ -1,4 +1,4 @@
-"""`quaver info --gemm`: the Hopper kernels that can serve a product, and the choice among them."""
+"""`quaver info --gemm`: a GPU's kernels that can serve a product, and the choice among them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ def show(arguments: argparse.Namespace) -> None:
             fast_accumulate=not arguments.promoted,
             sm_count=arguments.sms,
             scales=arguments.scales,
+            arch=arguments.arch,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
     m, n, k = arguments.gemm
-    print(f"gemm [{m}, {k}] x [{n}, {k}], {' '.join(arguments.types)}, {arguments.sms} SMs")
+    gpu = f"{arguments.arch}, {arguments.sms} SMs"
+    print(f"gemm [{m}, {k}] x [{n}, {k}], {' '.join(arguments.types)}, {gpu}")
     row = "{:<40}{:>12}{:>8}{:>9}{:>8}{:>8}{:>8}{:>11}".format
     print(row("kernel", "tile", "cluster", "swizzle", "splits", "tiles", "waves", "predicted"))
     for c in candidates:

@@ -84,11 +84,23 @@ def why_not_cuda():
             f"the driver serves CUDA up to {served // 1000}.{served % 1000 // 10}, and this build "
             f"has the runtime of CUDA {runtime}; update the driver"
         )
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) != (9, 0):
-        name = torch.cuda.get_device_name()
-        return f"{name} has compute capability {major}.{minor}; the kernels need Hopper (9.0)"
-    return None
+    return _without_code(torch.cuda.get_device_capability(), qv.build_info()["cuda_archs"])
+
+
+def _without_code(capability, archs):
+    """Why machine code for `archs` does not run on a GPU of this capability; None if it does: code
+    of sm_80 runs on 8.0 to 8.9, that of sm_90a on 9.0 alone."""
+    major, minor = capability
+    for arch in archs:
+        number = int(arch.rstrip("af"))
+        exact = arch.endswith("a")
+        if number // 10 == major and (number % 10 == minor if exact else number % 10 <= minor):
+            return None
+    name, wanted = torch.cuda.get_device_name(), f"{major}{minor}{'a' * (major == 9)}"
+    return (
+        f"{name} has compute capability {major}.{minor}, and this build has code for "
+        f"{', '.join('sm_' + arch for arch in archs)}; build with QUAVER_CUDA_ARCHS={wanted}"
+    )
 
 
 def choose_device(name):

@@ -19,16 +19,26 @@ const GemmScales kScales[] = {GemmScales::outer, GemmScales::tiles, GemmScales::
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What the kernels promise to serve: any pair but e5m2 x e5m2; FP8 out where `a` and `b` are what
-// layers multiply; adding to what is not FP8; scales of blocks of e4m3.
+// layers multiply; adding to what is not FP8; scales of blocks of e4m3, on Hopper.
 bool promised(const GemmProblem& p) {
+  if (p.scales != GemmScales::outer && (!p.hopper || !p.aligned)) return false;
   if (p.scales != GemmScales::outer)
     return p.a == DType::e4m3 && p.b == DType::e4m3 && !is_fp8(p.out);
   if (is_fp8(p.out)) return !p.accumulate && p.b == DType::e4m3;
   return true;
 }
 
+// Machines: Hopper; another GPU; either with pointers or widths that are no multiples of 16.
+struct Machine {
+  bool hopper, aligned;
+};
+constexpr Machine kHopper = {true, true};
+constexpr Machine kMachines[] = {kHopper, {false, true}, {true, false}, {false, false}};
+
+bool uses_mma(const GemmProblem& p) { return !p.hopper || !p.aligned; }
+
 template <class Body>
-void for_each_problem(Body body) {
+void for_each_problem(Body body, const Machine& machine = kHopper) {
   const int64_t sizes[] = {16, 48, 128, 144, 1008, 4096, 4112, 28672, 151936};
   for (int64_t m : {int64_t(1), int64_t(17), int64_t(64), int64_t(4096), int64_t(100000)})
     for (int64_t n : sizes)
@@ -37,7 +47,17 @@ void for_each_problem(Body body) {
           for (DType out : kOuts)
             for (GemmScales scales : kScales)
               for (int flags = 0; flags < 4; ++flags) {
-                const GemmProblem p{m, n, k, a, b, out, (flags & 1) != 0, (flags & 2) != 0, scales};
+                const GemmProblem p{m,
+                                    n,
+                                    k,
+                                    a,
+                                    b,
+                                    out,
+                                    (flags & 1) != 0,
+                                    (flags & 2) != 0,
+                                    scales,
+                                    machine.hopper,
+                                    machine.aligned};
                 if (promised(p)) body(p);
               }
 }
@@ -45,13 +65,16 @@ void for_each_problem(Body body) {
 TEST(every_row_says_what_its_name_says) {
   std::set<std::string> names;
   for (const GemmTactic& t : gemm_tactics()) {
-    std::string wanted = std::string(name_of(t.a)) + "_" + name_of(t.b);
+    const bool warps = t.schedule == GemmSchedule::warps;
+    CHECK_EQ(warps, t.copies != GemmCopies::tma);
+    std::string wanted = std::string(warps ? "mma_" : "") + name_of(t.a) + "_" + name_of(t.b);
     if (t.fast) wanted += "_fast";
     if (t.scales != GemmScales::outer)
       wanted += t.scales == GemmScales::tiles ? "_tiles" : "_blocks";
     wanted += t.out == GemmOut::half ? "_half" : t.out == GemmOut::f32 ? "_f32" : "_fp8";
     wanted += "_" + std::to_string(t.tile_m) + "x" + std::to_string(t.tile_n);
     if (t.scheduler == GemmScheduler::stream_k) wanted += "_stream_k";
+    if (t.copies == GemmCopies::bytes) wanted += "_bytes";
     CHECK_EQ(std::string(t.name), wanted);
     CHECK(names.insert(t.name).second);
   }
@@ -60,6 +83,8 @@ TEST(every_row_says_what_its_name_says) {
 // Each of these spills, or is refused by CUTLASS.
 TEST(no_row_asks_for_what_does_not_compile_well) {
   for (const GemmTactic& t : gemm_tactics()) {
+    CHECK(t.schedule != GemmSchedule::warps || t.copies != GemmCopies::bytes || t.tile_m == 64);
+    CHECK(t.schedule != GemmSchedule::warps || t.tile_m * t.tile_n <= 128 * 128);
     CHECK(t.fast || t.tile_m * t.tile_n <= 128 * 128);
     CHECK(t.schedule != GemmSchedule::pingpong || t.tile_m * t.tile_n <= 128 * 128);
     CHECK(t.schedule != GemmSchedule::pingpong || t.scheduler == GemmScheduler::persistent);
@@ -72,16 +97,21 @@ TEST(no_row_asks_for_what_does_not_compile_well) {
 }
 
 TEST(every_promised_problem_has_a_choice) {
-  for (int sm_count : {2, 78, 114, 132, 143})
-    for_each_problem([&](const GemmProblem& p) {
-      const GemmCandidate c = choose_gemm(p, sm_count);
-      CHECK(c.index >= 0 && c.tactic == &gemm_tactics()[c.index]);
-      CHECK(c.tactic->a == p.a && c.tactic->b == p.b && c.tactic->scales == p.scales);
-      CHECK(p.fast_accumulate || !c.tactic->fast);
-      CHECK(c.tactic->source || !p.accumulate);
-      CHECK(c.efficiency > 0.0 && c.efficiency <= 1.0);
-      CHECK(c.launch.splits >= 1 && c.launch.splits <= 16);
-    });
+  for (const Machine& machine : kMachines)
+    for (int sm_count : {2, 78, 114, 132, 143})
+      for_each_problem(
+          [&](const GemmProblem& p) {
+            const GemmCandidate c = choose_gemm(p, sm_count);
+            CHECK(c.index >= 0 && c.tactic == &gemm_tactics()[c.index]);
+            CHECK(c.tactic->a == p.a && c.tactic->b == p.b && c.tactic->scales == p.scales);
+            CHECK(p.fast_accumulate || !c.tactic->fast);
+            CHECK(c.tactic->source || !p.accumulate);
+            CHECK(c.efficiency > 0.0 && c.efficiency <= 1.0);
+            CHECK(c.launch.splits >= 1 && c.launch.splits <= 16);
+            CHECK_EQ(c.tactic->schedule == GemmSchedule::warps, uses_mma(p));
+            CHECK_EQ(c.tactic->copies == GemmCopies::bytes, !p.aligned);
+          },
+          machine);
 }
 
 TEST(candidates_come_best_first_and_are_explained) {
@@ -119,6 +149,20 @@ TEST(tiles_cover_the_output_once) {
 }
 
 // More problems than a thread remembers, each asked twice, and for a second machine between.
+TEST(tiles_of_warps_cover_the_output_once_and_are_explained) {
+  for_each_problem(
+      [&](const GemmProblem& p) {
+        const auto found = gemm_candidates(p, 1);
+        for (const GemmCandidate& c : found) {
+          CHECK_EQ(c.tiles, ceil_div(p.m, c.tactic->tile_m) * ceil_div(p.n, c.tactic->tile_n));
+          CHECK_EQ(c.workspace_bytes, 0);
+          CHECK(c.launch.swizzle > 0 && c.launch.splits == 1);
+        }
+        CHECK(explain_gemm(p, found).find("by mma.sync") != std::string::npos);
+      },
+      kMachines[1]);
+}
+
 TEST(a_remembered_choice_is_the_first_candidate) {
   for_each_problem([&](const GemmProblem& p) {
     for (const int sm_count : {132, 78, 132}) {
@@ -156,7 +200,9 @@ TEST(only_work_that_is_cut_needs_a_workspace) {
 
 TEST(every_kernel_is_the_choice_for_some_problem) {
   std::set<std::string> chosen;
-  for_each_problem([&](const GemmProblem& p) { chosen.insert(choose_gemm(p, 132).tactic->name); });
+  for (const Machine& machine : kMachines)
+    for_each_problem([&](const GemmProblem& p) { chosen.insert(choose_gemm(p, 132).tactic->name); },
+                     machine);
   for (const GemmTactic& t : gemm_tactics())
     if (chosen.count(t.name) == 0) CHECK_EQ(std::string(t.name), "chosen by no problem");
 }
@@ -180,6 +226,30 @@ TEST(a_few_choices) {
            std::string("e4m3_e4m3_tiles_half_128x128"));
 }
 
+TEST(a_few_choices_of_other_gpus) {
+  const auto name = [](GemmProblem p, int sms) {
+    return std::string(choose_gemm(p, sms).tactic->name);
+  };
+  GemmProblem p{4096, 4096, 4096};
+  p.hopper = false;
+  CHECK_EQ(name(p, 128), std::string("mma_e4m3_e4m3_fast_half_128x128"));
+  p.fast_accumulate = false;
+  CHECK_EQ(name(p, 128), std::string("mma_e4m3_e4m3_half_128x128"));
+  p.m = 64;
+  CHECK_EQ(name(p, 128), std::string("mma_e4m3_e4m3_half_64x64"));
+  p.aligned = false;
+  CHECK_EQ(name(p, 128), std::string("mma_e4m3_e4m3_half_64x64_bytes"));
+  p.hopper = true;
+  CHECK_EQ(name(p, 128), std::string("mma_e4m3_e4m3_half_64x64_bytes"));
+}
+
+TEST(which_gpus_multiply_fp8) {
+  for (const auto& [major, minor] : {std::pair{8, 9}, {9, 0}, {10, 0}, {10, 3}, {12, 0}})
+    CHECK(multiplies_fp8(major, minor));
+  for (const auto& [major, minor] : {std::pair{7, 5}, {8, 0}, {8, 6}, {8, 7}})
+    CHECK(!multiplies_fp8(major, minor));
+}
+
 TEST(what_no_kernel_serves_is_refused_by_name) {
   GemmProblem p{64, 64, 64};
   p.a = p.b = DType::e5m2;
@@ -194,6 +264,11 @@ TEST(what_no_kernel_serves_is_refused_by_name) {
   CHECK_THROWS(choose_gemm(p, 132), "e5m2 x e4m3 to bf16, scales of 1 x 128 by 128 x 128");
   CHECK_THROWS(choose_gemm({0, 64, 64}, 132), "empty product [0, 64] over K = 64");
   CHECK_THROWS(choose_gemm({64, 64, 64}, 1), "two multiprocessors, got 1");
+  p = {64, 64, 64};
+  p.hopper = false;
+  CHECK_THROWS(choose_gemm(p, 0), "a GPU has multiprocessors, got 0");
+  p.scales = GemmScales::tiles;
+  CHECK_THROWS(choose_gemm(p, 128), "scales of 1 x 128 by 128 x 128, by mma.sync");
 }
 
 GemmArguments good() {
@@ -218,14 +293,20 @@ TEST(arguments_are_checked_before_anything_runs) {
   check_gemm_cuda(good());
   GemmArguments g = good();
   g.a.cols = g.b.cols = 40;
-  check_gemm(g);
-  CHECK_THROWS(check_gemm_cuda(g), "K must be a multiple of 16 on CUDA, got 40");
+  check_gemm_cuda(g);
+  CHECK(!gemm_problem(g).aligned);
   g = good();
+  CHECK(gemm_problem(g).aligned && gemm_problem(g, 9).hopper && !gemm_problem(g, 8).hopper);
   g.b.rows = g.out.cols = 50;
-  CHECK_THROWS(check_gemm_cuda(g), "N must be a multiple of 16 on CUDA, got 50");
+  check_gemm_cuda(g);
+  CHECK(!gemm_problem(g).aligned);
   g = good();
   g.b.data = reinterpret_cast<void*>(0x2008);
-  CHECK_THROWS(check_gemm_cuda(g), "b must start at a multiple of 16 bytes on CUDA");
+  check_gemm_cuda(g);
+  CHECK(!gemm_problem(g).aligned);
+  g = good();
+  g.out.data = reinterpret_cast<void*>(0x3001);
+  CHECK_THROWS(check_gemm_cuda(g), "out is bf16 and must start at a multiple of 2 bytes");
   g = good();
   g.a.rows = g.out.rows = int64_t(1) << 31;
   CHECK_THROWS(check_gemm_cuda(g), "M must be at most 2147418112 on CUDA, got 2147483648");

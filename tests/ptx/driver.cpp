@@ -140,6 +140,7 @@ void Driver::run(const simt::Launch& launch, const std::vector<int64_t>& blocks,
   l.parameters = pack(kernel.program.kernel, launch.arguments);
   l.warps = warps;
   l.turn = ordered ? 0 : kTurn;
+  l.timing.cut_sums = simt::control.cut_sums;
   if (!records) return kernel.machine.run(l);
   Record record;
   record.kernel = demangled(kernel.program.kernel.name);

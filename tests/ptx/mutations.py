@@ -38,6 +38,9 @@ RACE = "a race: "
 GEMM = "gemm_sm90_e4m3_e4m3_fast_half_128x256:gemm_kernel"
 GEMM_BLOCKS = "gemm_sm90_e4m3_e4m3_blocks_f32_128x128:gemm_kernel"
 TEST_LATE = "test_gemm:as_late_as_they_may_be"
+MMA = "gemm_mma:gemm_mma_kernel"
+MMA_FP8 = MMA + "INS0_9MmaTacticINS_4e4m3ES3_LNS_7GemmOutE2ELb0ELi64"
+TEST_MMA = "test_cuda_gemm:ragged_shapes"
 TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, [^;]*;"
 STORE = r"(cp\.async\.bulk\.tensor\.3d\.global[^{]*\{)(%r\d+), (%r\d+),"
 
@@ -364,6 +367,58 @@ MUTATIONS = [
         "mbarrier.arrive.shared::cta.b64 _,",
         TEST_LATE,
         "before the end of an asynchronous write",
+    ),
+    Mutation(
+        "copies that are not waited for", MMA, r"cp\.async\.wait_group 1;", "", TEST_MMA, RACE
+    ),
+    Mutation(
+        "a wait for one group too few",
+        MMA,
+        r"cp\.async\.wait_group 1;",
+        "cp.async.wait_group 2;",
+        TEST_MMA,
+        RACE,
+    ),
+    Mutation("a barrier dropped: stages", MMA, r"bar\.sync[^;]*;", "", TEST_MMA, RACE),
+    Mutation(
+        "a group of copies not committed",
+        MMA,
+        r"cp\.async\.commit_group;",
+        "",
+        TEST_MMA,
+        RACE,
+        number=1,
+    ),
+    Mutation(
+        "fragments swapped",
+        MMA,
+        r"(mma\.sync[^{]*\{[^}]*\}, \{)(%r\d+), (%r\d+),",
+        r"\1\3, \2,",
+        TEST_MMA,
+        number=5,
+    ),
+    Mutation(
+        "formats of a product swapped",
+        MMA,
+        r"(mma\.sync\.aligned\.m16n8k32\.row\.col\.f32)\.e4m3",
+        r"\1.e5m2",
+        TEST_MMA,
+    ),
+    Mutation("a wrong swizzle of a stage", MMA, r"xor\.b32", "or.b32", TEST_MMA),
+    Mutation(
+        "a copy that reads outside and not inside",
+        MMA,
+        r"selp\.b32 (\s*%r\d+), 16, 0,",
+        r"selp.b32 \1, 0, 16,",
+        TEST_MMA,
+    ),
+    Mutation(
+        "an amax of one lane",
+        MMA_FP8,
+        r"redux\.sync\.max\.u32 (\s*%r\d+), (%r\d+), [^;]*;",
+        r"mov.b32 \1, \2;",
+        TEST_MMA,
+        "the amax is",
     ),
 ]
 

@@ -26,10 +26,11 @@ def gemm(
     """scale_a * scale_b * a @ b.T + bias, in TN layout with f32 accumulation.
 
     Args:
-        a, b: FP8 [M, K] and [N, K]; any mix of e4m3 and e5m2 (CUDA: not both e5m2, and N and K are
-            multiples of 16). Each has scales of its own: of the tensor, of rows, of 1 x 128 blocks
-            or of 128 x 128 tiles. With other scales than the tensor's, a CPU with AVX-512 decodes
-            operands of a bf16 product to bf16, which rounds unless the scales are powers of two.
+        a, b: FP8 [M, K] and [N, K]; any mix of e4m3 and e5m2 (CUDA: not both e5m2; N, K and
+            pointers that are no multiples of 16 are slow). Each has scales of its own: of the
+            tensor, of rows, of 1 x 128 blocks or of 128 x 128 tiles. With other scales than the
+            tensor's, a CPU with AVX-512 decodes operands of a bf16 product to bf16, which rounds
+            unless the scales are powers of two.
             Hopper has kernels for blocks of `a` by tiles or blocks of `b`, both e4m3, and a result
             that is not FP8; sums are scaled and promoted to f32 each 128 of K. CUDA decodes
             operands with other blocks or tiles, and multiplies by torch's product, in f32 where the
@@ -38,8 +39,9 @@ def gemm(
             is given).
         bias: [N], added before the one rounding to the output type.
         out: [M, N] to write; with `accumulate` the product is added to it.
-        fast_accumulate: on Hopper, keep partial sums in the tensor core's 14-bit accumulator;
-            otherwise they are promoted to f32. The CPU always accumulates in f32.
+        fast_accumulate: on GPUs from sm_89 on, keep partial sums in the tensor core's accumulator,
+            of 14 bits on sm_89 and sm_90; otherwise they are promoted to f32. The CPU and older
+            GPUs always accumulate in f32.
         out_scale: decode scale, float32 [], to encode an FP8 result with. The result is then a
             ScaledTensor whose amax is that of the product, from which the next scale can be chosen.
 

@@ -47,6 +47,7 @@ struct Control {
   // Called for each launch, and with 0 blocks for each clearing of memory.
   std::function<void(const char* op, int64_t blocks)> seen;
   int64_t multiprocessors = 1;  // few, so that loops over the grid take several turns
+  bool cut_sums = false;        // the interpreter sums products as a tensor core does
 };
 extern Control control;
 
