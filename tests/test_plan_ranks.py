@@ -40,6 +40,7 @@ def real(rank, parallel, name, optimizer, size="tiny"):
         ("zero=2", "fp8lm-o3", None),
         ("fsdp=2", "bf16", None),
         ("fsdp=2", "fp8lm-o2", None),
+        ("fsdp=2", "blockwise", None),
         ("tp=2", "coat", None),
         pytest.param("zero=4", "fp8lm-o2", None, marks=pytest.mark.slow),
         ("fsdp=4", "tensorwise", None),

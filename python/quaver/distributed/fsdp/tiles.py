@@ -7,9 +7,12 @@ byte a value. (DeepSeek-V3, arXiv 2412.19437, section 3.3.2, has the tiles.)
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from ...comm.transport import Transport
@@ -23,24 +26,21 @@ from ...tensor import ScaledTensor
 _ops = torch.ops.quaver
 
 
-class TileShard(Tensor):
-    """This rank's rows [R, K] of a plain weight, as FSDP2 finds them in its DTensor. To all else a
-    plain tensor: what torch makes of it is one."""
+class TileShard:
+    """What a shard [R, K] of a plain weight is besides a tensor, as FSDP2 finds it in its DTensor:
+    a base of the shard's class beside the tensor's own. What torch makes of such a shard is
+    plain."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
-    def plain(self) -> Tensor:
-        """The same memory without the class."""
-        return self.as_subclass(Tensor)
-
     def to(self, *args, **kwargs) -> TileShard:
         """As torch's: FSDP2 gathers from the result where it keeps shards in the CPU's memory."""
-        return super().to(*args, **kwargs).as_subclass(TileShard)
+        return _gathering(super().to(*args, **kwargs))
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         rows = -(-outer_size[0] // mesh.size())
         link = transport(mesh.get_group())
-        codes, scale = tile_codes(self.plain(), outer_size[0], module.rule, link)
+        codes, scale = tile_codes(self, outer_size[0], module.rule, link)
         padding = (0, 0, 0, rows - codes.shape[0])  # the last ranks hold fewer rows, or none
         return (F.pad(codes.view(torch.uint8), padding),), (outer_size, scale, codes.dtype)
 
@@ -55,10 +55,22 @@ class TileShard(Tensor):
         return weight, ()
 
     def __deepcopy__(self, memo):
-        return self.plain().clone()
+        return self.detach().clone()
 
     def __reduce_ex__(self, protocol):
-        return self.plain().__reduce_ex__(protocol)
+        return self.detach().__reduce_ex__(protocol)
+
+
+@functools.cache
+def _class(plain: type) -> type:
+    return type(f"Tile{plain.__name__}", (TileShard, plain), {})
+
+
+def _gathering(shard: Tensor) -> Tensor:
+    """The same tensor, a plain one or a plan's fake one, as a TileShard too."""
+    if type(shard) in (Tensor, FakeTensor):
+        shard.__class__ = _class(type(shard))
+    return shard
 
 
 def tile_codes(shard: Tensor, rows: int, rule: LinearRecipe, link: Transport) -> tuple:
@@ -89,6 +101,5 @@ def gather_tiles(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, LinearBase) or module.rule.grain != "block":
             continue
-        weight = module.weight
-        if isinstance(weight, DTensor) and type(weight._local_tensor) is Tensor:
-            weight._local_tensor = weight._local_tensor.as_subclass(TileShard)
+        if isinstance(module.weight, DTensor):
+            _gathering(module.weight._local_tensor)
