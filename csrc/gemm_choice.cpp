@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <iomanip>
 #include <sstream>
 
@@ -258,6 +259,21 @@ std::vector<GemmCandidate> gemm_candidates(const GemmProblem& p, int sm_count) {
     return a.efficiency > b.efficiency;
   });
   return found;
+}
+
+namespace {
+std::atomic<int> margin{0};
+}
+
+void set_sm_margin(int count) {
+  QUAVER_CHECK(count >= 0, "sm_margin: wanted a number of multiprocessors from 0 on, got ", count);
+  margin = count;
+}
+
+int sm_margin() { return margin; }
+
+int sms_of_product(const GemmProblem& p, int sm_count) {
+  return p.hopper && p.aligned ? std::max(sm_count - sm_margin(), std::min(sm_count, 2)) : sm_count;
 }
 
 // A training step repeats the shapes of the last one, so each thread remembers what it chose.

@@ -5,7 +5,7 @@ import torch
 from helpers import FP8, REFUSAL, assert_same, randn
 
 import quaver as qv
-from quaver import reference
+from quaver import _C, reference
 
 E4M3, E5M2 = FP8
 OUT = [torch.float32, torch.bfloat16, torch.float16]
@@ -295,3 +295,17 @@ def test_autocast_leaves_the_product_alone():
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(qv.gemm(a, b, torch.float32), wanted)
         assert_same(qv.gemm(a, b), wanted.bfloat16())
+
+
+def test_a_margin_of_multiprocessors_lasts_for_a_block():
+    with qv.ops.sm_margin(16):
+        assert _C.sm_margin() == 16
+        with pytest.raises(KeyError), qv.ops.sm_margin(0):
+            assert _C.sm_margin() == 0
+            raise KeyError
+        assert _C.sm_margin() == 16
+    assert _C.sm_margin() == 0
+    for wrong in (-1, 1.0, True, 2**31):
+        refused = pytest.raises(ValueError, match="count must be an int from 0 on")
+        with refused, qv.ops.sm_margin(wrong):
+            pass

@@ -151,6 +151,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_isa", [](const std::string& name) { quaver::cpu::set_isa(name.c_str()); },
       py::arg("name"), "Choose the CPU code by name; every choice gives the same bits.");
+  m.def(
+      "set_sm_margin", [](int count) { quaver::set_sm_margin(count); }, py::arg("count"),
+      "The multiprocessors that Hopper's products leave free.");
+  m.def(
+      "sm_margin", [] { return quaver::sm_margin(); },
+      "The multiprocessors that Hopper's products leave free.");
   m.def("gemm_candidates", gemm_candidates, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("a") = "e4m3", py::arg("b") = "e4m3", py::arg("out") = "bf16",
         py::arg("accumulate") = false, py::arg("fast_accumulate") = true, py::arg("sm_count") = 132,

@@ -237,7 +237,7 @@ void run_cuda(Call& c, Stream stream) {
     bias = dense(torch::stable::to(*c.bias, ScalarType::Float));
     g.bias = static_cast<const float*>(bias->data_ptr());
   }
-  const GemmCandidate choice = choose_gemm(problem, device.sm_count);
+  const GemmCandidate choice = choose_gemm(problem, sms_of_product(problem, device.sm_count));
   const Tensor memory = workspace(c.a, choice.workspace_bytes);
   GemmLaunch launch = choice.launch;
   launch.workspace = memory.data_ptr();

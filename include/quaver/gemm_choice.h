@@ -54,6 +54,13 @@ GemmProblem gemm_problem(const GemmArguments& arguments, int major = 9);
 // Whether a GPU has instructions for FP8 products.
 inline bool multiplies_fp8(int major, int minor) { return 10 * major + minor >= 89; }
 
+// The multiprocessors that Hopper's persistent kernels leave free, of this process: a message
+// beside a product waits for one of them, not for the product. None by default.
+void set_sm_margin(int count);
+int sm_margin();
+// Those that a product may have of the GPU's, at least a cluster's two.
+int sms_of_product(const GemmProblem& problem, int sm_count);
+
 // Every tactic that can serve the problem, best first; throws Error where there is none.
 std::vector<GemmCandidate> gemm_candidates(const GemmProblem& problem, int sm_count);
 // The first of them.

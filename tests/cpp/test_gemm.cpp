@@ -250,6 +250,22 @@ TEST(which_gpus_multiply_fp8) {
     CHECK(!multiplies_fp8(major, minor));
 }
 
+TEST(a_margin_of_multiprocessors_is_left_by_hoppers_persistent_kernels) {
+  GemmProblem hopper{4096, 4096, 4096}, other = hopper, odd = hopper;
+  other.hopper = odd.aligned = false;
+  set_sm_margin(20);
+  CHECK_EQ(sms_of_product(hopper, 132), 112);
+  CHECK_EQ(choose_gemm(hopper, sms_of_product(hopper, 132)).launch.sm_count, 112);
+  CHECK_EQ(sms_of_product(other, 132), 132);
+  CHECK_EQ(sms_of_product(odd, 132), 132);
+  set_sm_margin(1000);
+  CHECK_EQ(sms_of_product(hopper, 132), 2);
+  CHECK_EQ(sms_of_product(hopper, 1), 1);  // which choose_gemm refuses by name
+  set_sm_margin(0);
+  CHECK_EQ(sms_of_product(hopper, 132), 132);
+  CHECK_THROWS(set_sm_margin(-1), "wanted a number of multiprocessors from 0 on, got -1");
+}
+
 TEST(what_no_kernel_serves_is_refused_by_name) {
   GemmProblem p{64, 64, 64};
   p.a = p.b = DType::e5m2;

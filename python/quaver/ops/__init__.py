@@ -16,7 +16,7 @@ from .activation import (
 )
 from .adam4 import adam_4bit_
 from .all_reduce import bucket_length, pack, reduce_shards, share_scales
-from .gemm import gemm
+from .gemm import gemm, sm_margin
 from .gradient import amaxes, grad_norm, none_like, parts
 from .microadam import micro_adam_
 from .nf4 import nf4_decode, nf4_encode
@@ -53,5 +53,6 @@ __all__ = [
     "quantize",
     "reduce_shards",
     "share_scales",
+    "sm_margin",
     "subset_sums",
 ]

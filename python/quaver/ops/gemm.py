@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from .._C import set_sm_margin
+from .._C import sm_margin as current_margin
 from ..tensor import ScaledTensor
 from .fake import fake
 from .quantize import check_scale
 
 _ops = torch.ops.quaver
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@contextmanager
+def sm_margin(count: int) -> Iterator[None]:
+    """Inside the block FP8 products on Hopper leave `count` multiprocessors free, so that a message
+    beside them (`distributed.ddp`'s, NCCL's) does not wait until a product has ended.
+
+        with qv.ops.sm_margin(16):
+            loss.backward()
+
+    It holds for all threads of the process, backward's too, and never leaves a product less than
+    two multiprocessors. A CUDA graph keeps the margin of its capture. Products of other GPUs, whose
+    kernels are not persistent, do without.
+
+    Raises ValueError for a count that is no int from 0 on.
+    """
+    if type(count) is not int or not 0 <= count < 2**31:
+        raise ValueError(f"sm_margin: count must be an int from 0 on, got {count!r}")
+    before = current_margin()
+    set_sm_margin(count)
+    try:
+        yield
+    finally:
+        set_sm_margin(before)
 
 
 def gemm(
