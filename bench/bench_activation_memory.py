@@ -72,12 +72,15 @@ def block_rows(name, make):
         "all in bf16": pure,
         "fp8lm-o2": saved_by_block(make, "fp8lm-o2", torch.float32),
         "coat": saved_by_block(make, "coat", torch.float32),
+        "coat-blockwise": saved_by_block(make, "coat-blockwise", torch.float32),
         "coat on a bf16 model": saved_by_block(make, "coat", torch.bfloat16),
     }
     for label, saved in shown.items():
         kinds = "".join(f"{size / UNIT:11.2f}" for size in saved.by_kind().values())
         print(f"  {label:<24}{saved.bytes / UNIT:7.2f}{kinds}")
     ratio = shown["coat"].bytes / base.bytes
+    more = shown["coat-blockwise"].bytes - shown["coat"].bytes
+    print(f"  coat-blockwise - coat: {more} bytes, {more / shown['coat'].bytes:.4%}")
     against_pure = shown["coat on a bf16 model"].bytes / pure.bytes
     print(f"  coat / all in bf16    {against_pure:.3f}")
     # The norms of the CPU keep f32 copies of their input; a fused one would keep the bf16 alone.

@@ -103,13 +103,18 @@ inline void check_channels(const char* op, const char* name, const TensorView& v
   QUAVER_CHECK(v.numel() == cols, op, ": ", name, " must have ", cols, " values, got ", v.numel());
 }
 
+inline void check_normalize_inputs(const char* op, const GroupedView& saved, const TensorView& x,
+                                   const TensorView& weight, const TensorView& bias) {
+  check_float(op, "x", x);
+  check_grouped(op, "xq", saved, x.rows, x.cols);
+  check_channels(op, "weight", weight, x.cols);
+  check_channels(op, "bias", bias, x.cols);
+}
+
 inline void check_normalize(const GemmCast& y, const GroupedView& saved, const TensorView& x,
                             const TensorView& weight, const TensorView& bias) {
-  check_float("normalize", "x", x);
+  check_normalize_inputs("normalize", saved, x, weight, bias);
   check_gemm_cast("normalize", y, x.rows, x.cols);
-  check_grouped("normalize", "xq", saved, x.rows, x.cols);
-  check_channels("normalize", "weight", weight, x.cols);
-  check_channels("normalize", "bias", bias, x.cols);
 }
 
 inline void check_normalize_backward(const TensorView& dx, const TensorView& dy,
@@ -121,26 +126,37 @@ inline void check_normalize_backward(const TensorView& dx, const TensorView& dy,
   check_channels("normalize_backward", "weight", weight, dy.cols);
 }
 
+inline void check_activate_inputs(const char* op, const GroupedView& x_saved,
+                                  const GroupedView& up_saved, const TensorView& x,
+                                  const TensorView& up) {
+  check_float(op, "x", x);
+  check_grouped(op, "xq", x_saved, x.rows, x.cols);
+  if (up.data == nullptr) return;
+  check_like(op, "up", up, x.rows, x.cols);
+  QUAVER_CHECK(up.dtype == x.dtype, op, ": up must be ", name_of(x.dtype), " like x, got ",
+               name_of(up.dtype));
+  check_grouped(op, "uq", up_saved, x.rows, x.cols);
+}
+
 inline void check_activate(const GemmCast& y, const GroupedView& x_saved,
                            const GroupedView& up_saved, const TensorView& x, const TensorView& up) {
-  check_float("activate", "x", x);
+  check_activate_inputs("activate", x_saved, up_saved, x, up);
   check_gemm_cast("activate", y, x.rows, x.cols);
-  check_grouped("activate", "xq", x_saved, x.rows, x.cols);
-  if (up.data == nullptr) return;
-  check_like("activate", "up", up, x.rows, x.cols);
-  QUAVER_CHECK(up.dtype == x.dtype, "activate: up must be ", name_of(x.dtype), " like x, got ",
-               name_of(up.dtype));
-  check_grouped("activate", "uq", up_saved, x.rows, x.cols);
+}
+
+inline void check_gradient_inputs(const char* op, const TensorView& dy, const GroupedView& x,
+                                  const GroupedView& up) {
+  check_float(op, "dy", dy);
+  check_grouped(op, "xq", x, dy.rows, dy.cols);
+  if (up.codes.data != nullptr) check_grouped(op, "uq", up, dy.rows, dy.cols);
 }
 
 inline void check_activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView& dy,
                                     const GroupedView& x, const GroupedView& up) {
-  check_float("activate_backward", "dy", dy);
-  check_gemm_cast("activate_backward", dx, dy.rows, dy.cols);
-  check_grouped("activate_backward", "xq", x, dy.rows, dy.cols);
-  if (up.codes.data == nullptr) return;
-  check_gemm_cast("activate_backward", dup, dy.rows, dy.cols);
-  check_grouped("activate_backward", "uq", up, dy.rows, dy.cols);
+  const char* op = "activate_backward";
+  check_gradient_inputs(op, dy, x, up);
+  check_gemm_cast(op, dx, dy.rows, dy.cols);
+  if (up.codes.data != nullptr) check_gemm_cast(op, dup, dy.rows, dy.cols);
 }
 
 inline void check_accumulate(const TensorView& target, const ScaledView& other) {

@@ -175,6 +175,11 @@ def cast_layouts():
         x = values((160, 144), torch.float32)
         x[4, 3] = bad
         yield f"{bad}, {grain}", (x, FP8[0], grain, True, True, False)
+    for shape, bad in itertools.product(MATRICES, (None, *NOT_FINITE)):
+        x = values(shape, torch.bfloat16)
+        if bad is not None and x.numel():
+            x[-1, -1] = bad
+        yield f"{shape}, tiles beside blocks, {bad}", (x, FP8[0], "block", True, True, True, True)
     for grain in grains:
         x = values((160, 144), torch.float32)
         yield f"a transposed view, {grain}", (x.t(), FP8[0], grain, True, True, False)
@@ -551,6 +556,25 @@ def activate_backward():
                                              else None]  # fmt: skip
         yield what, (dy, xq, xscale, uq, uscale, kind, channel_scale, block, FP8[1], *states,
                      i % 3 > 0)  # fmt: skip
+
+
+@cases("normalize_layouts")
+def normalize_layouts():
+    for i, (what, arguments) in enumerate(normalize_calls()):
+        x, weight, bias, eps, centered, dtype, *_, block = arguments[:10]
+        yield what, (x, weight, bias, eps, centered, dtype, i % 2 > 0, i % 3 > 0, block)
+
+
+@cases("activate_layouts")
+def activate_layouts():
+    for i, (what, arguments) in enumerate(activate_calls()):
+        yield what, (*arguments[:5], i % 2 > 0, i % 3 > 0, arguments[8])
+
+
+@cases("activate_backward_layouts")
+def activate_backward_layouts():
+    for i, (what, arguments) in enumerate(activate_backward()):
+        yield what, (*arguments[:8], FP8[i % 2], i % 3 > 0)
 
 
 SIZES = (5, 0, 16, 700, 1, 4096 * 20 + 3)

@@ -1,6 +1,7 @@
 """cast_layouts: a matrix as products read it, with scales of rows, blocks or tiles, bit for bit
 against the oracle."""
 
+import functools
 import re
 
 import pytest
@@ -37,6 +38,23 @@ def test_cast_layouts_of_values_that_are_not_finite(grain):
         assert scale.isnan().sum() == scale_t.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("shape", CASTS)
+def test_tiles_beside_blocks(shape):
+    x = (randn(*shape) * torch.logspace(-3, 3, shape[1])).bfloat16()
+    if x.numel():
+        x[-1, 0] = INF
+    for dtype, power_of_two in ((FP8[0], True), (FP8[1], False)):
+        wanted = reference.cast_layouts(x, dtype, "block", power_of_two, tiles_t=True)
+        call = functools.partial(torch.ops.quaver.cast_layouts, x, dtype, "block", tiles_t=True)
+        everywhere(lambda call=call: list(call()))
+        got = torch.ops.quaver.cast_layouts(x, dtype, "block", True, True, power_of_two, True)
+        for a, b in zip(got, wanted, strict=True):
+            assert_same(a, b)
+        q, qt = qv.ops.cast_layouts(x, dtype, power_of_two=power_of_two, tiles_t=True)
+        assert (q.qlayout.grain, qt.qlayout.grain) == ("block", "tile")
+        assert_same(qt.scale, wanted[3])
+
+
 def check_layouts(x, dtype, grain, power_of_two):
     wanted = reference.cast_layouts(x, dtype, grain, power_of_two)
     ops = torch.ops.quaver
@@ -65,6 +83,10 @@ def check_layouts(x, dtype, grain, power_of_two):
         ((torch.ones(3), E4M3, "row"), "cast_layouts: x must be a matrix, got 1 dimensions"),
         ((torch.ones(2, 2), torch.float16, "row"), "dtype must be e4m3 or e5m2, got Half"),
         ((torch.ones(2, 2).to(E4M3), E4M3, "row"), "x must be f32, f16 or bf16, got e4m3"),
+        (
+            (torch.ones(2, 2), E4M3, "row", True, True, False, True),
+            "tiles_t goes with granularity block alone",
+        ),
         ((torch.ones(2, 2), E4M3, "tensor"), 'must be "row", "block" or "tile", got "tensor"'),
     ],
 )

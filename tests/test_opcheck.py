@@ -133,9 +133,18 @@ CASES = [
     (ops.cast_transpose, (randn(20, 30), E4M3, None, None, True)),
     (ops.cast_transpose, (randn(30, 20).t(), E5M2, ONE, None, False)),
     (ops.cast_transpose, (randn(20, 30).half(), E4M3, None, history(), True)),
-    *((ops.cast_layouts, (randn(20, 150), E4M3, grain, *flags))
+    *((ops.cast_layouts, (randn(20, 150), E4M3, grain, *flags, False))
       for grain in ("row", "block", "tile")
       for flags in ((True, True, False), (False, True, True), (True, False, False))),
+    (ops.cast_layouts, (randn(20, 150), E5M2, "block", True, True, True, True)),
+    (ops.normalize_layouts, (X, None, None, 1e-6, False, E4M3, True, True, 128)),
+    (ops.normalize_layouts, (XT, randn(40), randn(40), 1e-5, True, E5M2, False, False, 7)),
+    (ops.activate_layouts, (X, None, "gelu", None, E4M3, False, True, 32)),
+    (ops.activate_layouts, (XT, X, "silu", randn(40), E5M2, True, False, 128)),
+    (ops.activate_backward_layouts,
+     (X, *ACTIVATED[4:6], None, None, "gelu", None, 32, E5M2, True)),
+    (ops.activate_backward_layouts,
+     (X, *ACTIVATED[4:8], "silu", randn(40), 32, E4M3, False)),
     (ops.normalize, (X, None, None, 1e-6, False, E4M3, None, None, True, 32, False)),
     (ops.normalize, (XT, randn(40), randn(40), 1e-5, True, E5M2, ONE, None, True, 7, True)),
     (ops.normalize, (X.half(), None, None, 1e-6, True, E4M3, None, history(), True, 16, False)),

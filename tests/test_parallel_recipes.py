@@ -21,7 +21,8 @@ from quaver.settings import Settings
 PARALLEL = ("dp=2", "zero=2", "fsdp=2", "tp=2", "dp=2,tp=2", "zero=2,tp=2")
 STEPS, SAVED = 3, 2
 REFUSED = {
-    ("coat", "fsdp=2"): "--parallel fsdp=2: fully_shard: FSDP2 takes parameters of one dtype",
+    (name, "fsdp=2"): "--parallel fsdp=2: fully_shard: FSDP2 takes parameters of one dtype"
+    for name in ("coat", "coat-blockwise")
 }
 
 pytestmark = pytest.mark.slow

@@ -19,6 +19,7 @@ WRONG = [
     (LinearRecipe, "grad_accumulate", "e4m3", "bf16, f32"),
     (LinearRecipe, "cache", True, "none, master"),
     (LinearRecipe, "grain", "tile", "tensor, row, block"),
+    (LinearRecipe, "kept", "block", "grain, tile"),
     (LinearRecipe, "power_of_two", 1, "True, False"),
     (LinearRecipe, "weight_product", "f32", "fp8, bf16"),
     (ActivationRecipe, "block", 0, "an int from 1"),
@@ -74,6 +75,8 @@ def test_the_names_of_states_are_those_of_the_optimizer():
         ({"grain": "row", "master": "f16-tensor"}, "master='f16-tensor' excludes grain='row'"),
         ({"power_of_two": False}, "power_of_two=False excludes grain='tensor'"),
         ({"weight_product": "bf16"}, "weight_product='bf16' excludes grain='tensor'"),
+        ({"kept": "tile"}, "kept='tile' excludes grain='tensor'"),
+        ({"grain": "row", "kept": "tile"}, "kept='tile' excludes grain='row'"),
         (
             {"grain": "row", "weight_product": "bf16", "weight_grad": "e4m3"},
             "excludes grain='row' with weight_grad='e4m3'",
@@ -85,6 +88,6 @@ def test_grains_that_exclude_other_choices(fields, message):
         LinearRecipe(**fields)
 
 
-def test_activations_in_fp8_have_one_scale_a_tensor():
-    with pytest.raises(ValueError, match=r"linear\.grain must be tensor, got block"):
-        dataclasses.replace(recipe.get("coat"), linear=recipe.get("blockwise").linear)
+def test_activations_in_fp8_have_one_scale_a_tensor_or_block():
+    with pytest.raises(ValueError, match=r"linear\.grain must be tensor or block, got row"):
+        dataclasses.replace(recipe.get("coat"), linear=recipe.get("rowwise").linear)

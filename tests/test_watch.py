@@ -164,6 +164,14 @@ def test_scales_of_other_grains_are_those_of_the_layer(grain):
     assert flushed < measured(x, E4M3)[2]
 
 
+def test_the_largest_code_of_a_block_is_no_saturation():
+    x = randn(64, 256)
+    x[:, ::128] = 448.0  # the largest value of each block, whose scale is 1
+    q = quantize(x, E4M3, granularity="block")
+    assert (q.qdata.float() == 448).sum() == 128 and measured(q, E4M3)[1] == 0
+    assert measured(quantize(x, E4M3), E4M3)[1] > 0  # a scale of the tensor may be a forecast
+
+
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
 def test_layers_with_finer_scales_are_watched(recipe):
     model, optimizer, watch = build(recipe, every=1)
@@ -189,7 +197,7 @@ def test_delayed_scaling_is_measured_by_a_copy_of_its_history():
     assert torch.equal(history, before)
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "coat"])
+@pytest.mark.parametrize("recipe", [*RECIPES, "coat", "coat-blockwise"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_plain_layer_is_torchs(recipe, dtype):
     torch.manual_seed(0)

@@ -1,8 +1,10 @@
 #include "quaver/activate.h"
 
 #include "../arguments.h"
+#include "../check_cast_layouts.h"
 #include "cast_both.h"
 #include "simd_activation.h"
+#include "squares.h"
 
 namespace quaver::cpu {
 namespace {
@@ -102,6 +104,65 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
       }
       sink.finish(s, begin, end - begin);
     }
+  });
+}
+
+void activate_layouts(const LayoutsCast& y, const GroupedView& x_saved, const GroupedView& up_saved,
+                      float* channel_amax, const TensorView& x, const TensorView& up,
+                      const float* channel_scale, Activation kind) {
+  check_activate_inputs("activate_layouts", x_saved, up_saved, x, up);
+  check_blocks("activate_layouts", y, x.rows, x.cols);
+  clear_layouts(y, x.rows, x.cols);
+  const ActivationSimd& loops = activation_simd();
+  if (channel_scale != nullptr) std::fill(channel_amax, channel_amax + x.cols, 0.0f);
+  // Groups that fit into a square are saved with it, others by the square that begins their row.
+  const bool fits = kScaleTile % x_saved.layout.block == 0;
+  const bool gated = up.data != nullptr;
+  for_squares(x, [&](const Square& s) {
+    SquareBuffer buffer;
+    alignas(64) uint32_t channels[kScaleTile] = {};
+    for (int64_t r = 0; r < s.x.rows; ++r) {
+      const int64_t row = s.row + r, i = row * x.cols + s.col;
+      SavedRow x_to = {}, up_to = {};
+      if (fits) {
+        x_to = saved_row(x_saved, row, s.col);
+        up_to = saved_row(up_saved, row, s.col);
+      } else if (s.col == 0) {
+        loops.save_groups(saved_row(x_saved, row, 0), at(x, i), x.dtype, x.cols);
+        if (gated) loops.save_groups(saved_row(up_saved, row, 0), at(up, i), x.dtype, x.cols);
+      }
+      loops.activate(buffer.row(r), at(x, i), gated ? at(up, i) : nullptr, x.dtype, s.x.cols, kind,
+                     x_to, up_to);
+      if (channel_scale != nullptr)
+        loops.scale_channels(buffer.row(r), channels, channel_scale + s.col, s.x.cols);
+    }
+    if (channel_scale != nullptr) add_channels(channel_amax + s.col, channels, s.x.cols);
+    cast_square(y, buffer.at(s));
+  });
+}
+
+void activate_backward_layouts(const LayoutsCast& dx, const LayoutsCast& dup, const TensorView& dy,
+                               const GroupedView& x, const GroupedView& up,
+                               const float* channel_scale, Activation kind) {
+  const char* op = "activate_backward_layouts";
+  const bool gated = up.codes.data != nullptr;
+  check_gradient_inputs(op, dy, x, up);
+  check_blocks(op, dx, dy.rows, dy.cols);
+  clear_layouts(dx, dy.rows, dy.cols);
+  if (gated) {
+    check_blocks(op, dup, dy.rows, dy.cols);
+    clear_layouts(dup, dy.rows, dy.cols);
+  }
+  for_squares(dy, [&](const Square& s) {
+    SquareBuffer of_x, of_up;
+    for (int64_t r = 0; r < s.x.rows; ++r) {
+      const int64_t row = s.row + r;
+      activation_simd().activate_backward(of_x.row(r), of_up.row(r), at(dy, row * dy.cols),
+                                          dy.dtype, row_of(x, row), row_of(up, row), channel_scale,
+                                          s.col, s.x.cols, kind);
+    }
+    cast_square(dx, of_x.at(s));
+    if (gated) cast_square(dup, of_up.at(s));
   });
 }
 

@@ -4,18 +4,11 @@
 #include <cstring>
 
 #include "../check_cast_layouts.h"
-#include "parallel.h"
 #include "simd.h"
-#include "simd_cast.h"
+#include "squares.h"
 
 namespace quaver::cpu {
 namespace {
-
-// A square of x, kScaleTile on a side except at the edges.
-struct Square {
-  int64_t row, col;
-  TilePart x;
-};
 
 // One for each row and column of a square: amaxes, as bits, and the scales that encode.
 struct Amaxes {
@@ -25,27 +18,11 @@ struct Scales {
   alignas(64) float row[kScaleTile], col[kScaleTile];
 };
 
-template <class Body>
-void for_squares(const TensorView& x, Body body) {
-  const int64_t across = blocks_in_row(x.cols, kScaleTile);
-  auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / across * kScaleTile, col = i % across * kScaleTile;
-      const char* first = x.as<const char>() + (row * x.cols + col) * size_of(x.dtype);
-      body(Square{row,
-                  col,
-                  {first, x.dtype, x.cols, std::min(kScaleTile, x.rows - row),
-                   std::min(kScaleTile, x.cols - col)}});
-    }
-  };
-  parallel_for(blocks_in_row(x.rows, kScaleTile) * across, kGrain / (kScaleTile * kScaleTile), run);
-}
-
 void measure(const LayoutsCast& to, const Square& s, Amaxes* amax) {
   cast_simd().measure(amax->row, amax->col, s.x);
-  if (to.grain != Grain::tile) return;
+  if (to.layout_t().grain != Grain::tile) return;
   const uint32_t most = *std::max_element(amax->row, amax->row + s.x.rows);
-  std::fill_n(amax->row, s.x.rows, most);
+  if (to.grain == Grain::tile) std::fill_n(amax->row, s.x.rows, most);
   std::fill_n(amax->col, s.x.cols, most);
 }
 
@@ -67,10 +44,9 @@ float choose(const LayoutsCast& to, DType type, float amax, float* written) {
 
 // Chooses the scales of a square's rows in one layout, whose first row is `row` and first column
 // `col`, and writes them.
-void choose_scales(const LayoutsCast& to, const Operand& o, int64_t row, int64_t col,
-                   const uint32_t* amax, int64_t n, float* scale) {
+void choose_scales(const LayoutsCast& to, const Operand& o, const Layout& layout, int64_t row,
+                   int64_t col, const uint32_t* amax, int64_t n, float* scale) {
   if (!o.wanted()) return;
-  const Layout layout = to.layout();
   const int64_t per_row = layout.scales_in_row(o.codes.cols);
   for (int64_t r = 0; r < n; ++r) {
     const int64_t place = (row + r) / layout.height() * per_row + col / kScaleTile;
@@ -144,19 +120,25 @@ void clear_padding(const LayoutsCast& to, const Operand& o, int64_t rows, int64_
 
 }  // namespace
 
+void cast_square(const LayoutsCast& to, const Square& s) {
+  Amaxes amax;
+  Scales scale;
+  measure(to, s, &amax);
+  choose_scales(to, to.q, to.layout(), s.row, s.col, amax.row, s.x.rows, scale.row);
+  choose_scales(to, to.qt, to.layout_t(), s.col, s.row, amax.col, s.x.cols, scale.col);
+  encode(to, s, scale);
+}
+
+void clear_layouts(const LayoutsCast& to, int64_t rows, int64_t cols) {
+  clear_padding(to, to.q, rows, cols);
+  clear_padding(to, to.qt, cols, rows);
+}
+
 void cast_layouts(const LayoutsCast& to, const TensorView& x) {
   check_cast_layouts(to, x);
-  clear_padding(to, to.q, x.rows, x.cols);
-  clear_padding(to, to.qt, x.cols, x.rows);
+  clear_layouts(to, x.rows, x.cols);
   if (to.grain == Grain::row) return cast_by_rows(to, x);
-  for_squares(x, [&](const Square& s) {
-    Amaxes amax;
-    Scales scale;
-    measure(to, s, &amax);
-    choose_scales(to, to.q, s.row, s.col, amax.row, s.x.rows, scale.row);
-    choose_scales(to, to.qt, s.col, s.row, amax.col, s.x.cols, scale.col);
-    encode(to, s, scale);
-  });
+  for_squares(x, [&](const Square& s) { cast_square(to, s); });
 }
 
 }  // namespace quaver::cpu

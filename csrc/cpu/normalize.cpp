@@ -3,8 +3,10 @@
 #include <vector>
 
 #include "../arguments.h"
+#include "../check_cast_layouts.h"
 #include "cast_both.h"
 #include "simd_activation.h"
+#include "squares.h"
 
 namespace quaver::cpu {
 namespace {
@@ -37,39 +39,83 @@ Statistics statistics(const TensorView& x, int64_t row, bool centered, float eps
   return {mean, inverse_deviation(squares / count, eps)};
 }
 
+// The statistics of each row and its saved copy.
+class Rows {
+ public:
+  Rows(const GroupedView& saved, float* mean, float* rstd, const TensorView& x, float eps)
+      : saved_(saved), mean_(mean), rstd_(rstd), x_(x), eps_(eps) {}
+
+  void measure(int64_t row) const {
+    const Statistics of = statistics(x_, row, mean_ != nullptr, eps_);
+    if (mean_ != nullptr) mean_[row] = of.mean;
+    rstd_[row] = of.rstd;
+    const int64_t groups = blocks_in_row(x_.cols, saved_.layout.block);
+    activation_simd().save_groups({saved_.codes.as<uint8_t>() + row * x_.cols,
+                                   saved_.scale + row * groups, saved_.layout.block},
+                                  at(x_, row * x_.cols), x_.dtype, x_.cols);
+  }
+
+  void normalize(float* out, int64_t row, int64_t col, int64_t n, const Channels& weights,
+                 const Channels& biases) const {
+    activation_simd().normalize(out, at(x_, row * x_.cols + col), x_.dtype, n,
+                                mean_ != nullptr ? mean_[row] : 0.0f, rstd_[row], weights.from(col),
+                                biases.from(col));
+  }
+
+  // There is no block of values to compute them with.
+  void measure_empty() const {
+    if (mean_ != nullptr) std::fill(mean_, mean_ + x_.rows, 0.0f);
+    std::fill(rstd_, rstd_ + x_.rows, inverse_deviation(0.0f, eps_));
+  }
+
+ private:
+  GroupedView saved_;
+  float *mean_, *rstd_;
+  TensorView x_;
+  float eps_;
+};
+
 }  // namespace
 
 void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* rstd,
                const TensorView& x, const TensorView& weight, const TensorView& bias, float eps) {
   check_normalize(y, saved, x, weight, bias);
-  const ActivationSimd& loops = activation_simd();
-  const int64_t groups = blocks_in_row(x.cols, saved.layout.block);
   const Channels weights(weight), biases(bias);
-  if (x.cols == 0) {  // there is no block to compute them with
-    if (mean != nullptr) std::fill(mean, mean + x.rows, 0.0f);
-    std::fill(rstd, rstd + x.rows, inverse_deviation(0.0f, eps));
-  }
+  const Rows of(saved, mean, rstd, x, eps);
+  if (x.cols == 0) of.measure_empty();
   cast_both(&y, 1, x.rows, x.cols, [&](const Strip& s, bool first, Sink& sink) {
     alignas(64) float values[kBlock];
     for (int64_t row = s.row; row < s.row + s.rows; ++row) {
-      if (first) {
-        const Statistics of = statistics(x, row, mean != nullptr, eps);
-        if (mean != nullptr) mean[row] = of.mean;
-        rstd[row] = of.rstd;
-        loops.save_groups({saved.codes.as<uint8_t>() + row * x.cols, saved.scale + row * groups,
-                           saved.layout.block},
-                          at(x, row * x.cols), x.dtype, x.cols);
-      }
+      if (first) of.measure(row);
       for (int64_t col = 0; col < x.cols; col += kBlock) {
         const int64_t n = std::min(kBlock, x.cols - col);
-        loops.normalize(values, at(x, row * x.cols + col), x.dtype, n,
-                        mean != nullptr ? mean[row] : 0.0f, rstd[row], weights.from(col),
-                        biases.from(col));
+        of.normalize(values, row, col, n, weights, biases);
         sink.put(0, row, col, n, values);
       }
     }
     for (int64_t col = 0; col < x.cols; col += kBlock)
       sink.finish(s, col, std::min(kBlock, x.cols - col));
+  });
+}
+
+void normalize_layouts(const LayoutsCast& y, const GroupedView& saved, float* mean, float* rstd,
+                       const TensorView& x, const TensorView& weight, const TensorView& bias,
+                       float eps) {
+  check_normalize_inputs("normalize_layouts", saved, x, weight, bias);
+  check_blocks("normalize_layouts", y, x.rows, x.cols);
+  clear_layouts(y, x.rows, x.cols);
+  const Channels weights(weight), biases(bias);
+  const Rows of(saved, mean, rstd, x, eps);
+  if (x.cols == 0) return of.measure_empty();
+  auto rows = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) of.measure(row);
+  };
+  parallel_for(x.rows, kGrain / x.cols, rows);
+  for_squares(x, [&](const Square& s) {
+    SquareBuffer buffer;
+    for (int64_t r = 0; r < s.x.rows; ++r)
+      of.normalize(buffer.row(r), s.row + r, s.col, s.x.cols, weights, biases);
+    cast_square(y, buffer.at(s));
   });
 }
 

@@ -4,8 +4,10 @@
 // Scaling (arXiv 2410.19313, section 4.3) would read the group maxima of the result instead, but
 // they cost the same pass here, which is also the one that saves.
 #include "../arguments.h"
+#include "../check_cast_layouts.h"
 #include "dispatch.h"
 #include "fused_cast.h"
+#include "layouts.h"
 #include "quaver/activate.h"
 
 namespace quaver::cuda {
@@ -69,13 +71,37 @@ QUAVER_DEVICE void scale_channels(const float* channel_scale, bool aligned, Colu
   for (int i = 0; i < kVector; ++i) v[i] *= scale[i];
 }
 
-// Computes what a thread has in one pass over a tile, saves its inputs where the pass collects, and
-// casts the result to q and, in shared memory, for qt. Returns the largest magnitude; a fast path
-// takes all values for numbers.
+// Computes what a thread has in one pass over a tile, and saves its inputs where that is asked for;
+// a fast path takes all values for numbers.
+template <class X, Activation kind, Shape shape>
+QUAVER_DEVICE void activate_values(const Problem<X>& p, const Fragment<run_length(sizeof(X))>& at,
+                                   bool save, Columns* columns, float (&v)[kVector]) {
+  constexpr int kRun = run_length(sizeof(X)), kApart = kRunsApart<kRun>;
+  constexpr bool kFast = shape != Shape::any;
+  const bool gated = kFast ? shape == Shape::gated : p.up != nullptr;
+  const int64_t i = at.row * p.m.cols + at.col;
+  decode_vector<X>(load_runs<kRun>(p.x + i, kApart, at.n, p.aligned), v);
+  Packed<sizeof(X)> up = {};
+  if (gated) up = load_runs<kRun>(p.up + i, kApart, at.n, p.aligned);
+  if (save && p.x_saved.held) save_vector<kRun, kFast>(p.x_saved, at.row, at.col, kApart, at.n, v);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) v[k] = quaver::activate<kind>(v[k]);
+  if (gated) {
+    float u[kVector];
+    decode_vector<X>(up, u);
+    if (save && p.up_saved.held)
+      save_vector<kRun, kFast>(p.up_saved, at.row, at.col, kApart, at.n, u);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) v[k] *= u[k];
+  }
+  if (p.channel_scale != nullptr) scale_channels(p.channel_scale, p.aligned_scale, columns, at, v);
+}
+
+// The values of one pass, cast to q and, in shared memory, for qt. Returns the largest magnitude.
 template <class X, Activation kind, Shape shape>
 QUAVER_DEVICE uint32_t activate_pass(const Problem<X>& any, Corner corner, int pass, CastPass of,
                                      Columns* columns, Tile& tile) {
-  constexpr int kRun = run_length(sizeof(X)), kApart = kRunsApart<kRun>;
+  constexpr int kRun = run_length(sizeof(X));
   constexpr bool kFast = shape != Shape::any;
   const Problem<X> p = with_known<shape>(any);
   Fragment<kRun> at = fragment_in_pass<kRun>(p.m, corner, pass);
@@ -83,25 +109,8 @@ QUAVER_DEVICE uint32_t activate_pass(const Problem<X>& any, Corner corner, int p
     of = {true, true, of.scale, as_multiplication(of.by)};
     at = as_inside(at);
   }
-  const bool gated = kFast ? shape == Shape::gated : p.up != nullptr;
-  const int64_t i = at.row * p.m.cols + at.col;
   float v[kVector];
-  decode_vector<X>(load_runs<kRun>(p.x + i, kApart, at.n, p.aligned), v);
-  Packed<sizeof(X)> up = {};
-  if (gated) up = load_runs<kRun>(p.up + i, kApart, at.n, p.aligned);
-  if (of.collect && p.x_saved.held)
-    save_vector<kRun, kFast>(p.x_saved, at.row, at.col, kApart, at.n, v);
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) v[k] = quaver::activate<kind>(v[k]);
-  if (gated) {
-    float u[kVector];
-    decode_vector<X>(up, u);
-    if (of.collect && p.up_saved.held)
-      save_vector<kRun, kFast>(p.up_saved, at.row, at.col, kApart, at.n, u);
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) v[k] *= u[k];
-  }
-  if (p.channel_scale != nullptr) scale_channels(p.channel_scale, p.aligned_scale, columns, at, v);
+  activate_values<X, kind, shape>(p, at, of.collect, columns, v);
   const uint32_t seen = amax_bits(v);
   if (of.encode) put_values(p.y, tile, p.m, at, v, kFast ? 0 : seen, of.by);
   return seen;
@@ -161,7 +170,78 @@ __global__ void __launch_bounds__(kThreads, 2) activate_kernel(Problem<X> p, boo
   if (of.collect) leave_amax(p.y.scale, blockIdx.x, seen);
 }
 
+// The tile's values stay in registers: their scales follow from them, and then their codes.
+template <class X, Activation kind>
+__global__ void __launch_bounds__(kThreads) activate_blocks_kernel(Problem<X> p, Targets to) {
+  constexpr int kRun = run_length(sizeof(X));
+  __shared__ Columns columns;
+  __shared__ BlocksMemory memory;
+  const Corner corner = corner_of(p.m, blockIdx.x);
+  const bool collect = p.channel_scale != nullptr;
+  if (collect) {
+    if (threadIdx.x < kTile) columns.bits[threadIdx.x] = 0;
+    __syncthreads();
+  }
+  float y[kPasses][kVector];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass)
+    activate_values<X, kind, Shape::any>(p, fragment_in_pass<kRun>(p.m, corner, pass), true,
+                                         collect ? &columns : nullptr, y[pass]);
+  cast_blocks<kRun, void>(to, Kept{y}, corner.row / kTile, corner.col / kTile, memory);
+  const int64_t col = corner.col + threadIdx.x;  // the cast has synchronised
+  if (collect && threadIdx.x < kTile && col < p.m.cols)
+    atomicMax(reinterpret_cast<uint32_t*>(p.channel_amax + col), columns.bits[threadIdx.x]);
+}
+
+// A problem without its cast.
+template <class X>
+Problem<X> make_problem(const GroupedView& x_saved, const GroupedView& up_saved,
+                        float* channel_amax, const TensorView& x, const TensorView& up,
+                        const float* channel_scale) {
+  Problem<X> p = {};
+  p.m = make_matrix(x.rows, x.cols);
+  p.tiles = matrix_tiles(p.m);
+  p.x_saved = device_groups(x_saved, kChunks);
+  p.up_saved = device_groups(up_saved, kChunks);
+  p.x = x.as<const X>();
+  p.up = up.as<const X>();
+  p.channel_scale = channel_scale;
+  p.channel_amax = channel_amax;
+  p.aligned = x.cols % kVector == 0 && is_aligned(x.data) && is_aligned(up.data);
+  p.aligned_scale = is_aligned(channel_scale);
+  return p;
+}
+
+// Clears the amaxes of channels and saves the groups that the kernel does not hold.
+template <class X>
+void before(const char* op, const Problem<X>& p, const GroupedView& x_saved,
+            const GroupedView& up_saved, const TensorView& x, const TensorView& up, void* stream) {
+  if (p.channel_scale != nullptr && x.cols > 0)
+    clear(op, p.channel_amax, x.cols * sizeof(float), stream);
+  if (!p.x_saved.held) save_groups(op, x_saved, x, stream);
+  if (p.up != nullptr && !p.up_saved.held) save_groups(op, up_saved, up, stream);
+}
+
 }  // namespace
+
+void activate_layouts(const LayoutsCast& y, const GroupedView& x_saved, const GroupedView& up_saved,
+                      float* channel_amax, const TensorView& x, const TensorView& up,
+                      const float* channel_scale, Activation kind, void* stream) {
+  const char* op = "activate_layouts";
+  check_activate_inputs(op, x_saved, up_saved, x, up);
+  check_blocks(op, y, x.rows, x.cols);
+  with_float(x.dtype, [&](auto type) {
+    using X = decltype(type);
+    const Problem<X> p = make_problem<X>(x_saved, up_saved, channel_amax, x, up, channel_scale);
+    before(op, p, x_saved, up_saved, x, up, stream);
+    if (x.numel() == 0) return;
+    const Targets to = make_targets(y, x.rows, x.cols);
+    with_kind(kind, [&](auto k) {
+      launch(op, activate_blocks_kernel<X, decltype(k)::value>, tile_count(to.padded), kThreads,
+             stream, p, to);
+    });
+  });
+}
 
 void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& up_saved,
               float* channel_amax, const TensorView& x, const TensorView& up,
@@ -170,23 +250,10 @@ void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& 
   check_activate(y, x_saved, up_saved, x, up);
   with_float(x.dtype, [&](auto type) {
     using X = decltype(type);
-    Problem<X> p;
-    p.m = make_matrix(x.rows, x.cols);
-    p.tiles = matrix_tiles(p.m);
+    Problem<X> p = make_problem<X>(x_saved, up_saved, channel_amax, x, up, channel_scale);
     p.y = device_cast(op, y);
-    p.x_saved = device_groups(x_saved, kChunks);
-    p.up_saved = device_groups(up_saved, kChunks);
-    p.x = x.as<const X>();
-    p.up = up.as<const X>();
-    p.channel_scale = channel_scale;
-    p.channel_amax = channel_amax;
-    p.aligned = x.cols % kVector == 0 && is_aligned(x.data) && is_aligned(up.data);
-    p.aligned_scale = is_aligned(channel_scale);
     p.shape = shape_of(p);
-    if (channel_scale != nullptr && x.cols > 0)
-      clear(op, channel_amax, x.cols * sizeof(float), stream);
-    if (!p.x_saved.held) save_groups(op, x_saved, x, stream);
-    if (p.up != nullptr && !p.up_saved.held) save_groups(op, up_saved, up, stream);
+    before(op, p, x_saved, up_saved, x, up, stream);
     with_kind(kind, [&](auto k) {
       constexpr Activation f = decltype(k)::value;
       const CastBlocks blocks = cast_blocks(op, p.y.scale.mode, p.tiles);

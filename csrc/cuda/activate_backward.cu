@@ -2,8 +2,10 @@
 // registers (quaver/activate.h). A block computes a tile of both gradients. Where a scale is chosen
 // just in time, an earlier pass computes the amaxes.
 #include "../arguments.h"
+#include "../check_cast_layouts.h"
 #include "dispatch.h"
 #include "fused_cast.h"
+#include "layouts.h"
 #include "quaver/activate.h"
 
 namespace quaver::cuda {
@@ -96,12 +98,75 @@ __global__ void __launch_bounds__(kThreads, 2) activate_backward_kernel(Problem<
   if (of_up.collect) leave_amax(p.dup.scale, blockIdx.x, seen_up);
 }
 
+// One gradient at a time stays in registers: its scales follow from it, and then its codes. Both
+// together would not fit, so they are computed twice.
+template <bool kUp, class X, Activation kind>
+QUAVER_DEVICE void cast_gradient(const Problem<X>& p, const Targets& to, BlocksMemory& memory) {
+  const Corner corner = corner_of(p.m, blockIdx.x);
+  float kept[kPasses][kVector];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    float other[kVector];
+    const auto at = fragment_in_pass<kRun<X>>(p.m, corner, pass);
+    if constexpr (kUp)
+      gradients<X, kind>(p, at, other, kept[pass]);
+    else
+      gradients<X, kind>(p, at, kept[pass], other);
+  }
+  cast_blocks<kRun<X>, void>(to, Kept{kept}, corner.row / kTile, corner.col / kTile, memory);
+}
+
+template <class X, Activation kind>
+__global__ void __launch_bounds__(kThreads)
+    activate_backward_blocks_kernel(Problem<X> p, Targets to_x, Targets to_up) {
+  __shared__ BlocksMemory memory;
+  cast_gradient<false, X, kind>(p, to_x, memory);
+  if (p.up.codes == nullptr) return;
+  cast_gradient<true, X, kind>(p, to_up, memory);
+}
+
+// A problem without its casts.
+template <class X>
+Problem<X> make_problem(const TensorView& dy, const GroupedView& x, const GroupedView& up,
+                        const float* channel_scale) {
+  Problem<X> p = {};
+  p.m = make_matrix(dy.rows, dy.cols);
+  p.tiles = matrix_tiles(p.m);
+  p.x = device_groups(x, 0);
+  p.up = device_groups(up, 0);
+  p.dy = dy.as<const X>();
+  p.channel_scale = channel_scale;
+  p.aligned = dy.cols % kVector == 0 && is_aligned(dy.data);
+  p.aligned_scale = is_aligned(channel_scale);
+  return p;
+}
+
 // Blocks that serve both casts.
 CastBlocks joint(CastBlocks a, CastBlocks b) {
   return {std::max(a.first, b.first), std::max(a.second, b.second)};
 }
 
 }  // namespace
+
+void activate_backward_layouts(const LayoutsCast& dx, const LayoutsCast& dup, const TensorView& dy,
+                               const GroupedView& x, const GroupedView& up,
+                               const float* channel_scale, Activation kind, void* stream) {
+  const char* op = "activate_backward_layouts";
+  check_gradient_inputs(op, dy, x, up);
+  check_blocks(op, dx, dy.rows, dy.cols);
+  if (up.codes.data != nullptr) check_blocks(op, dup, dy.rows, dy.cols);
+  if (dy.numel() == 0) return;
+  with_float(dy.dtype, [&](auto type) {
+    using X = decltype(type);
+    const Problem<X> p = make_problem<X>(dy, x, up, channel_scale);
+    const Targets to_x = make_targets(dx, dy.rows, dy.cols);
+    const Targets to_up = make_targets(dup, dy.rows, dy.cols);
+    with_kind(kind, [&](auto k) {
+      launch(op, activate_backward_blocks_kernel<X, decltype(k)::value>, tile_count(to_x.padded),
+             kThreads, stream, p, to_x, to_up);
+    });
+  });
+}
 
 void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView& dy,
                        const GroupedView& x, const GroupedView& up, const float* channel_scale,
@@ -110,17 +175,9 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
   check_activate_backward(dx, dup, dy, x, up);
   with_float(dy.dtype, [&](auto type) {
     using X = decltype(type);
-    Problem<X> p;
-    p.m = make_matrix(dy.rows, dy.cols);
-    p.tiles = matrix_tiles(p.m);
+    Problem<X> p = make_problem<X>(dy, x, up, channel_scale);
     p.dx = device_cast(op, dx);
     if (dup.q.data != nullptr) p.dup = device_cast(op, dup);
-    p.x = device_groups(x, 0);
-    p.up = device_groups(up, 0);
-    p.dy = dy.as<const X>();
-    p.channel_scale = channel_scale;
-    p.aligned = dy.cols % kVector == 0 && is_aligned(dy.data);
-    p.aligned_scale = is_aligned(channel_scale);
     const bool gated = p.up.codes != nullptr;
     CastBlocks blocks = cast_blocks(op, p.dx.scale.mode, p.tiles);
     if (gated) blocks = joint(blocks, cast_blocks(op, p.dup.scale.mode, p.tiles));

@@ -1,8 +1,11 @@
 // RMSNorm and LayerNorm, cast to both GEMM layouts (quaver/normalize.h). First a warp on each row:
 // its statistics, the saved copy of x and, where the scale is just in time, the amax of the result.
-// Then a block on each tile normalises once more and casts from registers.
+// Then a block on each tile normalises once more and casts from registers, to scales of blocks in
+// the same pass that finds them.
 #include "../arguments.h"
+#include "../check_cast_layouts.h"
 #include "dispatch.h"
+#include "layouts.h"
 #include "row_sum.h"
 
 namespace quaver::cuda {
@@ -212,7 +215,66 @@ __global__ void __launch_bounds__(kThreads, 2) normalize_cast_kernel(Problem<X> 
   if (known.collect) leave_amax(p.y.scale, blockIdx.x, most);
 }
 
+// The tile's values stay in registers: their scales follow from them, and then their codes.
+template <class X>
+__global__ void __launch_bounds__(kThreads) normalize_blocks_kernel(Problem<X> p, Targets to) {
+  constexpr int kApart = kRunsApart<kRun<X>>;
+  __shared__ BlocksMemory memory;
+  const Corner corner = corner_of(p.m, blockIdx.x);
+  const int64_t col = fragment_in_pass<kRun<X>>(p.m, corner, 0).col;
+  float weight[kVector];  // of the thread's columns, which are those of every pass
+  load_weight(p, col, kApart, p.m.cols - col, weight);
+  float y[kPasses][kVector];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const auto at = fragment_in_pass<kRun<X>>(p.m, corner, pass);
+    load_x(p, at.row, at.col, kApart, at.n, y[pass]);
+    if (at.n > 0)
+      normalize_vector(p, at.col, kApart, at.n, p.mean != nullptr ? p.mean[at.row] : 0.0f,
+                       p.rstd[at.row], weight, y[pass]);
+  }
+  cast_blocks<kRun<X>, void>(to, Kept{y}, corner.row / kTile, corner.col / kTile, memory);
+}
+
+// A problem without its cast.
+template <class X>
+Problem<X> make_problem(const GroupedView& saved, float* mean, float* rstd, const TensorView& x,
+                        const TensorView& weight, const TensorView& bias, float eps) {
+  Problem<X> p = {};
+  p.m = make_matrix(x.rows, x.cols);
+  p.tiles = matrix_tiles(p.m);
+  p.saved = device_groups(saved, kWarp);
+  p.x = x.as<const X>();
+  p.weight = device_channels(weight);
+  p.bias = device_channels(bias);
+  p.mean = mean;
+  p.rstd = rstd;
+  p.eps = eps;
+  p.aligned = x.cols % kVector == 0 && is_aligned(x.data);
+  return p;
+}
+
 }  // namespace
+
+void normalize_layouts(const LayoutsCast& y, const GroupedView& saved, float* mean, float* rstd,
+                       const TensorView& x, const TensorView& weight, const TensorView& bias,
+                       float eps, void* stream) {
+  const char* op = "normalize_layouts";
+  check_normalize_inputs(op, saved, x, weight, bias);
+  check_blocks(op, y, x.rows, x.cols);
+  if (x.rows == 0) return;
+  with_float(x.dtype, [&](auto type) {
+    using X = decltype(type);
+    Problem<X> p = make_problem<X>(saved, mean, rstd, x, weight, bias, eps);
+    p.y = {nullptr, nullptr, {}, DType::e4m3, true};  // what a row's fast path looks at
+    p.fast = is_fast(p);
+    if (!p.saved.held) save_groups(op, saved, x, stream);
+    launch(op, normalize_rows_kernel<X>, row_blocks(x.rows), kThreads, stream, p);
+    if (x.cols == 0) return;
+    const Targets to = make_targets(y, x.rows, x.cols);
+    launch(op, normalize_blocks_kernel<X>, tile_count(to.padded), kThreads, stream, p, to);
+  });
+}
 
 void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* rstd,
                const TensorView& x, const TensorView& weight, const TensorView& bias, float eps,
@@ -221,18 +283,8 @@ void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* 
   check_normalize(y, saved, x, weight, bias);
   with_float(x.dtype, [&](auto type) {
     using X = decltype(type);
-    Problem<X> p;
-    p.m = make_matrix(x.rows, x.cols);
-    p.tiles = matrix_tiles(p.m);
+    Problem<X> p = make_problem<X>(saved, mean, rstd, x, weight, bias, eps);
     p.y = device_cast(op, y);
-    p.saved = device_groups(saved, kWarp);
-    p.x = x.as<const X>();
-    p.weight = device_channels(weight);
-    p.bias = device_channels(bias);
-    p.mean = mean;
-    p.rstd = rstd;
-    p.eps = eps;
-    p.aligned = x.cols % kVector == 0 && is_aligned(x.data);
     p.fast = is_fast(p);
     if (!p.saved.held) save_groups(op, saved, x, stream);
     const ScaleMode mode = p.y.scale.mode;

@@ -20,11 +20,16 @@ constexpr const char* kLayerSchemas[] = {
     "cast_transpose(Tensor x, ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, "
     "bool power_of_two=True) -> (Tensor q, Tensor qt, Tensor scale, Tensor amax)",
     "cast_layouts(Tensor x, ScalarType dtype, str granularity, bool rows=True, bool columns=True, "
-    "bool power_of_two=False) -> (Tensor q, Tensor scale, Tensor qt, Tensor qt_scale)",
+    "bool power_of_two=False, bool tiles_t=False) "
+    "-> (Tensor q, Tensor scale, Tensor qt, Tensor qt_scale)",
     "normalize(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, "
     "ScalarType dtype, Tensor? scale=None, Tensor(a!)? history=None, bool power_of_two=True, "
     "int block=32, bool spread_nan=False) "
     "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, "
+    "Tensor mean, Tensor rstd)",
+    "normalize_layouts(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, "
+    "ScalarType dtype, bool tiles_t=False, bool power_of_two=True, int block=128) "
+    "-> (Tensor q, Tensor scale, Tensor qt, Tensor qt_scale, Tensor xq, Tensor xscale, "
     "Tensor mean, Tensor rstd)",
     "normalize_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor mean, Tensor rstd, "
     "Tensor? weight, int block, bool has_bias, ScalarType dx_dtype) "
@@ -34,6 +39,14 @@ constexpr const char* kLayerSchemas[] = {
     "bool spread_nan=False) "
     "-> (Tensor q, Tensor qt, Tensor scale, Tensor amax, Tensor xq, Tensor xscale, Tensor uq, "
     "Tensor uscale, Tensor channel_amax)",
+    "activate_layouts(Tensor x, Tensor? up, str kind, Tensor? channel_scale, ScalarType dtype, "
+    "bool tiles_t=False, bool power_of_two=True, int block=128) "
+    "-> (Tensor q, Tensor scale, Tensor qt, Tensor qt_scale, Tensor xq, Tensor xscale, Tensor uq, "
+    "Tensor uscale, Tensor channel_amax)",
+    "activate_backward_layouts(Tensor dy, Tensor xq, Tensor xscale, Tensor? uq, Tensor? uscale, "
+    "str kind, Tensor? channel_scale, int block, ScalarType dtype, bool power_of_two=True) "
+    "-> (Tensor dxq, Tensor dxscale, Tensor dxqt, Tensor dxqt_scale, Tensor duq, Tensor duscale, "
+    "Tensor duqt, Tensor duqt_scale)",
     "activate_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor? uq, Tensor? uscale, "
     "str kind, Tensor? channel_scale, int block, ScalarType dtype, "
     "Tensor(a!)? x_history=None, Tensor(b!)? up_history=None, bool power_of_two=True, "

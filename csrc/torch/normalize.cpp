@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "results.h"
+#include "layouts.h"
 
 namespace quaver::binding {
 namespace {
@@ -41,6 +41,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norma
                         stream);
       });
   return {y.q, y.qt, y.scale, y.amax, saved.codes, saved.scale, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize_layouts(
+    const Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in, double eps,
+    bool centered, ScalarType dtype, bool tiles_t, bool power_of_two, int64_t block) {
+  const char* op = "normalize_layouts";
+  check_matrix(op, "x", x_in);
+  check_device(op, x_in, "weight", weight_in);
+  check_device(op, x_in, "bias", bias_in);
+  const Tensor x = dense(x_in);
+  const OptionalTensor weight = dense(weight_in), bias = dense(bias_in);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  const LayoutsResult y = layouts_result(op, x, rows, cols, dtype, tiles_t, power_of_two);
+  GroupedResult saved = grouped_result(op, x, rows, cols, block);
+  Tensor mean = empty(x, {centered ? rows : 0}, ScalarType::Float);
+  Tensor rstd = empty(x, {rows}, ScalarType::Float);
+  float* mean_data = centered ? floats(op, "mean", mean, rows) : nullptr;
+  float* rstd_data = floats(op, "rstd", rstd, rows);
+  const TensorView x_view = view(op, "x", x);
+  const TensorView weights = optional_view(op, "weight", weight);
+  const TensorView biases = optional_view(op, "bias", bias);
+  const float epsilon = static_cast<float>(eps);
+  on_device(
+      op, x,
+      [&] {
+        cpu::normalize_layouts(y.view, saved.view, mean_data, rstd_data, x_view, weights, biases,
+                               epsilon);
+      },
+      [&](auto stream) {
+        cuda::normalize_layouts(y.view, saved.view, mean_data, rstd_data, x_view, weights, biases,
+                                epsilon, stream);
+      });
+  return {y.q.codes, y.q.scale, y.qt.codes, y.qt.scale, saved.codes, saved.scale, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& dy_in, const Tensor& xq_in,
@@ -87,6 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& dy_in, const
 template <class Library>
 void register_ops(Library& m) {
   m.impl("normalize", TORCH_BOX(&normalize));
+  m.impl("normalize_layouts", TORCH_BOX(&normalize_layouts));
   m.impl("normalize_backward", TORCH_BOX(&normalize_backward));
 }
 

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "quaver/activation.h"
-#include "quaver/cast.h"
+#include "quaver/cast_layouts.h"
 
 namespace quaver {
 namespace cpu {
@@ -24,6 +24,14 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
                        const GroupedView& x, const GroupedView& up, const float* channel_scale,
                        Activation kind);
 
+// The same with results in 1 x 128 blocks; their grain is block. dup without codes: none.
+void activate_layouts(const LayoutsCast& y, const GroupedView& x_saved, const GroupedView& up_saved,
+                      float* channel_amax, const TensorView& x, const TensorView& up,
+                      const float* channel_scale, Activation kind);
+void activate_backward_layouts(const LayoutsCast& dx, const LayoutsCast& dup, const TensorView& dy,
+                               const GroupedView& x, const GroupedView& up,
+                               const float* channel_scale, Activation kind);
+
 }  // namespace cpu
 
 // The same functions on the device, in `stream` (a cudaStream_t).
@@ -35,6 +43,12 @@ void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& 
 void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView& dy,
                        const GroupedView& x, const GroupedView& up, const float* channel_scale,
                        Activation kind, void* stream);
+void activate_layouts(const LayoutsCast& y, const GroupedView& x_saved, const GroupedView& up_saved,
+                      float* channel_amax, const TensorView& x, const TensorView& up,
+                      const float* channel_scale, Activation kind, void* stream);
+void activate_backward_layouts(const LayoutsCast& dx, const LayoutsCast& dup, const TensorView& dy,
+                               const GroupedView& x, const GroupedView& up,
+                               const float* channel_scale, Activation kind, void* stream);
 
 }  // namespace cuda
 }  // namespace quaver

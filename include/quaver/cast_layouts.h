@@ -17,14 +17,17 @@ struct Operand {
 };
 
 // x [R, C] as q [R, C] and qt [C, R]. Rows and blocks are those of each layout, so its codes are
-// its own; a tile's codes are the same in both. A scale whose values are not all finite is NaN,
-// and their codes are those of scale 1.
+// its own; a tile's codes are the same in both. With tiles_t q has blocks and qt has tiles, whose
+// scales take a 128th of the bytes. A scale whose values are not all finite is NaN, and their codes
+// are those of scale 1.
 struct LayoutsCast {
   Operand q, qt;
   Grain grain = Grain::block;
   bool power_of_two = false;
+  bool tiles_t = false;
 
   Layout layout() const { return {grain, kScaleTile}; }
+  Layout layout_t() const { return {tiles_t ? Grain::tile : grain, kScaleTile}; }
 };
 
 namespace cpu {

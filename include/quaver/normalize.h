@@ -17,7 +17,7 @@
 
 #include <cmath>
 
-#include "quaver/cast.h"
+#include "quaver/cast_layouts.h"
 
 namespace quaver {
 
@@ -49,6 +49,11 @@ namespace cpu {
 void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* rstd,
                const TensorView& x, const TensorView& weight, const TensorView& bias, float eps);
 
+// The same with y in 1 x 128 blocks; y.grain is block.
+void normalize_layouts(const LayoutsCast& y, const GroupedView& saved, float* mean, float* rstd,
+                       const TensorView& x, const TensorView& weight, const TensorView& bias,
+                       float eps);
+
 // dx [R, C]; dweight and dbias [C] f32, null where not wanted. dy [R, C].
 void normalize_backward(const TensorView& dx, float* dweight, float* dbias, const TensorView& dy,
                         const GroupedView& x, const float* mean, const float* rstd,
@@ -62,6 +67,9 @@ namespace cuda {
 void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* rstd,
                const TensorView& x, const TensorView& weight, const TensorView& bias, float eps,
                void* stream);
+void normalize_layouts(const LayoutsCast& y, const GroupedView& saved, float* mean, float* rstd,
+                       const TensorView& x, const TensorView& weight, const TensorView& bias,
+                       float eps, void* stream);
 
 int64_t normalize_backward_workspace_bytes(int64_t rows, int64_t cols);
 void normalize_backward(const TensorView& dx, float* dweight, float* dbias, const TensorView& dy,

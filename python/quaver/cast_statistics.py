@@ -25,7 +25,9 @@ def measured(x: Tensor, dtype: torch.dtype, history: Tensor | None = None, grain
     amax = values.amax() if values.numel() else values.new_zeros(())
     if coded:
         codes = x.qdata.float().abs()
-        beyond = codes == torch.finfo(x.qdata.dtype).max
+        # A block's scale, just in time, fits: its largest value may have the largest code.
+        forecast = x.qlayout.grain == "tensor"
+        beyond = (codes == torch.finfo(x.qdata.dtype).max) & forecast
         lost, of = codes == 0, torch.ones_like(codes)
     elif grain != "tensor":
         q = quantize(matrix(x), dtype, granularity=grain, power_of_two=power_of_two)

@@ -171,9 +171,12 @@ class Probe:
         """The cast that a linear layer makes of x, again. Of layers that share an input under
         delayed scaling, the first one's history made it."""
         history = history.clone() if history is not None and module.training else None
-        x = x.reshape(-1, x.shape[-1])
-        q, scale, _ = _ops.quantize(x, dtype, None, history)
-        self._measure(name, ScaledTensor(q, scale, None, x.dtype), _values(x))
+        x, rule = x.reshape(-1, x.shape[-1]), module.rule
+        layout = Layout.of(dtype, rule.grain)
+        q, scale, _ = _ops.quantize(
+            x, dtype, None, history, rule.grain, layout.block, rule.power_of_two, False, 0
+        )
+        self._measure(name, ScaledTensor(q, scale, None, x.dtype, layout), _values(x))
 
     @torch.no_grad()
     def _measure(self, name, stored: ScaledTensor, exact: Tensor | None = None):

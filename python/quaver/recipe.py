@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .moment_rules import SubsetNorm, Subspace, check
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 # The storage of optimizer states, by name; optim/states.py implements each.
@@ -13,18 +15,6 @@ STATES = ("f32", "e4m3", "e5m2", "e4m3-expand", "e5m2-expand", "e4m3-tensor", "f
 
 # Adam's moments in 4 bits, which go together; optim/packed.py implements each.
 PACKED_FIRST, PACKED_SECONDS = "dynamic4", ("linear4", "linear4-rank1", "factor")
-
-
-def _check(recipe, **choices) -> None:
-    """Raises ValueError naming the first field of `recipe` whose value is none of its choices."""
-    for field, allowed in choices.items():
-        value = getattr(recipe, field)
-        # Types are compared too: True == 1, and a tensor compares elementwise.
-        if not any(type(value) is type(a) and value == a for a in allowed):
-            raise ValueError(
-                f"{type(recipe).__name__}: {field} must be one of "
-                f"{', '.join(map(str, allowed))}, got {value!r}"
-            )
 
 
 @dataclass(frozen=True)
@@ -51,6 +41,8 @@ class LinearRecipe:
             product reads it; or a "block", 1 x 128 along the axis that a product sums over for
             inputs and output gradients, and 128 x 128 for weights (DeepSeek-V3, arXiv 2412.19437,
             section 3.3.2). Rows and blocks are scaled just in time, and go with plain weights.
+        kept: the scales of the transposed input that backward keeps. "grain" has those of `grain`,
+            4 bytes for 128 codes of blocks; "tile", with blocks, has one for each 128 x 128.
         power_of_two: scales are rounded up to powers of two. Those of tensors always are.
         weight_product: "fp8", or with rows and blocks "bf16": the product of the weight's gradient
             reads input and output gradient in bf16, and backward keeps the input in bf16.
@@ -69,12 +61,13 @@ class LinearRecipe:
     grad_accumulate: str = "bf16"
     cache: str = "none"
     grain: str = "tensor"
+    kept: str = "grain"
     power_of_two: bool = True
     weight_product: str = "fp8"
 
     def __post_init__(self):
         formats = (E4M3, E5M2)
-        _check(
+        check(
             self,
             input=formats,
             weight=formats,
@@ -85,6 +78,7 @@ class LinearRecipe:
             grad_accumulate=("bf16", "f32"),
             cache=("none", "master"),
             grain=("tensor", "row", "block"),
+            kept=("grain", "tile"),
             power_of_two=(True, False),
             weight_product=("fp8", "bf16"),
         )
@@ -98,6 +92,7 @@ class LinearRecipe:
             ("scaling", "delayed", not fine),
             ("master", "f16-tensor", not fine),
             ("power_of_two", False, fine),
+            ("kept", "tile", self.grain == "block"),
             ("weight_product", "bf16", fine and self.weight_grad != "e4m3"),
         ):
             if getattr(self, field) == value and not possible:
@@ -116,8 +111,9 @@ class LinearRecipe:
 class ActivationRecipe:
     """FP8 between linear layers (COAT, arXiv 2410.19313, section 5).
 
-    `norm` and `mlp`: norms and MLPs give FP8 to the linear layers that read them, and save their
-    own inputs for backward in e4m3 groups of 1 x `block` with power-of-two scales.
+    `norm` and `mlp`: norms and MLPs give FP8 to the linear layers that read them, with the scales
+    of the layers' products (one a tensor, or 1 x 128 blocks), and save their own inputs for
+    backward in e4m3 groups of 1 x `block` with power-of-two scales.
     `smooth_swiglu`: the product of a gated MLP is divided by a power of two per channel before its
     cast, from the amaxes of the forward before, and the next layer's FP8 weights are multiplied by
     it (arXiv 2409.12517); the weights themselves do not change.
@@ -133,87 +129,11 @@ class ActivationRecipe:
 
     def __post_init__(self):
         flags = (True, False)
-        _check(self, norm=flags, mlp=flags, smooth_swiglu=flags)
+        check(self, norm=flags, mlp=flags, smooth_swiglu=flags)
         if type(self.block) is not int or not 1 <= self.block < 2**31:
             raise ValueError(
                 f"ActivationRecipe: block must be an int from 1 to 2^31 - 1, got {self.block!r}"
             )
-
-
-@dataclass(frozen=True)
-class SubsetNorm:
-    """Adam's second moment with one value for each subset of a parameter (arXiv 2411.07120,
-    section 3): the moving average of the subset's sum of squared gradients. A sum and not a mean:
-    the learning rate is about ten times Adam's.
-
-    Args:
-        size: of a subset of consecutive elements; None takes the smaller axis of a matrix, so that
-            there is one value for each index of the larger.
-        dtype: float32 or bfloat16, of the stored values.
-
-    Raises:
-        ValueError: a field with a value that is none of its choices.
-    """
-
-    size: int | None = None
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self):
-        _check(self, dtype=(torch.float32, torch.bfloat16))
-        if self.size is not None:
-            _check_count(self, "size")
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """Momentum in a subspace of a matrix, and none in its complement (arXiv 2411.07120, section 4).
-
-    The smaller axis of a matrix, of length d, is projected on `rank` directions. The first moment
-    is kept of the projected gradient alone; the update's numerator is that moment, projected back,
-    plus the part of the gradient that the projection loses.
-
-    Args:
-        rank: of the subspace; where it is above d, d.
-        every: steps after which the subspace is chosen anew, from the gradient of that step.
-        projector: "svd" takes the leading singular vectors of the gradient, "topk" its rows (or
-            columns) of largest norm, "srht" a subsampled randomized Hadamard transform (a cosine
-            transform where d is no power of two), "random" an orthonormal basis of Gaussian
-            vectors. The last two depend on the parameter's place and the count of refreshes alone.
-        refresh: "reset" starts the moment and its bias correction anew, "carry" projects the moment
-            on the new subspace.
-        paper_bias: divides the whole numerator by 1 - beta1^t, the complement too, as the authors'
-            code does; by default the moment alone.
-        dtype: float32 or bfloat16, of the stored moment and basis.
-
-    Raises:
-        ValueError: a field with a value that is none of its choices.
-    """
-
-    rank: int = 128
-    every: int = 200
-    projector: str = "svd"
-    refresh: str = "reset"
-    paper_bias: bool = False
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self):
-        _check(
-            self,
-            projector=("svd", "srht", "topk", "random"),
-            refresh=("reset", "carry"),
-            paper_bias=(True, False),
-            dtype=(torch.float32, torch.bfloat16),
-        )
-        _check_count(self, "rank")
-        _check_count(self, "every")
-
-
-def _check_count(recipe, field: str) -> None:
-    value = getattr(recipe, field)
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise ValueError(
-            f"{type(recipe).__name__}: {field} must be an int from 1 to 2^31 - 1, got {value!r}"
-        )
 
 
 @dataclass(frozen=True)
@@ -262,7 +182,7 @@ class Recipe:
                     f"Recipe: {field} must be a {kind.__name__} or None, got {value!r}"
                 )
         flags = (True, False)
-        _check(
+        check(
             self,
             autocast=(None, torch.bfloat16, torch.float16),
             plain_moments=flags,
@@ -272,11 +192,11 @@ class Recipe:
             fp8_sum=flags,
         )
         self._check_moments()
-        fine = self.linear is not None and self.linear.grain != "tensor"
-        if self.activation is not None and fine:
+        rows = self.linear is not None and self.linear.grain == "row"
+        if self.activation is not None and rows:
             raise ValueError(
-                "Recipe: an ActivationRecipe casts with one scale a tensor: linear.grain must be "
-                f"tensor, got {self.linear.grain}"
+                "Recipe: an ActivationRecipe casts with a scale for each tensor or block: "
+                "linear.grain must be tensor or block, got row"
             )
 
     @property
@@ -296,7 +216,7 @@ class Recipe:
         named = ("f32", "bf16") if self.composed else STATES
         for field, kind in (("exp_avg", Subspace), ("exp_avg_sq", SubsetNorm)):
             if not isinstance(getattr(self, field), kind):
-                _check(self, **{field: named})
+                check(self, **{field: named})
         if self.composed and self.linear is not None:
             raise ValueError(
                 "Recipe: a Subspace or SubsetNorm is for plain parameters: linear must be None, "
@@ -323,6 +243,10 @@ _COAT = LinearRecipe(weight_grad="bf16", master="bf16")
 # Their own scales leave output gradients range enough in e4m3.
 _FINE = LinearRecipe(grain="block", grad_output=E4M3, power_of_two=False)
 
+# Values of a norm or an MLP are cast once, to codes that every product reads as they are. Powers of
+# two need no division, and a tile's scales take no more memory than COAT's one a tensor.
+_COAT_FINE = replace(_COAT, grain="block", grad_output=E4M3, kept="tile")
+
 _RECIPES = {
     r.name: r
     for r in (
@@ -341,14 +265,17 @@ _RECIPES = {
             replica=E4M3,
             fp8_sum=True,
         ),
-        Recipe(
-            "coat",
-            linear=_COAT,
-            activation=ActivationRecipe(),
-            exp_avg="e4m3-expand",
-            exp_avg_sq="e4m3-expand",
-            plain_moments=True,
-            bf16_master="stochastic",
+        *(
+            Recipe(
+                name,
+                linear=linear,
+                activation=ActivationRecipe(),
+                exp_avg="e4m3-expand",
+                exp_avg_sq="e4m3-expand",
+                plain_moments=True,
+                bf16_master="stochastic",
+            )
+            for name, linear in (("coat", _COAT), ("coat-blockwise", _COAT_FINE))
         ),
     )
 }

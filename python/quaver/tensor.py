@@ -66,6 +66,7 @@ class ScaledTensor(Interchange):
         qt: the codes of the matrix [rows, last axis], transposed and padded with zeros to
             multiples of 16: the layout in which a weight gradient reads them. An op that casts an
             activation, or the gradient of one, writes both; a linear layer then casts nothing.
+        qt_scale: the scales of qt where they are not `scale`: those of blocks or tiles.
 
     Raises:
         TypeError: a dtype that is none of the above.
@@ -77,6 +78,7 @@ class ScaledTensor(Interchange):
     amax: Tensor | None
     qlayout: Layout
     qt: Tensor | None
+    qt_scale: Tensor | None
     grad_format = "bf16"  # of the sum, once a second micro-batch adds to FP8 codes; or "f32"
     shares_scale = False  # a part of another ScaledTensor, which has the same scale
     owned_rows = None  # the rows of FSDP2's shard, in memory that it pads
@@ -86,7 +88,9 @@ class ScaledTensor(Interchange):
     sequence_input = None  # tensor_parallel/linear.py's Input, on a gathered activation
 
     @staticmethod
-    def __new__(cls, qdata, scale, amax=None, dtype=torch.float32, layout=None, qt=None):
+    def __new__(
+        cls, qdata, scale, amax=None, dtype=torch.float32, layout=None, qt=None, qt_scale=None
+    ):
         out = torch.Tensor._make_wrapper_subclass(
             cls,
             qdata.size(),
@@ -98,7 +102,9 @@ class ScaledTensor(Interchange):
         torch._C._set_throw_on_mutable_data_ptr(out)  # there is no memory behind it
         return out
 
-    def __init__(self, qdata, scale, amax=None, dtype=torch.float32, layout=None, qt=None):
+    def __init__(
+        self, qdata, scale, amax=None, dtype=torch.float32, layout=None, qt=None, qt_scale=None
+    ):
         layout = Layout.of(qdata.dtype) if layout is None else layout
         if qdata.dtype != layout.dtype:
             raise TypeError(f"ScaledTensor: wanted {layout.dtype} for {layout}, got {qdata.dtype}")
@@ -113,7 +119,7 @@ class ScaledTensor(Interchange):
         self.scale = scale
         self.amax = amax
         self.qlayout = layout
-        self.qt = qt
+        self.qt, self.qt_scale = qt, qt_scale
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors that it is stored as: "qdata", "scale" and, where there is one, "amax".
@@ -166,7 +172,9 @@ class ScaledTensor(Interchange):
         )
         return out if direct else out.to(dtype)
 
-    def _like(self, qdata, scale=None, amax=None, dtype=None, qt=None) -> ScaledTensor:
+    def _like(
+        self, qdata, scale=None, amax=None, dtype=None, qt=None, qt_scale=None
+    ) -> ScaledTensor:
         """This tensor's kind around other data."""
         out = ScaledTensor(
             qdata,
@@ -175,6 +183,7 @@ class ScaledTensor(Interchange):
             dtype or self.dtype,
             self.qlayout,
             qt,
+            qt_scale,
         )
         if self.grad_format != "bf16":
             out.grad_format = self.grad_format
@@ -184,12 +193,13 @@ class ScaledTensor(Interchange):
 
     def _map(self, function, dtype=None) -> ScaledTensor:
         """`function` on every tensor inside."""
-        amax, qt = (None if t is None else function(t) for t in (self.amax, self.qt))
-        return self._like(function(self.qdata), function(self.scale), amax, dtype, qt)
+        others = (None if t is None else function(t) for t in (self.amax, self.qt, self.qt_scale))
+        amax, *transposed = others
+        return self._like(function(self.qdata), function(self.scale), amax, dtype, *transposed)
 
     def view_of_codes(self, qdata: Tensor, qt: Tensor | None = None) -> ScaledTensor:
         """A tensor around a view of this one's codes, with the same scale."""
-        out = self._like(qdata, qt=qt)
+        out = self._like(qdata, qt=qt, qt_scale=None if qt is None else self.qt_scale)
         out.shares_scale = self.shares_scale or qdata.numel() != self.numel()
         out.is_transient = self.is_transient
         out.source = self
@@ -277,12 +287,14 @@ class ScaledTensor(Interchange):
 
     def __tensor_flatten__(self):
         names = [*self.parts()] if self.qt is None else [*self.parts(), "qt"]
+        if self.qt is not None and self.qt_scale is not None:
+            names.append("qt_scale")
         return names, (self.dtype, self.qlayout)
 
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride):
-        amax, qt = inner.get("amax"), inner.get("qt")
-        return ScaledTensor(inner["qdata"], inner["scale"], amax, *context, qt)
+        amax, qt, qt_scale = (inner.get(name) for name in ("amax", "qt", "qt_scale"))
+        return ScaledTensor(inner["qdata"], inner["scale"], amax, *context, qt, qt_scale)
 
     def __repr__(self, *, tensor_contents=None):
         return (

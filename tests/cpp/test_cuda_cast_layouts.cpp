@@ -2,8 +2,7 @@
 // bits of the CPU backend.
 #include <cmath>
 
-#include "quaver/cast_layouts.h"
-#include "simt/cases.h"
+#include "simt/layouts.h"
 
 using namespace quaver;
 using namespace quaver::test;
@@ -12,46 +11,8 @@ namespace {
 
 constexpr Grain kGrains[] = {Grain::row, Grain::block, Grain::tile};
 
-// NaNs of any payload are one.
-bool same_scales(Buffer& a, Buffer& b) {
-  for (int64_t i = 0; i < a.size() / 4; ++i) {
-    const float x = a.as<float>()[i], y = b.as<float>()[i];
-    if (bit_cast<uint32_t>(x) != bit_cast<uint32_t>(y) && !(std::isnan(x) && std::isnan(y)))
-      return false;
-  }
-  return true;
-}
-
-// One layout's codes and scales, of both backends.
-struct Result {
-  int64_t rows, cols;
-  Layout layout;
-  DType type;
-  Buffer wanted, got, wanted_scale, got_scale;
-
-  Result(int64_t r, int64_t c, const Layout& l, DType t, int64_t skew)
-      : rows(gemm_padded(r)),
-        cols(gemm_padded(c)),
-        layout(l),
-        type(t),
-        wanted(rows * cols),
-        got(rows * cols, skew, 0x3b),
-        wanted_scale(4 * count()),
-        got_scale(4 * count(), 0, 0x3b) {}
-
-  int64_t count() const { return layout.scale_rows(rows) * layout.scales_in_row(cols); }
-  Operand operand(Buffer& codes, Buffer& scale) {
-    return {view(codes, type, rows, cols), view(scale, DType::f32, 1, count())};
-  }
-  void check() {
-    CHECK(wanted.bytes() == got.bytes());
-    CHECK(same_scales(wanted_scale, got_scale));
-    CHECK(got.guards_hold() && got_scale.guards_hold());
-  }
-};
-
 void check(const Shape& shape, DType from, DType to, Grain grain, bool power_of_two,
-           float odd = 1.0f, int64_t skew = 0, int which = 3) {
+           float odd = 1.0f, int64_t skew = 0, int which = 3, bool tiles_t = false) {
   const int64_t n = shape.rows * shape.cols;
   Buffer x(n * size_of(from), skew * size_of(from));
   fill(&x, from, n, 23);
@@ -60,8 +21,9 @@ void check(const Shape& shape, DType from, DType to, Grain grain, bool power_of_
   LayoutsCast cast;
   cast.grain = grain;
   cast.power_of_two = power_of_two;
-  Result q(shape.rows, shape.cols, cast.layout(), to, skew);
-  Result qt(shape.cols, shape.rows, cast.layout(), to, skew);
+  cast.tiles_t = tiles_t;
+  OperandMemory q(shape.rows, shape.cols, cast.layout(), to, skew);
+  OperandMemory qt(shape.cols, shape.rows, cast.layout_t(), to, skew);
   if (which & 1) cast.q = q.operand(q.wanted, q.wanted_scale);
   if (which & 2) cast.qt = qt.operand(qt.wanted, qt.wanted_scale);
   cpu::cast_layouts(cast, values);
@@ -124,6 +86,14 @@ TEST(one_layout) {
       check({144, 96}, DType::bf16, DType::e4m3, grain, false, 1, 0, which);
 }
 
+TEST(tiles_beside_blocks) {
+  for (const Shape& shape : kShapes)
+    check(shape, DType::bf16, DType::e4m3, Grain::block, true, 1, 0, 3, true);
+  for (const float odd : {1e6f, INFINITY, NAN})
+    for (const int which : {2, 3})
+      check({144, 260}, DType::f32, DType::e5m2, Grain::block, false, odd, 1, which, true);
+}
+
 TEST(values_that_are_not_finite) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   for (const Grain grain : kGrains)
@@ -157,6 +127,12 @@ TEST(wrong_arguments_are_named) {
   cast.q = {view(q, DType::e4m3, 16, 16), view(scale)};
   CHECK_THROWS(cuda::cast_layouts(cast, view(x, DType::f32, 2, 20), nullptr),
                "q of [2, 20] must be [16, 32], got [16, 16]");
+  cast.tiles_t = true;
+  cast.grain = Grain::row;
+  CHECK_THROWS(cuda::cast_layouts(cast, view(x, DType::f32, 2, 8), nullptr),
+               "tiles_t goes with granularity block alone");
+  cast.tiles_t = false;
+  cast.grain = Grain::block;
   cast.q.scale = view(x, DType::f32, 1, 2);
   CHECK_THROWS(cuda::cast_layouts(cast, view(x, DType::f32, 2, 8), nullptr),
                "q wants 16 f32 scales, got 2");

@@ -194,7 +194,8 @@ class Generator:
 
     def cast_layouts(self):
         x, grain = self.floating(self.matrix()), self.pick(GRAINS[1:])
-        return x, self.pick(FP8), grain, *(self.chance(p) for p in (0.8, 0.8, 0.5))
+        tiles_t = grain == "block" and self.chance(0.5)
+        return x, self.pick(FP8), grain, *(self.chance(p) for p in (0.8, 0.8, 0.5)), tiles_t
 
     def cast_transpose(self):
         x = self.floating(self.matrix())
@@ -215,6 +216,11 @@ class Generator:
             x, self.channels(cols), self.channels(cols), self.pick((1e-6, 1e-3, 1.0)),
             self.chance(0.5), self.pick(FP8), *self.source(), self.chance(0.7), self.block(),
         )  # fmt: skip
+
+    def normalize_layouts(self):
+        x, weight, bias, eps, centered, dtype, *_ = self.normalize()
+        flags = self.chance(0.5), self.chance(0.7)
+        return x, weight, bias, eps, centered, dtype, *flags, self.block()
 
     def saved(self, rows, cols, block):
         scale = self.bits((rows, -(-cols // block)), torch.uint8)
@@ -247,6 +253,12 @@ class Generator:
             self.maybe(lambda: self.scales(cols)), block, self.pick(FP8), self.maybe(self.history),
             self.history() if gated and self.chance(0.5) else None, self.chance(0.7),
         )  # fmt: skip
+
+    def activate_layouts(self):
+        return *self.activate()[:5], self.chance(0.5), self.chance(0.7), self.block()
+
+    def activate_backward_layouts(self):
+        return *self.activate_backward()[:9], self.chance(0.7)
 
     def operands(self):
         m, n, k = (self.pick((0, 1, 3, 16, 17, 48)) for _ in range(3))

@@ -58,8 +58,8 @@ def cast_transpose(x, dtype, scale, history, power_of_two):
     return scale if scale is None else reference.cast_transpose(x, dtype, scale)
 
 
-def cast_layouts(x, dtype, grain, rows, columns, power_of_two):
-    q, scale, qt, qt_scale = reference.cast_layouts(x, dtype, grain, power_of_two)
+def cast_layouts(x, dtype, grain, rows, columns, power_of_two, tiles_t):
+    q, scale, qt, qt_scale = reference.cast_layouts(x, dtype, grain, power_of_two, tiles_t)
     none, no_scale = torch.empty(0, dtype=dtype), torch.empty(0)
     return (
         *((q, scale) if rows else (none, no_scale)),
@@ -75,6 +75,12 @@ def normalize(x, weight, bias, eps, centered, dtype, scale, history, power_of_tw
     mean = mean if centered else mean[:0]
     saved = reference.save_groups(x, block)
     return *reference.cast_for_gemm(y, dtype, scale), *saved, mean, rstd
+
+
+def normalize_layouts(x, weight, bias, eps, centered, dtype, tiles_t, power_of_two, block):
+    y, mean, rstd = reference.normalize(x, weight, bias, eps, centered)
+    layouts = reference.cast_layouts(y, dtype, "block", power_of_two, tiles_t)
+    return *layouts, *reference.save_groups(x, block), mean if centered else mean[:0], rstd
 
 
 def normalize_backward(dy, xq, xscale, mean, rstd, weight, block, has_bias, dtype):
@@ -97,6 +103,10 @@ def activate(x, up, kind, channel_scale, dtype, scale, history, power_of_two, bl
         *(none if up is None else reference.save_groups(up, block)),
         None,
     )
+
+
+def activate_layouts(x, up, kind, channel_scale, dtype, tiles_t, power_of_two, block):
+    return activate(x, up, kind, channel_scale, dtype, None, None, power_of_two, block)
 
 
 def accumulate_(q, scale, amax, other, other_scale, other_amax):
@@ -177,7 +187,7 @@ def subset_sums(grads, scales, amaxes, subsets):
 
 EXACT = {
     f.__name__: f
-    for f in (quantize, dequantize, cast_transpose, cast_layouts, normalize, normalize_backward,
-              activate, accumulate_, share_scales, pack, reduce_shards, encode_state,
-              decode_state, nf4_encode, nf4_decode, subset_sums)
+    for f in (quantize, dequantize, cast_transpose, cast_layouts, normalize, normalize_layouts,
+              normalize_backward, activate, activate_layouts, accumulate_, share_scales, pack,
+              reduce_shards, encode_state, decode_state, nf4_encode, nf4_decode, subset_sums)
 }  # fmt: skip

@@ -56,6 +56,18 @@ MUTATIONS = [
         )
         for n in range(4)
     ),
+    *(
+        Mutation(
+            f"a barrier dropped: blocks of a norm, {n}",
+            "normalize:normalize_blocks_kernelINS_4bf16E",
+            r"bar\.sync[^;]*;",
+            "",
+            "test_cuda_fused_layouts:norms",
+            RACE,
+            n,
+        )
+        for n in range(4)
+    ),
     Mutation("a barrier under a predicate", CAST, r"(bar\.sync[^;]*;)", r"@%p1 \1", TEST_CAST),
     Mutation(
         "a stride that is added",

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layout import FLAT_BLOCK, Layout
 from ..tensor import ScaledTensor
 from .swap import Swapped
 
@@ -47,12 +48,16 @@ def cast(
     grain: str = "tensor",
     power_of_two: bool = True,
     rows: bool = True,
+    tiles_t: bool = False,
 ) -> Cast:
     """x [R, C] in FP8, with its transpose where `both`. The scale is `scale`, or that of delayed
     scaling by `history`, or just in time, and then NaN where a value of x is not finite. Scales of
-    another `grain` than the tensor's are chosen just in time; q is then empty without `rows`."""
+    another `grain` than the tensor's are chosen just in time; q is then empty without `rows`, and
+    the transpose has those of tiles with `tiles_t`."""
     if grain != "tensor":
-        q, used, qt, qt_scale = _ops.cast_layouts(x, dtype, grain, rows, both, power_of_two)
+        q, used, qt, qt_scale = _ops.cast_layouts(
+            x, dtype, grain, rows, both, power_of_two, tiles_t
+        )
         return Cast(q, used, qt if both else None, qt_scale)
     x = pad(x)
     if both:
@@ -90,20 +95,42 @@ def nan_unless_finite(scale: Tensor, amax: Tensor) -> Tensor:
     return scale + (amax - amax)
 
 
-def activation(q, qt, scale, shape, dtype: torch.dtype) -> ScaledTensor:
-    """The tensor of `shape` that a fused op cast into both padded GEMM layouts, with `spread_nan`:
-    linear layers do not look at an amax."""
+def activation(q, qt, scale, shape, dtype: torch.dtype, qt_scale=None) -> ScaledTensor:
+    """The tensor of `shape` that a fused op cast into both padded GEMM layouts, with NaN in a scale
+    where a value is not finite: linear layers do not look at an amax. With `qt_scale` both layouts
+    have scales of their own, those of q in 1 x 128 blocks."""
     rows, cols = math.prod(shape[:-1]), shape[-1]
     if q.shape != (rows, cols):
         q = q[:rows, :cols].contiguous()
-    return ScaledTensor(q.view(shape), scale, None, dtype, qt=qt)
+    if qt_scale is None:
+        return ScaledTensor(q.view(shape), scale, None, dtype, qt=qt)
+    if len(scale) != rows:
+        scale = scale[:rows].contiguous()
+    scale = scale.view(*shape[:-1], scale.shape[1])
+    return ScaledTensor(
+        q.view(shape), scale, None, dtype, Layout.of(q.dtype, "block"), qt, qt_scale
+    )
 
 
 def quantized(x: Tensor, dtype: torch.dtype) -> Cast | None:
     """The cast of an x that its producer has already quantized to `dtype`, else None."""
     if not isinstance(x, ScaledTensor) or x.qt is None or x.qdata.dtype != dtype:
         return None
-    return Cast(pad(matrix(x.qdata)), x.scale, x.qt, x.scale)
+    q = pad(matrix(x.qdata))
+    if x.qt_scale is None:
+        return Cast(q, x.scale, x.qt, x.scale)
+    scale = matrix(x.scale)
+    if len(scale) != len(q):
+        scale = F.pad(scale, (0, 0, 0, len(q) - len(scale)), value=1.0)
+    return Cast(q, scale, x.qt, x.qt_scale)
+
+
+def row_scales(scale: Tensor, rows: int) -> Tensor:
+    """The scales of 1 x 128 blocks of `rows` rows that mean what `scale` means, which has those of
+    128 x 128 tiles or already has those of blocks. A product's first operand takes no tiles."""
+    if scale.dim() != 2 or len(scale) == rows:
+        return scale
+    return scale.repeat_interleave(FLAT_BLOCK, 0)[:rows].contiguous()
 
 
 def output_dtype(x: Tensor) -> torch.dtype:

@@ -74,7 +74,7 @@ class GroupedProduct(FirstOrder):
                 inner, x[begin:end], own, *(None,) * 5, *operands, *(None,) * 3, rule.input,
                 rule.weight, rule.grad_output, out_dtype, rule.weight_grad, rule.grad_accumulate,
                 learns, input_major, None, None, rule.grain, rule.power_of_two,
-                rule.weight_product,
+                rule.weight_product, rule.kept,
             )  # fmt: skip
         # Autograd must know of all that is kept: hooks count, move or drop it.
         ctx.save_for_backward(*(t for inner in ctx.inner for t in inner.saved_tensors))
@@ -290,7 +290,7 @@ def why_experts_stay(module: nn.Module, recipe: recipes.Recipe, frozen: bool) ->
     if rule.master == "f16-tensor" or rule.weight_grad == "e4m3":
         return (
             "it is a stack of experts, whose weights and gradients stay plain: tensorwise, "
-            "rowwise, blockwise and coat multiply it in FP8"
+            "rowwise, blockwise, coat and coat-blockwise multiply it in FP8"
         )
     dtypes = {p.dtype for p in module.parameters(recurse=False)}
     if not dtypes <= set(FLOATS):

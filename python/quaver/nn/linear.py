@@ -194,8 +194,10 @@ class LinearBase(nn.Module):
         if ready is not None:
             return ready, None, None
         shared, keep = shared_cast(
-            x, (both, rule.input, self.training, rule.scaling, rule.grain, rule.power_of_two)
-        )
+            x,
+            (both, rule.input, self.training, rule.scaling, rule.grain, rule.kept,
+             rule.power_of_two),
+        )  # fmt: skip
         if shared is not None:
             return shared, None, None
         return None, cast_history(self, self._buffers["input_history"]), keep
@@ -235,7 +237,7 @@ class LinearBase(nn.Module):
             self._buffers["grad_history"] if self.training else None, rule.input, rule.weight,
             rule.grad_output, product_dtype(out), rule.weight_grad if whole else "f32",
             rule.grad_accumulate, learns, self.input_major, exchange, keep, rule.grain,
-            rule.power_of_two, rule.weight_product,
+            rule.power_of_two, rule.weight_product, rule.kept,
         )  # fmt: skip
         return y if y.dtype == out else y.to(out)
 

@@ -24,33 +24,54 @@ _ops = torch.ops.quaver
 class _ActivateFunction(FirstOrder):
     @staticmethod
     def forward(
-        ctx, x, up, kind, channel_scale, dtype, history, block, grad_dtype, x_history, up_history
-    ):
+        ctx, x, up, kind, channel_scale, dtype, history, block, grad_dtype, x_history, up_history,
+        grain, tiles_t, power_of_two,
+    ):  # fmt: skip
         shape = (-1, x.shape[-1])
-        flat_up = None if up is None else up.reshape(shape)
-        q, qt, scale, _, xq, xscale, uq, uscale, channel_amax = _ops.activate(
-            x.reshape(shape), flat_up, kind, channel_scale, dtype, None, history, True, block, True
-        )
+        inputs = x.reshape(shape), None if up is None else up.reshape(shape), kind, channel_scale
+        if grain == "block":
+            q, scale, qt, qt_scale, *saved = _ops.activate_layouts(
+                *inputs, dtype, tiles_t, power_of_two, block
+            )
+        else:
+            q, qt, scale, _, *saved = _ops.activate(
+                *inputs, dtype, None, history, True, block, True
+            )
+            qt_scale = None
+        xq, xscale, uq, uscale, channel_amax = saved
         up_saved = (None, None) if up is None else (uq, uscale)
         ctx.save_for_backward(xq, xscale, *up_saved, channel_scale)
         ctx.kind, ctx.block, ctx.grad_dtype = kind, block, grad_dtype
+        ctx.grain, ctx.power_of_two = grain, power_of_two
         ctx.histories, ctx.x_dtype = (x_history, up_history), x.dtype
         ctx.mark_non_differentiable(channel_amax)
         ctx.set_materialize_grads(False)  # zeros for channel_amax would be a launch
-        return activation(q, qt, scale, x.shape, x.dtype), channel_amax
+        return activation(q, qt, scale, x.shape, x.dtype, qt_scale), channel_amax
 
     @staticmethod
     def backward(ctx, dy, _):
         if dy is None:
-            return (None,) * 10
+            return (None,) * 13
         xq, xscale, uq, uscale, channel_scale = ctx.saved_tensors
-        both = _ops.activate_backward(
+        inputs = (
             dy.reshape(xq.shape), xq, xscale, uq, uscale, ctx.kind, channel_scale, ctx.block,
-            ctx.grad_dtype, *ctx.histories, True, True,
+            ctx.grad_dtype,
         )  # fmt: skip
-        dx = activation(*both[:3], dy.shape, ctx.x_dtype)
-        dup = None if uq is None else activation(*both[4:7], dy.shape, ctx.x_dtype)
-        return dx, dup, *(None,) * 8
+        if ctx.grain == "block":
+            both = _ops.activate_backward_layouts(*inputs, ctx.power_of_two)
+        else:
+            both = _ops.activate_backward(*inputs, *ctx.histories, True, True)
+        dx, dup = (None if uq is None and at else _gradient(ctx, both[at : at + 4], dy.shape)
+                   for at in (0, 4))  # fmt: skip
+        return dx, dup, *(None,) * 11
+
+
+def _gradient(ctx, parts, shape) -> Tensor:
+    """The gradient that an op cast: q and qt with one scale, or each with those of its blocks."""
+    if ctx.grain == "block":
+        q, scale, qt, qt_scale = parts
+        return activation(q, qt, scale, shape, ctx.x_dtype, qt_scale)
+    return activation(*parts[:3], shape, ctx.x_dtype)
 
 
 @dataclass(frozen=True)
@@ -105,6 +126,7 @@ class MLP(Swapped):
             self.rule.input, cast_history(down, getattr(down, "input_history", None)),
             self.activation.block, self.rule.grad_output,
             None if joint else _grad_history(gate_layer), _grad_history(up_layer),
+            self.rule.grain, self.rule.kept == "tile", self.rule.power_of_two,
         )  # fmt: skip
         if channels is None:
             return down(y)

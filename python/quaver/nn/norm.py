@@ -20,15 +20,25 @@ _ops = torch.ops.quaver
 
 class _NormalizeFunction(FirstOrder):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, centered, dtype, history, block, out_dtype):
+    def forward(
+        ctx, x, weight, bias, eps, centered, dtype, history, block, out_dtype, grain, tiles_t,
+        power_of_two,
+    ):  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
-        q, qt, scale, _, xq, xscale, mean, rstd = _ops.normalize(
-            flat, weight, bias, eps, centered, dtype, None, history, True, block, True
-        )
+        if grain == "block":
+            q, scale, qt, qt_scale, *saved = _ops.normalize_layouts(
+                flat, weight, bias, eps, centered, dtype, tiles_t, power_of_two, block
+            )
+        else:
+            q, qt, scale, _, *saved = _ops.normalize(
+                flat, weight, bias, eps, centered, dtype, None, history, True, block, True
+            )
+            qt_scale = None
+        xq, xscale, mean, rstd = saved
         ctx.save_for_backward(xq, xscale, mean, rstd, weight)
         ctx.block, ctx.x_dtype = block, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return activation(q, qt, scale, x.shape, out_dtype)
+        return activation(q, qt, scale, x.shape, out_dtype, qt_scale)
 
     @staticmethod
     def backward(ctx, dy):
@@ -39,7 +49,7 @@ class _NormalizeFunction(FirstOrder):
         )  # fmt: skip
         dweight = None if weight is None else dweight.to(weight.dtype)
         dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
-        return dx.reshape(dy.shape), dweight, dbias, *(None,) * 6
+        return dx.reshape(dy.shape), dweight, dbias, *(None,) * 9
 
 
 class Norm(Swapped):
@@ -108,4 +118,7 @@ class Norm(Swapped):
             cast_history(self, self.output_history),
             self.activation.block,
             output_dtype(x),
+            self.rule.grain,
+            self.rule.kept == "tile",
+            self.rule.power_of_two,
         )

@@ -13,7 +13,7 @@ from ..ops.linear import linear, linear_backward
 from ..recipe import E4M3
 from ..rows import Rows
 from ..tensor import ScaledTensor
-from .cast import Cast, cast, matrix, quantized
+from .cast import Cast, cast, matrix, quantized, row_scales
 from .first_order import FirstOrder
 from .rows import chosen_rows
 from .weight import cast_weight
@@ -65,6 +65,7 @@ class Product(FirstOrder):
         grain, power_of_two: of the scales that are chosen here. Operands whose scales are not of
             the tensor are cast before the op.
         weight_product: "bf16" keeps x, and multiplies it with dy for the weight's gradient.
+        kept: "tile" for a transpose of x, cast here, whose scales are those of tiles.
     """
 
     @staticmethod
@@ -72,7 +73,7 @@ class Product(FirstOrder):
         ctx, x, weight, bias, q, scale, qt, qt_scale, w_q, w_scale, w_qt, w_qt_scale, channels,
         input_history, grad_history, input_dtype, weight_dtype, grad_dtype, out_dtype, weight_grad,
         grad_accumulate, learns, input_major=False, exchange=None, keep=None, grain="tensor",
-        power_of_two=True, weight_product="fp8",
+        power_of_two=True, weight_product="fp8", kept="grain",
     ):  # fmt: skip
         n = weight.shape[1 if input_major else 0]
         values = _values(x, q)
@@ -81,8 +82,9 @@ class Product(FirstOrder):
         if grain != "tensor" and q is None:
             both = learns and weight_product == "fp8"
             q, scale, qt, qt_scale = made = cast(
-                matrix(values), input_dtype, both=both, grain=grain, power_of_two=power_of_two
-            )
+                matrix(values), input_dtype, both=both, grain=grain, power_of_two=power_of_two,
+                tiles_t=kept == "tile",
+            )  # fmt: skip
             if keep is not None:
                 keep(made)
         if grain != "tensor" and w_q is None:
@@ -116,6 +118,8 @@ class Product(FirstOrder):
     @staticmethod
     def backward(ctx, dy):
         kept, kept_scale, weight = ctx.saved_tensors
+        if ctx.input_major and kept_scale is not None:
+            kept_scale = row_scales(kept_scale, len(kept))
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         db = None
         if needs_bias:

@@ -16,6 +16,7 @@ from .activation import (
 )
 from .adam4 import adam_4bit_
 from .all_reduce import bucket_length, pack, reduce_shards, share_scales
+from .fused_layouts import activate_backward_layouts, activate_layouts, normalize_layouts
 from .gemm import gemm, sm_margin
 from .gradient import amaxes, grad_norm, none_like, parts
 from .microadam import micro_adam_
@@ -32,6 +33,8 @@ __all__ = [
     "Normalized",
     "activate",
     "activate_backward",
+    "activate_backward_layouts",
+    "activate_layouts",
     "adam_",
     "adam_4bit_",
     "amaxes",
@@ -48,6 +51,7 @@ __all__ = [
     "none_like",
     "normalize",
     "normalize_backward",
+    "normalize_layouts",
     "pack",
     "parts",
     "quantize",

@@ -104,7 +104,7 @@ def _(
 ):  # fmt: skip
     rows, cols = x.shape
     mean, rstd = (x.new_empty([n], dtype=torch.float32) for n in (rows if centered else 0, rows))
-    return *_both_layouts(x, rows, cols, dtype), *_grouped(x, block), mean, rstd
+    return *_both_layouts(x, rows, cols, dtype), *grouped_like(x, block), mean, rstd
 
 
 def normalize_backward(
@@ -194,8 +194,8 @@ def _(
     none = [x.new_empty([0], dtype=t) for t in (torch.float8_e4m3fn, torch.uint8)]
     return (
         *_both_layouts(x, rows, cols, dtype),
-        *_grouped(x, block),
-        *(none if up is None else _grouped(x, block)),
+        *grouped_like(x, block),
+        *(none if up is None else grouped_like(x, block)),
         x.new_empty([0 if channel_scale is None else cols], dtype=torch.float32),
     )
 
@@ -244,7 +244,8 @@ def _(
     return *_both_layouts(dy, rows, cols, dtype), *dup
 
 
-def _grouped(like, block):
+def grouped_like(like, block):
+    """Codes and scales of a saved matrix like that."""
     rows, cols = like.shape
     scale = like.new_empty([rows, (cols + block - 1) // block], dtype=torch.uint8)
     return like.new_empty([rows, cols], dtype=torch.float8_e4m3fn), scale

@@ -125,6 +125,7 @@ def cast_layouts(
     granularity: str = "block",
     *,
     power_of_two: bool = False,
+    tiles_t: bool = False,
 ) -> tuple[ScaledTensor, ScaledTensor]:
     """A matrix as products read it, x and its transpose, each with scales of its own, from one read
     (rows: two).
@@ -134,6 +135,7 @@ def cast_layouts(
         dtype: float8_e4m3fn or float8_e5m2.
         granularity: "row"; "block", 1 x 128 along each result's last axis; or "tile", 128 x 128,
             whose codes are the same in both.
+        tiles_t: beside "block", qt has scales of tiles, a 128th of the bytes.
 
     Returns q [R, C] and qt [C, R], both axes padded with zeros to multiples of 16. A scale is NaN
     where one of its values is not finite, so that products show it; there is no amax.
@@ -141,18 +143,31 @@ def cast_layouts(
     Raises:
         RuntimeError: types, shapes or granularities that do not fit, named with what came.
     """
-    q, scale, qt, scale_t = _ops.cast_layouts(x, dtype, granularity, True, True, power_of_two)
-    layout = Layout.of(dtype, granularity)
-    return tuple(ScaledTensor(*p, None, x.dtype, layout) for p in ((q, scale), (qt, scale_t)))
+    parts = _ops.cast_layouts(x, dtype, granularity, True, True, power_of_two, tiles_t)
+    return both_layouts(*parts, x.dtype, granularity, tiles_t)
+
+
+def both_layouts(q, scale, qt, qt_scale, dtype: torch.dtype, granularity: str, tiles_t: bool):
+    """The two tensors of the results of an op that writes layouts."""
+    grains = granularity, "tile" if tiles_t else granularity
+    return tuple(
+        ScaledTensor(codes, scales, None, dtype, Layout.of(codes.dtype, grain))
+        for codes, scales, grain in zip((q, qt), (scale, qt_scale), grains, strict=True)
+    )
 
 
 @fake("cast_layouts")
-def _(x, dtype, granularity, rows=True, columns=True, power_of_two=False):
-    layout, results = Layout.of(dtype, granularity), []
-    for wanted, shape in ((rows, x.shape), (columns, x.shape[::-1])):
+def _(x, dtype, granularity, rows=True, columns=True, power_of_two=False, tiles_t=False):
+    return fake_layouts(x, *x.shape, dtype, granularity, rows, columns, tiles_t)
+
+
+def fake_layouts(like, rows, cols, dtype, granularity="block", q=True, qt=True, tiles_t=False):
+    """Codes and scales of both layouts of a matrix [rows, cols]."""
+    grains, results = (granularity, "tile" if tiles_t else granularity), []
+    for wanted, shape, grain in zip((q, qt), ((rows, cols), (cols, rows)), grains, strict=True):
         shape = [(n + 15) // 16 * 16 for n in shape] if wanted else [0]
-        scales = layout.scale_shape(shape) if wanted else [0]
-        results += [x.new_empty(shape, dtype=dtype), x.new_empty(scales, dtype=torch.float32)]
+        scales = Layout.of(dtype, grain).scale_shape(shape) if wanted else [0]
+        results += [like.new_empty(shape, dtype=dtype), like.new_empty(scales, dtype=torch.float32)]
     return tuple(results)
 
 

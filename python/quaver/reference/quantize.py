@@ -71,17 +71,19 @@ def cast_transpose(
 
 
 def cast_layouts(
-    x: Tensor, dtype: torch.dtype, granularity: str, power_of_two: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, dtype: torch.dtype, granularity: str, power_of_two: bool = False,
+    tiles_t: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, scale, qt and qt_scale: quantize of x and of its transpose, padded with zeros to multiples
-    of 16 in both axes. A scale whose values are not all finite is NaN."""
+    of 16 in both axes. A scale whose values are not all finite is NaN. `tiles_t`: qt has tiles."""
 
-    def layout(y):
+    def layout(y, grain):
         y = F.pad(y.float(), (0, -y.shape[1] % 16, 0, -y.shape[0] % 16))
-        q, scale, amax = quantize(y, dtype, None, granularity, TILE, power_of_two)
+        q, scale, amax = quantize(y, dtype, None, grain, TILE, power_of_two)
         return q, torch.where(amax.isfinite(), scale, torch.nan)
 
-    return *layout(x), *layout(x.t().contiguous())
+    grain_t = "tile" if tiles_t else granularity
+    return *layout(x, granularity), *layout(x.t().contiguous(), grain_t)
 
 
 class DelayedScale:

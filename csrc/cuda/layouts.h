@@ -1,0 +1,206 @@
+// Device functions that cast a tile of values to the layouts that products read
+// (quaver/cast_layouts.h): cast_layouts has the values in memory, norms and activations in
+// registers. Each thread of the block has kVector values in each of kPasses passes.
+#pragma once
+
+#include "dispatch.h"
+#include "quaver/cast_layouts.h"
+#include "transpose_tile.h"
+
+namespace quaver::cuda {
+
+static_assert(kTile == kScaleTile, "a block of threads casts the values of a scale");
+
+// One layout as the kernels write it.
+struct Target {
+  uint8_t* codes;
+  float* scale;
+  int64_t per_row;  // scales
+  bool aligned;
+};
+
+// Both layouts of a matrix.
+struct Targets {
+  Tiles padded;  // of q
+  Target q, qt;
+  DType type;
+  float finite_max;
+  bool power_of_two, tiles_t;
+};
+
+inline Target target(const Operand& o, const Layout& layout) {
+  if (!o.wanted()) return {nullptr, nullptr, 0, false};
+  return {o.codes.as<uint8_t>(), o.scale.as<float>(), layout.scales_in_row(o.codes.cols),
+          is_aligned(o.codes.data)};
+}
+
+inline Targets make_targets(const LayoutsCast& to, int64_t rows, int64_t cols) {
+  const DType type = to.q.wanted() ? to.q.codes.dtype : to.qt.codes.dtype;
+  return {make_tiles(gemm_padded(rows), gemm_padded(cols)),
+          target(to.q, to.layout()),
+          target(to.qt, to.layout_t()),
+          type,
+          scale_max(type),
+          to.power_of_two,
+          to.tiles_t};
+}
+
+struct Amaxes {
+  uint32_t row[kTile], col[kTile];
+};
+
+// The shared memory of a tile in blocks.
+struct BlocksMemory {
+  Tile tile;
+  Amaxes amax;
+  float row_scale[kTile], col_scale[kTile];
+};
+
+// The column in the tile of element i of a thread.
+template <int kRun>
+QUAVER_DEVICE int column(int chunk, int i) {
+  return chunk * kRun + int(place_in_runs<kRun>(i, kRunsApart<kRun>));
+}
+
+// The scale that encodes values of this amax; the written one is NaN where they are not finite.
+QUAVER_DEVICE float choose(const Targets& to, uint32_t amax_bits) {
+  return scale_from_amax(bit_cast<float>(amax_bits), to.finite_max, to.power_of_two);
+}
+
+QUAVER_DEVICE float written(float scale, uint32_t amax_bits) {
+  return nan_unless_finite(scale, bit_cast<float>(amax_bits));
+}
+
+// The values that a thread keeps in registers.
+struct Kept {
+  const float (&value)[kPasses][kVector];
+};
+
+QUAVER_DEVICE void get_values(const Kept& kept, int pass, float (&v)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) v[i] = kept.value[pass][i];
+}
+
+// The amax of each row and column of the tile, in shared memory. get_values(values, pass, v) gives
+// a thread's.
+template <int kRun, class Values>
+QUAVER_DEVICE void measure(Amaxes& amax, const Values& values) {
+  if (threadIdx.x < kTile) amax.col[threadIdx.x] = 0;
+  __syncthreads();
+  uint32_t most[kVector] = {};
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    float v[kVector];
+    get_values(values, pass, v);
+    const TilePlace at = place_in_pass(pass, threadIdx.x);
+    const uint32_t row = group_max(amax_bits(v), kChunks);
+    if (at.chunk == 0) amax.row[at.row] = row;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) most[i] = max_bits(most[i], magnitude_bits(v[i]));
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    for (int distance = kChunks; distance < kWarp; distance *= 2)
+      most[i] = max_bits(most[i], __shfl_xor_sync(kAllLanes, most[i], distance));
+    if (threadIdx.x % kWarp < kChunks)
+      atomicMax(&amax.col[column<kRun>(threadIdx.x % kChunks, i)], most[i]);
+  }
+  __syncthreads();
+}
+
+// Codes of format Q, or of the one that the targets name where Q is void.
+template <class Q>
+QUAVER_DEVICE void encode_codes(const Targets& to, float (&v)[kVector], Packed<1>& codes) {
+  if constexpr (!std::is_void_v<Q>)
+    encode_vector<Q>(v, codes);
+  else if (to.type == DType::e4m3)
+    encode_vector<e4m3>(v, codes);
+  else
+    encode_vector<e5m2>(v, codes);
+}
+
+// Codes of the tile by a scale for each row, to q and, for qt, to `tile`.
+template <int kRun, class Q, class Values>
+QUAVER_DEVICE void encode_rows(const Targets& to, const Values& values, const float* scale,
+                               int64_t row0, int64_t col0, Tile* tile) {
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const TilePlace at = place_in_pass(pass, threadIdx.x);
+    const int64_t row = row0 + at.row, col = col0 + first_column<kRun>(at);
+    float v[kVector];
+    get_values(values, pass, v);
+    divide(v, divisor(scale[at.row]));
+    Packed<1> codes;
+    encode_codes<Q>(to, v, codes);
+    const int64_t n = row < to.padded.rows ? to.padded.cols - col : 0;
+    if (to.q.codes != nullptr)
+      store_runs<kRun>(to.q.codes + row * to.padded.cols + col, codes, kRunsApart<kRun>, n,
+                       to.q.aligned);
+    if (tile != nullptr) put_codes<kRun>(*tile, at, codes);
+  }
+}
+
+// Codes by a scale for each column, into shared memory.
+template <int kRun, class Q, class Values>
+QUAVER_DEVICE void encode_columns(const Targets& to, const Values& values, const float* scale,
+                                  Tile& tile) {
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const TilePlace at = place_in_pass(pass, threadIdx.x);
+    float v[kVector];
+    get_values(values, pass, v);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = v[i] / scale[column<kRun>(at.chunk, i)];
+    Packed<1> codes;
+    encode_codes<Q>(to, v, codes);
+    put_codes<kRun>(tile, at, codes);
+  }
+}
+
+// Chooses and writes the scales of a layout's 1 x 128 blocks in the tile whose first row there is
+// `row0` and whose column of scales is `place`.
+QUAVER_DEVICE void choose_blocks(const Targets& to, const Target& layout, const uint32_t* amax,
+                                 float* scale, int64_t row0, int64_t rows, int64_t place) {
+  if (threadIdx.x >= kTile) return;
+  scale[threadIdx.x] = choose(to, amax[threadIdx.x]);
+  const int64_t row = row0 + threadIdx.x;
+  if (layout.codes != nullptr && row < rows)
+    layout.scale[row * layout.per_row + place] = written(scale[threadIdx.x], amax[threadIdx.x]);
+}
+
+// Chooses the scale of the tile that is `across` and `down` in qt, where qt has tiles.
+QUAVER_DEVICE void choose_tile(const Targets& to, const Amaxes& amax, float* scale, int64_t down,
+                               int64_t across) {
+  uint32_t most = 0;  // of all rows, in every warp
+#pragma unroll
+  for (int r = 0; r < kTile; r += kWarp) most = max_bits(most, amax.row[r + threadIdx.x % kWarp]);
+  most = __reduce_max_sync(kAllLanes, most);
+  if (threadIdx.x >= kTile) return;
+  scale[threadIdx.x] = choose(to, most);
+  if (to.qt.codes != nullptr && threadIdx.x == 0)
+    to.qt.scale[down * to.qt.per_row + across] = written(scale[0], most);
+}
+
+// Casts a tile, `down` and `along` in the matrix, in blocks: to q's of 1 x 128, and to qt's or to
+// its tile's. A block may cast several: what one call reads at last, the next writes behind
+// barriers.
+template <int kRun, class Q, class Values>
+QUAVER_DEVICE void cast_blocks(const Targets& to, const Values& values, int64_t down, int64_t along,
+                               BlocksMemory& memory) {
+  const int64_t row0 = down * kTile, col0 = along * kTile;
+  measure<kRun>(memory.amax, values);
+  choose_blocks(to, to.q, memory.amax.row, memory.row_scale, row0, to.padded.rows, along);
+  if (to.tiles_t)
+    choose_tile(to, memory.amax, memory.col_scale, along, down);
+  else
+    choose_blocks(to, to.qt, memory.amax.col, memory.col_scale, col0, to.padded.cols, down);
+  __syncthreads();
+  if (to.q.codes != nullptr)
+    encode_rows<kRun, Q>(to, values, memory.row_scale, row0, col0, nullptr);
+  if (to.qt.codes == nullptr) return;
+  encode_columns<kRun, Q>(to, values, memory.col_scale, memory.tile);
+  __syncthreads();
+  store_transposed(to.qt.codes, memory.tile, to.padded, row0, col0, threadIdx.x, to.qt.aligned);
+}
+
+}  // namespace quaver::cuda
