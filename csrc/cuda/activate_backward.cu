@@ -20,20 +20,39 @@ struct Problem {
   const X* dy;
   const float* channel_scale;
   bool aligned, aligned_scale;
+  bool fast;  // a fast path (fused_cast.h) is for it
 };
+
+// What a fast path knows of a problem: two gradients, of inputs in groups that are a tile wide.
+template <bool kFast, class X>
+QUAVER_DEVICE Problem<X> with_known(Problem<X> p) {
+  if (!kFast) return p;
+  p.dx.aligned = p.dup.aligned = p.aligned = true;
+  p.x = as_tile_wide(p.x);
+  p.up = as_tile_wide(p.up);
+  p.channel_scale = nullptr;
+  return p;
+}
+
+template <class X>
+bool is_fast(const Problem<X>& p) {
+  return p.aligned && p.dx.aligned && p.dup.aligned && p.channel_scale == nullptr &&
+         are_tile_wide(p.x) && are_tile_wide(p.up);
+}
 
 template <class X>
 constexpr int kRun = run_length(sizeof(X));
 
-// Computes dx and dup of up to kVector values, with zeros behind them.
-template <class X, Activation kind>
+// Computes dx and dup of up to kVector values, with zeros behind them. kWhole: there are as many,
+// and of one group; then dup is there too.
+template <class X, Activation kind, bool kWhole = false>
 QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment<kRun<X>>& at, float (&dx)[kVector],
                              float (&dup)[kVector]) {
   constexpr int kApart = kRunsApart<kRun<X>>;
   float x[kVector];
   const int64_t i = at.row * p.m.cols + at.col;
   decode_vector<X>(load_runs<kRun<X>>(p.dy + i, kApart, at.n, p.aligned), dx);
-  load_vector<kRun<X>>(p.x, at.row, at.col, kApart, at.n, x);
+  load_vector<kRun<X>, kWhole>(p.x, at.row, at.col, kApart, at.n, x);
   if (p.channel_scale != nullptr) {
     float scale[kVector];
     decode_vector<float>(
@@ -41,18 +60,45 @@ QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment<kRun<X>>& at, f
 #pragma unroll
     for (int k = 0; k < kVector; ++k) dx[k] *= scale[k];
   }
-  if (p.up.codes == nullptr) {
+  if (!kWhole && p.up.codes == nullptr) {
 #pragma unroll
     for (int k = 0; k < kVector; ++k) dx[k] *= activation_slope<kind>(x[k]);
     return;
   }
-  load_vector<kRun<X>>(p.up, at.row, at.col, kApart, at.n, dup);
+  load_vector<kRun<X>, kWhole>(p.up, at.row, at.col, kApart, at.n, dup);
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
     const Gradients d = activation_gradients<kind>(dx[k], x[k], dup[k]);
     dx[k] = d.x;
     dup[k] = d.up;
   }
+}
+
+// The bits of the largest magnitudes of what a thread has of both gradients.
+struct Seen {
+  uint32_t dx, dup;
+};
+
+// Computes and casts what a thread has of both gradients in one pass over a tile. A fast path takes
+// all values for numbers.
+template <bool kFast, class X, Activation kind>
+QUAVER_DEVICE Seen backward_pass(const Problem<X>& any, Corner corner, int pass, CastPass of,
+                                 CastPass of_up, Tile& tile, Tile& tile_up) {
+  const Problem<X> p = with_known<kFast>(any);
+  auto at = fragment_in_pass<kRun<X>>(p.m, corner, pass);
+  if (kFast) {
+    of = {true, true, of.scale, as_multiplication(of.by)};
+    of_up = {true, true, of_up.scale, as_multiplication(of_up.by)};
+    at = as_inside(at);
+  }
+  float dx[kVector], dup[kVector];
+  gradients<X, kind, kFast>(p, at, dx, dup);
+  Seen seen = {amax_bits(dx), 0};
+  if (of.encode) put_values(p.dx, tile, p.m, at, dx, kFast ? 0 : seen.dx, of.by);
+  if (!kFast && p.up.codes == nullptr) return seen;
+  seen.dup = amax_bits(dup);
+  if (of_up.encode) put_values(p.dup, tile_up, p.m, at, dup, kFast ? 0 : seen.dup, of_up.by);
+  return seen;
 }
 
 // The pass that only computes amaxes is the same kernel without the cast, which saves half the
@@ -76,18 +122,17 @@ __global__ void __launch_bounds__(kThreads, 2) activate_backward_kernel(Problem<
   seen_up = 0;
   for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
     const Corner corner = corner_of(p.m, index);
+    const bool fast = p.fast && of.encode && of.collect && of_up.encode && of_up.collect &&
+                      !of.by.divide && !of_up.by.divide && is_inside(p.m, corner);
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; ++pass) {
-      const auto at = fragment_in_pass<kRun<X>>(p.m, corner, pass);
-      float dx[kVector], dup[kVector];
-      gradients<X, kind>(p, at, dx, dup);
-      const uint32_t most = amax_bits(dx);
-      seen = max_bits(seen, most);
-      if (of.encode) put_values(p.dx, tile, p.m, at, dx, most, of.by);
-      if (!gated) continue;
-      const uint32_t most_up = amax_bits(dup);
-      seen_up = max_bits(seen_up, most_up);
-      if (of_up.encode) put_values(p.dup, tile_up, p.m, at, dup, most_up, of_up.by);
+      Seen now = {};
+      if (fast) now = backward_pass<true, X, kind>(p, corner, pass, of, of_up, tile, tile_up);
+      const uint32_t most = max_bits(now.dx, now.dup);
+      if (!fast || !is_number(__reduce_max_sync(kAllLanes, most)))
+        now = backward_pass<false, X, kind>(p, corner, pass, of, of_up, tile, tile_up);
+      seen = max_bits(seen, now.dx);
+      seen_up = max_bits(seen_up, now.dup);
     }
     __syncthreads();
     if (of.encode) store_qt(p.dx, tile, p.m, corner);
@@ -178,6 +223,7 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
     Problem<X> p = make_problem<X>(dy, x, up, channel_scale);
     p.dx = device_cast(op, dx);
     if (dup.q.data != nullptr) p.dup = device_cast(op, dup);
+    p.fast = is_fast(p);
     const bool gated = p.up.codes != nullptr;
     CastBlocks blocks = cast_blocks(op, p.dx.scale.mode, p.tiles);
     if (gated) blocks = joint(blocks, cast_blocks(op, p.dup.scale.mode, p.tiles));

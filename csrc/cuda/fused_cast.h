@@ -221,11 +221,17 @@ QUAVER_DEVICE uint32_t save_vector(const DeviceGroups& g, int64_t row, int64_t c
   return most;
 }
 
-// Saved values, decoded, zeros behind them.
-template <int kRun>
+// Saved values, decoded, zeros behind them. kOneGroup: they are whole, and of one group.
+template <int kRun, bool kOneGroup = false>
 QUAVER_DEVICE void load_vector(const DeviceGroups& g, int64_t row, int64_t col, int apart,
                                int64_t n, float (&x)[kVector]) {
   decode_vector<e4m3>(load_runs<kRun>(g.codes + row * g.cols + col, apart, n, g.aligned), x);
+  if (kOneGroup) {
+    const float s = decode_e8m0(g.scale[row * g.per_row + group_of(g, col)]);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) x[k] *= s;
+    return;
+  }
   if (n <= 0) return;
   const uint8_t* scale = g.scale + row * g.per_row;
 #pragma unroll

@@ -157,6 +157,43 @@ TEST(fast_paths) {
   }
 }
 
+// The same of both gradients, of numbers and of what is none in each input.
+TEST(fast_paths_of_gradients) {
+  constexpr Shape shape = {260, 272};
+  constexpr int64_t n = shape.rows * shape.cols, place = 131 * shape.cols + 77;
+  for (const Activation kind : kKinds)
+    for (const float bad : {0.5f, INFINITY, NAN})
+      for (int where = 0; where < 3; ++where) {  // dy, x or up
+        Buffer x(n * 2), up(n * 2), dy(n * 2);
+        Buffer* all[] = {&dy, &x, &up};
+        for (int k = 0; k < 3; ++k) fill_small(all[k], DType::bf16, n, 50 + k);
+        all[where]->as<bf16>()[place] = encode_nearest<bf16>(bad);
+        CastMemory y(shape, DType::e4m3, 0, 0xcd);
+        GroupMemory xs(shape, 128, 0, 0xcd), us(shape, 128, 0, 0xcd);
+        cpu::activate(y.cast(false), xs.grouped(), us.grouped(), nullptr,
+                      view(x, DType::bf16, shape.rows, shape.cols),
+                      view(up, DType::bf16, shape.rows, shape.cols), nullptr, kind);
+        CastMemory dx(shape, DType::e5m2, 0, 0xcd), cuda_dx(shape, DType::e5m2, 0, 0x3b);
+        CastMemory dup(shape, DType::e4m3, 0, 0xcd), cuda_dup(shape, DType::e4m3, 0, 0x3b);
+        for (CastMemory* m : {&dx, &cuda_dx, &dup, &cuda_dup}) {
+          m->history.assign(kHistoryState, 3.0f);
+          m->history[0] = float(kHistory);
+        }
+        const TensorView grad = view(dy, DType::bf16, shape.rows, shape.cols);
+        cpu::activate_backward(dx.cast(false), dup.cast(false), grad, xs.grouped(), us.grouped(),
+                               nullptr, kind);
+        cuda::activate_backward(cuda_dx.cast(false), cuda_dup.cast(false), grad, xs.grouped(),
+                                us.grouped(), nullptr, kind, nullptr);
+        CHECK(dx.q.bytes() == cuda_dx.q.bytes() && dx.qt.bytes() == cuda_dx.qt.bytes());
+        CHECK(dup.q.bytes() == cuda_dup.q.bytes() && dup.qt.bytes() == cuda_dup.qt.bytes());
+        CHECK(is_finite(dx.amax) == is_finite(cuda_dx.amax));
+        CHECK(is_finite(dup.amax) == is_finite(cuda_dup.amax));
+        if (!is_finite(bad)) continue;
+        check_same(dx, cuda_dx);
+        check_same(dup, cuda_dup);
+      }
+}
+
 TEST(delayed_scaling) {
   constexpr Shape shape = {48, 80};
   constexpr int64_t n = shape.rows * shape.cols;
