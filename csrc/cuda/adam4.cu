@@ -101,10 +101,16 @@ QUAVER_DEVICE void next_second(const Entry& e, const Plan& plan, int64_t i, int6
     v[j] = next_exp_avg_sq(plan.step, decode_linear4(code_at(codes, j)) * v[j], grad[j]);
 }
 
+// Whether all elements of the warp of the thread whose first is i are there and aligned.
+QUAVER_DEVICE bool is_whole(const Entry& e, int64_t i) {
+  const int64_t first = i - int64_t(threadIdx.x % kWarp) * kVector;
+  return e.aligned && e.numel - first >= kWarp * kVector;
+}
+
 QUAVER_DEVICE void load_grad(const Entry& e, const Plan& plan, int64_t i, int64_t n,
                              float (&grad)[kVector]) {
   const DType type = e.p.grad.dtype;
-  const AnyPacked bits = load_any(e.p.grad.data, type, i, n, e.aligned);
+  const AnyPacked bits = load_paired(e.p.grad.data, type, i, n, e.aligned, is_whole(e, i));
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     float g[kQuad];
@@ -203,8 +209,8 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(Problem p) {
   next_second(e, plan, i, n, grad, v);
   const Codes codes = load_codes(e.p.exp_avg, i, n, e.codes_aligned);
   const float scale = n > 0 ? e.p.exp_avg_scale[i / kGroup] : 0.0f;
-  const Master master = {e.p.weight.data, e.p.remainder, e.p.weight.dtype, e.p.stochastic,
-                         e.aligned};
+  const Master master = {e.p.weight.data, e.p.remainder, e.p.weight.dtype,
+                         e.p.stochastic,  e.aligned,     is_whole(e, i)};
   MasterBits bits = load_master(master, i, n);
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {

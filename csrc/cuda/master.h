@@ -2,6 +2,7 @@
 // that round to nearest or stochastically, or bf16 with the low bits of its f32 master beside it.
 #pragma once
 
+#include "pairs.h"
 #include "quaver/dither.h"
 #include "remainder.h"
 
@@ -12,6 +13,7 @@ struct Master {
   Remainder remainder;
   DType type;
   bool stochastic, aligned;
+  bool whole;  // of a warp's threads all elements are there and aligned (pairs.h)
 };
 
 // A thread's elements as they are stored.
@@ -20,9 +22,9 @@ struct MasterBits {
 };
 
 QUAVER_DEVICE MasterBits load_master(const Master& m, int64_t i, int64_t n) {
-  MasterBits bits = {load_any(m.weight, m.type, i, n, m.aligned), {}};
+  MasterBits bits = {load_paired(m.weight, m.type, i, n, m.aligned, m.whole), {}};
   if (m.remainder.bytes != 0)
-    bits.low = load_any(m.remainder.data, remainder_type(m.remainder), i, n, m.aligned);
+    bits.low = load_paired(m.remainder.data, remainder_type(m.remainder), i, n, m.aligned, m.whole);
   return bits;
 }
 
@@ -63,11 +65,9 @@ QUAVER_DEVICE void encode_master(const Master& m, const Dither& dither, int64_t 
 }
 
 QUAVER_DEVICE void store_master(const Master& m, const MasterBits& bits, int64_t i, int64_t n) {
-  const int64_t bytes = size_of(m.type);
-  store(static_cast<char*>(m.weight) + i * bytes, bits.weight, int(bytes), n, m.aligned);
+  store_paired(m.weight, m.type, i, bits.weight, n, m.aligned, m.whole);
   if (m.remainder.bytes != 0)
-    store(static_cast<char*>(m.remainder.data) + i * m.remainder.bytes, bits.low, m.remainder.bytes,
-          n, m.aligned);
+    store_paired(m.remainder.data, remainder_type(m.remainder), i, bits.low, n, m.aligned, m.whole);
 }
 
 }  // namespace quaver::cuda

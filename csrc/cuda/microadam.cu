@@ -115,7 +115,8 @@ QUAVER_DEVICE void update_weight(const Entry& e, const Plan& plan, const Place& 
                                  const ErrorCodec& codec, const Codes& codes, const float* first,
                                  const float* second) {
   const MicroAdamParameter& p = e.p;
-  const Master master = {p.weight.data, p.remainder, p.weight.dtype, p.stochastic, e.aligned};
+  const Master master = {p.weight.data, p.remainder, p.weight.dtype,
+                         p.stochastic,  e.aligned,   false};
   const MicroAdamStep& s = plan.step;
   MasterBits bits = load_master(master, at.i, at.n);
 #pragma unroll

@@ -205,6 +205,13 @@ MUTATIONS = [
         TEST_EXPANDED,
     ),
     Mutation(
+        "halves that neighbours do not exchange",
+        "adam4:update_kernel",
+        r"(shfl\.sync\.bfly\.b32 [^,]*, %r\d+), %r\d+",
+        r"\1, 0",
+        "test_cuda_adam4",
+    ),
+    Mutation(
         "what is no number taken for one",
         "adam:update_kernel",
         r"redux\.sync\.max\.u32 (%r\d+), [^;]*;",
