@@ -51,6 +51,18 @@ def results():
         found[f"activate_backward {name}"] = *ops.activate_backward(
             dy[:, :32].contiguous(), *made[4:8], "silu", None, 16, E5M2, *states[1:]
         ), *states[1:]  # fmt: skip
+    for tiles_t in (False, True):
+        made = ops.activate_layouts(x, up, "silu", up[0].float(), E4M3, tiles_t, True, 16)
+        found[f"blocks of activations, tiles {tiles_t}"] = made
+        found[f"blocks of gradients, tiles {tiles_t}"] = ops.activate_backward_layouts(
+            dy[:, :32].contiguous(), *made[4:8], "silu", None, 16, E4M3, tiles_t
+        )
+        found[f"blocks of norms, tiles {tiles_t}"] = ops.normalize_layouts(
+            x, up[0].float(), up[1], 1e-6, True, E4M3, tiles_t, True, 16
+        )
+        found[f"blocks of layouts, tiles {tiles_t}"] = ops.cast_layouts(
+            x, E4M3, "block", tiles_t=tiles_t
+        )
     x[3, 5] = float("inf")
     made = ops.activate(x, up, "silu", None, E4M3, block=16, spread_nan=True)
     found["spread"] = (
