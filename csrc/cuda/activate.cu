@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) activate_blocks_kernel(Problem<X> p,
   constexpr int kRun = run_length(sizeof(X));
   __shared__ Columns columns;
   __shared__ BlocksMemory memory;
-  const Corner corner = corner_of(p.m, blockIdx.x);
+  const Corner corner = corner_of_block(p.m);
   const bool collect = p.channel_scale != nullptr;
   if (collect) {
     if (threadIdx.x < kTile) columns.bits[threadIdx.x] = 0;

@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2) activate_backward_kernel(Problem<
 // together would not fit, so they are computed twice.
 template <bool kUp, class X, Activation kind>
 QUAVER_DEVICE void cast_gradient(const Problem<X>& p, const Targets& to, BlocksMemory& memory) {
-  const Corner corner = corner_of(p.m, blockIdx.x);
+  const Corner corner = corner_of_block(p.m);
   float kept[kPasses][kVector];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
@@ -161,8 +161,9 @@ QUAVER_DEVICE void cast_gradient(const Problem<X>& p, const Targets& to, BlocksM
   cast_blocks<kRun<X>, void>(to, Kept{kept}, corner.row / kTile, corner.col / kTile, memory);
 }
 
+// Without the least of one block ptxas takes 128 registers on sm_120 and spills.
 template <class X, Activation kind>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     activate_backward_blocks_kernel(Problem<X> p, Targets to_x, Targets to_up) {
   __shared__ BlocksMemory memory;
   cast_gradient<false, X, kind>(p, to_x, memory);

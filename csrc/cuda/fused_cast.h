@@ -53,6 +53,13 @@ QUAVER_DEVICE Corner corner_of(const Matrix& m, int64_t tile) {
   return {tile / m.padded.across * kTile, tile % m.padded.across * kTile};
 }
 
+// That of the block's tile, in a grid with a block for each. A quotient of 64 bits would be a call,
+// around which a kernel of many registers spills some.
+QUAVER_DEVICE Corner corner_of_block(const Matrix& m) {
+  const auto across = static_cast<uint32_t>(m.padded.across);
+  return {int64_t(blockIdx.x / across) * kTile, int64_t(blockIdx.x % across) * kTile};
+}
+
 template <int kRun>
 QUAVER_DEVICE Fragment<kRun> fragment_in_pass(const Matrix& m, Corner tile, int pass) {
   Fragment<kRun> p;
@@ -123,6 +130,8 @@ struct DeviceGroups {
 inline DeviceGroups device_groups(const GroupedView& g, int most) {
   DeviceGroups d = {};
   if (g.codes.data == nullptr) return d;
+  QUAVER_CHECK(g.codes.cols >> 32 == 0, "saved groups: a row must have less than 2^32 values, got ",
+               g.codes.cols);
   d.codes = g.codes.as<uint8_t>();
   d.scale = g.scale;
   d.cols = g.codes.cols;
@@ -149,7 +158,8 @@ QUAVER_DEVICE DeviceGroups as_tile_wide(DeviceGroups g) {
 }
 
 QUAVER_DEVICE int64_t group_of(const DeviceGroups& g, int64_t col) {
-  return g.shift >= 0 ? col >> g.shift : col / g.block;
+  if (g.shift >= 0) return col >> g.shift;
+  return static_cast<uint32_t>(col) / static_cast<uint32_t>(g.block);  // 64 bits would be a call
 }
 
 // The amax of each run's group, which is a part of runs of all threads, one whole run of several

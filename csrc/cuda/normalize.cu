@@ -220,7 +220,7 @@ template <class X>
 __global__ void __launch_bounds__(kThreads) normalize_blocks_kernel(Problem<X> p, Targets to) {
   constexpr int kApart = kRunsApart<kRun<X>>;
   __shared__ BlocksMemory memory;
-  const Corner corner = corner_of(p.m, blockIdx.x);
+  const Corner corner = corner_of_block(p.m);
   const int64_t col = fragment_in_pass<kRun<X>>(p.m, corner, 0).col;
   float weight[kVector];  // of the thread's columns, which are those of every pass
   load_weight(p, col, kApart, p.m.cols - col, weight);
