@@ -171,8 +171,9 @@ __global__ void __launch_bounds__(kThreads, 2) activate_kernel(Problem<X> p, boo
 }
 
 // The tile's values stay in registers: their scales follow from them, and then their codes.
+// Without the least of one block ptxas takes 128 registers on sm_120 and spills.
 template <class X, Activation kind>
-__global__ void __launch_bounds__(kThreads) activate_blocks_kernel(Problem<X> p, Targets to) {
+__global__ void __launch_bounds__(kThreads, 1) activate_blocks_kernel(Problem<X> p, Targets to) {
   constexpr int kRun = run_length(sizeof(X));
   __shared__ Columns columns;
   __shared__ BlocksMemory memory;

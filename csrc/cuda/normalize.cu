@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 2) normalize_cast_kernel(Problem<X> 
 
 // The tile's values stay in registers: their scales follow from them, and then their codes.
 template <class X>
-__global__ void __launch_bounds__(kThreads) normalize_blocks_kernel(Problem<X> p, Targets to) {
+__global__ void __launch_bounds__(kThreads, 1) normalize_blocks_kernel(Problem<X> p, Targets to) {
   constexpr int kApart = kRunsApart<kRun<X>>;
   __shared__ BlocksMemory memory;
   const Corner corner = corner_of_block(p.m);
