@@ -118,7 +118,7 @@ class Product(FirstOrder):
     @staticmethod
     def backward(ctx, dy):
         kept, kept_scale, weight = ctx.saved_tensors
-        if ctx.input_major and kept_scale is not None:
+        if ctx.input_major and kept is not None and kept_scale is not None:
             kept_scale = row_scales(kept_scale, len(kept))
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         db = None
