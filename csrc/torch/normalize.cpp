@@ -7,73 +7,82 @@
 namespace quaver::binding {
 namespace {
 
+// What both ops of the forward take beside their casts: checked and dense, with the results that
+// do not depend on how the output is cast.
+struct Forward {
+  Tensor x;
+  OptionalTensor weight, bias;
+  GroupedResult saved;
+  Tensor mean, rstd;
+  float *mean_data = nullptr, *rstd_data = nullptr;
+  TensorView x_view = {}, weights = {}, biases = {};
+};
+
+Forward forward_of(const char* op, const Tensor& x, const OptionalTensor& weight,
+                   const OptionalTensor& bias, bool centered, int64_t block) {
+  check_matrix(op, "x", x);
+  check_device(op, x, "weight", weight);
+  check_device(op, x, "bias", bias);
+  const int64_t rows = x.size(0);
+  Forward p = {dense(x),
+               dense(weight),
+               dense(bias),
+               grouped_result(op, x, rows, x.size(1), block),
+               empty(x, {centered ? rows : 0}, ScalarType::Float),
+               empty(x, {rows}, ScalarType::Float)};
+  p.mean_data = centered ? floats(op, "mean", p.mean, rows) : nullptr;
+  p.rstd_data = floats(op, "rstd", p.rstd, rows);
+  p.x_view = view(op, "x", p.x);
+  p.weights = optional_view(op, "weight", p.weight);
+  p.biases = optional_view(op, "bias", p.bias);
+  return p;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
     const Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in, double eps,
     bool centered, ScalarType dtype, const OptionalTensor& scale, const OptionalTensor& history,
     bool power_of_two, int64_t block, bool spread_nan) {
   const char* op = "normalize";
-  check_matrix(op, "x", x_in);
-  check_device(op, x_in, "weight", weight_in);
-  check_device(op, x_in, "bias", bias_in);
-  const Tensor x = dense(x_in);
-  const OptionalTensor weight = dense(weight_in), bias = dense(bias_in);
-  const int64_t rows = x.size(0), cols = x.size(1);
-  CastResult y = cast_result(op, x, rows, cols, dtype, scale, history, power_of_two);
+  const Forward p = forward_of(op, x_in, weight_in, bias_in, centered, block);
+  CastResult y =
+      cast_result(op, p.x, p.x.size(0), p.x.size(1), dtype, scale, history, power_of_two);
   y.view.source.spread_nan = spread_nan;
-  GroupedResult saved = grouped_result(op, x, rows, cols, block);
-  Tensor mean = empty(x, {centered ? rows : 0}, ScalarType::Float);
-  Tensor rstd = empty(x, {rows}, ScalarType::Float);
-  float* mean_data = centered ? floats(op, "mean", mean, rows) : nullptr;
-  float* rstd_data = floats(op, "rstd", rstd, rows);
-  const TensorView x_view = view(op, "x", x);
-  const TensorView weights = optional_view(op, "weight", weight);
-  const TensorView biases = optional_view(op, "bias", bias);
   const float epsilon = static_cast<float>(eps);
   on_device(
-      op, x,
+      op, p.x,
       [&] {
-        cpu::normalize(y.view, saved.view, mean_data, rstd_data, x_view, weights, biases, epsilon);
+        cpu::normalize(y.view, p.saved.view, p.mean_data, p.rstd_data, p.x_view, p.weights,
+                       p.biases, epsilon);
       },
       [&](auto stream) {
-        const CastMemory memory(x);
+        const CastMemory memory(p.x);
         y.view.source = memory.with(y.view.source);
-        cuda::normalize(y.view, saved.view, mean_data, rstd_data, x_view, weights, biases, epsilon,
-                        stream);
+        cuda::normalize(y.view, p.saved.view, p.mean_data, p.rstd_data, p.x_view, p.weights,
+                        p.biases, epsilon, stream);
       });
-  return {y.q, y.qt, y.scale, y.amax, saved.codes, saved.scale, mean, rstd};
+  return {y.q, y.qt, y.scale, y.amax, p.saved.codes, p.saved.scale, p.mean, p.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize_layouts(
     const Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in, double eps,
     bool centered, ScalarType dtype, bool tiles_t, bool power_of_two, int64_t block) {
   const char* op = "normalize_layouts";
-  check_matrix(op, "x", x_in);
-  check_device(op, x_in, "weight", weight_in);
-  check_device(op, x_in, "bias", bias_in);
-  const Tensor x = dense(x_in);
-  const OptionalTensor weight = dense(weight_in), bias = dense(bias_in);
-  const int64_t rows = x.size(0), cols = x.size(1);
-  const LayoutsResult y = layouts_result(op, x, rows, cols, dtype, tiles_t, power_of_two);
-  GroupedResult saved = grouped_result(op, x, rows, cols, block);
-  Tensor mean = empty(x, {centered ? rows : 0}, ScalarType::Float);
-  Tensor rstd = empty(x, {rows}, ScalarType::Float);
-  float* mean_data = centered ? floats(op, "mean", mean, rows) : nullptr;
-  float* rstd_data = floats(op, "rstd", rstd, rows);
-  const TensorView x_view = view(op, "x", x);
-  const TensorView weights = optional_view(op, "weight", weight);
-  const TensorView biases = optional_view(op, "bias", bias);
+  const Forward p = forward_of(op, x_in, weight_in, bias_in, centered, block);
+  const LayoutsResult y =
+      layouts_result(op, p.x, p.x.size(0), p.x.size(1), dtype, tiles_t, power_of_two);
   const float epsilon = static_cast<float>(eps);
   on_device(
-      op, x,
+      op, p.x,
       [&] {
-        cpu::normalize_layouts(y.view, saved.view, mean_data, rstd_data, x_view, weights, biases,
-                               epsilon);
+        cpu::normalize_layouts(y.view, p.saved.view, p.mean_data, p.rstd_data, p.x_view, p.weights,
+                               p.biases, epsilon);
       },
       [&](auto stream) {
-        cuda::normalize_layouts(y.view, saved.view, mean_data, rstd_data, x_view, weights, biases,
-                                epsilon, stream);
+        cuda::normalize_layouts(y.view, p.saved.view, p.mean_data, p.rstd_data, p.x_view, p.weights,
+                                p.biases, epsilon, stream);
       });
-  return {y.q.codes, y.q.scale, y.qt.codes, y.qt.scale, saved.codes, saved.scale, mean, rstd};
+  return {y.q.codes,     y.q.scale,     y.qt.codes, y.qt.scale,
+          p.saved.codes, p.saved.scale, p.mean,     p.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& dy_in, const Tensor& xq_in,
