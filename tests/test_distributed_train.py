@@ -328,12 +328,27 @@ def test_whenever_a_rank_dies_the_others_end_by_name(flags, victim, moment):
         assert kind == "ok" and status in (1, 2)
         own = [line for line in text.splitlines() if line.startswith("quaver")]
         assert len(own) == 1 and "Traceback" not in text
-        # Where rank 0 never listened, all that is known is that nobody answers.
-        silent = victim == 0 and moment in ("before it joins", "as it joins")
+        # Where the victim listened and a rank connects after its death, or rank 0 never did, all
+        # that is known is that nobody answers.
+        silent = moment in ("before it joins", "as it joins")
         # One that had reached it may hear of the death in other ways, by the store or the rank.
         named = ("the store", f"rank {victim}") if silent else (f"rank {victim} has",)
         assert any(name in own[0] for name in named), own[0]
         assert seconds < 60
+
+
+def _starts_late(rank, arguments):
+    launch.FAREWELL = 0.1
+    time.sleep(2 * rank)
+    return _dies(rank, arguments, 1, "as it joins")
+
+
+def test_a_rank_that_starts_after_another_has_died_hears_of_it(flags):
+    arguments = flags("run", "f32", "--parallel", "dp=3")
+    found = ranks.Ranks(3, _starts_late, arguments, timeout=100, init=False).outcomes()
+    assert found.pop(1) == ("died", -signal.SIGKILL)
+    for kind, (status, text, _) in found:
+        assert kind == "ok" and status == 1 and "rank 1 has died" in text, text
 
 
 def _differs(rank, arguments, changes):

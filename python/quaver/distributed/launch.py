@@ -63,7 +63,8 @@ def init(
     import torch.distributed.nn.functional
 
     heartbeat = rendezvous.join()
-    with _shared_errors(heartbeat):
+    # A rank that has yet to start finds the reason of a failure here, and nothing once this ends.
+    with _shared_errors(heartbeat, farewell=rendezvous.seconds_left):
         _agree(heartbeat.gather(settings or {}, rendezvous.seconds_left()))
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -115,9 +116,11 @@ def joined(device: torch.device, tensor: int = 1, settings: dict | None = None) 
 
 
 @contextmanager
-def _shared_errors(heartbeat: Heartbeat) -> Iterator[None]:
+def _shared_errors(
+    heartbeat: Heartbeat, farewell: Callable[[], float] = lambda: FAREWELL
+) -> Iterator[None]:
     """Makes an error of the block one of all ranks, and an error that another rank's failure has
-    caused a RankFailure."""
+    caused a RankFailure. `farewell` gives the seconds that the other ranks then have to hear of it."""
     try:
         yield
     except BaseException as error:
@@ -126,7 +129,7 @@ def _shared_errors(heartbeat: Heartbeat) -> Iterator[None]:
         failure = heartbeat.reason() if caused else heartbeat.failure
         if failure is None:
             heartbeat.report(str(error) or type(error).__name__, isinstance(error, UsageError))
-        heartbeat.stop(FAREWELL)
+        heartbeat.stop(farewell())
         if caused and failure is not None:
             raise RankFailure(f"rank {heartbeat.rank}: {failure.text}", failure.usage) from error
         raise
