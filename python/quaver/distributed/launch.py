@@ -120,7 +120,8 @@ def _shared_errors(
     heartbeat: Heartbeat, farewell: Callable[[], float] = lambda: FAREWELL
 ) -> Iterator[None]:
     """Makes an error of the block one of all ranks, and an error that another rank's failure has
-    caused a RankFailure. `farewell` gives the seconds that the other ranks then have to hear of it."""
+    caused a RankFailure. `farewell` gives the seconds that the other ranks then have to hear of
+    it."""
     try:
         yield
     except BaseException as error:
