@@ -24,12 +24,14 @@ namespace {
 using Register = __m512;
 using Integers = __m512i;
 #define QUAVER_PS(name) _mm512_##name##_ps
+#define QUAVER_PD(name) _mm512_##name##_pd
 #define QUAVER_INT(name) _mm512_##name
 #define QUAVER_BITS(name) _mm512_##name##_si512
 #else
 using Register = __m256;
 using Integers = __m256i;
 #define QUAVER_PS(name) _mm256_##name##_ps
+#define QUAVER_PD(name) _mm256_##name##_pd
 #define QUAVER_INT(name) _mm256_##name
 #define QUAVER_BITS(name) _mm256_##name##_si256
 #endif
@@ -170,6 +172,40 @@ QUAVER_INLINE Values load_values(const T* x, float scale) {
   for (int k = 0; k < kRegisters; k += 2)
     halves_to_floats(v.of + k, halves_of(T{}, widen(x + k * kRegister)), scale * kHalvesFactor<T>);
   return v;
+}
+QUAVER_INLINE Values load_values(const e4m3* x) { return load_values(x, 1.0f); }
+QUAVER_INLINE Values load_values(const e5m2* x) { return load_values(x, 1.0f); }
+
+QUAVER_INLINE Values load_values(const f16* x) {
+  Values v;
+  for (int k = 0; k < kRegisters; ++k) {
+#if defined(__AVX512F__)
+    const auto* codes = reinterpret_cast<const __m256i*>(x + k * kRegister);
+    v.of[k] = _mm512_cvtph_ps(_mm256_loadu_si256(codes));
+#else
+    const auto* codes = reinterpret_cast<const __m128i*>(x + k * kRegister);
+    v.of[k] = _mm256_cvtph_ps(_mm_loadu_si128(codes));
+#endif
+  }
+  return v;
+}
+
+// A register's values in f64.
+struct Doubles {
+#if defined(__AVX512F__)
+  __m512d low, high;
+#else
+  __m256d low, high;
+#endif
+};
+
+QUAVER_INLINE Doubles doubles_of(Register x) {
+#if defined(__AVX512F__)
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)),
+          _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+#else
+  return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+#endif
 }
 
 // FP8 from f32, to nearest even. Adding a power of two whose ulp is the code's rounds; the sum's

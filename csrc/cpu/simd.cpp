@@ -4,36 +4,18 @@
 #include "simd.h"
 
 #include <algorithm>
+#include <type_traits>
 
-#include "quaver/grad.h"
 #include "simd_adam.h"
 #include "simd_philox.h"
 #include "simd_subset.h"
 #include "simd_sum.h"
-#include "span.h"
+#include "words.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
 
-uint32_t amax(const void* x, DType type, int64_t n) {
-  float result = 0.0f;
-  switch (type) {
-    case DType::f32: return amax_code<uint32_t>(static_cast<const float*>(x), n);
-    case DType::f16:
-      result = decode(f16{amax_code<uint16_t>(static_cast<const f16*>(x), n)});
-      break;
-    case DType::bf16:
-      result = decode(bf16{amax_code<uint16_t>(static_cast<const bf16*>(x), n)});
-      break;
-    case DType::e4m3:
-      result = decode(e4m3{amax_code<uint8_t>(static_cast<const e4m3*>(x), n)});
-      break;
-    case DType::e5m2:
-      result = decode(e5m2{amax_code<uint8_t>(static_cast<const e5m2*>(x), n)});
-      break;
-  }
-  return bit_cast<uint32_t>(result);
-}
+uint32_t amax(const void* x, DType type, int64_t n) { return amax_any(x, type, n); }
 
 #if defined(__AVX2__)
 // Casts f32 or bf16 to FP8; returns the bits of the amax of x where it is to see it.
@@ -59,6 +41,9 @@ uint32_t cast_fp8(T* __restrict out, const In* __restrict x, int64_t n, float fa
 template <bool kSee, class In>
 uint32_t cast_fp8(void* out, DType out_type, const In* x, int64_t n, float factor, bool divide) {
   auto run = [&](auto* to) {
+    if constexpr (std::is_same_v<In, bf16>)
+      if (!divide && is_power_of_two(factor))
+        return bit_cast<uint32_t>(decode(bf16{cast_words<kSee>(to, x, n, factor, true)}));
     return divide ? cast_fp8<kSee, true>(to, x, n, factor)
                   : cast_fp8<kSee, false>(to, x, n, factor);
   };
@@ -92,6 +77,12 @@ uint32_t cast_as(void* out, DType out_type, const void* x, DType type, int64_t n
     return cast_fp8<kSee>(out, out_type, static_cast<const float*>(x), n, factor, divide);
   if (is_fp8(out_type) && type == DType::bf16)
     return cast_fp8<kSee>(out, out_type, static_cast<const bf16*>(x), n, factor, divide);
+  if (is_fp8(type) && out_type == DType::bf16 && factor == 1.0f) {
+    auto* to = static_cast<bf16*>(out);
+    type == DType::e4m3 ? decode_words(to, static_cast<const e4m3*>(x), n)
+                        : decode_words(to, static_cast<const e5m2*>(x), n);
+    return kSee ? amax(x, type, n) : 0;
+  }
 #endif
   uint32_t bits = 0;
   for (int64_t i = 0; i < n; i += kBlock) {
@@ -252,39 +243,6 @@ void transpose(uint8_t* out, int64_t out_stride, const uint8_t* x, int64_t strid
 #if defined(__SSE2__)
   if (stream) _mm_sfence();  // other threads read it
 #endif
-}
-
-double sum_squares(const void* x, DType type, int64_t n, uint32_t* amax_bits) {
-  constexpr int group = 16, groups = kNormLanes / group;
-  static_assert(kNormLanes == kBlock, "a lane is a place in the buffer");
-  alignas(64) double lanes[kNormLanes] = {};
-  alignas(64) float buffer[kBlock];
-  uint32_t most = 0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t m = n - i < kBlock ? n - i : kBlock;
-    const float* values = buffer;
-    prefetch(at(x, type, i), m * size_of(type));
-    if (type == DType::f32)
-      values = static_cast<const float*>(x) + i;
-    else
-      load_any(buffer, at(x, type, i), type, m, 1.0f);
-    QUAVER_SIMD
-    for (int64_t j = 0; j < m; ++j) {
-      const double v = values[j];
-      lanes[j] += v * v;
-    }
-    const uint32_t seen = amax_code<uint32_t>(values, m);  // while they are in the nearest cache
-    most = most < seen ? seen : most;
-  }
-  *amax_bits = most;
-  double sums[groups];
-  for (int g = 0; g < groups; ++g) {
-    sums[g] = 0.0;
-    for (int k = 0; k < group; ++k) sums[g] += lanes[g * group + k];
-  }
-  for (int half = groups / 2; half > 0; half /= 2)
-    for (int g = 0; g < half; ++g) sums[g] += sums[g + half];
-  return sums[0];
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "quaver/grad.h"
 #include "span.h"
 
 namespace quaver::cpu::QUAVER_ISA {
@@ -85,6 +86,32 @@ int64_t sum_registers(T* out, float sum_scale, const ShardSpan& s, int64_t n, ui
   *amax_bits = largest_bits(most);
   return i;
 }
+
+// Adds the squares of the whole rows of kNormLanes values to their lanes, a few lanes at a time
+// through all rows: their sums stay in registers. Prefetches as many rows behind them, in order,
+// for the call that follows: nothing here reads memory in order.
+template <class T>
+void square_rows(double* lanes, const T* x, int64_t rows) {
+  for (int64_t first = 0; first < kNormLanes; first += kValues) {
+    Doubles sum[kRegisters];
+    for (Doubles& s : sum) s = {QUAVER_PD(setzero)(), QUAVER_PD(setzero)()};
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* next = x + rows * kNormLanes + first * rows + r * kValues;
+      for (int64_t i = 0; i < kValues; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + i);
+      const Values v = load_values(x + r * kNormLanes + first);
+      for (int k = 0; k < kRegisters; ++k) {
+        const Doubles d = doubles_of(v.of[k]);
+        sum[k].low = QUAVER_PD(fmadd)(d.low, d.low, sum[k].low);
+        sum[k].high = QUAVER_PD(fmadd)(d.high, d.high, sum[k].high);
+      }
+    }
+    for (int k = 0; k < kRegisters; ++k) {
+      double* to = lanes + first + k * kRegister;
+      QUAVER_PD(store)(to, sum[k].low);
+      QUAVER_PD(store)(to + kRegister / 2, sum[k].high);
+    }
+  }
+}
 #endif
 
 }  // namespace
@@ -140,6 +167,36 @@ uint32_t sum_shards(void* out, DType out_type, float sum_scale, const ShardSpan&
       *at_max += (static_cast<uint8_t>(to[j]) & 0x7fu) == max_code_of(out_type);
   }
   return result;
+}
+
+double sum_squares(const void* x, DType type, int64_t n, uint32_t* amax_bits) {
+  constexpr int group = 16, groups = kNormLanes / group;
+  static_assert(kNormLanes == kBlock, "a lane is a place in the buffer");
+  alignas(64) double lanes[kNormLanes] = {};
+  alignas(64) float buffer[kBlock];
+  int64_t i = 0;
+#if defined(__AVX2__)
+  with_type(type, x, [&](auto* values) { square_rows(lanes, values, n / kNormLanes); });
+  i = n - n % kNormLanes;
+#endif
+  for (; i < n; i += kBlock) {
+    const int64_t m = n - i < kBlock ? n - i : kBlock;
+    load_any(buffer, at(x, type, i), type, m, 1.0f);
+    QUAVER_SIMD
+    for (int64_t j = 0; j < m; ++j) {
+      const double v = buffer[j];
+      lanes[j] += v * v;
+    }
+  }
+  *amax_bits = amax_any(x, type, n);  // of the nearest caches
+  double sums[groups];
+  for (int g = 0; g < groups; ++g) {
+    sums[g] = 0.0;
+    for (int k = 0; k < group; ++k) sums[g] += lanes[g * group + k];
+  }
+  for (int half = groups / 2; half > 0; half /= 2)
+    for (int g = 0; g < half; ++g) sums[g] += sums[g + half];
+  return sums[0];
 }
 
 }  // namespace quaver::cpu::QUAVER_ISA

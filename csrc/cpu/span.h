@@ -5,6 +5,8 @@
 // For simd*.cpp only, which are compiled once per instruction set.
 #pragma once
 
+#include <type_traits>
+
 #include "registers.h"
 
 namespace quaver::cpu::QUAVER_ISA {
@@ -237,6 +239,19 @@ inline Bits amax_code(const T* x, int64_t n) {
     result = result < code ? code : result;
   }
   return result;
+}
+
+// Bits of the largest magnitude as a non-negative f32; any NaN gives a NaN.
+inline uint32_t amax_any(const void* x, DType type, int64_t n) {
+  uint32_t bits = 0;
+  with_type(type, x, [&](auto* p) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
+    if constexpr (std::is_same_v<T, float>)
+      bits = amax_code<uint32_t>(p, n);
+    else
+      bits = bit_cast<uint32_t>(decode(T{amax_code<decltype(T::bits)>(p, n)}));
+  });
+  return bits;
 }
 
 }  // namespace
