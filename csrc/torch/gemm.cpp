@@ -22,15 +22,7 @@
 namespace quaver::binding {
 namespace {
 
-struct Call {
-  Tensor out, a, scale_a, b, scale_b;
-  OptionalTensor bias;
-  bool accumulate = false, fast_accumulate = true;
-  OptionalTensor out_scale = {}, amax = {};  // of FP8 out
-  Layout layout_a = {}, layout_b = {};       // of the scales
-};
-
-bool has_blocks(const Call& c) {
+bool has_blocks(const Product& c) {
   const auto is = [](const Layout& l) { return l.grain == Grain::block || l.grain == Grain::tile; };
   return is(c.layout_a) || is(c.layout_b);
 }
@@ -67,7 +59,7 @@ bool fits_tiles(const Tensor& codes, const Tensor& scale, const Layout& layout) 
   return layout.grain == Grain::tile || (scale.numel() == 1 && tiles == 1);
 }
 
-void check(const Call& c) {
+void check(const Product& c) {
   QUAVER_CHECK(c.a.dim() == 2 && c.b.dim() == 2, "gemm: a and b must be matrices, got ", c.a.dim(),
                " and ", c.b.dim(), " dimensions");
   QUAVER_CHECK(c.out.dim() == 2, "gemm: out must be a matrix, got ", c.out.dim(), " dimensions");
@@ -84,7 +76,7 @@ void check(const Call& c) {
 
 // The kernels that take scales of blocks: both operands e4m3, 1 x 128 blocks of a by 128 x 128
 // tiles or 1 x 128 blocks of b, and a result that is not FP8. Other pairs of scales are decoded.
-GemmScales block_scales(const Call& c) {
+GemmScales block_scales(const Product& c) {
   const bool served = c.a.scalar_type() == ScalarType::Float8_e4m3fn &&
                       c.b.scalar_type() == ScalarType::Float8_e4m3fn && !c.out_scale.has_value();
   if (!has_blocks(c) || !served || !fits_blocks(c.a, c.scale_a)) return GemmScales::outer;
@@ -93,7 +85,7 @@ GemmScales block_scales(const Call& c) {
 }
 
 // The tensors of `c` as the core takes them, except the bias, which may have any format.
-GemmArguments arguments_of(const Call& c) {
+GemmArguments arguments_of(const Product& c) {
   GemmArguments g;
   g.out = view("gemm", "out", c.out);
   g.a = view("gemm", "a", c.a);
@@ -120,17 +112,37 @@ Tensor decode_operand(const Tensor& q, const Tensor& scale, const Layout& layout
   return out;
 }
 
-// The codes' own values.
+// The codes' own values: those under a scale of 1.
 Tensor decode_codes(const Tensor& q, ScalarType type) {
-  Tensor one = empty(q, {}, ScalarType::Float);
-  torch::stable::fill_(one, 1.0);
-  return decode_operand(q, one, {}, type);
+  Tensor out = empty(q, shape_of(q), type);
+  const TensorView to = view("gemm", "operand", out), from = view("gemm", "operand", q);
+  on_device(
+      "gemm", q,
+      [&] {
+        static float one = 1.0f;
+        cpu::dequantize(to, from, {&one, DType::f32, 1, 1}, {});
+      },
+      [&](auto stream) {
+        Tensor one = empty(q, {}, ScalarType::Float);
+        torch::stable::fill_(one, 1.0);
+        cuda::dequantize(to, from, view("gemm", "scale", one), {}, stream);
+      });
+  return out;
+}
+
+// The transpose of a matrix, as a view. Not by torch's op, which goes through the dispatcher.
+Tensor transposed(const Tensor& x) {
+  const int64_t sizes[] = {x.size(1), x.size(0)}, strides[] = {x.stride(1), x.stride(0)};
+  AtenTensorHandle view = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, x.storage_offset(), &view));
+  return Tensor(view);
 }
 
 // out = alpha * a @ b.T + beta * addend, one rounding to out's type.
 void addmm(Tensor& out, const Tensor& addend, const Tensor& a, const Tensor& b, double beta,
            double alpha) {
-  const Tensor bt = torch::stable::transpose(b, 0, 1);
+  const Tensor bt = transposed(b);
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), addend.get(), a.get(), bt.get(), beta, alpha));
 }
@@ -151,7 +163,7 @@ Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a,
 
 // Writes the f32 product: bias and addend in f32 and in the order of the kernels' epilogue, then
 // one rounding.
-void finish(Call& c, Tensor y) {
+void finish(Product& c, Tensor y) {
   if (c.bias.has_value()) y = add(y, torch::stable::to(*c.bias, ScalarType::Float));
   if (c.accumulate) y = add(y, torch::stable::to(c.out, ScalarType::Float));
   if (!c.out_scale.has_value()) {
@@ -173,7 +185,7 @@ void finish(Call& c, Tensor y) {
 
 // The product on any device: torch multiplies the codes in f32, then the scales follow. Codes are
 // exact in TF32 and bf16 too, which torch may use.
-void compose(Call& c) {
+void compose(Product& c) {
   const Tensor a = decode_codes(c.a, ScalarType::Float);
   const Tensor b = decode_codes(c.b, ScalarType::Float);
   // The scales first: each may be near a limit of f32 where their product is not.
@@ -182,7 +194,7 @@ void compose(Call& c) {
 }
 
 // The same of operands that are decoded with their scales, in f32.
-void compose_decoded(Call& c) {
+void compose_decoded(Product& c) {
   finish(c, product(decode_operand(c.a, c.scale_a, c.layout_a, ScalarType::Float),
                     decode_operand(c.b, c.scale_b, c.layout_b, ScalarType::Float)));
 }
@@ -193,7 +205,7 @@ bool has_bf16_products() {
   return std::strcmp(cpu::available_isas(&count)[0], "avx512") == 0;
 }
 
-void run_cpu(Call& c) {
+void run_cpu(Product& c) {
   const ScalarType type = c.out.scalar_type();
   static const bool bf16_products = has_bf16_products();
   const bool direct = type == ScalarType::Float || (type == ScalarType::BFloat16 && bf16_products);
@@ -214,7 +226,7 @@ void run_cpu(Call& c) {
 // Blocks on a GPU without a kernel for them: a bf16 result is the library's product of operands
 // that are decoded to bf16; bias and addend, which are added before the one rounding, need it in
 // f32.
-void run_blocks(Call& c) {
+void run_blocks(Product& c) {
   const bool half =
       c.out.scalar_type() == ScalarType::BFloat16 && !c.bias.has_value() && !c.accumulate;
   if (!half) return compose_decoded(c);
@@ -224,7 +236,7 @@ void run_blocks(Call& c) {
 }
 
 template <class Stream>
-void run_cuda(Call& c, Stream stream) {
+void run_cuda(Product& c, Stream stream) {
   GemmArguments g = arguments_of(c);
   const bool blocks = has_blocks(c);
   const cuda::GemmDevice device = cuda::gemm_device();
@@ -246,45 +258,19 @@ void run_cuda(Call& c, Stream stream) {
   cuda::gemm(g, choice.index, launch);
 }
 
-// Checks everything, and makes the tensors dense.
-void prepare(Call* c) {
-  check(*c);
-  for (Tensor* t : {&c->a, &c->b, &c->scale_a, &c->scale_b}) *t = dense(*t);
-  const Tensor out = c->out;
-  if (!out.is_contiguous())
-    c->out = c->accumulate ? dense(out) : empty(out, shape_of(out), out.scalar_type());
-  c->layout_a = layout_of("scale_a", c->a, c->scale_a);
-  c->layout_b = layout_of("scale_b", c->b, c->scale_b);
-  const GemmArguments g = arguments_of(*c);
-  check_gemm(g);
-  QUAVER_CHECK(!(c->accumulate && c->bias.has_value()),
-               "gemm: bias and accumulate exclude each other");
-  on_device("gemm", c->a, [] {}, [&](auto) { check_gemm_cuda(g); });
-}
-
-void run(Call c) {
-  const Tensor wanted = c.out;
-  prepare(&c);
-  on_device("gemm", c.a, [&] { run_cpu(c); }, [&](auto stream) { run_cuda(c, stream); });
-  if (!wanted.is_contiguous()) {
-    Tensor target = wanted;
-    torch::stable::copy_(target, c.out);
-  }
-}
-
 Tensor gemm(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,
             const OptionalTensor& bias, ScalarType out_dtype, bool fast_accumulate) {
   QUAVER_CHECK(a.dim() == 2 && b.dim() == 2, "gemm: a and b must be matrices, got ", a.dim(),
                " and ", b.dim(), " dimensions");
   Tensor out = empty(a, {a.size(0), b.size(0)}, out_dtype);
-  run({out, a, scale_a, b, scale_b, bias, false, fast_accumulate});
+  run_product(prepare_product({out, a, scale_a, b, scale_b, bias, false, fast_accumulate}));
   return out;
 }
 
 void gemm_(Tensor out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
            const Tensor& scale_b, const OptionalTensor& bias, bool accumulate,
            bool fast_accumulate) {
-  run({out, a, scale_a, b, scale_b, bias, accumulate, fast_accumulate});
+  run_product(prepare_product({out, a, scale_a, b, scale_b, bias, accumulate, fast_accumulate}));
 }
 
 std::tuple<Tensor, Tensor> gemm_quantize(const Tensor& a, const Tensor& scale_a, const Tensor& b,
@@ -298,7 +284,8 @@ std::tuple<Tensor, Tensor> gemm_quantize(const Tensor& a, const Tensor& scale_a,
                torch::headeronly::toString(out_dtype));
   Tensor out = empty(a, {a.size(0), b.size(0)}, out_dtype);
   Tensor amax = empty(a, {}, ScalarType::Float);
-  run({out, a, scale_a, b, scale_b, bias, false, fast_accumulate, out_scale, amax});
+  run_product(prepare_product(
+      {out, a, scale_a, b, scale_b, bias, false, fast_accumulate, out_scale, amax}));
   return {out, amax};
 }
 
@@ -318,15 +305,26 @@ Tensor multiply(const Tensor& a, const Tensor& b) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-void check_product(const Tensor& out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
-                   const Tensor& scale_b, const OptionalTensor& bias, bool fast_accumulate) {
-  Call c = {out, a, scale_a, b, scale_b, bias, false, fast_accumulate};
-  prepare(&c);
+Product prepare_product(Product c) {
+  check(c);
+  for (Tensor* t : {&c.a, &c.b, &c.scale_a, &c.scale_b}) *t = dense(*t);
+  if (!c.out.is_contiguous()) {
+    c.strided = c.out;
+    c.out = c.accumulate ? dense(c.out) : empty(c.out, shape_of(c.out), c.out.scalar_type());
+  }
+  c.layout_a = layout_of("scale_a", c.a, c.scale_a);
+  c.layout_b = layout_of("scale_b", c.b, c.scale_b);
+  const GemmArguments g = arguments_of(c);
+  check_gemm(g);
+  QUAVER_CHECK(!(c.accumulate && c.bias.has_value()),
+               "gemm: bias and accumulate exclude each other");
+  on_device("gemm", c.a, [] {}, [&](auto) { check_gemm_cuda(g); });
+  return c;
 }
 
-void multiply_into(const Tensor& out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
-                   const Tensor& scale_b, const OptionalTensor& bias, bool fast_accumulate) {
-  run({out, a, scale_a, b, scale_b, bias, false, fast_accumulate});
+void run_product(Product c) {
+  on_device("gemm", c.a, [&] { run_cpu(c); }, [&](auto stream) { run_cuda(c, stream); });
+  if (c.strided.has_value()) torch::stable::copy_(*c.strided, c.out);
 }
 
 QUAVER_OPS(register_ops)

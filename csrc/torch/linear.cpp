@@ -100,21 +100,18 @@ Operand operand_of(const char* op, const Tensor& x, const OptionalTensor& codes,
 // A product that is to be run.
 struct PendingProduct {
   Result out;
-  Tensor a, scale_a, b, scale_b;
-  OptionalTensor bias;
-  bool fast;
+  Product product;
 };
 
-PendingProduct prepare_product(const char* op, const Shape& shape, const Tensor& a,
-                               const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,
-                               const OptionalTensor& bias, ScalarType dtype, bool fast) {
+PendingProduct prepare(const char* op, const Shape& shape, const Tensor& a, const Tensor& scale_a,
+                       const Tensor& b, const Tensor& scale_b, const OptionalTensor& bias,
+                       ScalarType dtype, bool fast) {
   const Result out = result(op, a, shape, a.size(0), b.size(0), dtype);
-  check_product(out.padded, a, scale_a, b, scale_b, bias, fast);
-  return {out, a, scale_a, b, scale_b, bias, fast};
+  return {out, prepare_product({out.padded, a, scale_a, b, scale_b, bias, false, fast})};
 }
 
-Tensor run_product(const PendingProduct& p) {
-  multiply_into(p.out.padded, p.a, p.scale_a, p.b, p.scale_b, p.bias, p.fast);
+Tensor run(const PendingProduct& p) {
+  run_product(p.product);
   return trimmed(p.out);
 }
 
@@ -137,14 +134,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear(
     w = operand(prepare_cast(op, weight, weight_dtype, input_major, std::nullopt, std::nullopt));
   }
   const Tensor& b = w.pending.has_value() && input_major ? *w.codes.qt : w.codes.q;
-  const PendingProduct y =
-      prepare_product(op, with_last(x, n), a.codes.q, a.codes.scale, b, w.codes.scale,
-                      padded_bias(op, bias, n), out_dtype, true);
+  const PendingProduct y = prepare(op, with_last(x, n), a.codes.q, a.codes.scale, b, w.codes.scale,
+                                   padded_bias(op, bias, n), out_dtype, true);
   run_casts(op, {pending(a), pending(w)});
   const bool cast = a.pending.has_value();
-  return {run_product(y), cast ? a.codes.q : none(x),
-          a.codes.qt.has_value() ? *a.codes.qt : none(x), cast ? a.codes.scale : none(x),
-          w.pending.has_value() ? w.codes.scale : none(x)};
+  return {run(y), cast ? a.codes.q : none(x), a.codes.qt.has_value() ? *a.codes.qt : none(x),
+          cast ? a.codes.scale : none(x), w.pending.has_value() ? w.codes.scale : none(x)};
 }
 
 struct Gradient {
@@ -154,7 +149,7 @@ struct Gradient {
 // The product, times the channels: plain, or as codes under a scale just in time.
 Gradient weight_gradient(const char* op, const PendingProduct& product,
                          const OptionalTensor& channels, const std::optional<ScalarType>& codes) {
-  Tensor dw = run_product(product);
+  Tensor dw = run(product);
   if (channels.has_value()) dw = multiply(dw, torch::stable::to(*channels, dw.scalar_type()));
   if (!codes.has_value()) return {dw, none(dw), none(dw)};
   Tensor amax = none(dw);
@@ -214,19 +209,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
   std::optional<PendingProduct> dx_product, dw_product;
   if (needs_x) {
     w = transposed_weight(op, *weight, *weight_scale, n, k, weight_dtype, input_major);
-    dx_product = prepare_product(op, with_last(dy, k), g.codes.q, g.codes.scale, w.codes.q,
-                                 *weight_scale, std::nullopt, dx_dtype, false);
+    dx_product = prepare(op, with_last(dy, k), g.codes.q, g.codes.scale, w.codes.q, *weight_scale,
+                         std::nullopt, dx_dtype, false);
   }
   if (needs_weight) {
     check_matrix(op, "codes_t", *g.codes.qt);
     check_matrix(op, "xt", *xt);
-    dw_product = input_major ? prepare_product(op, {k, n}, *xt, *x_scale, *g.codes.qt,
-                                               g.codes.scale, std::nullopt, dw_dtype, false)
-                             : prepare_product(op, {n, k}, *g.codes.qt, g.codes.scale, *xt,
-                                               *x_scale, std::nullopt, dw_dtype, false);
+    dw_product = input_major ? prepare(op, {k, n}, *xt, *x_scale, *g.codes.qt, g.codes.scale,
+                                       std::nullopt, dw_dtype, false)
+                             : prepare(op, {n, k}, *g.codes.qt, g.codes.scale, *xt, *x_scale,
+                                       std::nullopt, dw_dtype, false);
   }
   run_casts(op, {pending(g), pending(w)});
-  const Tensor dx = needs_x ? run_product(*dx_product) : none(dy);
+  const Tensor dx = needs_x ? run(*dx_product) : none(dy);
   if (!needs_weight) return {dx, none(dy), none(dy), none(dy)};
   const Gradient dw = weight_gradient(op, *dw_product, channels, dw_codes);
   return {dx, dw.value, dw.scale, dw.amax};

@@ -33,13 +33,21 @@ void run_casts(const char* op, std::initializer_list<const PendingCast*> casts);
 // q [R, C], scale and amax of a whole tensor's just-in-time cast.
 MatrixCast quantize_whole(const char* op, const Tensor& x, ScalarType dtype, Tensor* amax);
 
-// out = scale_a * scale_b * a @ b.T + bias, as the op gemm_ writes it.
-void multiply_into(const Tensor& out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
-                   const Tensor& scale_b, const OptionalTensor& bias, bool fast_accumulate);
+// A product: out = scale_a * scale_b * a @ b.T + bias, or + out where it accumulates; FP8 under
+// `out_scale`, with an amax, or in a float type.
+struct Product {
+  Tensor out, a, scale_a, b, scale_b;
+  OptionalTensor bias;
+  bool accumulate = false, fast_accumulate = true;
+  OptionalTensor out_scale = {}, amax = {};
+  Layout layout_a = {}, layout_b = {};  // of the scales, by prepare_product
+  OptionalTensor strided = {};          // the result, where `out` is dense memory in its place
+};
 
-// Throws where multiply_into would.
-void check_product(const Tensor& out, const Tensor& a, const Tensor& scale_a, const Tensor& b,
-                   const Tensor& scale_b, const OptionalTensor& bias, bool fast_accumulate);
+// Checks a product, and makes its tensors dense. Operands that are dense may be written until it
+// runs.
+Product prepare_product(Product product);
+void run_product(Product product);
 
 // a * b by torch, broadcast.
 Tensor multiply(const Tensor& a, const Tensor& b);
