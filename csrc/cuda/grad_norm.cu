@@ -1,10 +1,12 @@
 // Norm, finite check and amaxes of all gradients in one read, summed in f64 in the CPU's order (see
-// quaver/grad.h): a warp sums a piece, one block sums the pieces.
+// quaver/grad.h): a warp sums a piece, one block sums the pieces. A thread of the warp sums fours
+// of the 512 lanes, so that its loads are dense; at a piece's end threads exchange sums, until each
+// has 16 lanes in a row, which the order adds first.
 #include <vector>
 
 #include "../arguments.h"
+#include "list_runs.h"
 #include "quaver/grad.h"
-#include "runtime_type.h"
 #include "tensor_list.h"
 
 namespace quaver::cuda {
@@ -13,6 +15,7 @@ namespace {
 static_assert(kNormLanes == kWarp * kVector, "a lane of the sum is a register of the warp");
 static_assert(kNormStrands == kThreads, "a strand of the sum is a thread of the last block");
 constexpr int kWarps = kThreads / kWarp;
+constexpr int64_t kApart = kWarp * kQuad;  // of a thread's fours
 
 struct Entry {
   const void* data;
@@ -33,6 +36,34 @@ struct Problem {
 
 QUAVER_DEVICE float scale_of(const Entry& e) { return e.scale != nullptr ? *e.scale : 1.0f; }
 
+// Exchanges fours that are kFours apart with the thread that is: the bits of a four's number change
+// places with the low bits of the thread's.
+template <int kFours>
+QUAVER_DEVICE void exchange_fours(double (&lanes)[kVector]) {
+  const bool odd = (threadIdx.x & kFours) != 0;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    if (k / kQuad & kFours) continue;
+    const double low = lanes[k], high = lanes[k + kFours * kQuad];
+    const double other = __shfl_xor_sync(kAllLanes, odd ? low : high, kFours);
+    lanes[k] = odd ? other : low;
+    lanes[k + kFours * kQuad] = odd ? high : other;
+  }
+}
+
+// The sum of all lanes, in every thread. Thread t of the order, which has 16 lanes in a row, is the
+// one whose number is t with its bits turned by two.
+QUAVER_DEVICE double sum_of(double (&lanes)[kVector]) {
+  exchange_fours<1>(lanes);
+  exchange_fours<2>(lanes);
+  double sum = 0.0;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) sum += lanes[k];
+#pragma unroll
+  for (const int distance : {2, 1, 16, 8, 4}) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  return sum;
+}
+
 __global__ void __launch_bounds__(kThreads) piece_kernel(Problem p) {
   const int64_t piece = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (piece >= p.pieces) return;
@@ -44,8 +75,8 @@ __global__ void __launch_bounds__(kThreads) piece_kernel(Problem p) {
   const int64_t n = left < kNormPiece ? left : kNormPiece;
   double lanes[kVector] = {};
   uint32_t seen = 0;
-  for (int64_t i = lane * kVector; i < n; i += kNormLanes) {
-    const AnyPacked v = load_any(e.data, e.type, begin + i, n - i, e.aligned);
+  for (int64_t i = lane * kQuad; i < n; i += kNormLanes) {
+    const AnyPacked v = load_any_fours(e.data, e.type, begin + i, kApart, n - i, e.aligned);
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
       float x[kQuad];
@@ -55,12 +86,7 @@ __global__ void __launch_bounds__(kThreads) piece_kernel(Problem p) {
       for (int k = 0; k < kQuad; ++k) lanes[quad * kQuad + k] += double(x[k]) * double(x[k]);
     }
   }
-  double sum = 0.0;
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) sum += lanes[k];
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  const double sum = sum_of(lanes);
   seen = __reduce_max_sync(kAllLanes, seen);
   if (lane != 0) return;
   const double scale = scale_of(e);

@@ -1,16 +1,17 @@
 // The kernel that packs many tensors into one bucket, each by one cast (FP8-LM, equation 5). A
-// block casts a chunk of one tensor.
+// block casts a chunk of one tensor, each thread runs of four elements.
 #include <vector>
 
 #include "../arguments.h"
 #include "dispatch.h"
-#include "runtime_type.h"
+#include "list_runs.h"
 #include "tensor_list.h"
 
 namespace quaver::cuda {
 namespace {
 
 constexpr int64_t kChunk = 4 * kBlockSpan;
+constexpr int64_t kApart = kThreads * kQuad;
 
 struct Entry {
   const void* data;
@@ -21,19 +22,19 @@ struct Entry {
   bool aligned;
 };
 
-template <class Q>
-__global__ void __launch_bounds__(kThreads)
-    pack_kernel(const Entry* table, int64_t count, const float* scales, Q* bucket, bool aligned) {
+template <class Q, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 1)
+    pack_kernel(const Entry* table, int64_t count, const float* scales, Q* bucket) {
   const int64_t owner = owner_of(table, count, blockIdx.x);
-  const Entry& e = table[owner];
+  const Entry e = table[owner];
   const float own = e.own_scale != nullptr ? *e.own_scale : 1.0f;
   const Divisor scale = divisor(scales != nullptr ? scales[owner] : 1.0f);
   const int64_t begin = (int64_t(blockIdx.x) - e.first) * kChunk;
   const int64_t length = bucket_length(e.numel);
   const int64_t end = length < begin + kChunk ? length : begin + kChunk;
-  for (int64_t i = begin + int64_t(threadIdx.x) * kVector; i < end; i += kBlockSpan) {
+  for (int64_t i = begin + int64_t(threadIdx.x) * kQuad; i < end; i += kBlockSpan) {
     // Loads beyond the tensor give zeros, which pad the bucket.
-    const AnyPacked v = load_any(e.data, e.type, i, e.numel - i, e.aligned);
+    const AnyPacked v = load_any_fours(e.data, e.type, i, kApart, e.numel - i, e.aligned);
     float x[kVector];
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
@@ -45,7 +46,11 @@ __global__ void __launch_bounds__(kThreads)
     divide(x, scale);
     Packed<sizeof(Q)> codes;
     encode_vector<Q>(x, codes);
-    store(bucket + e.offset + i, codes, sizeof(Q), kVector, aligned);
+    Q* to = bucket + e.offset + i;
+    if (kAligned)
+      store_whole_runs<kQuad>(to, codes, kApart, end - i);
+    else
+      store_runs<kQuad>(to, codes, kApart, end - i, false);
   }
 }
 
@@ -74,8 +79,8 @@ void pack(const TensorView& bucket, const ScaledView* tensors, int64_t count, co
   upload(op, workspace, entries.data(), count * int64_t(sizeof(Entry)), stream);
   with_any(bucket.dtype, [&](auto to) {
     using Q = decltype(to);
-    launch(op, pack_kernel<Q>, chunks, kThreads, stream, static_cast<const Entry*>(workspace),
-           count, scales, bucket.as<Q>(), is_aligned(bucket.data));
+    launch(op, is_aligned(bucket.data) ? pack_kernel<Q, true> : pack_kernel<Q, false>, chunks,
+           kThreads, stream, static_cast<const Entry*>(workspace), count, scales, bucket.as<Q>());
   });
 }
 

@@ -4,6 +4,7 @@
 
 #include "../arguments.h"
 #include "dispatch.h"
+#include "list_runs.h"
 #include "tensor_list.h"
 
 namespace quaver::cuda {
@@ -26,8 +27,19 @@ struct Problem {
   const float* sum_scales;  // null: 1
   float* amax;
   int32_t* saturated;
-  bool aligned;
 };
+
+// The elements of a run, which are an access of the wider type, and those from one run of a thread
+// to the next.
+template <class Q, class Out>
+constexpr int kRun = run_length(std::max(sizeof(Q), sizeof(Out)));
+template <class Q, class Out>
+constexpr int64_t kApart = kThreads * kRun<Q, Out>;
+
+template <class Q, class Out, bool kAligned>
+QUAVER_DEVICE Packed<sizeof(Q)> load_shard(const Q* from, int64_t n) {
+  return load_runs<kRun<Q, Out>>(from, kApart<Q, Out>, n, kAligned);
+}
 
 // sum += scale * decode(codes)
 template <class Q>
@@ -49,8 +61,9 @@ QUAVER_DEVICE int32_t count_saturated(const Packed<sizeof(Out)>& codes) {
   return count;
 }
 
-template <class Q, class Out>
-__global__ void __launch_bounds__(kThreads, 2) reduce_shards_kernel(Problem p) {
+template <class Q, class Out, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1) reduce_shards_kernel(Problem p) {
+  const auto load = load_shard<Q, Out, kAligned>;
   const int64_t owner = owner_of(p.table, p.count, blockIdx.x);
   const Entry e = p.table[owner];
   const float scale = p.scales != nullptr ? p.scales[owner] : 1.0f;
@@ -61,31 +74,41 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_shards_kernel(Problem p) {
   Out* out = static_cast<Out*>(p.out) + e.offset;
   uint32_t seen = 0;
   int32_t at_max = 0;
-  for (int64_t i = begin + int64_t(threadIdx.x) * kVector; i < end; i += kBlockSpan) {
+  for (int64_t i = begin + int64_t(threadIdx.x) * kRun<Q, Out>; i < end; i += kBlockSpan) {
+    const int64_t n = end - i;
     float sum[kVector];
-    decode_vector<Q>(load<sizeof(Q)>(shards + i, sizeof(Q), kVector, p.aligned), sum);
+    decode_vector<Q>(load(shards + i, n), sum);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) sum[k] *= scale;
     int64_t r = 1;
     for (; r + kAhead <= p.ranks; r += kAhead) {
       Packed<sizeof(Q)> codes[kAhead];
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k)
-        codes[k] = load<sizeof(Q)>(shards + (r + k) * p.length + i, sizeof(Q), kVector, p.aligned);
+      for (int k = 0; k < kAhead; ++k) codes[k] = load(shards + (r + k) * p.length + i, n);
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) add<Q>(codes[k], scale, sum);
     }
-    for (; r < p.ranks; ++r)
-      add<Q>(load<sizeof(Q)>(shards + r * p.length + i, sizeof(Q), kVector, p.aligned), scale, sum);
+    for (; r < p.ranks; ++r) add<Q>(load(shards + r * p.length + i, n), scale, sum);
+    mask_runs<kRun<Q, Out>>(sum, kApart<Q, Out>, n);  // the scale may not be finite
     seen = max_bits(seen, amax_bits(sum));
     divide(sum, sum_scale);
     Packed<sizeof(Out)> codes;
     encode_vector<Out>(sum, codes);
     at_max += count_saturated<Out>(codes);
-    store(out + i, codes, sizeof(Out), kVector, p.aligned);
+    if (kAligned)
+      store_whole_runs<kRun<Q, Out>>(out + i, codes, kApart<Q, Out>, n);
+    else
+      store_runs<kRun<Q, Out>>(out + i, codes, kApart<Q, Out>, n, false);
   }
   block_atomic_max(p.amax + owner, seen);
   if (at_max != 0) atomicAdd(p.saturated + owner, at_max);
+}
+
+// Calls body(Out{}) with the type of the sums, f32 or that of the shards.
+template <class Q, class Body>
+void with_sum(DType type, Body body) {
+  if (type == DType::f32) return body(float{});
+  body(Q{});
 }
 
 }  // namespace
@@ -125,14 +148,15 @@ void reduce_shards(const TensorView& out, float* amax, int32_t* saturated, const
                   s.scales,
                   s.sum_scales,
                   amax,
-                  saturated,
-                  is_aligned(s.shards.data) && is_aligned(out.data)};
+                  saturated};
+  const bool aligned = is_aligned(s.shards.data) && is_aligned(out.data);
   with_any(s.shards.dtype, [&](auto code) {
     using Q = decltype(code);
-    if (out.dtype == DType::f32)
-      launch(op, reduce_shards_kernel<Q, float>, chunks, kThreads, stream, p);
-    else
-      launch(op, reduce_shards_kernel<Q, Q>, chunks, kThreads, stream, p);
+    with_sum<Q>(out.dtype, [&](auto sum) {
+      using Out = decltype(sum);
+      launch(op, aligned ? reduce_shards_kernel<Q, Out, true> : reduce_shards_kernel<Q, Out, false>,
+             chunks, kThreads, stream, p);
+    });
   });
 }
 

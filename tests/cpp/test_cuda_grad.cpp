@@ -83,6 +83,24 @@ TEST(norm_of_many_gradients) {
   });
 }
 
+// Squares of which the first four sum to that of 1 + 2^-24, halfway between two f32. Six of 2^-54
+// in the 16 lanes of another thread move it if they are added to each other first, as grad.h says;
+// to the large sum each alone, or five of them, are lost.
+TEST(norm_that_its_order_decides) {
+  Gradients g({0, 0, 300});
+  float* x = g.buffers[2].as<float>();
+  std::memset(x, 0, 300 * sizeof(float));
+  x[0] = 1.0f;
+  x[1] = x[2] = 0x1p-12f;
+  x[3] = 0x1p-24f;
+  for (int i = 256; i < 262; ++i) x[i] = 0x1p-27f;
+  check(g);
+  float norm = 0.0f;
+  std::vector<float> amax(3);
+  cpu::grad_norm(&norm, amax.data(), g.views.data(), 3);
+  CHECK_EQ(norm, 1.0f + 0x1p-23f);
+}
+
 // More pieces than strands, and a table of more than one page.
 TEST(norm_of_very_many_gradients) {
   std::vector<int64_t> sizes(700);

@@ -205,6 +205,14 @@ MUTATIONS = [
         TEST_EXPANDED,
     ),
     Mutation(
+        "fours of a norm that threads do not exchange",
+        "grad_norm:piece_kernel",
+        r"(shfl\.sync\.bfly\.b32 [^,]*, %r\d+), %r\d+",
+        r"\1, 0",
+        "test_cuda_grad:norm_that_its_order",
+        number=16,  # the upper half of an f64
+    ),
+    Mutation(
         "halves that neighbours do not exchange",
         "adam4:update_kernel",
         r"(shfl\.sync\.bfly\.b32 [^,]*, %r\d+), %r\d+",

@@ -83,6 +83,7 @@ TEST(pack) {
   count_pack("pack f32 to e4m3", DType::f32, DType::e4m3);
   count_pack("pack bf16 to e4m3", DType::bf16, DType::e4m3);
   count_pack("pack e4m3 to e4m3", DType::e4m3, DType::e4m3);
+  count_pack("pack f32 to bf16", DType::f32, DType::bf16);
   count_pack("pack f32 to f32", DType::f32, DType::f32);
 }
 
