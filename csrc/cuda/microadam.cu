@@ -41,8 +41,10 @@ QUAVER_DEVICE void plan_step(const Entry& e, Plan* plan) {
 }
 
 // The elements of this thread: `n` from `i` on, none where n <= 0, in block `b` of the parameter.
+// `whole`: all elements of the warp's threads are there and aligned (pairs.h).
 struct Place {
   int64_t b, i, n;
+  bool whole;
 };
 
 QUAVER_DEVICE void add_feedback(const Entry& e, const Plan& plan, const Place& at,
@@ -52,7 +54,7 @@ QUAVER_DEVICE void add_feedback(const Entry& e, const Plan& plan, const Place& a
   const bf16* range = p.range + (any ? 2 * (at.i / p.error_block) : 0);
   const ErrorCodec codec = any ? error_codec(range[0], range[1]) : ErrorCodec{0.0f, 0.0f};
   const Codes codes = load_codes(p.error, at.i, at.n, e.error_aligned);
-  const AnyPacked grad = load_any(p.grad.data, p.grad.dtype, at.i, at.n, e.aligned);
+  const AnyPacked grad = load_paired(p.grad.data, p.grad.dtype, at.i, at.n, e.aligned, at.whole);
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     float g[kQuad];
@@ -116,7 +118,7 @@ QUAVER_DEVICE void update_weight(const Entry& e, const Plan& plan, const Place& 
                                  const float* second) {
   const MicroAdamParameter& p = e.p;
   const Master master = {p.weight.data, p.remainder, p.weight.dtype,
-                         p.stochastic,  e.aligned,   false};
+                         p.stochastic,  e.aligned,   at.whole};
   const MicroAdamStep& s = plan.step;
   MasterBits bits = load_master(master, at.i, at.n);
 #pragma unroll
@@ -147,6 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2) block_kernel(Problem p) {
   at.b = blockIdx.x - e.first;
   at.i = at.b * kTopBlock + int64_t(threadIdx.x) * kVector;
   at.n = numel - at.i;
+  at.whole = e.aligned && numel - at.b * kTopBlock >= kTopBlock;
   const int64_t kept = kept_of(numel, e.p.row, e.p.kept, at.b);
   const int64_t row = plan.step.slot * e.p.row + at.b * e.p.kept;
   float a[kVector];
