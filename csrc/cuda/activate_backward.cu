@@ -168,6 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ BlocksMemory memory;
   cast_gradient<false, X, kind>(p, to_x, memory);
   if (p.up.codes == nullptr) return;
+  __syncthreads();
   cast_gradient<true, X, kind>(p, to_up, memory);
 }
 

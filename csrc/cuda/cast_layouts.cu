@@ -89,24 +89,26 @@ __global__ void __launch_bounds__(kThreads) cast_tiles_kernel(const X* x, Job jo
 template <class X>
 __global__ void __launch_bounds__(kThreads) measure_rows_kernel(const X* x, Job job) {
   __shared__ Amaxes amax;
+  __shared__ WarpMaxima maxima;
   const Targets& to = job.to;
   const int64_t row0 = int64_t(blockIdx.x) / to.padded.across * kTile;
   const int64_t col0 = int64_t(blockIdx.x) % to.padded.across * kTile;
   Packed<sizeof(X)> loaded[kPasses];
   load_tile<X>(loaded, job, x, row0, col0);
-  measure<kRun<X>>(amax, Decoded<X>{loaded});
+  measure<kRun<X>>(amax, maxima, Decoded<X>{loaded}, to.qt.codes != nullptr);
   if (threadIdx.x >= kTile) return;
   const int64_t row = row0 + threadIdx.x, col = col0 + threadIdx.x;
   if (to.q.codes != nullptr && row < job.rows)
     atomicMax(reinterpret_cast<uint32_t*>(to.q.scale + row), amax.row[threadIdx.x]);
   if (to.qt.codes != nullptr && col < job.cols)
-    atomicMax(reinterpret_cast<uint32_t*>(to.qt.scale + col), amax.col[threadIdx.x]);
+    atomicMax(reinterpret_cast<uint32_t*>(to.qt.scale + col), amax.col[swizzled(threadIdx.x)]);
 }
 
 template <class X, class Q>
 __global__ void __launch_bounds__(kThreads) cast_rows_kernel(const X* x, Job job) {
   __shared__ Tile tile;
-  __shared__ float row_scale[kTile], col_scale[kTile];
+  __shared__ float row_scale[kTile];
+  __shared__ ColumnScales col_scale;
   const Targets& to = job.to;
   const int64_t row0 = int64_t(blockIdx.x) / to.padded.across * kTile;
   const int64_t col0 = int64_t(blockIdx.x) % to.padded.across * kTile;
@@ -117,13 +119,14 @@ __global__ void __launch_bounds__(kThreads) cast_rows_kernel(const X* x, Job job
     const bool has_row = to.q.codes != nullptr && row < to.padded.rows;
     const bool has_col = to.qt.codes != nullptr && col < to.padded.cols;
     row_scale[threadIdx.x] = has_row ? choose(to, bit_cast<uint32_t>(to.q.scale[row])) : 1.0f;
-    col_scale[threadIdx.x] = has_col ? choose(to, bit_cast<uint32_t>(to.qt.scale[col])) : 1.0f;
+    col_scale.of[swizzled(threadIdx.x)] =
+        has_col ? choose(to, bit_cast<uint32_t>(to.qt.scale[col])) : 1.0f;
   }
   __syncthreads();
   const Decoded<X> values{loaded};
   if (to.q.codes != nullptr) encode_rows<kRun<X>, Q>(to, values, row_scale, row0, col0, nullptr);
   if (to.qt.codes == nullptr) return;
-  encode_columns<kRun<X>, Q>(to, values, col_scale, tile);
+  encode_columns<kRun<X>, Q>(to, values, col_scale, false, tile);
   __syncthreads();
   store_transposed(to.qt.codes, tile, to.padded, row0, col0, threadIdx.x, to.qt.aligned);
 }

@@ -45,15 +45,30 @@ inline Targets make_targets(const LayoutsCast& to, int64_t rows, int64_t cols) {
           to.tiles_t};
 }
 
+// The place in shared memory of a column's number. Threads whose runs are 8 columns, of which each
+// accesses 4 at once, meet in no bank.
+QUAVER_DEVICE int swizzled(int col) { return col ^ (col >> 5 & 1) << 2; }
+
 struct Amaxes {
-  uint32_t row[kTile], col[kTile];
+  uint32_t row[kTile], col[kTile];  // those of columns swizzled
+};
+
+// The columns' maxima of each warp, swizzled.
+struct alignas(16) WarpMaxima {
+  uint32_t of[kThreads / kWarp][kTile];
+};
+
+// Scales of columns, swizzled; of a tile the first.
+struct alignas(16) ColumnScales {
+  float of[kTile];
 };
 
 // The shared memory of a tile in blocks.
 struct BlocksMemory {
   Tile tile;
   Amaxes amax;
-  float row_scale[kTile], col_scale[kTile];
+  float row_scale[kTile];
+  ColumnScales col_scale;
 };
 
 // The column in the tile of element i of a thread.
@@ -81,13 +96,60 @@ QUAVER_DEVICE void get_values(const Kept& kept, int pass, float (&v)[kVector]) {
   for (int i = 0; i < kVector; ++i) v[i] = kept.value[pass][i];
 }
 
-// The amax of each row and column of the tile, in shared memory. get_values(values, pass, v) gives
-// a thread's.
-template <int kRun, class Values>
-QUAVER_DEVICE void measure(Amaxes& amax, const Values& values) {
-  if (threadIdx.x < kTile) amax.col[threadIdx.x] = 0;
+// The memory of a tile before there are codes.
+QUAVER_DEVICE WarpMaxima& maxima_in(Tile& tile) {
+  static_assert(sizeof(Tile) >= sizeof(WarpMaxima) && alignof(Tile) >= alignof(WarpMaxima),
+                "a tile has room for maxima");
+  return reinterpret_cast<WarpMaxima&>(tile);
+}
+
+// The larger magnitude of two as amax_bits sees them; its sign means nothing.
+QUAVER_DEVICE float larger(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+  asm("max.NaN.xorsign.abs.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+#else
+  return bit_cast<float>(max_bits(magnitude_bits(a), magnitude_bits(b)));
+#endif
+}
+
+// Joins the maxima of a warp's threads that have the same columns, 8 apart. Each hands half of its
+// kHalf * 2 over and keeps the other half.
+template <int kHalf, int kDistance>
+QUAVER_DEVICE void join_columns(uint32_t (&most)[kVector]) {
+  const bool upper = (threadIdx.x & kDistance) != 0;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const uint32_t low = most[i], high = most[i + kHalf];
+    most[i] =
+        max_bits(upper ? high : low, __shfl_xor_sync(kAllLanes, upper ? low : high, kDistance));
+  }
+}
+
+// The amaxes of the tile's columns, of those of each thread.
+template <int kRun>
+QUAVER_DEVICE void join_columns(const float (&mine)[kVector], WarpMaxima& maxima, uint32_t* amax) {
+  uint32_t most[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) most[i] = min_bits(magnitude_bits(mine[i]), 0x7fc00000u);
+  join_columns<kVector / 2, kChunks>(most);
+  join_columns<kVector / 4, 2 * kChunks>(most);
+  const int upper = (threadIdx.x & kChunks) != 0, second = (threadIdx.x & 2 * kChunks) != 0;
+  const int col = column<kRun>(threadIdx.x % kChunks, 8 * upper + 4 * second);
+  store_words<4>(&maxima.of[threadIdx.x / kWarp][swizzled(col)], most);
   __syncthreads();
-  uint32_t most[kVector] = {};
+  if (threadIdx.x >= kTile) return;
+  uint32_t all = 0;
+#pragma unroll
+  for (int w = 0; w < kThreads / kWarp; ++w) all = max_bits(all, maxima.of[w][threadIdx.x]);
+  amax[threadIdx.x] = all;
+}
+
+// The amax of each row and, if `columns`, of each column of the tile, in shared memory.
+// get_values(values, pass, v) gives a thread's.
+template <int kRun, class Values>
+QUAVER_DEVICE void measure(Amaxes& amax, WarpMaxima& maxima, const Values& values, bool columns) {
+  float most[kVector] = {};
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     float v[kVector];
@@ -95,16 +157,11 @@ QUAVER_DEVICE void measure(Amaxes& amax, const Values& values) {
     const TilePlace at = place_in_pass(pass, threadIdx.x);
     const uint32_t row = group_max(amax_bits(v), kChunks);
     if (at.chunk == 0) amax.row[at.row] = row;
+    if (!columns) continue;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) most[i] = max_bits(most[i], magnitude_bits(v[i]));
+    for (int i = 0; i < kVector; ++i) most[i] = larger(most[i], v[i]);
   }
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    for (int distance = kChunks; distance < kWarp; distance *= 2)
-      most[i] = max_bits(most[i], __shfl_xor_sync(kAllLanes, most[i], distance));
-    if (threadIdx.x % kWarp < kChunks)
-      atomicMax(&amax.col[column<kRun>(threadIdx.x % kChunks, i)], most[i]);
-  }
+  if (columns) join_columns<kRun>(most, maxima, amax.col);
   __syncthreads();
 }
 
@@ -140,17 +197,28 @@ QUAVER_DEVICE void encode_rows(const Targets& to, const Values& values, const fl
   }
 }
 
-// Codes by a scale for each column, into shared memory.
+// Codes by a scale for each column, or by one, into shared memory.
 template <int kRun, class Q, class Values>
-QUAVER_DEVICE void encode_columns(const Targets& to, const Values& values, const float* scale,
-                                  Tile& tile) {
+QUAVER_DEVICE void encode_columns(const Targets& to, const Values& values,
+                                  const ColumnScales& scale, bool one, Tile& tile) {
+  uint32_t of_column[kVector];
+  if (!one) {
+#pragma unroll
+    for (int i = 0; i < kVector; i += 4)
+      load_words<4>(scale.of + swizzled(column<kRun>(threadIdx.x % kChunks, i)), of_column + i);
+  }
+  const Divisor by = divisor(scale.of[0]);
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const TilePlace at = place_in_pass(pass, threadIdx.x);
     float v[kVector];
     get_values(values, pass, v);
+    if (one) {
+      divide(v, by);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = v[i] / scale[column<kRun>(at.chunk, i)];
+      for (int i = 0; i < kVector; ++i) v[i] = v[i] / bit_cast<float>(of_column[i]);
+    }
     Packed<1> codes;
     encode_codes<Q>(to, v, codes);
     put_codes<kRun>(tile, at, codes);
@@ -158,14 +226,15 @@ QUAVER_DEVICE void encode_columns(const Targets& to, const Values& values, const
 }
 
 // Chooses and writes the scales of a layout's 1 x 128 blocks in the tile whose first row there is
-// `row0` and whose column of scales is `place`.
+// `row0` and whose column of scales is `place`. The row of a thread is at `at` in shared memory.
 QUAVER_DEVICE void choose_blocks(const Targets& to, const Target& layout, const uint32_t* amax,
-                                 float* scale, int64_t row0, int64_t rows, int64_t place) {
+                                 float* scale, int at, int64_t row0, int64_t rows, int64_t place) {
   if (threadIdx.x >= kTile) return;
-  scale[threadIdx.x] = choose(to, amax[threadIdx.x]);
+  const uint32_t most = amax[at];
+  scale[at] = choose(to, most);
   const int64_t row = row0 + threadIdx.x;
   if (layout.codes != nullptr && row < rows)
-    layout.scale[row * layout.per_row + place] = written(scale[threadIdx.x], amax[threadIdx.x]);
+    layout.scale[row * layout.per_row + place] = written(scale[at], most);
 }
 
 // Chooses the scale of the tile that is `across` and `down` in qt, where qt has tiles.
@@ -175,30 +244,30 @@ QUAVER_DEVICE void choose_tile(const Targets& to, const Amaxes& amax, float* sca
 #pragma unroll
   for (int r = 0; r < kTile; r += kWarp) most = max_bits(most, amax.row[r + threadIdx.x % kWarp]);
   most = __reduce_max_sync(kAllLanes, most);
-  if (threadIdx.x >= kTile) return;
-  scale[threadIdx.x] = choose(to, most);
-  if (to.qt.codes != nullptr && threadIdx.x == 0)
-    to.qt.scale[down * to.qt.per_row + across] = written(scale[0], most);
+  if (threadIdx.x != 0) return;
+  scale[0] = choose(to, most);
+  if (to.qt.codes != nullptr) to.qt.scale[down * to.qt.per_row + across] = written(scale[0], most);
 }
 
 // Casts a tile, `down` and `along` in the matrix, in blocks: to q's of 1 x 128, and to qt's or to
-// its tile's. A block may cast several: what one call reads at last, the next writes behind
-// barriers.
+// its tile's. Between two calls a block synchronises.
 template <int kRun, class Q, class Values>
 QUAVER_DEVICE void cast_blocks(const Targets& to, const Values& values, int64_t down, int64_t along,
                                BlocksMemory& memory) {
   const int64_t row0 = down * kTile, col0 = along * kTile;
-  measure<kRun>(memory.amax, values);
-  choose_blocks(to, to.q, memory.amax.row, memory.row_scale, row0, to.padded.rows, along);
+  const bool columns = !to.tiles_t && to.qt.codes != nullptr;
+  measure<kRun>(memory.amax, maxima_in(memory.tile), values, columns);
+  const int row = threadIdx.x, col = swizzled(threadIdx.x);
+  choose_blocks(to, to.q, memory.amax.row, memory.row_scale, row, row0, to.padded.rows, along);
   if (to.tiles_t)
-    choose_tile(to, memory.amax, memory.col_scale, along, down);
-  else
-    choose_blocks(to, to.qt, memory.amax.col, memory.col_scale, col0, to.padded.cols, down);
+    choose_tile(to, memory.amax, memory.col_scale.of, along, down);
+  else if (columns)
+    choose_blocks(to, to.qt, memory.amax.col, memory.col_scale.of, col, col0, to.padded.cols, down);
   __syncthreads();
   if (to.q.codes != nullptr)
     encode_rows<kRun, Q>(to, values, memory.row_scale, row0, col0, nullptr);
   if (to.qt.codes == nullptr) return;
-  encode_columns<kRun, Q>(to, values, memory.col_scale, memory.tile);
+  encode_columns<kRun, Q>(to, values, memory.col_scale, to.tiles_t, memory.tile);
   __syncthreads();
   store_transposed(to.qt.codes, memory.tile, to.padded, row0, col0, threadIdx.x, to.qt.aligned);
 }

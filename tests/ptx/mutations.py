@@ -62,7 +62,7 @@ MUTATIONS = [
             "normalize:normalize_blocks_kernelINS_4bf16E",
             r"bar\.sync[^;]*;",
             "",
-            "test_cuda_fused_layouts:norms",
+            "test_cuda_fused_layouts:every_kind",
             RACE,
             n,
         )
