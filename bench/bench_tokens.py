@@ -2,7 +2,8 @@
 and beside two processes that compute all the time.
 
 Quiet speed is the ratio of steps that take turns in one process. Beside others each recipe keeps a
-share of its quiet speed, which should be no lower than the share that bf16 keeps.
+share of its quiet speed, which should be no lower than the share that bf16 keeps. Scales of rows and
+of blocks take turns with those of tensors.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from quaver.distributed import World
 from quaver.job import Job, Run
 
 RECIPES = ("bf16", "fp8lm-o2", "coat")
+GRAINS = ("tensorwise", "rowwise", "blockwise")
 BUSY = 2  # processes beside the training
 BATCH, SEQ = 4, 128
 
@@ -73,12 +75,19 @@ def main():
     parser.add_argument("--rounds", type=int, default=30, help="steps of each recipe")
     args = parser.parse_args()
     print(common.describe(common.machine()))
+    grains = {recipe: Training(recipe, args.rounds + 3) for recipe in GRAINS}
+    seconds(grains, 3)
+    by_grain = seconds(grains, args.rounds)
     trainings = {recipe: Training(recipe, 2 * args.rounds + 3) for recipe in RECIPES}
     seconds(trainings, 3)
     quiet = seconds(trainings, args.rounds)
     with busy(BUSY):
         beside = seconds(trainings, args.rounds)
-    rows = []
+    rows = [
+        common.judge(f"tiny, {recipe}: tokens/s over {GRAINS[0]}'s",
+                     by_grain[GRAINS[0]] / by_grain[recipe], "at least", 0.9)
+        for recipe in GRAINS[1:]
+    ]  # fmt: skip
     kept = {recipe: quiet[recipe] / beside[recipe] for recipe in RECIPES}
     for recipe in RECIPES:
         speeds = [BATCH * SEQ / times[recipe] for times in (quiet, beside)]
