@@ -2,8 +2,8 @@
 and beside two processes that compute all the time.
 
 Quiet speed is the ratio of steps that take turns in one process. Beside others each recipe keeps a
-share of its quiet speed, which should be no lower than the share that bf16 keeps. Scales of rows and
-of blocks take turns with those of tensors.
+share of its quiet speed, which should be no lower than the share that bf16 keeps. Recipes with
+scales of rows and of blocks take turns with the one with scales of tensors.
 """
 
 import argparse

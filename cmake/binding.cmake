@@ -22,7 +22,7 @@ if(TARGET quaver_cuda)
   target_link_libraries(quaver_ops PRIVATE quaver_cuda)
 endif()
 # The module calls these few functions of the library.
-set_source_files_properties(csrc/cpu/isa.cpp csrc/gemm_choice.cpp
+set_source_files_properties(csrc/cpu/isa.cpp csrc/gemm_choice.cpp csrc/gemm_table.cpp
   csrc/torch/library.cpp PROPERTIES
   COMPILE_OPTIONS -fvisibility=default)
 

@@ -10,6 +10,7 @@
 
 #include "gemm_mma_tactics.h"
 #include "gemm_tactics.h"
+#include "quaver/gemm_table.h"
 
 namespace quaver {
 namespace {
@@ -160,7 +161,7 @@ std::string text_of(const GemmProblem& p) {
   return s.str();
 }
 
-using Key = std::array<int64_t, 12>;  // all that a choice depends on
+using Key = std::array<int64_t, 13>;  // all that a choice depends on
 
 Key key_of(const GemmProblem& p, int sm_count) {
   return {p.m,
@@ -174,7 +175,16 @@ Key key_of(const GemmProblem& p, int sm_count) {
           int64_t(p.scales),
           p.hopper,
           p.aligned,
-          sm_count};
+          sm_count,
+          gemm_table_version()};
+}
+
+GemmCandidate choose_anew(const GemmProblem& p, int sm_count) {
+  const auto candidates = gemm_candidates(p, sm_count);
+  const int measured = measured_tactic(p);
+  const auto found = std::find_if(candidates.begin(), candidates.end(),
+                                  [&](const GemmCandidate& c) { return c.index == measured; });
+  return found == candidates.end() ? candidates.front() : *found;
 }
 
 int percent(double part) { return static_cast<int>(part * 100.0 + 0.5); }
@@ -288,7 +298,7 @@ GemmCandidate choose_gemm(const GemmProblem& p, int sm_count) {
   uint64_t hash = 0;
   for (const int64_t part : key) hash = (hash ^ uint64_t(part)) * 0x9e3779b97f4a7c15u;
   Choice& c = choices[(hash >> 32) % places];
-  if (c.best.tactic == nullptr || c.key != key) c = {key, gemm_candidates(p, sm_count).front()};
+  if (c.best.tactic == nullptr || c.key != key) c = {key, choose_anew(p, sm_count)};
   return c.best;
 }
 

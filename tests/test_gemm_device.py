@@ -8,7 +8,8 @@ import torch
 from helpers import FP8, REFUSAL, assert_same, bits, randn
 
 import quaver as qv
-from quaver import _C, reference
+from quaver import reference
+from quaver.gemm_table import Product
 
 E4M3, E5M2 = FP8
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -230,7 +231,7 @@ def test_every_kernel_is_chosen_and_right():
         if (types[1], out) == (E5M2, E4M3):
             continue  # no kernel
         formats = (names[t] for t in (*types, out))
-        found, _ = _C.gemm_candidates(*shape, *formats, add, fast, sms, arch=arch)
+        found, _ = Product(*shape, *formats, add, fast, arch=arch).candidates(sms)
         known |= {candidate["name"] for candidate in found}
         if found[0]["name"] in chosen:
             continue

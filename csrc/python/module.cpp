@@ -12,6 +12,7 @@
 #include "quaver/check.h"
 #include "quaver/cpu.h"
 #include "quaver/gemm_choice.h"
+#include "quaver/gemm_table.h"
 
 namespace py = pybind11;
 
@@ -119,26 +120,39 @@ py::dict as_dict(const quaver::GemmCandidate& c) {
   return d;
 }
 
-py::tuple gemm_candidates(int64_t m, int64_t n, int64_t k, const std::string& a,
-                          const std::string& b, const std::string& out, bool accumulate,
-                          bool fast_accumulate, int sm_count, const std::string& scales,
-                          const std::string& arch) {
+// A product's keys as Python writes them (python/quaver/gemm_table.py).
+quaver::GemmProblem problem_of(const py::dict& product) {
   quaver::GemmProblem p;
-  p.m = m;
-  p.n = n;
-  p.k = k;
-  p.a = dtype_of(a);
-  p.b = dtype_of(b);
-  p.out = dtype_of(out);
-  p.accumulate = accumulate;
-  p.fast_accumulate = fast_accumulate;
-  p.scales = scales_of(scales);
-  p.hopper = is_hopper(arch);
-  p.aligned = n % quaver::kGemmAlignment == 0 && k % quaver::kGemmAlignment == 0;
+  p.m = product["m"].cast<int64_t>();
+  p.n = product["n"].cast<int64_t>();
+  p.k = product["k"].cast<int64_t>();
+  p.a = dtype_of(product["a"].cast<std::string>());
+  p.b = dtype_of(product["b"].cast<std::string>());
+  p.out = dtype_of(product["out"].cast<std::string>());
+  p.accumulate = product["accumulate"].cast<bool>();
+  p.fast_accumulate = product["fast_accumulate"].cast<bool>();
+  p.scales = scales_of(product["scales"].cast<std::string>());
+  p.hopper = is_hopper(product["arch"].cast<std::string>());
+  p.aligned = p.n % quaver::kGemmAlignment == 0 && p.k % quaver::kGemmAlignment == 0;
+  return p;
+}
+
+py::tuple gemm_candidates(const py::dict& product, int sm_count) {
+  const quaver::GemmProblem p = problem_of(product);
   const auto found = quaver::gemm_candidates(p, sm_count);
   py::list candidates;
   for (const auto& candidate : found) candidates.append(as_dict(candidate));
   return py::make_tuple(candidates, quaver::explain_gemm(p, found));
+}
+
+std::string choose_gemm(const py::dict& product, int sm_count) {
+  return quaver::choose_gemm(problem_of(product), sm_count).tactic->name;
+}
+
+void set_gemm_table(const std::vector<std::pair<py::dict, std::string>>& rows) {
+  std::vector<quaver::MeasuredGemm> table;
+  for (const auto& [product, tactic] : rows) table.push_back({problem_of(product), tactic});
+  quaver::set_gemm_table(table);
 }
 
 }  // namespace
@@ -157,10 +171,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "sm_margin", [] { return quaver::sm_margin(); },
       "The multiprocessors that Hopper's products leave free.");
-  m.def("gemm_candidates", gemm_candidates, py::arg("m"), py::arg("n"), py::arg("k"),
-        py::arg("a") = "e4m3", py::arg("b") = "e4m3", py::arg("out") = "bf16",
-        py::arg("accumulate") = false, py::arg("fast_accumulate") = true, py::arg("sm_count") = 132,
-        py::arg("scales") = "outer", py::arg("arch") = "sm_90",
-        "The kernels of a GPU that can serve a matrix product, best first, and why the first one "
-        "is. Needs no GPU.");
+  m.def("gemm_candidates", gemm_candidates, py::arg("product"), py::arg("sm_count") = 132,
+        "The kernels of a GPU that can serve a matrix product, best first by the model, and why "
+        "the first one is. Needs no GPU.");
+  m.def("choose_gemm", choose_gemm, py::arg("product"), py::arg("sm_count") = 132,
+        "The kernel that will run: the measured one, else the model's first. Needs no GPU.");
+  m.def("set_gemm_table", set_gemm_table, py::arg("rows"),
+        "Replace the measured choices: pairs of a product and a kernel's name.");
 }

@@ -63,7 +63,7 @@ int sms_of_product(const GemmProblem& problem, int sm_count);
 
 // Every tactic that can serve the problem, best first; throws Error where there is none.
 std::vector<GemmCandidate> gemm_candidates(const GemmProblem& problem, int sm_count);
-// The first of them.
+// The one that was measured to be the fastest (gemm_table.h), else the first of them.
 GemmCandidate choose_gemm(const GemmProblem& problem, int sm_count);
 // Why the first one comes before the others, in words.
 std::string explain_gemm(const GemmProblem& problem, const std::vector<GemmCandidate>& candidates);

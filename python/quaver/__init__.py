@@ -63,6 +63,7 @@ __all__ = [
     "save",
     "saved_activations",
     "side_tune",
+    "use_gemm_table",
     "watch",
 ]
 
@@ -74,6 +75,7 @@ _LATER = {
     "plan": ("planning", "plan"),
     "side_tune": ("nn.side", "side_tune"),
     "torchtitan": ("torchtitan", None),
+    "use_gemm_table": ("gemm_table", "use_gemm_table"),
     "watch": ("watching", "watch"),
 }
 

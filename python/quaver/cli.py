@@ -18,7 +18,7 @@ import torch
 
 import quaver as qv
 
-from . import gemm_info, machine, models, optimizers, recipe, train, tune
+from . import gemm_info, gemm_table, machine, models, optimizers, recipe, train, tune
 from .distributed import RankFailure
 from .distributed.launch import announce
 from .errors import UsageError
@@ -239,26 +239,49 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
         metavar=("M", "N", "K"),
         help="list the kernels of a GPU that can serve this product instead, and say which and why",
     )
-    p.add_argument(
-        "--types",
-        type=names,
-        default="e4m3,e4m3,bf16",
-        help="with --gemm: formats of a, b and the result",
-    )
-    p.add_argument("--accumulate", action="store_true", help="with --gemm: add to the result")
-    p.add_argument(
-        "--scales",
-        choices=("outer", "tiles", "blocks"),
-        default="outer",
-        help="with --gemm: of tensors or rows, of 1 x 128 blocks by 128 x 128 tiles, or of blocks "
-        "by blocks",
-    )
-    p.add_argument("--promoted", action="store_true", help="with --gemm: sums in f32 only")
+    _add_product(p)
     p.add_argument("--sms", type=int, default=132, help="with --gemm: multiprocessors of the GPU")
     p.add_argument(
         "--arch", default="sm_90", help="with --gemm: the GPU's architecture, sm_89 or newer"
     )
     p.set_defaults(call=_info)
+
+
+def _add_product(p: argparse.ArgumentParser) -> None:
+    """The flags of a matrix product beside its shape."""
+    p.add_argument(
+        "--types",
+        type=names,
+        default="e4m3,e4m3,bf16",
+        help="formats of a, b and the result",
+    )
+    p.add_argument("--accumulate", action="store_true", help="add to the result")
+    p.add_argument(
+        "--scales",
+        choices=("outer", "tiles", "blocks"),
+        default="outer",
+        help="scales: of tensors or rows, of 1 x 128 blocks by 128 x 128 tiles, or of blocks "
+        "by blocks",
+    )
+    p.add_argument("--promoted", action="store_true", help="sums in f32 only")
+
+
+def _add_tune_gemm(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser(
+        "tune-gemm",
+        help="measure the kernels of matrix products on this GPU, for use_gemm_table",
+        formatter_class=_Help,
+    )
+    p.add_argument(
+        "shapes",
+        nargs="+",
+        type=gemm_table.shape_of,
+        metavar="MxNxK",
+        help="of [M, K] by [N, K]: tokens, outputs and inputs of a linear layer",
+    )
+    _add_product(p)
+    p.add_argument("--table", default="gemm.json", help="what is written, or added to")
+    p.set_defaults(call=gemm_table.run)
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -318,6 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_export(commands, _Help)
     _add_plan(commands)
     _add_info(commands)
+    _add_tune_gemm(commands)
     _add_bench(commands)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from . import _C
 from .errors import UsageError
+from .gemm_table import Product
 
 __all__ = ["show"]
 
@@ -13,23 +13,10 @@ __all__ = ["show"]
 def show(arguments: argparse.Namespace) -> None:
     """Prints the kernels of the product that the flags describe. UsageError for flags that describe
     none."""
-    for flag, values in (("gemm", arguments.gemm), ("sms", [arguments.sms])):
-        if max(values) >= 2**31:
-            raise UsageError(f"--{flag} must be below 2^31, got {max(values)}")
-    if len(arguments.types) != 3:
-        raise UsageError(f"--types wants A,B,OUT, got {','.join(arguments.types)}")
-    try:
-        candidates, reason = _C.gemm_candidates(
-            *arguments.gemm,
-            *arguments.types,
-            accumulate=arguments.accumulate,
-            fast_accumulate=not arguments.promoted,
-            sm_count=arguments.sms,
-            scales=arguments.scales,
-            arch=arguments.arch,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    if arguments.sms >= 2**31:
+        raise UsageError(f"--sms must be below 2^31, got {arguments.sms}")
+    product = Product.of_flags(arguments.gemm, arguments, arguments.arch)
+    candidates, reason = product.candidates(arguments.sms)
     m, n, k = arguments.gemm
     gpu = f"{arguments.arch}, {arguments.sms} SMs"
     print(f"gemm [{m}, {k}] x [{n}, {k}], {' '.join(arguments.types)}, {gpu}")
@@ -44,4 +31,4 @@ def show(arguments: argparse.Namespace) -> None:
             )
         )
     print(f"{candidates[0]['name']}: {reason}")
-    print("Predicted is of the peak, by a model; `make gpu-report` measures.")
+    print("Predicted is of the peak, by a model; `quaver tune-gemm` measures.")
