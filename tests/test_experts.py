@@ -10,7 +10,8 @@ from torch import nn
 
 import quaver as qv
 from quaver import recipe
-from quaver.nn.experts import Experts, GroupedProduct, is_experts
+from quaver.nn.experts import Experts, is_experts
+from quaver.nn.grouped import multiply_groups
 
 RECIPES = ("tensorwise", "rowwise", "blockwise", "coat")
 TOKENS = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -40,7 +41,7 @@ def causal(family, seed=0, **changes):
 def grouped(x, weight, ends, input_major=False, name="tensorwise", out=torch.float32):
     learns = weight.requires_grad
     rule = recipe.get(name).linear
-    return GroupedProduct.apply(x, weight, ends, rule, out, input_major, learns)
+    return multiply_groups(x, weight, torch.tensor(ends), rule, out, input_major, learns)
 
 
 @pytest.mark.parametrize("name", RECIPES[:3])

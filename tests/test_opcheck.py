@@ -120,6 +120,8 @@ def target():
     return A.qdata.clone(), A.scale.clone(), A.amax.clone()
 
 
+ENDS = torch.tensor([7, 7, 19])
+ROWS = ops.cast_groups(randn(20, 150), ENDS, E4M3, "block")
 CASES = [
     *((ops.quantize, (randn(*shape), E4M3, None, None, g, b, True, False, 0))
       for g, b, shape in LAYOUT),
@@ -164,6 +166,15 @@ CASES = [
     (ops.gemm_, (randn(16, 48).bfloat16(), *GEMM, randn(48), False, False)),
     (ops.gemm_quantize, (*GEMM, None, E4M3, ONE, True)),
     (ops.gemm_quantize, (*GEMM, randn(48).bfloat16(), E5M2, ONE, False)),
+    *((ops.cast_groups, (randn(20, 150), ENDS, E4M3, *of))
+      for of in (("tensor", True, True, False), ("row", True, False, False),
+                 ("block", True, True, True), ("block", False, True, False))),
+    *((ops.cast_stack, (randn(2, 20, 150), E4M3, *of))
+      for of in (("tensor", None, True, True, True), ("tensor", ONE.repeat(2), False, True, True),
+                 ("row", None, True, False, False), ("tile", None, True, True, False))),
+    (ops.grouped_gemm, (*ROWS[:2], *ops.cast_stack(randn(3, 24, 150), E4M3, "tile")[:2], ENDS, 24,
+                        torch.bfloat16, True)),
+    (ops.grouped_gemm_weight, (*ROWS[2:], *ROWS[2:], ENDS, 150, 150, torch.float32, False)),
     (ops.linear, (randn(3, 5, 20), None, None, randn(24, 20), None, randn(24), 24, E4M3, E4M3,
                   torch.float32, True, False, history())),
     (ops.linear, (randn(10, 30), *LINEAR, None, 20, E4M3, E4M3, torch.bfloat16,

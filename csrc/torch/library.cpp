@@ -71,6 +71,20 @@ constexpr const char* kLayerSchemas[] = {
     "-> (Tensor dx, Tensor dw, Tensor dw_scale, Tensor dw_amax)",
 };
 
+// Rows sorted by group (quaver/groups.h).
+constexpr const char* kGroupSchemas[] = {
+    "cast_groups(Tensor x, Tensor ends, ScalarType dtype, str granularity, bool columns=True, "
+    "bool power_of_two=False, bool tiles_t=False) "
+    "-> (Tensor q, Tensor scale, Tensor qt, Tensor qt_scale)",
+    "cast_stack(Tensor x, ScalarType dtype, str granularity, Tensor? scale=None, bool rows=True, "
+    "bool columns=True, bool power_of_two=False) "
+    "-> (Tensor q, Tensor scale, Tensor qt, Tensor qt_scale)",
+    "grouped_gemm(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor ends, int n, "
+    "ScalarType out_dtype, bool fast_accumulate=True) -> Tensor",
+    "grouped_gemm_weight(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor ends, int m, "
+    "int n, ScalarType out_dtype, bool fast_accumulate=True) -> Tensor",
+};
+
 constexpr const char* kStepSchemas[] = {
     "grad_norm(Tensor[] grads, Tensor[] scales, Tensor[] amaxes) -> (Tensor norm, Tensor amax)",
     "accumulate_(Tensor(a!) q, Tensor(b!) scale, Tensor(c!) amax, Tensor other, "
@@ -119,6 +133,7 @@ constexpr const char* kCommSchemas[] = {
 
 STABLE_TORCH_LIBRARY(quaver, m) {
   for (const char* schema : kLayerSchemas) m.def(schema);
+  for (const char* schema : kGroupSchemas) m.def(schema);
   for (const char* schema : kStepSchemas) m.def(schema);
   for (const char* schema : kCommSchemas) m.def(schema);
 }

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .cast_statistics import MEASURED, STATISTICS, measured, measured_groups
-from .nn import MLP, LinearBase, Norm
+from .nn import MLP, LinearBase, Norm, grouped
 from .nn.experts import Experts, weight_names
 from .nn.linear import is_converted, smooth
 from .tensor import ScaledTensor, is_sharded
@@ -214,7 +214,7 @@ class Watch:
             if not torch.is_grad_enabled():
                 return
             fine = {"grain": rule.grain, "power_of_two": rule.power_of_two}
-            rows = [0, *ends]
+            rows = [0, *grouped.read_ends(ends, len(x))]
             self._count((name, f"{tensor}.input"), measured_groups(x, rows, rule.input, **fine))
             if not is_sharded(weight):
                 fine_weight = fine | {"grain": rule.weight_grain}

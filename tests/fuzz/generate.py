@@ -284,6 +284,49 @@ class Generator:
         _, n, operands = self.operands()
         return *operands, self.channels(n), self.pick(FP8), self.scales(), self.chance(0.5)
 
+    def ends(self, rows):
+        """Ends of a few groups of `rows` rows, not always of all of them."""
+        ends = sorted(self.random.randrange(rows + 1) for _ in range(self.pick((1, 2, 5))))
+        return torch.tensor(ends)
+
+    def cast_groups(self):
+        rows, cols = self.matrix()
+        grain = self.pick(GRAINS[:3])
+        tiles_t = grain == "block" and self.chance(0.5)
+        return (
+            self.floating((rows, cols)), self.ends(rows), self.pick(FP8), grain, self.chance(0.8),
+            self.chance(0.5), tiles_t,
+        )  # fmt: skip
+
+    def cast_stack(self):
+        shape, grain = (self.pick((1, 3)), *self.matrix()), self.pick(("tensor", "row", "tile"))
+        scale = self.scales(shape[0]) if grain == "tensor" and self.chance(0.5) else None
+        flags = (self.chance(p) for p in (0.8, 0.8, 0.5))
+        return self.floating(shape), self.pick(FP8), grain, scale, *flags
+
+    def grouped_gemm(self):
+        rows, n, k = self.pick((0, 1, 17, 150)), self.pick((1, 16, 20)), self.pick((16, 48, 144))
+        ends, padded = self.ends(rows), (n + 15) // 16 * 16
+        groups, blocks = len(ends), -(-k // 128)
+        return (
+            self.tensor(self.bits((rows, k), self.pick(FP8))),
+            self.scales(*self.pick([(groups,), (rows, 1), (rows, blocks)])),
+            self.tensor(self.bits((groups, padded, k), self.pick(FP8))),
+            self.scales(*self.pick([(groups,), (groups, padded, 1), (groups, 1, blocks)])),
+            ends, n, self.pick(FLOATS), self.chance(0.5),
+        )  # fmt: skip
+
+    def grouped_gemm_weight(self):
+        rows, sizes = self.pick((0, 1, 17, 150)), [self.pick((1, 16, 20)) for _ in range(2)]
+        ends = self.ends(rows)
+        groups, width, operands = len(ends), (rows // 16 + len(ends)) * 16, []
+        for size in sizes:
+            height = (size + 15) // 16 * 16
+            shapes = [(groups,), (groups, height, 1), (height, rows // 128 + groups)]
+            operands += [self.tensor(self.bits((height, width), self.pick(FP8))),
+                         self.scales(*self.pick(shapes))]  # fmt: skip
+        return *operands, ends, *sizes, self.pick(FLOATS), self.chance(0.5)
+
     def linear(self):
         rows, n, k = (self.pick((0, 1, 3, 16, 17, 48)) for _ in range(3))
         lead = self.pick([(rows,), (rows, 2), ()])

@@ -79,7 +79,7 @@ def run_one(seed: int, names: list[str]) -> str:
     if any(t.is_meta for t in leaves(args) if isinstance(t, torch.Tensor)):
         assert all(t.is_meta for t in got), "memory that nothing wrote"
         return "meta"
-    for name in _C.available_isas()[1:] if not op.startswith(("gemm", "linear")) else []:
+    for name in _C.available_isas()[1:] if not op.startswith(("gemm", "grouped", "linear")) else []:
         again = clone(before)
         with isa(name):
             other = results(op, again, call(*again))

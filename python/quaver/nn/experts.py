@@ -8,7 +8,6 @@ A stack that does not train may be codes alone, with scales of rows or of 128 x 
 from __future__ import annotations
 
 import functools
-import itertools
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,13 @@ from .. import recipe as recipes
 from ..mismatch import mark_replaced
 from ..ops import FLOATS
 from ..tensor import ScaledTensor
+from . import grouped
 from .cast import check_devices, output_dtype
-from .first_order import FirstOrder
+from .grouped import expert_of, group_rows, multiply_groups
 from .linear import product_dtype
-from .product import Product
 from .state_dict import SUFFIX, load_master, master_scale, save_master
 from .swap import Swapped, swap, swap_back
 from .weight import (
-    cast_weight,
     check_cut,
     convert_weight,
     freeze_weight,
@@ -37,105 +35,27 @@ TRAINS = "it trains"  # the reason why `frozen` leaves a layer
 FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
 
 
-class _Context:
-    """The context of one expert's product."""
-
-    def __init__(self, needs_input_grad: tuple[bool, ...]):
-        self.needs_input_grad, self.saved_tensors = needs_input_grad, ()
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self.saved_tensors = tensors
-
-
-class GroupedProduct(FirstOrder):
-    """Rows ends[e - 1] to ends[e] of x times the e-th weight, for every e, each a Product.
-
-    Args:
-        x: [S, K] float32, float16 or bfloat16, sorted by expert. Rows from ends[-1] on belong to
-            none; their results and gradients are zero.
-        weight: [E, N, K], or [E, K, N] where `input_major`, of a float type, or frozen codes.
-        ends: E ints that do not fall.
-        rule: the LinearRecipe, of current scaling and plain gradients.
-        out_dtype: float32 or bfloat16, of the result [S, N].
-        learns: whether backward forms the weight's gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, ends, rule, out_dtype, input_major, learns):
-        ctx.groups, ctx.likes = list(_groups(ends)), (x.shape, x.dtype, weight.shape, weight.dtype)
-        y = x.new_zeros((len(x), weight.shape[2 if input_major else 1]), dtype=out_dtype)
-        ctx.inner = [_Context((*ctx.needs_input_grad[:2], False)) for _ in ctx.groups]
-        for inner, (expert, begin, end) in zip(ctx.inner, ctx.groups, strict=True):
-            own, operands = _expert(weight, expert), (None,) * 4
-            if isinstance(own, ScaledTensor):
-                codes = cast_weight(own, rule.weight, both=input_major)
-                operands = (codes.transposed() if input_major else codes)._replace(qt=None)
-            y[begin:end] = Product.forward(
-                inner, x[begin:end], own, *(None,) * 5, *operands, *(None,) * 3, rule.input,
-                rule.weight, rule.grad_output, out_dtype, rule.weight_grad, rule.grad_accumulate,
-                learns, input_major, None, None, rule.grain, rule.power_of_two,
-                rule.weight_product, rule.kept,
-            )  # fmt: skip
-        # Autograd must know of all that is kept: hooks count, move or drop it.
-        ctx.save_for_backward(*(t for inner in ctx.inner for t in inner.saved_tensors))
-        for inner in ctx.inner:
-            inner.count, inner.saved_tensors = len(inner.saved_tensors), ()
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        x_shape, x_dtype, w_shape, w_dtype = ctx.likes
-        dx = dy.new_zeros(x_shape, dtype=x_dtype) if needs_x else None
-        dw = dy.new_zeros(w_shape, dtype=w_dtype) if needs_weight else None
-        saved = iter(ctx.saved_tensors)
-        for inner, (expert, begin, end) in zip(ctx.inner, ctx.groups, strict=True):
-            inner.saved_tensors = tuple(itertools.islice(saved, inner.count))
-            of_x, of_weight, *_ = Product.backward(inner, dy[begin:end])
-            inner.saved_tensors = ()
-            if needs_x:
-                dx[begin:end] = of_x
-            if needs_weight:
-                dw[expert] = of_weight
-        return dx, dw, None, None, None, None, None
-
-
 def _plain_product(x: Tensor, weight: Tensor, ends: list[int], out: torch.dtype,
                    input_major: bool) -> Tensor:  # fmt: skip
-    """What GroupedProduct computes, in `out` without FP8."""
+    """What `multiply_groups` computes, in `out` without FP8."""
     frozen, parts = isinstance(weight, ScaledTensor), []
     weights = None if frozen else weight.unbind()  # one gradient of the stack, not one for each
     with torch.autocast(x.device.type, enabled=False):
-        for expert, begin, end in _groups(ends):
-            of = _expert(weight, expert).dequantize(out) if frozen else weights[expert].to(out)
+        for expert, begin, end in group_rows(ends):
+            of = expert_of(weight, expert).dequantize(out) if frozen else weights[expert].to(out)
             parts.append(x[begin:end].to(out) @ (of if input_major else of.t()))
     rest = len(x) - sum(len(part) for part in parts)
     width = weight.shape[2 if input_major else 1]
     return torch.cat((*parts, x.new_zeros((rest, width), dtype=out)))
 
 
-def _expert(stack: Tensor, expert: int) -> Tensor:
-    """The matrix of an expert; of frozen codes the codes."""
-    if not isinstance(stack, ScaledTensor):
-        return stack[expert]
-    codes, scale = stack.qdata[expert], stack.scale[expert]
-    return ScaledTensor(codes, scale, None, stack.dtype, stack.qlayout)
-
-
-def _groups(ends: list[int]):
-    """(expert, begin, end) of those that have rows."""
-    for expert, (begin, end) in enumerate(itertools.pairwise((0, *ends))):
-        if end > begin:
-            yield expert, begin, end
-
-
 class Experts(Swapped):
     """Experts that multiply in FP8 by a recipe, as `quaver.convert` makes them.
 
     Input hidden_states [tokens, K], top_k_index and top_k_weights [tokens, k]; output [tokens, K]
-    in the input's dtype: for each token the sum of its k experts, times their weights. The count of
-    each expert's tokens is read by the host. Scales are always just in time, because an expert may
-    see no token for many steps.
+    in the input's dtype: for each token the sum of its k experts, times their weights. On CUDA the
+    host reads the count of each expert's tokens. Scales are always just in time, because an expert
+    may see no token for many steps.
 
     Raises:
         TypeError: an input of another dtype.
@@ -228,20 +148,20 @@ class Experts(Swapped):
         back[order] = torch.arange(order.numel(), device=order.device)
         return y[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
-    def ends_of(self, experts: Tensor) -> list[int]:
-        """The end of each expert's rows, of the sorted experts of all rows. The host waits."""
+    def ends_of(self, experts: Tensor) -> Tensor:
+        """The end of each expert's rows, int64 [E], of the sorted experts of all rows."""
         numbers = torch.arange(self.num_experts, device=experts.device)
-        return torch.searchsorted(experts, numbers, right=True).tolist()
+        return torch.searchsorted(experts, numbers, right=True)
 
-    def multiply(self, x: Tensor, name: str, ends: list[int], experts: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, name: str, ends: Tensor, experts: Tensor) -> Tensor:
         """The product of the sorted tokens x [S, K] and their experts' weights called `name`, with
         their biases; `experts` are the experts of the rows."""
         out, weight = output_dtype(x), getattr(self, name)
         learns = torch.is_grad_enabled() and weight.requires_grad
         if self.plain:
-            y = _plain_product(x, weight, ends, out, self.is_transposed)
+            y = _plain_product(x, weight, grouped.read_ends(ends, len(x)), out, self.is_transposed)
         else:
-            y = GroupedProduct.apply(
+            y = multiply_groups(
                 x, weight, ends, self.rule, product_dtype(out), self.is_transposed, learns
             )
             y = y if y.dtype == out else y.to(out)

@@ -233,7 +233,9 @@ def register_product() -> None:
     with _registering:
         torch.compiler.allow_in_graph(Product)
         for op, flops in ((_ops.gemm, _gemm_flops), (_ops.linear, _linear_flops),
-                          (_ops.linear_backward, _backward_flops)):  # fmt: skip
+                          (_ops.linear_backward, _backward_flops),
+                          (_ops.grouped_gemm, _grouped_flops),
+                          (_ops.grouped_gemm_weight, _grouped_weight_flops)):  # fmt: skip
             if op not in flop_registry:
                 register_flop_formula(op)(flops)
 
@@ -251,6 +253,15 @@ def _backward_flops(
     out_shape=None,
 ) -> int:  # fmt: skip
     return 2 * math.prod(dy) * k * ((weight is not None) + (xt is not None))
+
+
+def _grouped_flops(a, scale_a, b, scale_b, ends, n, *args, out_shape=None) -> int:
+    return 2 * a[0] * a[1] * n
+
+
+def _grouped_weight_flops(a, scale_a, b, scale_b, ends, m, n, *args, out_shape=None) -> int:
+    rows = a[1] - 16 * ends[0]  # of x, in whole sixteens: an operand has 16 more for each expert
+    return 2 * rows * m * n
 
 
 def _cast_weight(ctx, weight: Tensor, transposed: bool = False) -> Cast:

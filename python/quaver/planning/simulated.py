@@ -16,7 +16,7 @@ from .. import distributed
 from ..assembly import shard
 from ..comm.heartbeat import Heartbeat
 from ..errors import UsageError
-from ..nn.experts import Experts
+from ..nn import grouped
 from ..parallel import Parallel
 from ..recipe import Recipe
 
@@ -59,20 +59,19 @@ def single_sequences() -> Iterator[None]:
 
 @contextmanager
 def routed() -> Iterator[None]:
-    """Deals the rows of a plan out to FP8 experts evenly. Their counts are values, which fake
-    tensors lack: of zeros no expert would multiply at all."""
-    real = Experts.ends_of
+    """Deals the rows of a plan out to FP8 experts evenly, where the host reads their counts. Those
+    are values, which fake tensors lack: of zeros no expert would multiply at all."""
+    real = grouped.read_ends
 
-    def even(self, experts: torch.Tensor) -> list[int]:
-        real(self, experts)  # its memory counts
-        rows, count = experts.numel(), self.num_experts
-        return [rows * (i + 1) // count for i in range(count)]
+    def even(ends: torch.Tensor, rows: int) -> list[int]:
+        real(ends, rows)  # its memory counts
+        return [rows * (i + 1) // len(ends) for i in range(len(ends))]
 
-    Experts.ends_of = even
+    grouped.read_ends = even
     try:
         yield
     finally:
-        Experts.ends_of = real
+        grouped.read_ends = real
 
 
 class _Silent(Heartbeat):
