@@ -143,33 +143,22 @@ __global__ void __launch_bounds__(kThreads, 2) activate_backward_kernel(Problem<
   if (of_up.collect) leave_amax(p.dup.scale, blockIdx.x, seen_up);
 }
 
-// One gradient at a time stays in registers: its scales follow from it, and then its codes. Both
-// together would not fit, so they are computed twice.
-template <bool kUp, class X, Activation kind>
-QUAVER_DEVICE void cast_gradient(const Problem<X>& p, const Targets& to, BlocksMemory& memory) {
-  const Corner corner = corner_of_block(p.m);
-  float kept[kPasses][kVector];
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    float other[kVector];
-    const auto at = fragment_in_pass<kRun<X>>(p.m, corner, pass);
-    if constexpr (kUp)
-      gradients<X, kind>(p, at, other, kept[pass]);
-    else
-      gradients<X, kind>(p, at, kept[pass], other);
-  }
-  cast_blocks<kRun<X>, void>(to, Kept{kept}, corner.row / kTile, corner.col / kTile, memory);
-}
-
-// Without the least of one block ptxas takes 128 registers on sm_120 and spills.
+// Both gradients stay in registers: their scales follow from them, and then their codes. Without
+// the least of one block ptxas takes 128 registers on sm_120 and spills.
 template <class X, Activation kind>
 __global__ void __launch_bounds__(kThreads, 1)
     activate_backward_blocks_kernel(Problem<X> p, Targets to_x, Targets to_up) {
   __shared__ BlocksMemory memory;
-  cast_gradient<false, X, kind>(p, to_x, memory);
+  const Corner corner = corner_of_block(p.m);
+  float dx[kPasses][kVector], dup[kPasses][kVector];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass)
+    gradients<X, kind>(p, fragment_in_pass<kRun<X>>(p.m, corner, pass), dx[pass], dup[pass]);
+  const int64_t down = corner.row / kTile, along = corner.col / kTile;
+  cast_blocks<kRun<X>, void>(to_x, Kept{dx}, down, along, memory);
   if (p.up.codes == nullptr) return;
   __syncthreads();
-  cast_gradient<true, X, kind>(p, to_up, memory);
+  cast_blocks<kRun<X>, void>(to_up, Kept{dup}, down, along, memory);
 }
 
 // A problem without its casts.
