@@ -59,6 +59,11 @@ RECIPES = ("bf16", "fp8lm-o2", "coat")
 _COMMON = "{python} -m quaver train --recipe {recipes} --out {work}/train --overwrite "
 TRAIN = _COMMON + "--data stdlib --model 125m --steps 100 --batch 16 --seq 1024 --device cuda"
 TRAIN_DRY = _COMMON + "--data README.md --model tiny --steps 2 --batch 1 --seq 32 --device cpu"
+TUNE = (
+    "{python} -m quaver tune-gemm 8192x4096x4096 8192x11008x4096 8192x4096x11008 "
+    "--table {work}/gemm.json"
+)
+TUNE_DRY = "{python} -m quaver info --gemm 8192 4096 4096"
 
 PLAN = (
     Step(
@@ -127,6 +132,13 @@ PLAN = (
         "`quaver train` of a small Llama at equal batch: tokens/s, peak memory, loss",
         tuple(TRAIN.split()),
         tuple(TRAIN_DRY.split()),
+    ),
+    Step(
+        "tune-gemm",
+        10,
+        "the model's choice of kernels for a Llama 7B layer beside the fastest that is measured",
+        tuple(TUNE.split()),
+        tuple(TUNE_DRY.split()),
     ),
     _sanitizer("memcheck", "no kernel reads or writes where it should not"),
     _sanitizer("racecheck", "no kernel races in shared memory"),
