@@ -1,6 +1,7 @@
 """Calls of ops whose CUDA host code composes several kernels; as a script, over the library that
 runs the kernels on the host (bench/launches.py)."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -13,6 +14,27 @@ F32, BF16 = torch.float32, torch.bfloat16
 def warm(amax):
     """A history that forecasts."""
     return torch.tensor([16.0] + [amax] * 16)
+
+
+def grouped_products(randn):
+    """{name: products of groups}: ragged, of one row, empty, and rows of none."""
+    ops, ends, found = torch.ops.quaver, torch.tensor([37, 38, 38, 140]), {}
+    a, b, bt = (randn(*s).to(E4M3) for s in ((150, 144), (4, 48, 144), (48, (150 // 16 + 4) * 16)))
+    for e, (begin, end) in enumerate(itertools.pairwise((0, *ends.tolist()))):
+        first = (begin // 16 + e) * 16  # a group's columns; zeros after them
+        bt.view(torch.uint8)[:, first + end - begin : first + -(-(end - begin) // 16) * 16] = 0
+    scales = {
+        "tensor": ((4,), (4,), (4,)),
+        "row": ((150, 1), (4, 48, 1), (4, 48, 1)),
+        "block": ((150, 2), (4, 1, 2), (48, 150 // 128 + 4)),
+    }
+    for grain, shapes in scales.items():
+        of_a, of_b, of_t = (randn(*shape, dtype=F32).abs() + 0.5 for shape in shapes)
+        found[f"products of groups, {grain}"] = (
+            ops.grouped_gemm(a, of_a, b, of_b, ends, 45, F32),
+            ops.grouped_gemm_weight(bt, of_t, bt, of_t, ends, 45, 40, F32),
+        )
+    return found
 
 
 def results():
@@ -95,7 +117,7 @@ def results():
         *ops.quantize(x, E4M3, torch.tensor(0.5)),
         *ops.cast_transpose(x, E4M3, torch.tensor(0.5)),
     )
-    return found
+    return found | grouped_products(randn)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 // grouped_gemm and grouped_gemm_weight: the products of a mixture's experts. On the CPU they are
-// those of `gemm`, one group after the other, over operands that are padded as that op wants them.
+// those of `gemm`, one group after the other, over operands that are padded as that op wants them;
+// on CUDA one launch by mma.sync.
+#include "../arguments.h"
 #include "groups.h"
+#include "quaver/gemm_choice.h"
 #include "stages.h"
 
 namespace quaver::binding {
@@ -50,6 +53,42 @@ void check_operands(const char* op, const Tensor& a, const Tensor& scale_a, cons
               "[groups], [groups, N, 1] or [groups, N / 128, K / 128]");
 }
 
+// What both products give to the kernel, except the grains.
+GroupedGemm arguments_of(const char* op, const Tensor& out, const Tensor& a, const Tensor& scale_a,
+                         const Tensor& b, const Tensor& scale_b, const Tensor& ends) {
+  const cuda::GemmDevice device = cuda::gemm_device();
+  QUAVER_CHECK(multiplies_fp8(device.major, device.minor), op,
+               ": CUDA wants a GPU from sm_89 on, got sm_", device.major, device.minor);
+  GroupedGemm g;
+  g.out = view(op, "out", out);
+  g.a = view(op, "a", a);
+  g.b = view(op, "b", b);
+  g.scale_a = static_cast<const float*>(scale_a.data_ptr());
+  g.scale_b = static_cast<const float*>(scale_b.data_ptr());
+  g.ends = static_cast<const int64_t*>(ends.data_ptr());
+  g.groups = ends.numel();
+  g.n = out.size(out.dim() - 1);
+  return g;
+}
+
+// Of scales with one block a row, which are those of rows too, the other operand's decide.
+void set_grains(GroupedGemm* g, const Tensor& scale_a, const Tensor& scale_b, int64_t rows_b,
+                int64_t blocks) {
+  g->grain_b = scale_b.dim() == 1          ? Grain::tensor
+               : scale_b.size(1) == rows_b ? Grain::row
+                                           : Grain::tile;
+  const bool blocks_a = scale_a.dim() == 2 && scale_a.size(1) == blocks;
+  g->grain_a = scale_a.dim() == 1                                      ? Grain::tensor
+               : blocks_a && (blocks > 1 || g->grain_b == Grain::tile) ? Grain::block
+                                                                       : Grain::row;
+}
+
+Grain transposed_grain(const Tensor& codes, const Tensor& scale) {
+  if (scale.dim() == 1) return Grain::tensor;
+  if (scale.dim() == 3) return Grain::row;
+  return scale.size(0) == codes.size(0) ? Grain::block : Grain::tile;
+}
+
 // The scales of a group's rows, padded as its codes are.
 Tensor row_scales(const Tensor& scale, const GroupRows& g) {
   if (scale.dim() == 1) return matrix_of(scale, g.group);
@@ -80,7 +119,12 @@ Tensor grouped_gemm(const Tensor& a_in, const Tensor& scale_a_in, const Tensor& 
           copy_rectangle(*out, {g.begin, 0}, y, {0, 0}, g.rows, n);
         }
       },
-      [&](auto) { fail(op, ": no kernel for CUDA; loop over the groups"); });
+      [&](auto stream) {
+        out = empty(a, {a.size(0), n}, out_dtype);
+        GroupedGemm g = arguments_of(op, *out, a, scale_a, b, scale_b, ends);
+        set_grains(&g, scale_a, scale_b, padded, blocks_in_row(k, kScaleTile));
+        cuda::grouped_gemm(g, stream);
+      });
   return *out;
 }
 
@@ -144,7 +188,15 @@ Tensor grouped_gemm_weight(const Tensor& a_in, const Tensor& scale_a_in, const T
           copy_rectangle(matrix_of(*out, g.group), {0, 0}, y, {0, 0}, m, n);
         }
       },
-      [&](auto) { fail(op, ": no kernel for CUDA; loop over the groups"); });
+      [&](auto stream) {
+        out = empty(a, {groups, m, n}, out_dtype);
+        GroupedGemm g = arguments_of(op, *out, a, scale_a, b, scale_b, ends);
+        g.grain_a = transposed_grain(a, scale_a);
+        g.grain_b = transposed_grain(b, scale_b);
+        g.m = m;
+        g.weight = true;
+        cuda::grouped_gemm(g, stream);
+      });
   return *out;
 }
 

@@ -24,4 +24,28 @@ constexpr int64_t group_block(int64_t begin, int64_t group) { return begin / kSc
 constexpr int64_t group_columns(int64_t rows, int64_t groups) { return group_column(rows, groups); }
 constexpr int64_t group_blocks(int64_t rows, int64_t groups) { return group_block(rows, groups); }
 
+// The product of each group: out [S, N] = a [S, K] @ b [groups, N16, K] of the row's group,
+// transposed, with scales of groups, rows or 1 x 128 blocks of a, and of groups, rows or 128 x 128
+// tiles of b. Or, with `weight`, out [groups, M, N] = a @ b, transposed, over the group's columns
+// of a [M16, W] and b [N16, W], which are transposed copies.
+struct GroupedGemm {
+  TensorView out, a, b;  // out in bf16, f16 or f32
+  const float *scale_a = nullptr, *scale_b = nullptr;
+  Grain grain_a = Grain::tensor, grain_b = Grain::tensor;  // tensor: one a group
+  const int64_t* ends = nullptr;                           // [groups], on the device
+  int64_t groups = 0, m = 0, n = 0;                        // m: with `weight`
+  bool weight = false;
+
+  bool has_blocks() const {
+    const auto is = [](Grain g) { return g == Grain::block || g == Grain::tile; };
+    return is(grain_a) || is(grain_b);
+  }
+};
+
+namespace cuda {
+// By mma.sync, on GPUs from sm_89 on; sums are promoted to f32 each 128 of K. Scales of blocks on
+// one side want blocks or tiles on the other.
+void grouped_gemm(const GroupedGemm& arguments, void* stream);
+}  // namespace cuda
+
 }  // namespace quaver

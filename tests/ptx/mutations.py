@@ -41,6 +41,8 @@ TEST_LATE = "test_gemm:as_late_as_they_may_be"
 MMA = "gemm_mma:gemm_mma_kernel"
 MMA_FP8 = MMA + "INS0_9MmaTacticINS_4e4m3ES3_LNS_7GemmOutE2ELb0ELi64"
 TEST_MMA = "test_cuda_gemm:ragged_shapes"
+GROUPED = "grouped_gemm:grouped_gemm_kernel"
+TEST_GROUPED = "test_cuda_grouped"
 TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, [^;]*;"
 STORE = r"(cp\.async\.bulk\.tensor\.3d\.global[^{]*\{)(%r\d+), (%r\d+),"
 
@@ -430,6 +432,16 @@ MUTATIONS = [
         r"(mma\.sync\.aligned\.m16n8k32\.row\.col\.f32)\.e4m3",
         r"\1.e5m2",
         TEST_MMA,
+    ),
+    Mutation(
+        "a barrier dropped: stages of groups", GROUPED, r"bar\.sync[^;]*;", "", TEST_GROUPED, RACE
+    ),
+    Mutation(
+        "a group's copy that reads outside and not inside",
+        GROUPED,
+        r"selp\.b32 (\s*%r\d+), 16, 0,",
+        r"selp.b32 \1, 0, 16,",
+        TEST_GROUPED,
     ),
     Mutation("a wrong swizzle of a stage", MMA, r"xor\.b32", "or.b32", TEST_MMA),
     Mutation(
