@@ -162,6 +162,16 @@ def test_experts_of_other_ranks_give_zeros():
     assert y.isfinite().all() and y[[0, 2, 3, 4, 5]].any(1).all()
 
 
+@pytest.mark.parametrize("name", RECIPES[:3])
+def test_no_token_at_all_gives_zero_gradients(name):
+    experts = qv.convert(causal("Mixtral"), recipe=name).model.layers[0].mlp.experts
+    x = torch.zeros(0, 64, requires_grad=True)
+    y = experts(x, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 64)
+    assert experts.gate_up_proj.grad.abs().sum() == 0 == experts.down_proj.grad.abs().sum()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_bit(reentrant):
     found = []

@@ -146,7 +146,7 @@ class Experts(Swapped):
         y = y if here is None else y.masked_fill(~here, 0.0)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
-        return y[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+        return y[back].view(tokens, k, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def ends_of(self, experts: Tensor) -> Tensor:
         """The end of each expert's rows, int64 [E], of the sorted experts of all rows."""
