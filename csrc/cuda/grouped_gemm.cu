@@ -26,6 +26,7 @@ GroupedProblem problem_of(const GroupedGemm& g) {
   p.rows_b = static_cast<int>(g.weight || g.groups == 0 ? g.b.rows : g.b.rows / g.groups);
   p.k = static_cast<int>(g.a.cols);
   const int64_t rows = g.a.cols - g.groups * kGroupAlignment;  // of S, in whole sixteens
+  p.most = static_cast<int>(g.weight ? rows + kGroupAlignment - 1 : g.a.rows);
   const int64_t blocks =
       g.weight ? group_blocks(rows, g.groups) : blocks_in_row(g.a.cols, kScaleTile);
   p.per_row_a = scales_in_row(g.grain_a, blocks);

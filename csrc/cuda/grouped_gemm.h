@@ -19,6 +19,7 @@ struct GroupedProblem {
   void* out;
   const float *scale_a, *scale_b;
   const int64_t* ends;
+  int most;  // that an end can be
   int groups;
   int m, n;            // rows and columns of out, or of each of its matrices
   int rows_a, rows_b;  // of a, of each matrix of b, both padded where they are transposed copies
@@ -40,8 +41,15 @@ struct GroupedPart {
   bool none;  // rows of no group, which are zero
 };
 
+// A device cannot refuse ends: those out of range are brought into it, so that wrong ones give
+// wrong numbers and no access outside.
+QUAVER_DEVICE int end_of(const GroupedProblem& p, int group) {
+  const int64_t end = p.ends[group];
+  return static_cast<int>(end < 0 ? 0 : end < p.most ? end : p.most);
+}
+
 QUAVER_DEVICE int first_row(const GroupedProblem& p, int group) {
-  return group == 0 ? 0 : static_cast<int>(p.ends[group - 1]);
+  return group == 0 ? 0 : end_of(p, group - 1);
 }
 
 // The place of a group's first tile among all.
@@ -78,7 +86,7 @@ QUAVER_DEVICE GroupedPart rows_part(const GroupedProblem& p) {
   const int group = group_of<T>(p, slot), begin = first_row(p, group);
   GroupedPart part = {};
   part.none = group == p.groups;
-  part.rows = part.none ? p.rows_a : static_cast<int>(p.ends[group]);
+  part.rows = part.none ? p.rows_a : end_of(p, group);
   part.first_m = begin + (slot - first_slot<T>(p, group)) * T::kM;
   part.first_n = static_cast<int>(blockIdx.x) / slots * T::kN;
   part.cols = p.n;
@@ -98,7 +106,7 @@ QUAVER_DEVICE GroupedPart weight_part(const GroupedProblem& p) {
   const int tiles_m = (p.m + T::kM - 1) / T::kM, tiles_n = (p.n + T::kN - 1) / T::kN;
   const int group = static_cast<int>(blockIdx.x) / (tiles_m * tiles_n);
   const int tile = static_cast<int>(blockIdx.x) - group * tiles_m * tiles_n;
-  const int begin = first_row(p, group), rows = static_cast<int>(p.ends[group]) - begin;
+  const int begin = first_row(p, group), rows = end_of(p, group) - begin;
   const int column = static_cast<int>(group_column(begin, group));
   const int block = static_cast<int>(group_block(begin, group));
   GroupedPart part = {};
@@ -111,7 +119,7 @@ QUAVER_DEVICE GroupedPart weight_part(const GroupedProblem& p) {
   part.cols = p.n;
   part.first_m = tile / tiles_n * T::kM;
   part.first_n = tile % tiles_n * T::kN;
-  part.k = (rows + 15) / 16 * 16;  // the columns up to there are zeros
+  part.k = rows < 0 ? 0 : (rows + 15) / 16 * 16;  // the columns up to there are zeros
   return part;
 }
 
