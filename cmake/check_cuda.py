@@ -66,7 +66,11 @@ def readable(names):
 
 
 def is_hopper(kernel):
-    return "gemm_kernel" in kernel
+    return re.search(r"(?<!grouped_)gemm_kernel", kernel) is not None
+
+
+def is_mma(kernel):
+    return "gemm_mma_kernel" in kernel or "grouped_gemm_kernel" in kernel
 
 
 def main(library, *archs):
@@ -109,7 +113,7 @@ def main(library, *archs):
             problems.append(f"{where}: {local} bytes of local memory, {spills} accesses to it")
         if is_hopper(short[name]) and not op["QGMMA"]:
             problems.append(f"{where}: no QGMMA")
-        if "gemm_mma_kernel" in short[name] and arch in MMA and not op[MMA[arch]]:
+        if is_mma(short[name]) and arch in MMA and not op[MMA[arch]]:
             problems.append(f"{where}: no {MMA[arch]}")
         if 2 * op["BATCH"] > op["QGMMA"]:
             problems.append(
