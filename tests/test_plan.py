@@ -185,10 +185,8 @@ def test_what_transformers_decide_by_values_is_planned_as_it_is(kind, name):
     found = source(model, torch.bfloat16)
     job = Job(found, chosen, None, Parallel(), World(), release=False, recompute=False)
     report, _ = measure(job.training(qv.convert(model, chosen)), 1, 64)
-    # A plan spreads 128 rows over 4 experts, equal tokens go to 2 of them, and no share is padded:
-    # 2 more experts keep a scale of 4 bytes for each of 2 products in 2 layers.
-    scales = 2 * 2 * 2 * 4 if (kind, name) == ("Mixtral", "tensorwise") else 0
-    assert plan["activation"] - report["activation"] == scales
+    # The grouped products keep as much however the rows fall on the experts.
+    assert plan["activation"] == report["activation"]
     kinds = ("weight", "weight_fp8", "master", "grad", "exp_avg", "exp_avg_sq", "other")
     assert [plan[key] for key in kinds] == [report[key] for key in kinds]
 
