@@ -81,9 +81,29 @@ def test_products_are_added_to_a_table_and_measured_again(gpu, tmp_path):
     assert [row["m"] for row in gemm_table.read(path)["products"]] == [64, 128, 256]
 
 
+def test_sizes_are_those_to_which_layers_pad(gpu, tmp_path):
+    assert tuned(tmp_path / "gemm.json", "8200x50x40") == 0
+    (row,) = gemm_table.read(tmp_path / "gemm.json")["products"]
+    assert (row["m"], row["n"], row["k"]) == (8208, 64, 48)
+
+
+def test_a_measurement_leaves_no_table(gpu, tmp_path, monkeypatch):
+    def on_gpu(product):
+        def seconds(kernel):
+            _C.set_gemm_table([(asdict(product), kernels(product)[-1])])
+            raise RuntimeError("out of memory")
+
+        return seconds
+
+    monkeypatch.setattr(gemm_table, "_OnGpu", on_gpu)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tuned(tmp_path / "gemm.json", "4096x4096x4096")
+    assert chosen(PRODUCT) == kernels(PRODUCT)[0]
+
+
 def test_kernels_take_turns_and_the_median_counts():
     times = iter([1, 9, 2, 1, 3, 1, 4, 1, 90, 1])  # of a and b in turn
-    found = gemm_table.measure(PRODUCT, ["a", "b"], lambda kernel: 1e-6 * next(times))
+    found = gemm_table.measure(["a", "b"], lambda kernel: 1e-6 * next(times))
     assert found == pytest.approx({"b": 1, "a": 3}) and list(found) == ["b", "a"]
 
 

@@ -277,7 +277,7 @@ def _add_tune_gemm(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         type=gemm_table.shape_of,
         metavar="MxNxK",
-        help="of [M, K] by [N, K]: tokens, outputs and inputs of a linear layer",
+        help="of [M, K] by [N, K]: tokens, outputs and inputs of a linear layer, which pads to 16",
     )
     _add_product(p)
     p.add_argument("--table", default="gemm.json", help="what is written, or added to")

@@ -35,6 +35,7 @@ GRAINS = {  # of the two operands, by what the kernels call their scales
     "outer": ("tensor", "tensor"), "tiles": ("block", "tile"), "blocks": ("block", "block"),
 }  # fmt: skip
 ROUNDS, CALLS = 5, 20
+ALIGNMENT = 16  # of what layers multiply (nn/cast.py)
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,9 @@ def _rows(table: dict):
         yield Product(**{name: row[name] for name in FIELDS}), row
 
 
-def measure(product: Product, kernels: list[str],
-            seconds: Callable[[str], float]) -> dict[str, float]:  # fmt: skip
+def measure(kernels: list[str], seconds: Callable[[str], float]) -> dict[str, float]:
     """{kernel: the median microseconds of a call}, fastest first. The kernels take turns, so that
-    a GPU that slows down does so for all; `seconds` runs the product by a kernel."""
+    a GPU that slows down does so for all; `seconds` runs a product by a kernel."""
     times: dict[str, list[float]] = {kernel: [] for kernel in kernels}
     for _ in range(ROUNDS):
         for kernel, found in times.items():
@@ -198,16 +198,21 @@ def shape_of(text: str) -> tuple[int, int, int]:
 
 def run(arguments: argparse.Namespace) -> None:
     """`quaver tune-gemm`: measures the products of the flags, adds them to the table, and prints
-    each one's fastest kernel beside the model's choice."""
+    each one's fastest kernel beside the model's choice. Sizes are rounded up to multiples of 16, to
+    which layers pad. Leaves this process without a table."""
     path = expanded(arguments.table)
     gpu = _gpu()
     multiprocessors, arch = gpu[1:]
     table = _table_of(path, gpu)
     rows = dict(_rows(table))
     for shape in arguments.shapes:
-        product = Product.of_flags(shape, arguments, arch)
+        padded = tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in shape)
+        product = Product.of_flags(padded, arguments, arch)
         kernels = [found["name"] for found in product.candidates(multiprocessors)[0]]
-        times = measure(product, kernels, _OnGpu(product))
+        try:
+            times = measure(kernels, _OnGpu(product))
+        finally:
+            use_gemm_table(None)
         fastest = next(iter(times))
         rows[product] = {**asdict(product), "kernel": fastest, "microseconds": times}
         print(
