@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "code_squares.h"
 #include "quaver/grad.h"
 #include "span.h"
 
@@ -112,6 +113,21 @@ void square_rows(double* lanes, const T* x, int64_t rows) {
     }
   }
 }
+
+// Of e4m3, in integers, except for what is left of a register.
+double sum_squares(const e4m3* x, int64_t n, uint32_t* amax_bits) {
+  const int64_t whole = n - n % kCodes;
+  uint8_t most = 0;
+  double sum = sum_code_squares(x, whole, &most);
+  for (int64_t i = whole; i < n; ++i) {
+    const double v = decode(x[i]);
+    sum += v * v;
+    most = std::max<uint8_t>(most, x[i].bits & 0x7f);
+  }
+  const float amax = decode(e4m3{most});
+  *amax_bits = bit_cast<uint32_t>(amax);
+  return amax == amax ? sum : double(amax);
+}
 #endif
 
 }  // namespace
@@ -170,6 +186,11 @@ uint32_t sum_shards(void* out, DType out_type, float sum_scale, const ShardSpan&
 }
 
 double sum_squares(const void* x, DType type, int64_t n, uint32_t* amax_bits) {
+#if defined(__AVX2__)
+  // Such a sum is exact, and so the same in any order.
+  if (type == DType::e4m3 && n <= kMostCodes)
+    return sum_squares(static_cast<const e4m3*>(x), n, amax_bits);
+#endif
   constexpr int group = 16, groups = kNormLanes / group;
   static_assert(kNormLanes == kBlock, "a lane is a place in the buffer");
   alignas(64) double lanes[kNormLanes] = {};

@@ -56,3 +56,29 @@ TEST(accumulated_gradients) {
     });
   }
 }
+
+// Each code alone, as often as a piece has room, and all in turn at every length around a
+// register's: exact sums, so that the portable code is right by its definition alone.
+TEST(norms_of_codes) {
+  for (const DType type : {DType::e4m3, DType::e5m2}) {
+    std::vector<uint8_t> codes(kNormPiece + 1);
+    auto norm_of = [&](int64_t n) {
+      ScaledView g;
+      g.values = view(codes.data(), type, 1, n);
+      float norm = -1.0f, amax = -1.0f;
+      cpu::grad_norm(&norm, &amax, &g, 1);
+      return std::vector<float>{std::isnan(norm) ? -1.0f : norm, std::isnan(amax) ? -1.0f : amax};
+    };
+    same_everywhere([&](Bytes* bytes) {
+      for (int code = 0; code < 256; ++code) {
+        std::fill(codes.begin(), codes.end(), static_cast<uint8_t>(code));
+        for (const int64_t n : {int64_t(64), kNormPiece, kNormPiece + 1}) append(bytes, norm_of(n));
+      }
+      for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(7 * i) & 0xfb;
+      for (int64_t n = 0; n < 200; ++n) append(bytes, norm_of(n));
+    });
+    const bool narrow = type == DType::e4m3;
+    std::fill(codes.begin(), codes.end(), narrow ? 0x7e : 0x7b);
+    CHECK_EQ(norm_of(kNormPiece)[0], 128.0f * (narrow ? 448.0f : 57344.0f));
+  }
+}
