@@ -5,9 +5,9 @@
 
 #include <algorithm>
 
-#include "remainder.h"
+#include "weight_span.h"
 #if defined(__AVX2__)
-#include "expanded.h"
+#include "scaled_adam.h"
 #endif
 
 // gcc 12 warns of undefined behaviour in remainder loops, which whole runs never enter.
@@ -154,46 +154,6 @@ void store_exp_avg_sq(const StateSpan& s, int64_t i, const float* x, int64_t cou
   });
 }
 
-void load_weight(float* w, const AdamSpan& p, int64_t i, int64_t n) {
-  prefetch(at(p.weight.values, p.weight.type, i), n * size_of(p.weight.type));
-  if (p.remainder.bytes == 0)
-    return load_any(w, at(p.weight.values, p.weight.type, i), p.weight.type, n, p.weight.scale);
-  join_masters(w, static_cast<const bf16*>(p.weight.values), p.remainder, i, n);
-}
-
-// The starts of the noise of elements i and the following.
-void dither_starts(uint32_t* __restrict out, const AdamSpan& p, int64_t i, int64_t n) {
-  const Dither d = p.dither;
-  const uint64_t first = p.first + static_cast<uint64_t>(i);
-  const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
-  QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) {
-    const uint32_t element = low + static_cast<uint32_t>(j);
-    out[j] = dither_start(d, element, high + (element < low));
-  }
-}
-
-template <class T>
-void store_stochastic(const AdamSpan& p, int64_t i, const float* w, const uint32_t* starts,
-                      int64_t n) {
-  const Dither d = p.dither;
-  auto* out = static_cast<T*>(p.weight.values) + i;
-  const float inverse = 1.0f / p.weight.new_scale;
-  QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j)
-    out[j] = encode_weight_stochastic<T>(w[j] * inverse, weight_noise(d, starts[j]));
-}
-
-void store_weight(const AdamSpan& p, int64_t i, const float* w, const uint32_t* starts, int64_t n) {
-  if (p.stochastic)
-    return p.weight.type == DType::bf16 ? store_stochastic<bf16>(p, i, w, starts, n)
-                                        : store_stochastic<f16>(p, i, w, starts, n);
-  if (p.remainder.bytes == 0)
-    return store_any(at(p.weight.values, p.weight.type, i), p.weight.type, w, n,
-                     1.0f / p.weight.new_scale);
-  split_masters(static_cast<bf16*>(p.weight.values), p.remainder, w, i, n);
-}
-
 // Encodes and stores the moments of a run.
 void store_moments(const AdamSpan& p, int64_t i, const float* m, const float* v, const float* g,
                    const uint32_t* starts, int64_t count) {
@@ -314,6 +274,65 @@ uint32_t amax_of_code(const StateSpan& s, uint32_t code) {
   return bit_cast<uint32_t>(value * s.new_scale);
 }
 
+// Steps count <= kBlock elements from i on; raises the largest codes of the states.
+void adam_block(const AdamSpan& p, const AdamStep& s, int64_t i, int64_t count,
+                uint32_t (&codes)[3]) {
+  alignas(64) float gradients[kBlock], weights[kBlock];
+  alignas(64) uint32_t starts[kBlock];
+  const float* g = gradients;
+  float* w = weights;
+  // Unscaled f32 is read in place.
+  const bool plain_weight = p.weight.type == DType::f32 && p.weight.scale == 1.0f;
+  if (p.grad_type == DType::f32 && p.grad_scale == 1.0f) {
+    g = static_cast<const float*>(p.grad) + i;
+  } else {
+    const void* from = at(p.grad, p.grad_type, i);
+    prefetch(from, count * size_of(p.grad_type));
+    load_any(gradients, from, p.grad_type, count, p.grad_scale);
+  }
+  if (plain_weight)
+    w = static_cast<float*>(p.weight.values) + i;
+  else
+    load_weight(weights, p, i, count);
+  if (p.stochastic) dither_starts(starts, p, i, count);
+  int64_t done = 0;
+#if defined(__AVX2__)
+  if (p.exp_avg.scaling == Scaling::expand && p.exp_avg_sq.scaling == Scaling::expand) {
+    done = count / kGroup * kGroup;
+    with_fp8(p.exp_avg.type, [&](auto first) {
+      with_fp8(p.exp_avg_sq.type, [&](auto second) {
+        adam_expanded<decltype(first), decltype(second)>(p, s, i, g, w, count / kGroup);
+      });
+    });
+  }
+#endif
+  for (int64_t j = done; j < count; j += kRun)
+    adam_run(p, s, i + j, g + j, w + j, starts + j, count - j < kRun ? count - j : kRun);
+  if (!plain_weight) store_weight(p, i, weights, starts, count);
+  const StateSpan* states[3] = {&p.weight, &p.exp_avg, &p.exp_avg_sq};
+  for (int k = 0; k < 3; ++k) collect(*states[k], i, count, codes[k]);
+  if (p.fp8 == nullptr) return;
+  // The copy is made from the stored codes, so that a reloaded weight gives the same copy.
+  load(gradients, static_cast<const f16*>(p.weight.values) + i, count, 1.0f / kMasterToFp8);
+  store(reinterpret_cast<e4m3*>(p.fp8) + i, gradients, count, 1.0f);
+}
+
+#if defined(__AVX2__)
+// Steps the whole registers of a span whose states are scaled_adam.h's; returns how many elements
+// those are.
+template <class Grad>
+int64_t adam_scaled(const AdamSpan& p, const AdamStep& s, int64_t n, uint32_t (&codes)[3]) {
+  CodeMaxima most;
+  int64_t i = 0;
+  for (; i + kValues <= n; i += kValues)
+    if (!step_scaled<Grad>(p, s, i, &most)) adam_block(p, s, i, kValues, codes);
+  codes[0] = std::max(codes[0], largest_code<uint16_t>(most.weight));
+  codes[1] = std::max(codes[1], largest_code<uint8_t>(most.exp_avg));
+  codes[2] = std::max(codes[2], largest_code<uint16_t>(most.exp_avg_sq));
+  return i;
+}
+#endif
+
 }  // namespace
 
 void encode_groups(const StateSpan& s, const void* x, DType type, int64_t n) {
@@ -342,51 +361,18 @@ void decode_groups(float* out, const StateSpan& s, int64_t n) {
 }
 
 void adam(const AdamSpan& span, const AdamStep& step, int64_t n, uint32_t amax_bits[3]) {
-  alignas(64) float gradients[kBlock], weights[kBlock];
-  alignas(64) uint32_t starts[kBlock];
   const AdamSpan p = span;
   const AdamStep s = step;
-  const StateSpan* states[3] = {&p.weight, &p.exp_avg, &p.exp_avg_sq};
   uint32_t codes[3] = {0, 0, 0};
-  // Unscaled f32 is read in place.
-  const bool plain_grad = p.grad_type == DType::f32 && p.grad_scale == 1.0f;
-  const bool plain_weight = p.weight.type == DType::f32 && p.weight.scale == 1.0f;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t count = n - i < kBlock ? n - i : kBlock;
-    const float* g = gradients;
-    float* w = weights;
-    if (plain_grad) {
-      g = static_cast<const float*>(p.grad) + i;
-    } else {
-      const void* from = at(p.grad, p.grad_type, i);
-      prefetch(from, count * size_of(p.grad_type));
-      load_any(gradients, from, p.grad_type, count, p.grad_scale);
-    }
-    if (plain_weight)
-      w = static_cast<float*>(p.weight.values) + i;
-    else
-      load_weight(weights, p, i, count);
-    if (p.stochastic) dither_starts(starts, p, i, count);
-    int64_t done = 0;
+  int64_t i = 0;
 #if defined(__AVX2__)
-    if (p.exp_avg.scaling == Scaling::expand && p.exp_avg_sq.scaling == Scaling::expand) {
-      done = count / kGroup * kGroup;
-      with_fp8(p.exp_avg.type, [&](auto first) {
-        with_fp8(p.exp_avg_sq.type, [&](auto second) {
-          adam_expanded<decltype(first), decltype(second)>(p, s, i, g, w, count / kGroup);
-        });
-      });
-    }
+  if (has_scaled_states(p))
+    with_type(p.grad_type, p.grad, [&](auto* grad) {
+      i = adam_scaled<std::remove_const_t<std::remove_pointer_t<decltype(grad)>>>(p, s, n, codes);
+    });
 #endif
-    for (int64_t j = done; j < count; j += kRun)
-      adam_run(p, s, i + j, g + j, w + j, starts + j, count - j < kRun ? count - j : kRun);
-    if (!plain_weight) store_weight(p, i, weights, starts, count);
-    for (int k = 0; k < 3; ++k) collect(*states[k], i, count, codes[k]);
-    if (p.fp8 == nullptr) continue;
-    // The copy is made from the stored codes, so that a reloaded weight gives the same copy.
-    load(gradients, static_cast<const f16*>(p.weight.values) + i, count, 1.0f / kMasterToFp8);
-    store(reinterpret_cast<e4m3*>(p.fp8) + i, gradients, count, 1.0f);
-  }
+  for (; i < n; i += kBlock) adam_block(p, s, i, n - i < kBlock ? n - i : kBlock, codes);
+  const StateSpan* states[3] = {&p.weight, &p.exp_avg, &p.exp_avg_sq};
   for (int k = 0; k < 3; ++k) amax_bits[k] = amax_of_code(*states[k], codes[k]);
 }
 
