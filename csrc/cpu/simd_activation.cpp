@@ -3,7 +3,7 @@
 #include "simd_activation.h"
 
 #include "quaver/normalize.h"
-#include "span.h"
+#include "saved_groups.h"
 
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
@@ -26,99 +26,83 @@ inline const float* values_of(float* buffer, const void* x, DType type, int64_t 
   return buffer;
 }
 
-float row_sum(const void* x, DType type, int64_t n, float mean, bool squares) {
+#if defined(__AVX2__)
+// Adds the whole rows of kRowLanes values, or the squares of their distances from the mean, to
+// their lanes, a few lanes at a time through all rows: their sums stay in registers. Prefetches as
+// many rows behind them in order, for the call that follows.
+template <bool kSquares, class T>
+inline void add_rows(float* lanes, const T* x, int64_t rows, float mean) {
+  constexpr int64_t few = 2 * kValues;
+  for (int64_t first = 0; first < kRowLanes; first += few) {
+    Floats sum[2] = {load_values(lanes + first), load_values(lanes + first + kValues)};
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* next = x + rows * kRowLanes + first * rows + r * few;
+      for (int64_t k = 0; k < few; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + k);
+      for (int h = 0; h < 2; ++h) {
+        const Floats v = load_values(x + r * kRowLanes + first + h * kValues);
+        const Floats d = kSquares ? v - quaver::cpu::QUAVER_ISA::lanes(mean) : v;
+        sum[h] = sum[h] + (kSquares ? d * d : d);
+      }
+    }
+    for (int h = 0; h < 2; ++h) store_lanes(lanes + first + h * kValues, sum[h]);
+  }
+}
+#endif
+
+template <bool kSquares>
+float row_sum(const void* x, DType type, int64_t n, float mean) {
   alignas(64) float lanes[kRowLanes] = {};
   alignas(64) float buffer[kBlock];
-  for (int64_t i = 0; i < n; i += kBlock) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  with_type(type, x, [&](auto* p) { add_rows<kSquares>(lanes, p, n / kRowLanes, mean); });
+  i = n - n % kRowLanes;
+#endif
+  for (; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
     const float* v = values_of(buffer, at(x, type, i), type, m);
-    if (squares) {
-      QUAVER_SIMD
-      for (int64_t j = 0; j < m; ++j) lanes[j] += (v[j] - mean) * (v[j] - mean);
-    } else {
-      QUAVER_SIMD
-      for (int64_t j = 0; j < m; ++j) lanes[j] += v[j];
+    QUAVER_SIMD
+    for (int64_t j = 0; j < m; ++j) {
+      const float d = kSquares ? v[j] - mean : v[j];
+      lanes[j] += kSquares ? d * d : d;
     }
   }
   return tree_sum(lanes);
 }
 
-void normalize(float* __restrict out, const void* x, DType type, int64_t n, float mean, float rstd,
-               const float* __restrict weight, const float* __restrict bias) {
-  load_any(out, x, type, n, 1.0f);
-  if (weight != nullptr && bias != nullptr) {
-    QUAVER_SIMD
-    for (int64_t j = 0; j < n; ++j) out[j] = normalized(out[j], mean, rstd) * weight[j] + bias[j];
-  } else if (weight != nullptr) {
-    QUAVER_SIMD
-    for (int64_t j = 0; j < n; ++j) out[j] = normalized(out[j], mean, rstd) * weight[j];
-  } else {
-    QUAVER_SIMD
-    for (int64_t j = 0; j < n; ++j) out[j] = normalized(out[j], mean, rstd);
-    if (bias == nullptr) return;
-    QUAVER_SIMD
-    for (int64_t j = 0; j < n; ++j) out[j] += bias[j];
-  }
-}
-
-// Chooses and stores the scale of one group; returns its inverse.
-inline float choose_group(uint8_t* scale, uint32_t amax_bits) {
-  const uint32_t code = block_exponent(amax_bits);
-  *scale = static_cast<uint8_t>(code);
-  return block_inverse(code);
-}
-
-// Encodes whole groups and perhaps a short last one, at most kBlock values in all. A constant
-// `block` gives loops without remainders.
-template <class Block>
-inline __attribute__((always_inline)) void save_few(e4m3* codes, uint8_t* scale,
-                                                    const float* __restrict x, int64_t n,
-                                                    Block block) {
-  alignas(64) float scaled[kBlock];
-  for (int64_t i = 0; i < n; i += block) {
-    const int64_t m = n - i < block ? n - i : int64_t{block};
-    const float inverse = choose_group(scale + i / block, amax_code<uint32_t>(x + i, m));
-    QUAVER_SIMD
-    for (int64_t j = 0; j < m; ++j) scaled[i + j] = x[i + j] * inverse;
-  }
-  store(codes, scaled, n, 1.0f);
+float row_sum(const void* x, DType type, int64_t n, float mean, bool squares) {
+  return squares ? row_sum<true>(x, type, n, mean) : row_sum<false>(x, type, n, mean);
 }
 
 #if defined(__AVX2__)
-// The same of groups of 32 in registers: first all scales, each a long chain of dependent
-// operations, then all codes.
-inline void save_few(e4m3* codes, uint8_t* scale, const float* __restrict x, int64_t n,
-                     std::integral_constant<int64_t, 32> block) {
-  constexpr int in_group = 32 / kRegister;  // registers
-  const int64_t whole = n - n % kValues;
-  alignas(64) float inverse[kBlock / 32];
-  for (int64_t i = 0; i < whole; i += 32) {
-    Integers most = all(0);
-    for (int j = 0; j < in_group; ++j)
-      most = larger_bits(most, magnitude_bits(QUAVER_PS(loadu)(x + i + j * kRegister)));
-    inverse[i / 32] = choose_group(scale + i / 32, largest_bits(most));
+// Normalizes whole registers; returns how many values those are.
+template <class T>
+inline int64_t normalize_registers(float* out, const T* x, int64_t n, float mean, float rstd,
+                                   const float* weight, const float* bias) {
+  int64_t i = 0;
+  for (; i + kValues <= n; i += kValues) {
+    Floats y = (load_values(x + i) - lanes(mean)) * lanes(rstd);
+    if (weight != nullptr) y = y * load_values(weight + i);
+    if (bias != nullptr) y = y + load_values(bias + i);
+    store_lanes(out + i, y);
   }
-  for (int64_t i = 0; i < whole; i += kValues) {
-    Values v = load_values(x + i);
-    for (int k = 0; k < kRegisters; ++k)
-      v.of[k] = QUAVER_PS(mul)(v.of[k], all(inverse[i / 32 + k / in_group]));
-    encode_values(codes + i, v);
-  }
-  if (whole < n)
-    save_few<decltype(block)>(codes + whole, scale + whole / 32, x + whole, n - whole, block);
+  return i;
 }
 #endif
 
-// Encodes n <= kBlock values in blocks of any size up to kBlock.
-inline void save_few(const SavedRow& to, int64_t first, const float* x, int64_t n) {
-  e4m3* codes = reinterpret_cast<e4m3*>(to.codes + first);
-  uint8_t* scale = to.scale + first / to.block;
-  if (to.block == 32)
-    save_few(codes, scale, x, n, std::integral_constant<int64_t, 32>{});
-  else if (to.block == 16)
-    save_few(codes, scale, x, n, std::integral_constant<int64_t, 16>{});
-  else
-    save_few(codes, scale, x, n, to.block);
+void normalize(float* __restrict out, const void* x, DType type, int64_t n, float mean, float rstd,
+               const float* __restrict weight, const float* __restrict bias) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  with_type(type, x,
+            [&](auto* p) { i = normalize_registers(out, p, n, mean, rstd, weight, bias); });
+#endif
+  load_any(out + i, at(x, type, i), type, n - i, 1.0f);
+  for (; i < n; ++i) {
+    out[i] = normalized(out[i], mean, rstd);
+    if (weight != nullptr) out[i] *= weight[i];
+    if (bias != nullptr) out[i] += bias[i];
+  }
 }
 
 void save_groups(const SavedRow& to, const void* x, DType type, int64_t n) {
@@ -126,7 +110,8 @@ void save_groups(const SavedRow& to, const void* x, DType type, int64_t n) {
   const int64_t few = kBlock / to.block * to.block;  // 0: a group does not fit
   for (int64_t i = 0; few > 0 && i < n; i += few) {
     const int64_t m = n - i < few ? n - i : few;
-    save_few(to, i, values_of(buffer, at(x, type, i), type, m), m);
+    const int64_t done = i + save_stored(to, i, at(x, type, i), type, m), left = i + m - done;
+    if (left > 0) save_few(to, done, values_of(buffer, at(x, type, done), type, left), left);
   }
   for (int64_t first = 0; few == 0 && first < n; first += to.block) {
     const int64_t end = n - first < to.block ? n : first + to.block;
@@ -143,33 +128,6 @@ void save_groups(const SavedRow& to, const void* x, DType type, int64_t n) {
       store(reinterpret_cast<e4m3*>(to.codes + i), values_of(buffer, at(x, type, i), type, m), m,
             block_inverse(code));
     }
-  }
-}
-
-// Decodes the columns of a row from `first` on.
-void load_groups(float* __restrict out, const GroupedRow& row, int64_t first, int64_t n) {
-  const auto* codes = reinterpret_cast<const e4m3*>(row.codes + first);
-  int64_t i = 0;
-#if defined(__AVX2__)
-  // The usual groups, in registers and without divisions.
-  for (; row.block == 32 && first % 32 == 0 && i + kValues <= n; i += kValues) {
-    const uint8_t* scale = row.scale + (first + i) / 32;
-    Values v;
-    for (int k = 0; k < kRegisters; k += 2)
-      halves_to_floats(v.of + k, halves_of(e4m3{}, widen(codes + i + k * kRegister)),
-                       kHalvesFactor<e4m3>);
-    for (int k = 0; k < kRegisters; ++k) {
-      v.of[k] = QUAVER_PS(mul)(v.of[k], all(decode_e8m0(scale[k * kRegister / 32])));
-      QUAVER_PS(storeu)(out + i + k * kRegister, v.of[k]);
-    }
-  }
-#endif
-  while (i < n) {
-    const int64_t group = (first + i) / row.block;
-    const int64_t left = (group + 1) * row.block - (first + i);
-    const int64_t m = n - i < left ? n - i : left;
-    load(out + i, codes + i, m, decode_e8m0(row.scale[group]));
-    i += m;
   }
 }
 
@@ -190,34 +148,77 @@ inline void load_gradient(float* __restrict dy, float* __restrict g, float* __re
   }
 }
 
-void normalize_backward(const NormalizeRow& row, int64_t n) {
-  alignas(64) float dy[kBlock], g[kBlock], xhat[kBlock];
-  alignas(64) float lanes_g[kRowLanes] = {}, lanes_g_xhat[kRowLanes] = {};
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t m = n - i < kBlock ? n - i : kBlock;
-    load_gradient(dy, g, xhat, row, i, m);
-    QUAVER_SIMD
-    for (int64_t j = 0; j < m; ++j) lanes_g_xhat[j] += g[j] * xhat[j];
-    if (row.centered) {
-      QUAVER_SIMD
-      for (int64_t j = 0; j < m; ++j) lanes_g[j] += g[j];
-    }
-    if (float* __restrict dweight = row.dweight) {
-      QUAVER_SIMD
-      for (int64_t j = 0; j < m; ++j) dweight[i + j] += dy[j] * xhat[j];
-    }
-    if (float* __restrict dbias = row.dbias) {
-      QUAVER_SIMD
-      for (int64_t j = 0; j < m; ++j) dbias[i + j] += dy[j];
-    }
+// What a row's sums are added up in, for the columns of a block.
+struct RowSums {
+  alignas(64) float g[kRowLanes] = {}, g_xhat[kRowLanes] = {};
+};
+
+#if defined(__AVX2__)
+QUAVER_INLINE void add_to(float* sums, const Floats& x) {
+  store_lanes(sums, load_values(sums) + x);
+}
+
+// load_gradient and its sums, of whole registers in groups of 32; returns how many columns those
+// are.
+template <class T>
+inline int64_t sum_registers(RowSums* sums, float* g, float* xhat, const NormalizeRow& row,
+                             const T* dy, int64_t i, int64_t m) {
+  const auto* codes = reinterpret_cast<const e4m3*>(row.x.codes);
+  int64_t j = 0;
+  for (; row.x.block == 32 && j + kValues <= m; j += kValues) {
+    const int64_t col = i + j;
+    const Floats of_dy = load_values(dy + col);
+    const Floats of_xhat =
+        (load_groups(codes + col, row.x.scale + col / 32) - lanes(row.mean)) * lanes(row.rstd);
+    const Floats of_g = row.weight != nullptr ? of_dy * load_values(row.weight + col) : of_dy;
+    store_lanes(g + j, of_g);
+    store_lanes(xhat + j, of_xhat);
+    add_to(sums->g_xhat + j, of_g * of_xhat);
+    if (row.centered) add_to(sums->g + j, of_g);
+    if (row.dweight != nullptr) add_to(row.dweight + col, of_dy * of_xhat);
+    if (row.dbias != nullptr) add_to(row.dbias + col, of_dy);
   }
+  return j;
+}
+#endif
+
+// Computes g and xhat of m columns from i on, and adds to their sums.
+inline void sum_gradient(RowSums* sums, float* __restrict g, float* __restrict xhat,
+                         const NormalizeRow& row, int64_t i, int64_t m) {
+  alignas(64) float dy[kBlock];
+  int64_t done = 0;
+#if defined(__AVX2__)
+  with_type(row.dy_type, row.dy,
+            [&](auto* p) { done = sum_registers(sums, g, xhat, row, p, i, m); });
+#endif
+  if (done == m) return;
+  load_gradient(dy + done, g + done, xhat + done, row, i + done, m - done);
+  auto add = [&](float* __restrict to, auto value) {
+    QUAVER_SIMD
+    for (int64_t j = done; j < m; ++j) to[j] += value(j);
+  };
+  add(sums->g_xhat, [&](int64_t j) { return g[j] * xhat[j]; });
+  if (row.centered) add(sums->g, [&](int64_t j) { return g[j]; });
+  if (row.dweight != nullptr) add(row.dweight + i, [&](int64_t j) { return dy[j] * xhat[j]; });
+  if (row.dbias != nullptr) add(row.dbias + i, [&](int64_t j) { return dy[j]; });
+}
+
+void normalize_backward(const NormalizeRow& row, int64_t n) {
+  constexpr int64_t most = 16 * kBlock;  // of a row that is decoded once
+  alignas(64) float dy[kBlock], kept_g[most], kept_xhat[most];
+  const int64_t stride = n <= most ? 1 : 0;
+  RowSums lanes;
+  for (int64_t i = 0; i < n; i += kBlock)
+    sum_gradient(&lanes, kept_g + stride * i, kept_xhat + stride * i, row, i,
+                 n - i < kBlock ? n - i : kBlock);
   const float count = static_cast<float>(n);
-  const NormalizeGradient sums = {row.centered ? tree_sum(lanes_g) / count : 0.0f,
-                                  tree_sum(lanes_g_xhat) / count};
+  const NormalizeGradient sums = {row.centered ? tree_sum(lanes.g) / count : 0.0f,
+                                  tree_sum(lanes.g_xhat) / count};
   const float rstd = row.rstd;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
-    if (n > kBlock) load_gradient(dy, g, xhat, row, i, m);
+    float* __restrict g = kept_g + stride * i, * __restrict xhat = kept_xhat + stride * i;
+    if (stride == 0) load_gradient(dy, g, xhat, row, i, m);
     QUAVER_SIMD
     for (int64_t j = 0; j < m; ++j) g[j] = normalize_gradient(g[j], xhat[j], sums, rstd);
     store_any(at(row.dx, row.dx_type, i), row.dx_type, g, m, 1.0f);
@@ -239,14 +240,19 @@ void activate(float* __restrict out, const void* x, const void* up, DType type, 
               Activation kind, const SavedRow& x_saved, const SavedRow& up_saved) {
   alignas(64) float buffer[kBlock];
   const float* __restrict v = values_of(buffer, x, type, n);
-  if (x_saved.codes != nullptr) save_few(x_saved, 0, v, n);
+  auto save = [&](const SavedRow& to, const void* from, const float* values) {
+    if (to.codes == nullptr) return;
+    const int64_t done = save_stored(to, 0, from, type, n);
+    if (done < n) save_few(to, done, values + done, n - done);
+  };
+  save(x_saved, x, v);
   with_kind(kind, [&](auto k) {
     QUAVER_SIMD
     for (int64_t j = 0; j < n; ++j) out[j] = quaver::activate<decltype(k)::value>(v[j]);
   });
   if (up == nullptr) return;
   const float* __restrict u = values_of(buffer, up, type, n);
-  if (up_saved.codes != nullptr) save_few(up_saved, 0, u, n);
+  save(up_saved, up, u);
   QUAVER_SIMD
   for (int64_t j = 0; j < n; ++j) out[j] *= u[j];
 }
