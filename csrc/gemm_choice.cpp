@@ -3,7 +3,6 @@
 #include "quaver/gemm_choice.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <iomanip>
 #include <sstream>
@@ -161,24 +160,6 @@ std::string text_of(const GemmProblem& p) {
   return s.str();
 }
 
-using Key = std::array<int64_t, 13>;  // all that a choice depends on
-
-Key key_of(const GemmProblem& p, int sm_count) {
-  return {p.m,
-          p.n,
-          p.k,
-          int64_t(p.a),
-          int64_t(p.b),
-          int64_t(p.out),
-          p.accumulate,
-          p.fast_accumulate,
-          int64_t(p.scales),
-          p.hopper,
-          p.aligned,
-          sm_count,
-          gemm_table_version()};
-}
-
 GemmCandidate choose_anew(const GemmProblem& p, int sm_count) {
   const auto candidates = gemm_candidates(p, sm_count);
   const int measured = measured_tactic(p);
@@ -289,16 +270,20 @@ int sms_of_product(const GemmProblem& p, int sm_count) {
 // A training step repeats the shapes of the last one, so each thread remembers what it chose.
 GemmCandidate choose_gemm(const GemmProblem& p, int sm_count) {
   struct Choice {
-    Key key;
+    GemmProblem problem;
+    int sm_count = 0;
+    int64_t table = 0;   // its version
     GemmCandidate best;  // no tactic: the place is free
   };
   constexpr uint64_t places = 256;
   static thread_local std::vector<Choice> choices(places);
-  const Key key = key_of(p, sm_count);
+  const int64_t table = gemm_table_version();
   uint64_t hash = 0;
-  for (const int64_t part : key) hash = (hash ^ uint64_t(part)) * 0x9e3779b97f4a7c15u;
+  for (const int64_t part : {p.m, p.n, p.k, int64_t(p.a), int64_t(p.out), int64_t(p.accumulate)})
+    hash = (hash ^ uint64_t(part)) * 0x9e3779b97f4a7c15u;
   Choice& c = choices[(hash >> 32) % places];
-  if (c.best.tactic == nullptr || c.key != key) c = {key, choose_anew(p, sm_count)};
+  const bool same = c.problem == p && c.sm_count == sm_count && c.table == table;
+  if (c.best.tactic == nullptr || !same) c = {p, sm_count, table, choose_anew(p, sm_count)};
   return c.best;
 }
 

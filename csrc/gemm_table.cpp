@@ -1,7 +1,6 @@
 #include "quaver/gemm_table.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -11,24 +10,8 @@
 namespace quaver {
 namespace {
 
-using Key = std::array<int64_t, 11>;
-
-Key key_of(const GemmProblem& p) {
-  return {p.m,
-          p.n,
-          p.k,
-          int64_t(p.a),
-          int64_t(p.b),
-          int64_t(p.out),
-          p.accumulate,
-          p.fast_accumulate,
-          int64_t(p.scales),
-          p.hopper,
-          p.aligned};
-}
-
 std::mutex mutex;
-std::map<Key, int> measured;
+std::map<GemmProblem, int> measured;
 std::atomic<int64_t> version{0};
 
 int index_of(const MeasuredGemm& row) {
@@ -46,10 +29,10 @@ int index_of(const MeasuredGemm& row) {
 }  // namespace
 
 void set_gemm_table(const std::vector<MeasuredGemm>& table) {
-  std::map<Key, int> rows;
+  std::map<GemmProblem, int> rows;
   for (const MeasuredGemm& row : table)
-    QUAVER_CHECK(rows.emplace(key_of(row.problem), index_of(row)).second, "gemm table: [",
-                 row.problem.m, ", ", row.problem.n, "] over K = ", row.problem.k, " comes twice");
+    QUAVER_CHECK(rows.emplace(row.problem, index_of(row)).second, "gemm table: [", row.problem.m,
+                 ", ", row.problem.n, "] over K = ", row.problem.k, " comes twice");
   const std::lock_guard<std::mutex> lock(mutex);
   measured.swap(rows);
   ++version;
@@ -57,7 +40,7 @@ void set_gemm_table(const std::vector<MeasuredGemm>& table) {
 
 int measured_tactic(const GemmProblem& p) {
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = measured.find(key_of(p));
+  const auto found = measured.find(p);
   return found == measured.end() ? -1 : found->second;
 }
 

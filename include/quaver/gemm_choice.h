@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "quaver/gemm.h"
@@ -33,7 +34,19 @@ struct GemmProblem {
   GemmScales scales = GemmScales::outer;
   bool hopper = true;   // the GPU has TMA and wgmma; others from sm_89 on have mma.sync
   bool aligned = true;  // pointers, N and K are multiples of 16, as TMA and cp.async want them
+
+  // All members, by which problems are ordered and equal.
+  auto members() const {
+    return std::tie(m, n, k, a, b, out, accumulate, fast_accumulate, scales, hopper, aligned);
+  }
 };
+
+inline bool operator<(const GemmProblem& a, const GemmProblem& b) {
+  return a.members() < b.members();
+}
+inline bool operator==(const GemmProblem& a, const GemmProblem& b) {
+  return a.members() == b.members();
+}
 
 // A tactic on a problem, by a model of the machine (csrc/gemm_choice.cpp).
 struct GemmCandidate {
