@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
+from exported import RECIPES, TOKENS, decoded, load, plain, stored, trained, weights
 from helpers import assert_same
 from test_cli import flags, paths, run  # noqa: F401
-from test_export import FORMATS, RECIPES, TOKENS, decoded, load, plain, stored, trained, weights
 
 import quaver as qv
+from quaver.hf.formats import FORMATS
 from quaver.schedule import parameter_groups
 
 HAS_READER = importlib.util.find_spec("compressed_tensors") is not None  # needs Python 3.11
