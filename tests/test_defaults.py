@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 import torch
+from blocks import Gated, llama_block, run
 from helpers import assert_same
-from test_flow import Gated, llama_block, run
 from test_linear import RECIPES, layer
 from torch import nn
 

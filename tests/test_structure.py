@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from test_flow import MLPS, NORMS, Gated, PlainRMSNorm
+from blocks import MLPS, NORMS, Gated, PlainRMSNorm
 from torch import nn
 
 import quaver as qv

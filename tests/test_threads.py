@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from blocks import llama_block, run
 from helpers import assert_same, randn
-from test_flow import llama_block, run
 from torch import nn
 
 import quaver as qv
