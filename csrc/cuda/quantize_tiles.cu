@@ -1,5 +1,5 @@
 // Casts to e4m3, e5m2 and scaled f16 with one scale for each 128 x 128 tile. A block of threads
-// reads its tile twice, the second time from the cache.
+// keeps its tile in registers, as it was stored, until the scale is known.
 #include "dispatch.h"
 #include "quantize_tiles.h"
 #include "transpose_tile.h"
@@ -30,22 +30,39 @@ QUAVER_DEVICE void encode(Packed<sizeof(Q)>& codes, float (&v)[kVector], float s
   }
 }
 
+// What a thread has of its block's tile in one pass.
+struct Part {
+  int64_t first, n;  // element of the tensor, and how many there are from it on in its row
+};
+
+template <int kRun>
+QUAVER_DEVICE Part part_in_pass(const Tiles& t, int64_t row0, int64_t col0, int pass) {
+  const TilePlace at = place_in_pass(pass, threadIdx.x);
+  const int64_t row = row0 + at.row, col = col0 + first_column<kRun>(at);
+  return {row * t.cols + col, row < t.rows ? t.cols - col : 0};
+}
+
 template <class X, class Q>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     quantize_tiles_kernel(Q* q, const X* x, float* scales, float* amaxes, Tiles tiles,
                           float finite_max, bool power_of_two, bool given, bool stochastic,
                           uint64_t seed, bool aligned) {
-  constexpr int kRun = run_length(std::max(sizeof(X), sizeof(Q)));
+  constexpr int kRun = run_length(std::max(sizeof(X), sizeof(Q))), kApart = kRunsApart<kRun>;
   __shared__ uint32_t most;
-  const int64_t row0 = int64_t(blockIdx.x) / tiles.across * kTile;
-  const int64_t col0 = int64_t(blockIdx.x) % tiles.across * kTile;
+  const auto across = static_cast<uint32_t>(tiles.across);  // a grid has less than 2^31 blocks
+  const int64_t row0 = int64_t(blockIdx.x / across) * kTile;
+  const int64_t col0 = int64_t(blockIdx.x % across) * kTile;
   uint32_t seen = 0;
-  float v[kVector];
+  Packed<sizeof(X)> kept[kPasses];
+#pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
-    const TilePlace at = place_in_pass(pass, threadIdx.x);
-    const int64_t row = row0 + at.row, col = col0 + first_column<kRun>(at);
-    const int64_t n = row < tiles.rows ? tiles.cols - col : 0;
-    decode_vector<X>(load_runs<kRun>(x + row * tiles.cols + col, kRunsApart<kRun>, n, aligned), v);
+    const Part at = part_in_pass<kRun>(tiles, row0, col0, pass);
+    kept[pass] = load_runs<kRun>(x + at.first, kApart, at.n, aligned);
+  }
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    float v[kVector];
+    decode_vector<X>(kept[pass], v);
     seen = max_bits(seen, amax_bits(v));
   }
   seen = block_max(seen);
@@ -57,15 +74,14 @@ __global__ void __launch_bounds__(kThreads)
     amaxes[blockIdx.x] = amax;
     if (!given) scales[blockIdx.x] = scale;
   }
+#pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
-    const TilePlace at = place_in_pass(pass, threadIdx.x);
-    const int64_t row = row0 + at.row, col = col0 + first_column<kRun>(at),
-                  i = row * tiles.cols + col;
-    const int64_t n = row < tiles.rows ? tiles.cols - col : 0;
-    decode_vector<X>(load_runs<kRun>(x + i, kRunsApart<kRun>, n, aligned), v);
+    const Part at = part_in_pass<kRun>(tiles, row0, col0, pass);
+    float v[kVector];
+    decode_vector<X>(kept[pass], v);
     Packed<sizeof(Q)> codes;
-    encode<kRun, Q>(codes, v, scale, stochastic, seed, i);
-    store_runs<kRun>(q + i, codes, kRunsApart<kRun>, n, aligned);
+    encode<kRun, Q>(codes, v, scale, stochastic, seed, at.first);
+    store_runs<kRun>(q + at.first, codes, kApart, at.n, aligned);
   }
 }
 

@@ -222,6 +222,15 @@ MUTATIONS = [
         "test_cuda_adam4",
     ),
     Mutation(
+        "a barrier dropped: the amax of a tile",
+        "quantize_tiles:quantize_tiles_kernelINS_4bf16ENS_4e4m3E",
+        r"bar\.sync[^;]*;",
+        "",
+        "test_cuda_cast_layouts",
+        RACE,
+        number=2,
+    ),
+    Mutation(
         "what is no number taken for one",
         "adam:update_kernel",
         r"redux\.sync\.max\.u32 (%r\d+), [^;]*;",
