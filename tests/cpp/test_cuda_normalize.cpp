@@ -70,6 +70,15 @@ TEST(around_a_tile_and_a_row_of_lanes) {
       check({{rows, cols}, true, cols % 2 == 0, DType::f32});
 }
 
+// Rows that backward keeps in registers, by each of its kernels, and one that is too long for each
+// type.
+TEST(long_rows) {
+  for (const DType type : {DType::bf16, DType::f32})
+    for (const int64_t cols : {1024, 1536, 2064, 4096, 4112})
+      for (const bool centered : {false, true})
+        check({{11, cols}, centered, true, type, DType::e4m3, type, cols != 1536, 128});
+}
+
 TEST(every_type) {
   for (const DType type : kFloats)
     for (const DType parameter : kFloats)

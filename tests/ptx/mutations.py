@@ -222,6 +222,14 @@ MUTATIONS = [
         "test_cuda_adam4",
     ),
     Mutation(
+        "a barrier dropped: weights of a norm's backward",
+        "normalize_backward:normalize_backward_kept_kernelINS_4bf16ELi4E",
+        r"bar\.sync[^;]*;",
+        "",
+        "test_cuda_normalize:long_rows",
+        RACE,
+    ),
+    Mutation(
         "a barrier dropped: the amax of a tile",
         "quantize_tiles:quantize_tiles_kernelINS_4bf16ENS_4e4m3E",
         r"bar\.sync[^;]*;",
