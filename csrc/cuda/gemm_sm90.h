@@ -19,6 +19,7 @@
 #include "cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_pingpong.hpp"
 #include "cutlass/gemm/kernel/tile_scheduler.hpp"
 #include "gemm_epilogue_sm90.h"
+#include "gemm_halves_sm90.h"
 #include "launch.h"
 #include "quaver/gemm.h"
 #include "quaver/layout.h"
@@ -106,13 +107,16 @@ struct Gemm {
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, SourceBits, RowMajor,
       kOutAlignment, Bits, RowMajor, kOutAlignment, typename Schedule::Epilogue,
       Tree>::CollectiveOp;
-  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+  using Builder = cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Element<A>::type,
       typename Layouts::A, kGemmAlignment, typename Element<B>::type, typename Layouts::B,
       kGemmAlignment, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename Epilogue::SharedStorage))>,
-      typename Layouts::Schedule>::CollectiveOp;
+      typename Layouts::Schedule>;
+  using Mainloop = std::conditional_t<!kFastSums && kTileN == 256,
+                                      HalvesMainloop<typename Builder::CollectiveOp>,
+                                      typename Builder::CollectiveOp>;
   using Scheduler =
       std::conditional_t<kScheduler == GemmScheduler::stream_k, cutlass::gemm::StreamKScheduler,
                          cutlass::gemm::PersistentScheduler>;

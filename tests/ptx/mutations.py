@@ -36,6 +36,7 @@ TEST_MASTERS = "test_cuda_adam:masters_rounded"
 TEST_EXPANDED = "test_cuda_adam:expanded_moments"
 RACE = "a race: "
 GEMM = "gemm_sm90_e4m3_e4m3_fast_half_128x256:gemm_kernel"
+GEMM_HALVES = "gemm_sm90_e4m3_e4m3_half_128x256:gemm_kernel"
 GEMM_BLOCKS = "gemm_sm90_e4m3_e4m3_blocks_f32_128x128:gemm_kernel"
 TEST_LATE = "test_gemm:as_late_as_they_may_be"
 MMA = "gemm_mma:gemm_mma_kernel"
@@ -397,6 +398,18 @@ MUTATIONS = [
         number=1,
     ),
     Mutation("a wrong swizzle of the output", GEMM, r"xor\.b32", "or.b32", TEST_LATE, number=5),
+    *(
+        Mutation(
+            f"a wait for products dropped: half {n} of a tile",
+            GEMM_HALVES,
+            r"wgmma\.wait_group\.sync\.aligned 0;",
+            "",
+            TEST_LATE,
+            "an accumulator is touched",
+            n,
+        )
+        for n in range(2)
+    ),
     Mutation("a copy of scales dropped", GEMM_BLOCKS, r"cp\.async\.ca[^;]*;", "", TEST_LATE),
     Mutation(
         "scales of which no mbarrier is told",
@@ -537,7 +550,7 @@ def main():
     chosen = [m for m in MUTATIONS if arguments.only in m.fault]
     if not (arguments.build / "tests" / "test_gemm_ptx").exists():
         print("the matrix products' mutations are left out: this build has no CUTLASS")
-        chosen = [m for m in chosen if m.kernel not in (GEMM, GEMM_BLOCKS)]
+        chosen = [m for m in chosen if m.kernel not in (GEMM, GEMM_HALVES, GEMM_BLOCKS)]
     for m in chosen:
         found, said = caught(arguments.build.resolve(), m)
         print(
