@@ -12,7 +12,6 @@ import quaver as qv
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 RECIPES = (None, "tensorwise", "blockwise", "fp8lm-o2", "coat")
-
 TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 
 

@@ -17,12 +17,10 @@ from quaver.hf.formats import FORMATS
 from quaver.nn.weight import cast_weight
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
 
 E4M3 = torch.float8_e4m3fn
-
 FP8 = [name for name in FORMATS if name != "bf16"]
 
 
