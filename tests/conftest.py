@@ -2,6 +2,7 @@ import os
 import sys
 
 import pytest
+from runs import settings  # noqa: F401 (a fixture)
 
 from quaver.machine import why_not_cuda
 

@@ -20,8 +20,8 @@ import ranks
 import stand_in
 import torch
 import torch.distributed as dist
+from runs import MODEL, losses, read_metrics
 from safetensors.torch import load_file
-from test_train import MODEL, losses, read_metrics
 
 import quaver as qv
 from quaver import checkpoint, cli, data, models

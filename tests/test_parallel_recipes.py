@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import rank_pool
 import torch.distributed as dist
-from test_train import MODEL, losses
+from runs import MODEL, losses
 
 from quaver import recipe, train
 from quaver.distributed import World

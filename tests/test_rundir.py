@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_train import losses, settings  # noqa: F401 (a fixture)
+from runs import losses
 
 from quaver import train
 from quaver.errors import UsageError
@@ -14,7 +14,7 @@ from quaver.rundir import RunDir
 
 
 @pytest.fixture
-def done(settings):  # noqa: F811
+def done(settings):
     """A run of two steps, its folder, and its settings with changes."""
 
     def make(**changes):
@@ -67,7 +67,7 @@ def test_overwrite_believes_no_name(done, tmp_path):
     assert (out / "bf16" / "notes.txt").exists()
 
 
-def test_overwrite_keeps_to_folders_of_runs(settings, tmp_path):  # noqa: F811
+def test_overwrite_keeps_to_folders_of_runs(settings, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
@@ -98,7 +98,7 @@ def test_a_planted_link_is_refused_by_name(done, tmp_path, name, flag):
     assert (tree(victim) if victim.is_dir() else victim.read_text()) == before
 
 
-def test_a_link_in_place_of_a_temporary_or_a_lock_is_not_followed(settings, tmp_path):  # noqa: F811
+def test_a_link_in_place_of_a_temporary_or_a_lock_is_not_followed(settings, tmp_path):
     """In a folder that a run is about to make its own."""
     out, victim = Path(settings().out), tmp_path / "victim"
     out.mkdir()
@@ -156,7 +156,7 @@ def test_what_a_killed_writer_left_goes_with_the_run(done):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written(settings, tmp_path):  # noqa: F811
+def test_a_folder_that_may_not_be_written(settings, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(UsageError, match="Permission denied"):
         train.run(settings(out=str(tmp_path / "closed" / "run")))
