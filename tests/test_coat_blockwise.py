@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import FP8, assert_same, randn
-from test_linear import check_close, codes, weight_codes
+from linears import check_close, codes, weight_codes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

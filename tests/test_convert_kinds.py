@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from helpers import assert_same, randn
-from test_linear import RECIPES, plain
+from linears import RECIPES, plain
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from blocks import Gated, llama_block, run
 from helpers import assert_same
-from test_linear import RECIPES, layer
+from linears import RECIPES, layer
 from torch import nn
 
 import quaver as qv

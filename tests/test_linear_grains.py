@@ -1,4 +1,4 @@
-"""Linear layers with scales of rows and blocks, beyond what test_linear.py asks of every recipe."""
+"""Linear layers with scales of rows and blocks, beyond what holds for every recipe."""
 
 import copy
 import dataclasses
@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import FP8, assert_same, randn
-from test_linear import check_close, codes, layer, saved, weight_codes
+from linears import check_close, codes, layer, saved, weight_codes
 
 import quaver as qv
 from quaver import recipe

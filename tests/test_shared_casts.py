@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import FP8, assert_same, randn
-from test_linear import saved
+from linears import saved
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import assert_same, randn
-from test_linear import RECIPES, assert_copies_fresh, layer, plain
+from linears import RECIPES, assert_copies_fresh, layer, plain
 from torch import nn
 
 import quaver as qv
