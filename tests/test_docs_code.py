@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from test_tune import tokenizer, write_model
 from torch import nn
+from tuning import tokenizer, write_model
 
 import quaver as qv
 from quaver import models

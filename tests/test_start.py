@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from test_cli import run
-from test_tune import tokenizer, write_lines, write_model
+from tuning import tokenizer, write_lines, write_model
 
 import quaver as qv
 from quaver import data, tokens, train
