@@ -1,110 +1,31 @@
-"""`quaver train --parallel` by real processes: what it computes, writes, survives and refuses."""
+"""`quaver train --parallel` by real processes: what it computes, where it runs, and bad flags."""
 
-import contextlib
 import gc
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
-import zlib
 from pathlib import Path
 
 import pytest
+import rank_runs
 import ranks
 import stand_in
 import torch
 import torch.distributed as dist
-from runs import MODEL, losses, read_metrics
-from safetensors.torch import load_file
+from rank_runs import BIG, command, finish, threads_of_ranks
+from runs import losses, read_metrics
 
 import quaver as qv
-from quaver import checkpoint, cli, data, models
-from quaver.comm.heartbeat import Heartbeat, RankFailure
-from quaver.comm.rendezvous import Rendezvous
+from quaver import cli, models
+from quaver.comm.heartbeat import Heartbeat
 from quaver.distributed import init, launch
 from quaver.errors import UsageError
-from quaver.job import Job
 from quaver.parallel import Parallel
 
-BIG = {**MODEL, "dim": 64, "layers": 4, "ffn": 128}
-
-
-@pytest.fixture
-def flags(tmp_path):
-    """The command line of a run that takes a second."""
-    (tmp_path / "text.txt").write_bytes(random.Random(0).randbytes(200) * 50)
-    (tmp_path / "model.json").write_text(json.dumps(BIG))
-
-    def make(out, recipe, *more, steps=6):
-        return [
-            *("train", "--data", f"{tmp_path}/text.txt", "--model", f"{tmp_path}/model.json"),
-            *("--recipe", recipe, "--steps", str(steps), "--batch", "12", "--seq", "16"),
-            *("--device", "cpu", "--save-every", "2", "--out", str(tmp_path / out), *more),
-        ]  # fmt: skip
-
-    return make
-
-
-def threads_of_ranks():
-    """Names of this process's threads that serve a group or the heartbeat. One that is left when
-    the interpreter ends can abort the process. A joined thread is listed a moment longer."""
-    end = time.monotonic() + 10
-    while True:
-        gc.collect()
-        names = []
-        for task in Path("/proc/self/task").iterdir():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                names.append(Path(task, "comm").read_text())
-        left = [name for name in names if "gloo" in name or "tcpstore" in name] + [
-            thread.name for thread in threading.enumerate() if thread.name.startswith("quaver")
-        ]
-        if not left or time.monotonic() > end:
-            return left
-        time.sleep(0.05)
-
-
-def command(rank, arguments, die=None, how=signal.SIGKILL):
-    """The command line in this process; (rank, step) of `die` gets a signal in that step."""
-    step = Job.step
-
-    def dies(self, number):
-        if die == (self.world.rank, number):
-            if how == signal.SIGKILL:  # in the middle: the others are in their messages
-                self.model.register_forward_hook(lambda *a: os.kill(os.getpid(), how))
-            else:
-                os.kill(os.getpid(), how)
-        return step(self, number)
-
-    if die is not None:
-        Job.step = dies
-    read, write = os.pipe()
-    os.dup2(write, 2)
-    began = time.monotonic()
-    status = cli.main(arguments)
-    os.close(write)
-    os.dup2(1, 2)
-    # FSDP2's parameters and meshes refer to each other and to the group, and whether a cache of
-    # torch's holds one differs between machines. The command ends by os._exit, which waits for no
-    # thread.
-    if status == 0 and not any("fsdp" in argument for argument in arguments):
-        left = threads_of_ranks()
-        assert left == [], left
-    return status, os.read(read, 10**5).decode(), time.monotonic() - began
-
-
-def start(size, arguments, *more):
-    return ranks.Ranks(size, command, arguments, *more, timeout=300, init=False)
-
-
-def finish(size, arguments):
-    for status, text, _ in start(size, arguments).results():
-        assert status == 0, text
+flags = rank_runs.flags
 
 
 def summary(out, recipe):
@@ -177,65 +98,6 @@ def test_weight_gradients_take_half_of_bf16s_bytes(flags, tmp_path):
     assert 0.5 <= ratio <= 0.52 + sent["scale"] / (around * 2 * weights)
 
 
-@pytest.mark.parametrize("parallel", ["zero=3", "fsdp=3"])
-def test_a_killed_rank_is_named_and_the_run_resumes_with_the_same_bits(flags, tmp_path, parallel):
-    size, arguments = 3, ("--parallel", parallel)
-    finish(size, flags("whole", "fp8lm-o3", *arguments))
-    run = start(size, flags("cut", "fp8lm-o3", *arguments), (1, 4))
-    found = run.outcomes()
-    assert found[1] == ("died", -signal.SIGKILL)
-    for rank in (0, 2):
-        kind, (status, text, seconds) = found[rank]
-        assert kind == "ok" and status == 1
-        assert "rank 1 has died" in text and text.startswith("quaver train: error: rank")
-        assert seconds < 60
-    assert summary_missing(tmp_path / "cut")
-    finish(size, flags("cut", "fp8lm-o3", *arguments, "--resume"))
-    assert losses(tmp_path / "cut", "fp8lm-o3") == losses(tmp_path / "whole", "fp8lm-o3")
-    assert checksums(tmp_path / "cut") == checksums(tmp_path / "whole")
-
-
-def checksums(out):
-    path = out / "fp8lm-o3" / "checkpoint" / "state.safetensors"
-    if not path.is_dir():
-        return qv.tensor_file.read_tensors(path, checkpoint.FORMAT, checkpoint.VERSION)[1]["crc32"]
-    found = {}  # of FSDP2's shards; the random generators of Python were never seeded
-    for file in (path / json.loads((path / "checkpoint.json").read_text())["folder"]).iterdir():
-        tensors = load_file(file)
-        found |= {
-            (file.name, name): zlib.crc32(t.flatten().view(torch.uint8).numpy())
-            for name, t in tensors.items()
-            if not name.startswith("rng.")
-        }
-    return found
-
-
-def summary_missing(out):
-    return not Path(out, "summary.json").exists()
-
-
-def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_resumes(flags, tmp_path):
-    run = start(
-        2, flags("run", "fp8lm-o3", "--parallel", "zero=2"), (1, 3), signal.SIGTERM
-    )  # fmt: skip
-    assert [status for status, _, _ in run.results()] == [130, 130]
-    assert len(losses(tmp_path / "run", "fp8lm-o3")) == 3
-    assert cli.main(flags("run", "fp8lm-o3", "--resume")) == 0
-    assert cli.main(flags("one", "fp8lm-o3")) == 0
-    for a, b in zip(
-        losses(tmp_path / "run", "fp8lm-o3"), losses(tmp_path / "one", "fp8lm-o3"), strict=True
-    ):
-        assert a[1] == pytest.approx(b[1], rel=5e-3)
-
-
-def test_an_error_of_the_first_rank_ends_all(flags, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "note").touch()
-    for status, text, _ in start(2, flags("run", "f32", "--parallel", "dp=2")).results():
-        assert status == 2
-        assert "holds other files and no run" in text
-
-
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
@@ -255,136 +117,6 @@ def test_bad_parallel_is_named(flags, capsys, parallel, message):
     assert cli.main(flags("run", "f32", "--parallel", parallel)) == 2
     assert message in capsys.readouterr().err
     assert Parallel.parse(None) == Parallel() and Parallel.parse("zero=3") == Parallel("zero", 3)
-
-
-@pytest.fixture
-def environment(monkeypatch):
-    """Sets torchrun's variables, for a store at `port` of this machine."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name in names:
-        monkeypatch.delenv(name, raising=False)
-
-    def make(port, rank=1):
-        for name, value in zip(names, (rank, 2, "127.0.0.1", port), strict=True):
-            monkeypatch.setenv(name, str(value))
-
-    return make
-
-
-@pytest.mark.parametrize("silent", [False, True])
-def test_a_store_that_does_not_answer_is_named(environment, silent):
-    """One that is not there, and one that accepts connections and says nothing."""
-    with pytest.raises(UsageError, match=r"RANK, .* not set: start the ranks with torchrun"):
-        init()
-    with socket.socket() as there:
-        there.bind(("127.0.0.1", 0))
-        port = there.getsockname()[1]
-        if silent:
-            there.listen()
-        environment(port)
-        began = time.monotonic()
-        with pytest.raises(UsageError, match=rf"the store at 127.0.0.1:{port} .* within 2 s"):
-            init(timeout=2)
-        assert time.monotonic() - began < 20
-    environment(port, rank=2)
-    with pytest.raises(UsageError, match=r"wanted RANK in \[0, WORLD_SIZE\)"):
-        init()
-
-
-def test_a_rank_whose_peers_do_not_arrive_names_them(environment):
-    environment(ranks._free_port(), rank=0)
-    with pytest.raises(RankFailure, match="rank 1 has not arrived within 2 s"):
-        init(timeout=2)
-    assert Heartbeat._of_process is None and not dist.is_initialized()
-
-
-MOMENTS = {  # a rank dies as it calls the function
-    "before it joins": (Rendezvous, "join"),
-    "as it joins": (Heartbeat, "gather"),
-    "as it connects": (dist, "init_process_group"),
-    "reading data": (data, "load"),
-    "building the model": (models, "build"),
-    "saving": (qv.distributed, "save"),
-    "at the result": (Job, "_result"),
-}
-
-
-def _dies(rank, arguments, victim, moment):
-    if rank == victim:
-        owner, name = MOMENTS[moment]
-        setattr(owner, name, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
-    launch.START_TIMEOUT = 10
-    return command(rank, arguments)
-
-
-@pytest.mark.parametrize(
-    ("victim", "moment"), [*((0, m) for m in MOMENTS), (1, "as it joins"), (1, "saving")]
-)
-def test_whenever_a_rank_dies_the_others_end_by_name(flags, victim, moment):
-    arguments = flags("run", "f32", "--parallel", "dp=3")
-    found = ranks.Ranks(3, _dies, arguments, victim, moment, timeout=100, init=False).outcomes()
-    assert found.pop(victim) == ("died", -signal.SIGKILL)
-    for kind, (status, text, seconds) in found:
-        assert kind == "ok" and status in (1, 2)
-        own = [line for line in text.splitlines() if line.startswith("quaver")]
-        assert len(own) == 1 and "Traceback" not in text
-        # Where the victim listened and a rank connects after its death, or rank 0 never did, all
-        # that is known is that nobody answers.
-        silent = moment in ("before it joins", "as it joins")
-        # One that had reached it may hear of the death in other ways, by the store or the rank.
-        named = ("the store", f"rank {victim}") if silent else (f"rank {victim} has",)
-        assert any(name in own[0] for name in named), own[0]
-        assert seconds < 60
-
-
-def _starts_late(rank, arguments):
-    launch.FAREWELL = 0.1
-    time.sleep(2 * rank)
-    return _dies(rank, arguments, 1, "as it joins")
-
-
-def test_a_rank_that_starts_after_another_has_died_hears_of_it(flags):
-    arguments = flags("run", "f32", "--parallel", "dp=3")
-    found = ranks.Ranks(3, _starts_late, arguments, timeout=100, init=False).outcomes()
-    assert found.pop(1) == ("died", -signal.SIGKILL)
-    for kind, (status, text, _) in found:
-        assert kind == "ok" and status == 1 and "rank 1 has died" in text, text
-
-
-def _differs(rank, arguments, changes):
-    if rank == 1:
-        for flag, value in changes.items():
-            if value is None:
-                arguments = [*arguments, flag]
-            else:
-                arguments[arguments.index(flag) + 1] = value
-    return command(rank, arguments)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"--save-every": "3"}, "--save-every is 2 on rank 0, 3 on rank 1"),
-        ({"--resume": None}, "--resume is False on rank 0, True on rank 1"),
-        ({"--steps": "7"}, "--steps is 6 on rank 0, 7 on rank 1"),
-        ({"--recipe": "bf16"}, "--recipe is f32 on rank 0, bf16 on rank 1"),
-        ({"--batch": "24"}, "--batch is 12 on rank 0, 24 on rank 1"),
-        ({"--parallel": "zero=2"}, "--parallel is dp=2 on rank 0, zero=2 on rank 1"),
-        ({"--parallel": "dp=3"}, "--parallel dp=3 is for 3 processes, 2 started"),
-        ({"--data": "no-such-text"}, "no-such-text"),
-        ({"--model": "tiny"}, "--model is "),
-        ({"--lr": "-1"}, "--lr"),
-        ({"--steps": "many"}, "argument --steps: invalid int value: 'many'"),
-        ({"--no-such-flag": None}, "unrecognized arguments: --no-such-flag"),
-    ],
-)
-def test_a_flag_of_one_rank_ends_all_by_name(flags, changes, named):
-    arguments = flags("run", "f32", "--lr", "1e-3", "--parallel", "dp=2")
-    for status, text, seconds in ranks.Ranks(
-        2, _differs, arguments, changes, timeout=100, init=False
-    ).results():
-        assert status == 2 and seconds < 60
-        assert named in text and len(text.splitlines()) == 1 and text.startswith("quaver")
 
 
 def test_a_recipe_that_parallel_does_not_take_is_refused_before_anything_is_written(

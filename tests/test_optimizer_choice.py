@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_runs import start
 from test_cli import run
-from test_distributed_train import start
 from torch import nn
 
 import quaver as qv
