@@ -12,7 +12,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from test_tensor_parallel import DY, PLAN, X, mlp
+from tensor_parallels import DY, PLAN, X, mlp
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

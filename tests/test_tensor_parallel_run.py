@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from helpers import assert_same
 from rank_pool import run
-from test_tensor_parallel import CONFIG, E4M3, PLAN, TOKENS, Mlp, X, decoder, loss_of, mlp, plain
+from tensor_parallels import CONFIG, E4M3, PLAN, TOKENS, Mlp, X, decoder, loss_of, mlp, plain
 from torch import nn
 
 import quaver as qv
