@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
+from casts import FLOATS, KINDS, SHAPES, ULP, activation_error, channel, check_saved
 from helpers import FP8, REFUSAL, assert_same, everywhere, randn
-from test_activation import FLOATS, KINDS, SHAPES, ULP, activation_error, channel, check_saved
 
 import quaver as qv
 from quaver import reference
