@@ -18,15 +18,14 @@ GroupedProblem problem_of(const GroupedGemm& g) {
   p.out = g.out.data;
   p.scale_a = g.scale_a;
   p.scale_b = g.scale_b;
-  p.ends = g.ends;
-  p.groups = static_cast<int>(g.groups);
   p.n = static_cast<int>(g.n);
   p.m = static_cast<int>(g.weight ? g.m : g.a.rows);
   p.rows_a = static_cast<int>(g.a.rows);
   p.rows_b = static_cast<int>(g.weight || g.groups == 0 ? g.b.rows : g.b.rows / g.groups);
   p.k = static_cast<int>(g.a.cols);
   const int64_t rows = g.a.cols - g.groups * kGroupAlignment;  // of S, in whole sixteens
-  p.most = static_cast<int>(g.weight ? rows + kGroupAlignment - 1 : g.a.rows);
+  const int64_t most = g.weight ? rows + kGroupAlignment - 1 : g.a.rows;
+  p.of = {g.ends, static_cast<int>(most), static_cast<int>(g.groups)};
   const int64_t blocks =
       g.weight ? group_blocks(rows, g.groups) : blocks_in_row(g.a.cols, kScaleTile);
   p.per_row_a = scales_in_row(g.grain_a, blocks);
@@ -44,7 +43,8 @@ void run(const GroupedGemm& g, void* stream) {
   const GroupedProblem p = problem_of(g);
   const int64_t tiles_n = ceil_div(g.n, T::kN);
   const int64_t tiles_m =
-      g.weight ? g.groups * ceil_div(g.m, T::kM) : g.a.rows / T::kM + g.groups + 1;
+      g.weight ? g.groups * ceil_div(g.m, T::kM)
+               : slot_count<T::kM>(static_cast<int>(g.a.rows), static_cast<int>(g.groups));
   g.has_blocks()
       ? launch(kOp, grouped_gemm_kernel<T, true>, tiles_m * tiles_n, T::kThreads, stream, p)
       : launch(kOp, grouped_gemm_kernel<T, false>, tiles_m * tiles_n, T::kThreads, stream, p);

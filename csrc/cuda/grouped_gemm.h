@@ -7,7 +7,7 @@
 #pragma once
 
 #include "gemm_mma.h"
-#include "quaver/groups.h"
+#include "groups.h"
 
 namespace quaver::cuda {
 
@@ -18,9 +18,7 @@ struct GroupedProblem {
   const uint8_t *a, *b;
   void* out;
   const float *scale_a, *scale_b;
-  const int64_t* ends;
-  int most;  // that an end can be
-  int groups;
+  Groups of;
   int m, n;            // rows and columns of out, or of each of its matrices
   int rows_a, rows_b;  // of a, of each matrix of b, both padded where they are transposed copies
   int k;               // the width of a and b
@@ -41,37 +39,6 @@ struct GroupedPart {
   bool none;  // rows of no group, which are zero
 };
 
-// A device cannot refuse ends: those out of range are brought into it, so that wrong ones give
-// wrong numbers and no access outside.
-QUAVER_DEVICE int end_of(const GroupedProblem& p, int group) {
-  const int64_t end = p.ends[group];
-  return static_cast<int>(end < 0 ? 0 : end < p.most ? end : p.most);
-}
-
-QUAVER_DEVICE int first_row(const GroupedProblem& p, int group) {
-  return group == 0 ? 0 : end_of(p, group - 1);
-}
-
-// The place of a group's first tile among all.
-template <class T>
-QUAVER_DEVICE int first_slot(const GroupedProblem& p, int group) {
-  return first_row(p, group) / T::kM + group;
-}
-
-// The group that a slot belongs to; the last one is of rows of no group.
-template <class T>
-QUAVER_DEVICE int group_of(const GroupedProblem& p, int slot) {
-  int low = 0, high = p.groups;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (first_slot<T>(p, middle) <= slot)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
-
 // The scales of a group: `rows` of a matrix of its own each, or, of blocks, those behind `block`.
 QUAVER_DEVICE const float* scales_of(const float* scale, Grain grain, int group, int64_t rows,
                                      int block) {
@@ -81,13 +48,13 @@ QUAVER_DEVICE const float* scales_of(const float* scale, Grain grain, int group,
 
 template <class T>
 QUAVER_DEVICE GroupedPart rows_part(const GroupedProblem& p) {
-  const int slots = p.rows_a / T::kM + p.groups + 1;
+  const int slots = slot_count<T::kM>(p.rows_a, p.of.count);
   const int slot = static_cast<int>(blockIdx.x) % slots;
-  const int group = group_of<T>(p, slot), begin = first_row(p, group);
+  const int group = group_of<T::kM>(p.of, slot), begin = first_row(p.of, group);
   GroupedPart part = {};
-  part.none = group == p.groups;
-  part.rows = part.none ? p.rows_a : end_of(p, group);
-  part.first_m = begin + (slot - first_slot<T>(p, group)) * T::kM;
+  part.none = group == p.of.count;
+  part.rows = part.none ? p.rows_a : end_of(p.of, group);
+  part.first_m = begin + (slot - first_slot<T::kM>(p.of, group)) * T::kM;
   part.first_n = static_cast<int>(blockIdx.x) / slots * T::kN;
   part.cols = p.n;
   part.k = part.none ? 0 : p.k;
@@ -106,7 +73,7 @@ QUAVER_DEVICE GroupedPart weight_part(const GroupedProblem& p) {
   const int tiles_m = (p.m + T::kM - 1) / T::kM, tiles_n = (p.n + T::kN - 1) / T::kN;
   const int group = static_cast<int>(blockIdx.x) / (tiles_m * tiles_n);
   const int tile = static_cast<int>(blockIdx.x) - group * tiles_m * tiles_n;
-  const int begin = first_row(p, group), rows = end_of(p, group) - begin;
+  const int begin = first_row(p.of, group), rows = end_of(p.of, group) - begin;
   const int column = static_cast<int>(group_column(begin, group));
   const int block = static_cast<int>(group_block(begin, group));
   GroupedPart part = {};

@@ -29,7 +29,7 @@ struct Targets {
 };
 
 inline Target target(const Operand& o, const Layout& layout) {
-  if (!o.wanted()) return {nullptr, nullptr, 0, false};
+  if (!o.wanted()) return {};
   return {o.codes.as<uint8_t>(), o.scale.as<float>(), layout.scales_in_row(o.codes.cols),
           is_aligned(o.codes.data)};
 }
@@ -233,7 +233,7 @@ QUAVER_DEVICE void choose_blocks(const Targets& to, const Target& layout, const 
   const uint32_t most = amax[at];
   scale[at] = choose(to, most);
   const int64_t row = row0 + threadIdx.x;
-  if (layout.codes != nullptr && row < rows)
+  if (layout.scale != nullptr && row < rows)
     layout.scale[row * layout.per_row + place] = written(scale[at], most);
 }
 
@@ -246,14 +246,41 @@ QUAVER_DEVICE void choose_tile(const Targets& to, const Amaxes& amax, float* sca
   most = __reduce_max_sync(kAllLanes, most);
   if (threadIdx.x != 0) return;
   scale[0] = choose(to, most);
-  if (to.qt.codes != nullptr) to.qt.scale[down * to.qt.per_row + across] = written(scale[0], most);
+  if (to.qt.scale != nullptr) to.qt.scale[down * to.qt.per_row + across] = written(scale[0], most);
 }
 
-// Casts a tile, `down` and `along` in the matrix, in blocks: to q's of 1 x 128, and to qt's or to
-// its tile's. Between two calls a block synchronises.
-template <int kRun, class Q, class Values>
-QUAVER_DEVICE void cast_blocks(const Targets& to, const Values& values, int64_t down, int64_t along,
-                               BlocksMemory& memory) {
+// How the rows of qt lie. A group's lie between those of others (cast_groups.cu).
+struct Columns {
+  int64_t count, width;
+};
+
+QUAVER_DEVICE Columns columns_of(const Targets& to) { return {to.padded.rows, to.padded.rows}; }
+
+// Writes qt's codes of the tile, on which the block has synchronised.
+template <class To>
+QUAVER_DEVICE void store_columns(const To& to, const Tile& tile, int64_t row0, int64_t col0) {
+  const Columns columns = columns_of(to);
+  const Tiles own = {columns.count, to.padded.cols, to.padded.across};
+  store_transposed(to.qt.codes, columns.width, tile, own, row0, col0, threadIdx.x, to.qt.aligned);
+}
+
+// Casts a tile whose scales are in shared memory; `one`: a single one of all columns.
+template <int kRun, class Q, class To, class Values>
+QUAVER_DEVICE void encode_both(const To& to, const Values& values, int64_t row0, int64_t col0,
+                               bool one, BlocksMemory& memory) {
+  if (to.q.codes != nullptr)
+    encode_rows<kRun, Q>(to, values, memory.row_scale, row0, col0, nullptr);
+  if (to.qt.codes == nullptr) return;
+  encode_columns<kRun, Q>(to, values, memory.col_scale, one, memory.tile);
+  __syncthreads();
+  store_columns(to, memory.tile, row0, col0);
+}
+
+// Chooses and writes the scales of a tile, `down` and `along` in the matrix, in blocks: q's of
+// 1 x 128, and qt's or its tile's.
+template <int kRun, class Values>
+QUAVER_DEVICE void choose_scales(const Targets& to, const Values& values, int64_t down,
+                                 int64_t along, BlocksMemory& memory) {
   const int64_t row0 = down * kTile, col0 = along * kTile;
   const bool columns = !to.tiles_t && to.qt.codes != nullptr;
   measure<kRun>(memory.amax, maxima_in(memory.tile), values, columns);
@@ -264,12 +291,14 @@ QUAVER_DEVICE void cast_blocks(const Targets& to, const Values& values, int64_t 
   else if (columns)
     choose_blocks(to, to.qt, memory.amax.col, memory.col_scale.of, col, col0, to.padded.cols, down);
   __syncthreads();
-  if (to.q.codes != nullptr)
-    encode_rows<kRun, Q>(to, values, memory.row_scale, row0, col0, nullptr);
-  if (to.qt.codes == nullptr) return;
-  encode_columns<kRun, Q>(to, values, memory.col_scale, to.tiles_t, memory.tile);
-  __syncthreads();
-  store_transposed(to.qt.codes, memory.tile, to.padded, row0, col0, threadIdx.x, to.qt.aligned);
+}
+
+// Casts a tile in blocks. Between two calls a block synchronises.
+template <int kRun, class Q, class Values>
+QUAVER_DEVICE void cast_blocks(const Targets& to, const Values& values, int64_t down, int64_t along,
+                               BlocksMemory& memory) {
+  choose_scales<kRun>(to, values, down, along, memory);
+  encode_both<kRun, Q>(to, values, down * kTile, along * kTile, to.tiles_t, memory);
 }
 
 }  // namespace quaver::cuda

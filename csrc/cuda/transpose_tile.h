@@ -85,10 +85,11 @@ QUAVER_DEVICE void transpose4(uint32_t (&r)[4]) {
   r[3] = __byte_perm(high01, high23, 0x7632);
 }
 
-// Writes the tile whose first element is (row0, col0) to qt [cols, rows]: each thread 4 columns of
-// 16 rows. The block must have synchronised after its put_codes.
-QUAVER_DEVICE void store_transposed(uint8_t* qt, const Tile& tile, const Tiles& t, int64_t row0,
-                                    int64_t col0, unsigned thread, bool aligned) {
+// Writes the tile whose first element is (row0, col0) to qt [cols, rows], whose rows are `width`
+// codes apart: each thread 4 columns of 16 rows. The block must have synchronised after its
+// put_codes.
+QUAVER_DEVICE void store_transposed(uint8_t* qt, int64_t width, const Tile& tile, const Tiles& t,
+                                    int64_t row0, int64_t col0, unsigned thread, bool aligned) {
   const unsigned strip = thread % kChunks;
   const unsigned word = thread / kChunks;  // of a row: 4 columns
   const int64_t row = row0 + strip * kVector, col = col0 + word * 4;
@@ -107,7 +108,12 @@ QUAVER_DEVICE void store_transposed(uint8_t* qt, const Tile& tile, const Tiles& 
   }
 #pragma unroll
   for (int c = 0; c < 4; ++c)
-    if (col + c < t.cols) store(qt + (col + c) * t.rows + row, column[c], 1, t.rows - row, aligned);
+    if (col + c < t.cols) store(qt + (col + c) * width + row, column[c], 1, t.rows - row, aligned);
+}
+
+QUAVER_DEVICE void store_transposed(uint8_t* qt, const Tile& tile, const Tiles& t, int64_t row0,
+                                    int64_t col0, unsigned thread, bool aligned) {
+  store_transposed(qt, t.rows, tile, t, row0, col0, thread, aligned);
 }
 
 }  // namespace quaver::cuda
