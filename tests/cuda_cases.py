@@ -23,8 +23,6 @@ ELSEWHERE = {
     "gemm": "test_gemm_device.py",
     "gemm_": "test_gemm_device.py",
     "gemm_quantize": "test_gemm_device.py",
-    "cast_groups": "test_grouped.py",
-    "cast_stack": "test_grouped.py",
     "grouped_gemm": "test_grouped.py",
     "grouped_gemm_weight": "test_grouped.py",
     "linear": "test_linear_ops.py",
@@ -164,6 +162,46 @@ def cast_transpose():
     x = values((160, 144), torch.bfloat16)
     yield "a transposed view", (x.t(), FP8[0], None, None, False)
     yield "a misaligned view", (misaligned(x), FP8[0], None, None, True)
+
+
+# Ragged, with empty groups and rows of none.
+ENDS = ((37, 37, 38, 300), (0, 128, 256, 256), (1, 2, 3, 4), (0, 0, 0, 0))
+
+
+@cases("cast_groups")
+def cast_groups():
+    grains = (("tensor", False), ("row", False), ("block", False), ("block", True))
+    for ends, dtype, to, (grain, tiles_t) in itertools.product(ENDS, FLOATS, FP8, grains):
+        for cols, bad in ((144, None), (33, NOT_FINITE[0])):
+            x = values((300, cols), dtype)
+            if bad is not None:
+                x[40, 3] = bad
+            args = x, torch.tensor(ends), to, grain, True, tiles_t, tiles_t
+            yield f"{ends} {cols} {dtype} to {to}, {grain} {tiles_t} {bad}", args
+    none = torch.zeros(0, dtype=torch.long)
+    for grain, columns in itertools.product(("tensor", "row", "block"), (True, False)):
+        yield (
+            f"no row, {grain}",
+            (torch.empty(0, 40), torch.zeros_like(none), FP8[0], grain, columns),
+        )
+        yield f"no group, {grain}", (values((20, 40), torch.float32), none, FP8[0], grain, columns)
+
+
+@cases("cast_stack")
+def cast_stack():
+    grains, kinds = ("tensor", "row", "block", "tile"), [(True, True), (True, False), (False, True)]
+    for shape, dtype, grain in itertools.product(MATRICES, FLOATS, grains):
+        for rows, columns in kinds:
+            x = values((3, *shape), dtype)
+            args = x, FP8[0], grain, None, rows, columns, rows and columns
+            yield f"{shape} {dtype}, {grain}, {rows:d}{columns:d}", args
+    for grain, bad in itertools.product(grains, NOT_FINITE):
+        x = values((3, 160, 144), torch.float32)
+        x[1, 4, 3] = bad
+        yield f"{bad}, {grain}", (x, FP8[1], grain)
+    x = values((3, 130, 33), torch.bfloat16)
+    yield "given", (x, FP8[0], "tensor", torch.tensor([0.5, 3.0, 0.37]))
+    yield "no matrix", (torch.empty(0, 16, 32), FP8[0], "tile")
 
 
 @cases("cast_layouts")

@@ -37,6 +37,41 @@ def grouped_products(randn):
     return found
 
 
+def grouped_casts(randn):
+    """{name: casts of groups and stacks}, and of layers' products over them."""
+    from quaver import recipe
+    from quaver.nn.grouped import GroupedProduct
+
+    ops, ends, found = torch.ops.quaver, torch.tensor([37, 38, 38, 140]), {}
+    x, stack = randn(150, 144), randn(4, 40, 144)
+    for grain in ("tensor", "row", "block", "tile"):
+        given = randn(4, dtype=F32).abs() if grain == "tensor" else None
+        found[f"casts of stacks, {grain}"] = (
+            *ops.cast_stack(stack, E4M3, grain),
+            *ops.cast_stack(stack, E5M2, grain, given, True, False, True),
+            *ops.cast_stack(stack[:, :0], E4M3, grain),
+        )
+        if grain == "tile":
+            continue
+        found[f"casts of groups, {grain}"] = (
+            *ops.cast_groups(x, ends, E4M3, grain),
+            *ops.cast_groups(x, ends, E5M2, grain, False, True),
+            *ops.cast_groups(x, ends[:0], E5M2, grain),
+            *ops.cast_groups(x[:0], ends * 0, E5M2, grain),
+        )
+    found["casts of groups, tiles"] = ops.cast_groups(x, ends, E4M3, "block", True, True, True)
+    for name in ("tensorwise", "rowwise", "blockwise", "coat-blockwise"):
+        for input_major in (False, True):
+            leaves = x.detach().requires_grad_(), stack.detach().requires_grad_()
+            weight = leaves[1].transpose(1, 2) if input_major else leaves[1]
+            y = GroupedProduct.apply(
+                leaves[0], weight, ends, recipe.get(name).linear, F32, input_major, True
+            )
+            gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+            found[f"products of experts, {name}, {input_major=}"] = y.detach(), *gradients
+    return found
+
+
 def results():
     """{name: a call's results and the histories that it wrote}."""
     ops = torch.ops.quaver
@@ -117,7 +152,7 @@ def results():
         *ops.quantize(x, E4M3, torch.tensor(0.5)),
         *ops.cast_transpose(x, E4M3, torch.tensor(0.5)),
     )
-    return found | grouped_products(randn)
+    return found | grouped_products(randn) | grouped_casts(randn)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 // cast_groups and cast_stack: the operands of a mixture's experts in FP8, each expert's with scales
-// of its own. On the CPU they are the casts of one matrix after the other, in one op.
+// of its own. On the CPU they are the casts of one matrix after the other, in one op; on CUDA a few
+// launches.
 #include <tuple>
 
 #include "groups.h"
@@ -85,15 +86,50 @@ Shape transposed_scales(const Wanted& w, int64_t cols, int64_t rows, int64_t gro
   return {layout.scale_rows(cols), group_blocks(rows, groups)};
 }
 
-// Zero codes and scales of 1 where no group has rows.
 Operands groups_results(const Wanted& w, const Tensor& x, int64_t groups) {
   const int64_t rows = x.size(0), cols = gemm_padded(x.size(1));
   const Layout layout = {w.grain, kScaleTile};
   const Shape scales =
       w.grain == Grain::tensor ? Shape{groups} : Shape{rows, layout.scales_in_row(cols)};
   const Shape transposed = w.columns ? Shape{cols, group_columns(rows, groups)} : Shape{0};
-  return {zeros(x, {rows, cols}, w.dtype), ones(x, scales), zeros(x, transposed, w.dtype),
-          ones(x, transposed_scales(w, cols, rows, groups))};
+  return {empty(x, {rows, cols}, w.dtype), empty(x, scales, ScalarType::Float),
+          empty(x, transposed, w.dtype),
+          empty(x, transposed_scales(w, cols, rows, groups), ScalarType::Float)};
+}
+
+void cast_groups_on_cpu(const Wanted& w, const Operands& out, const Tensor& x, const Tensor& ends) {
+  const std::vector<GroupRows> groups = groups_of(w.op, ends, x.size(0));
+  const auto& [q, scale, qt, scale_t] = out;  // what no group writes
+  fill_zeros(q);
+  fill_ones(scale);
+  fill_zeros(qt);
+  fill_ones(scale_t);
+  for (const GroupRows& g : groups) {
+    const Tensor rows = torch::stable::narrow(const_cast<Tensor&>(x), 0, g.begin, g.rows);
+    const Matrix m = cast_matrix(w, rows, std::nullopt);
+    put_rows(w, out, m, g);
+    if (w.columns) put_transposed(w, out, m, g);
+  }
+}
+
+// What CUDA's cast takes of groups and of stacks.
+GroupedCast arguments_of(const Wanted& w, const Operands& out, const Tensor& x, int64_t groups) {
+  const auto& [q, scale, qt, scale_t] = out;
+  const auto codes = [&](const Tensor& t, bool wanted) {
+    return wanted ? present(w.op, "dtype", t)
+                  : TensorView{nullptr, dtype_of(w.op, "dtype", w.dtype), 0, 0};
+  };
+  GroupedCast c;
+  c.x = view(w.op, "x", x);
+  c.q = codes(q, w.rows);
+  c.qt = codes(qt, w.columns);
+  c.scale = static_cast<float*>(scale.data_ptr());
+  c.scale_t = static_cast<float*>(scale_t.data_ptr());
+  c.grain = w.grain;
+  c.power_of_two = w.power_of_two || w.grain == Grain::tensor;
+  c.tiles_t = w.tiles_t;
+  c.groups = groups;
+  return c;
 }
 
 Operands cast_groups(const Tensor& x_in, const Tensor& ends, ScalarType dtype,
@@ -109,21 +145,17 @@ Operands cast_groups(const Tensor& x_in, const Tensor& ends, ScalarType dtype,
   QUAVER_CHECK(!tiles_t || w.grain == Grain::block, w.op,
                ": tiles_t goes with granularity block alone");
   const Tensor x = dense(x_in);
-  std::optional<Operands> out;
+  const Operands out = groups_results(w, x, ends.numel());
   on_device(
-      w.op, x,
-      [&] {
-        const std::vector<GroupRows> groups = groups_of(w.op, ends, x.size(0));
-        out = groups_results(w, x, ends.numel());
-        for (const GroupRows& g : groups) {
-          const Matrix m = cast_matrix(
-              w, torch::stable::narrow(const_cast<Tensor&>(x), 0, g.begin, g.rows), std::nullopt);
-          put_rows(w, *out, m, g);
-          if (columns) put_transposed(w, *out, m, g);
-        }
-      },
-      [&](auto) { fail(w.op, ": no kernel for CUDA; loop over the groups"); });
-  return *out;
+      w.op, x, [&] { cast_groups_on_cpu(w, out, x, ends); },
+      [&](auto stream) {
+        GroupedCast c = arguments_of(w, out, x, ends.numel());
+        c.ends = static_cast<const int64_t*>(ends.data_ptr());
+        const Tensor memory = workspace(x, cuda::cast_groups_workspace_bytes(c));
+        c.workspace = memory.data_ptr();
+        cuda::cast_groups(c, stream);
+      });
+  return out;
 }
 
 // One layout of a stack [groups, rows, cols]; empty where it is not wanted.
@@ -136,6 +168,20 @@ OperandResult stack_result(const Wanted& w, const Tensor& like, int64_t groups, 
                            ? Shape{0}
                            : Shape{groups, layout.scale_rows(r), layout.scales_in_row(c)};
   return {empty(like, {groups, r, c}, w.dtype), empty(like, scales, ScalarType::Float)};
+}
+
+// With `given` the scales are read.
+void cast_stack_on_cpu(const Wanted& w, const Operands& out, const Tensor& x, bool given) {
+  const auto& [q, scale, qt, scale_t] = out;
+  const bool whole = w.grain == Grain::tensor;
+  for (int64_t e = 0; e < x.size(0); ++e) {
+    const Matrix m =
+        cast_matrix(w, matrix_of(x, e), given ? OptionalTensor(matrix_of(scale, e)) : std::nullopt);
+    if (w.rows) put(q, e * m.q.codes.numel(), m.q.codes);
+    if (w.columns) put(qt, e * m.qt.codes.numel(), m.qt.codes);
+    if (w.rows || whole) put(scale, e * m.q.scale.numel(), m.q.scale);
+    if (w.columns && !whole) put(scale_t, e * m.qt.scale.numel(), m.qt.scale);
+  }
 }
 
 Operands cast_stack(const Tensor& x_in, ScalarType dtype, const Word& granularity,
@@ -153,22 +199,18 @@ Operands cast_stack(const Tensor& x_in, ScalarType dtype, const Word& granularit
   OperandResult q = stack_result(w, x, groups, x.size(1), x.size(2), rows);
   OperandResult qt = stack_result(w, x, groups, x.size(2), x.size(1), columns);
   if (w.grain == Grain::tensor) q.scale = scale_tensor(w.op, x, scale, {groups});
+  const Operands out = {q.codes, q.scale, qt.codes, qt.scale};
   on_device(
-      w.op, x,
-      [&] {
-        for (int64_t e = 0; e < groups; ++e) {
-          OptionalTensor given;
-          if (scale.has_value()) given = matrix_of(q.scale, e);
-          const Matrix m = cast_matrix(w, matrix_of(x, e), given);
-          if (rows) put(q.codes, e * m.q.codes.numel(), m.q.codes);
-          if (columns) put(qt.codes, e * m.qt.codes.numel(), m.qt.codes);
-          if (rows || w.grain == Grain::tensor) put(q.scale, e * m.q.scale.numel(), m.q.scale);
-          if (columns && w.grain != Grain::tensor)
-            put(qt.scale, e * m.qt.scale.numel(), m.qt.scale);
-        }
-      },
-      [&](auto) { fail(w.op, ": no kernel for CUDA; loop over the groups"); });
-  return {q.codes, q.scale, qt.codes, qt.scale};
+      w.op, x, [&] { cast_stack_on_cpu(w, out, x, scale.has_value()); },
+      [&](auto stream) {
+        GroupedCast c = arguments_of(w, out, x, groups);
+        c.given = scale.has_value();
+        c.stack = true;
+        const Tensor memory = workspace(x, cuda::cast_groups_workspace_bytes(c));
+        c.workspace = memory.data_ptr();
+        cuda::cast_groups(c, stream);
+      });
+  return out;
 }
 
 template <class Library>

@@ -35,15 +35,17 @@ inline std::vector<GroupRows> groups_of(const char* op, const Tensor& ends, int6
 
 inline char* bytes_of(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }
 
-inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType type) {
-  Tensor t = empty(like, shape, type);
+inline void fill_zeros(const Tensor& t) {
   if (t.numel() > 0) std::memset(bytes_of(t), 0, static_cast<size_t>(t.numel() * t.element_size()));
-  return t;
 }
 
-inline Tensor ones(const Tensor& like, const Shape& shape) {
-  Tensor t = empty(like, shape, ScalarType::Float);
+inline void fill_ones(const Tensor& t) {
   std::fill_n(static_cast<float*>(t.data_ptr()), t.numel(), 1.0f);
+}
+
+inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType type) {
+  Tensor t = empty(like, shape, type);
+  fill_zeros(t);
   return t;
 }
 

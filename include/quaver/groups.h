@@ -42,7 +42,30 @@ struct GroupedGemm {
   }
 };
 
+// The cast of each group to FP8, with scales of its own. Of rows x [S, C]: q [S, C16] and its
+// transpose qt [C16, group_columns]. Or, with `stack`, of x [groups, R, C]: q [groups, R16, C16]
+// and qt [groups, C16, R16]. Codes beside values and those of rows of no group are zero, their
+// scales 1.
+//
+// Scales of q and of qt, which are the other axis' (Bt: R16 / 128, or group_blocks of rows):
+//   tensor  [groups], of both; with `given` they are read
+//   row     [S, 1] or [groups, R16, 1], and [groups, C16, 1]
+//   block   [S, C16 / 128] or [groups, R16, C16 / 128], and [C16, Bt] or [groups, C16, Bt]; with
+//           tiles_t, of rows, [C16 / 128, Bt]
+//   tile    of a stack alone: [groups, R16 / 128, C16 / 128], and [groups, C16 / 128, Bt]
+struct GroupedCast {
+  TensorView x, q, qt;  // no data in q or qt: that layout is not wanted
+  float *scale = nullptr, *scale_t = nullptr;
+  Grain grain = Grain::tensor;
+  bool power_of_two = false, tiles_t = false, given = false, stack = false;
+  const int64_t* ends = nullptr;  // [groups], on the device; not of a stack
+  int64_t groups = 0;
+  void* workspace = nullptr;  // cast_groups_workspace_bytes, 4-byte aligned
+};
+
 namespace cuda {
+void cast_groups(const GroupedCast& arguments, void* stream);
+int64_t cast_groups_workspace_bytes(const GroupedCast& arguments);
 // By mma.sync, on GPUs from sm_89 on; sums are promoted to f32 each 128 of K. Scales of blocks on
 // one side want blocks or tiles on the other.
 void grouped_gemm(const GroupedGemm& arguments, void* stream);

@@ -44,6 +44,8 @@ MMA_FP8 = MMA + "INS0_9MmaTacticINS_4e4m3ES3_LNS_7GemmOutE2ELb0ELi64"
 TEST_MMA = "test_cuda_gemm:ragged_shapes"
 GROUPED = "grouped_gemm:grouped_gemm_kernel"
 TEST_GROUPED = "test_cuda_grouped"
+CAST_GROUPS = "cast_groups:cast_groups_kernelINS_4bf16E"
+TEST_CAST_GROUPS = "test_cuda_cast_groups:rows_of_every_division"
 TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, [^;]*;"
 STORE = r"(cp\.async\.bulk\.tensor\.3d\.global[^{]*\{)(%r\d+), (%r\d+),"
 
@@ -472,6 +474,22 @@ MUTATIONS = [
         r"selp\.b32 (\s*%r\d+), 16, 0,",
         r"selp.b32 \1, 0, 16,",
         TEST_GROUPED,
+    ),
+    Mutation(
+        "a barrier dropped: the scale of a group",
+        CAST_GROUPS,
+        r"bar\.sync[^;]*;",
+        "",
+        TEST_CAST_GROUPS,
+        RACE,
+        4,
+    ),
+    Mutation(
+        "a group's amax of one lane",
+        "cast_groups:measure_groups_kernelINS_4bf16E",
+        r"redux\.sync\.max\.u32 (\s*%r\d+), (%r\d+), [^;]*;",
+        r"mov.b32 \1, \2;",
+        TEST_CAST_GROUPS,
     ),
     Mutation("a wrong swizzle of a stage", MMA, r"xor\.b32", "or.b32", TEST_MMA),
     Mutation(

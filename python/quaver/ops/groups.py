@@ -25,9 +25,11 @@ grouped_gemm_weight(a [M16, W], scale_a, b [N16, W], scale_b, ends, m, n, out_dt
     dw [E, m, n], of each group its columns of a times those of b, transposed, zero where it has no
     rows. Operands are transposes of cast_groups; only b may have scales of tiles.
 
-The casts have no kernels for CUDA. The products have one for GPUs from sm_89 on, by mma.sync, for
-operands that start at multiples of 16 bytes and are not both e5m2, and for scales of blocks on both
-sides or on none; it always promotes sums to f32. On CUDA `ends` are not checked.
+On CUDA the casts take two launches for scales of groups, three for those of rows (and clear them)
+and one for others. The products have a kernel for GPUs from sm_89 on, by mma.sync, for operands
+that start at multiples of 16 bytes and are not both e5m2, and for scales of blocks on both sides or
+on none; it always promotes sums to f32. On CUDA `ends` are not checked: wrong ones give wrong
+results.
 
 All raise ValueError for arguments that do not fit.
 """
