@@ -6,10 +6,12 @@ import pytest
 import torch
 from helpers import assert_same, bits, randn
 from test_no_sync import NoSync
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quaver as qv
 from quaver import recipe
+from quaver.nn import grouped
 from quaver.nn.experts import Experts
 from quaver.nn.grouped import GroupedProduct, LoopedProduct
 from quaver.nn.weight import freeze_weight
@@ -123,6 +125,23 @@ def test_a_converted_mixture_multiplies_by_grouped_ops(monkeypatch):
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     stacks = [m.down_proj for m in model.modules() if isinstance(m, Experts)]
     assert stacks and all(p.grad.any() for p in stacks)
+
+
+@pytest.mark.parametrize(
+    ("capability", "loops"), [((8, 0), True), ((8, 9), False), ((9, 0), False)]
+)
+def test_a_gpu_that_multiplies_fp8_reads_no_ends(monkeypatch, capability, loops):
+    called = []
+    for product in (LoopedProduct, GroupedProduct):
+        monkeypatch.setattr(product, "apply", lambda x, w, ends, *_, of=product: called.append(of))
+    monkeypatch.setattr(grouped, "read_ends", lambda ends, rows: called.append("read"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    grouped._multiplies_groups.cache_clear()
+    with FakeTensorMode():
+        x, ends = torch.empty(4, 16, device="cuda"), torch.empty(2, dtype=torch.long, device="cuda")
+    grouped.multiply_groups(x, x, ends, None, torch.float32, False, True)
+    grouped._multiplies_groups.cache_clear()
+    assert called == (["read", LoopedProduct] if loops else [GroupedProduct])
 
 
 @pytest.mark.parametrize("grain", ["row", "block"])

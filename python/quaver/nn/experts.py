@@ -1,7 +1,7 @@
 """The experts of a mixture whose weights lie in stacks [experts, N, K], with FP8 products.
 
 transformers keeps experts like this (its `use_experts_implementation`). Tokens are sorted by their
-expert; each expert that has some multiplies them as a linear layer of its own, with its own scales.
+expert; each expert multiplies its own as a linear layer would, with its own scales.
 A stack that does not train may be codes alone, with scales of rows or of 128 x 128 tiles.
 """
 
@@ -53,9 +53,9 @@ class Experts(Swapped):
     """Experts that multiply in FP8 by a recipe, as `quaver.convert` makes them.
 
     Input hidden_states [tokens, K], top_k_index and top_k_weights [tokens, k]; output [tokens, K]
-    in the input's dtype: for each token the sum of its k experts, times their weights. On CUDA the
-    host reads the count of each expert's tokens. Scales are always just in time, because an expert
-    may see no token for many steps.
+    in the input's dtype: for each token the sum of its k experts, times their weights. On GPUs
+    before sm_89 the host reads the count of each expert's tokens. Scales are always just in time,
+    because an expert may see no token for many steps.
 
     Raises:
         TypeError: an input of another dtype.

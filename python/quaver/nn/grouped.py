@@ -3,6 +3,7 @@ the loop of Products, one for each expert, which computes the same bits."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -21,7 +22,7 @@ def multiply_groups(x: Tensor, weight: Tensor, ends: Tensor, rule, out_dtype: to
                     input_major: bool, learns: bool) -> Tensor:  # fmt: skip
     """Rows ends[e - 1] to ends[e] of x times the e-th weight, for every e.
 
-    CUDA has no kernels of the grouped casts yet: there the host reads `ends` and loops.
+    GPUs before sm_89 multiply no FP8 in groups: there the host reads `ends` and loops.
 
     Args:
         x: [S, K] float32, float16 or bfloat16, sorted by expert. Rows from ends[-1] on belong to
@@ -32,9 +33,16 @@ def multiply_groups(x: Tensor, weight: Tensor, ends: Tensor, rule, out_dtype: to
         out_dtype: float32 or bfloat16, of the result [S, N].
         learns: whether backward forms the weight's gradient.
     """
-    product = LoopedProduct if x.is_cuda else GroupedProduct
-    ends = read_ends(ends, len(x)) if x.is_cuda else ends
-    return product.apply(x, weight, ends, rule, out_dtype, input_major, learns)
+    options = rule, out_dtype, input_major, learns
+    if x.is_cuda and not _multiplies_groups(x.device):
+        return LoopedProduct.apply(x, weight, read_ends(ends, len(x)), *options)
+    return GroupedProduct.apply(x, weight, ends, *options)
+
+
+@functools.cache
+def _multiplies_groups(device: torch.device) -> bool:
+    """Whether a GPU has the instructions of the grouped products' kernel."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def read_ends(ends: Tensor, rows: int) -> list[int]:
