@@ -140,10 +140,15 @@ QUAVER_DEVICE void update_weight(const Entry& e, const Plan& plan, const Place& 
 template <Part kPart>
 __global__ void __launch_bounds__(kThreads, 2) block_kernel(Problem p) {
   __shared__ float first[kPadded], second[kPadded];
+  __shared__ Held<Entry> held;
+  __shared__ Held<Plan> held_plan;
   if (*p.skip) return;
   const int64_t owner = owner_of(p.table, p.count, blockIdx.x);
-  const Entry& e = p.table[owner];
-  const Plan& plan = p.plans[owner];
+  hold(held, p.table[owner]);
+  hold(held_plan, p.plans[owner]);
+  __syncthreads();
+  const Entry& e = of(held);
+  const Plan& plan = of(held_plan);
   const int64_t numel = e.numel;
   Place at;
   at.b = blockIdx.x - e.first;

@@ -93,10 +93,10 @@ QUAVER_DEVICE void store_sum(const Entry& e, int64_t subset, int64_t piece, floa
 QUAVER_DEVICE void sum_piece(const Entry& e, float scale, int64_t job, uint32_t& seen) {
   const int64_t subset = job / e.pieces, piece = job % e.pieces;
   const int lane = threadIdx.x % kWarp;
-  const int64_t begin = subset * e.width + piece * kSubsetPiece;
+  const int64_t first = subset * e.width, begin = first + piece * kSubsetPiece;
   int64_t end = begin + kSubsetPiece;
-  const int64_t of_subset = e.numel - subset * e.width < e.width ? e.numel : (subset + 1) * e.width;
-  end = end < of_subset ? end : of_subset;
+  end = end < first + e.width ? end : first + e.width;
+  end = end < e.numel ? end : e.numel;
   float sum = subset < e.count ? sum_of_squares(e, scale, {begin + lane, end, kWarp}, seen) : 0.0f;
 #pragma unroll
   for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kAllLanes, sum, half);
@@ -115,12 +115,17 @@ QUAVER_DEVICE void sum_columns(const Entry& e, float scale, int64_t block, uint3
 }
 
 __global__ void __launch_bounds__(kThreads) sums_kernel(Problem p) {
-  const Entry& e = p.table[owner_of(p.table, p.count, blockIdx.x)];
+  __shared__ Held<Entry> held;
+  hold(held, p.table[owner_of(p.table, p.count, blockIdx.x)]);
+  __syncthreads();
+  const Entry& e = of(held);
   const int64_t block = blockIdx.x - e.first;
   const float scale = e.scale != nullptr ? *e.scale : 1.0f;
   uint32_t seen = 0;
-  const bool finite = is_finite(scale) && (e.amax == nullptr || is_finite(*e.amax));
-  if (block == 0 && !finite) seen = 0x7fc00000u;
+  if (block == 0) {
+    const bool finite = is_finite(scale) && (e.amax == nullptr || is_finite(*e.amax));
+    if (!finite) seen = 0x7fc00000u;
+  }
   if (e.strided)
     sum_columns(e, scale, block, seen);
   else

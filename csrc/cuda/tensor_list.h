@@ -25,4 +25,23 @@ QUAVER_DEVICE int64_t owner_of(const Entry* table, int64_t count, int64_t chunk)
   return low;
 }
 
+// What every warp of a block reads again and again, in shared memory: of the table, say.
+template <class T>
+struct alignas(16) Held {
+  static_assert(alignof(T) <= 16 && sizeof(T) % 4 == 0 && sizeof(T) / 4 <= kThreads, "words");
+  uint32_t word[sizeof(T) / 4];
+};
+
+// All threads of the block call it, and synchronise before the first use.
+template <class T>
+QUAVER_DEVICE void hold(Held<T>& held, const T& from) {
+  if (threadIdx.x < sizeof(T) / 4)
+    held.word[threadIdx.x] = reinterpret_cast<const uint32_t*>(&from)[threadIdx.x];
+}
+
+template <class T>
+QUAVER_DEVICE const T& of(const Held<T>& held) {
+  return *reinterpret_cast<const T*>(held.word);
+}
+
 }  // namespace quaver::cuda
