@@ -128,8 +128,10 @@ void check(const std::vector<Layout>& layouts, int steps = 5) {
   CHECK_EQ(cuda_skipped, 1);
 }
 
+// The last rows are of panels: two of them, of each width, whole and cut, and of several matrices.
 const std::vector<std::vector<int64_t>> kEveryShape = {
-    {1, 1}, {7, 9}, {63, 65}, {3, 2000}, {2000, 3}, {5, 4096}, {6, 7, 3, 3}, {2, 3, 4, 5, 6}};
+    {1, 1},          {7, 9},     {63, 65},   {3, 2000},  {2000, 3},  {5, 4096},    {6, 7, 3, 3},
+    {2, 3, 4, 5, 6}, {70, 1024}, {256, 256}, {130, 768}, {258, 384}, {3, 67, 128}, {2, 2, 3, 640}};
 
 }  // namespace
 

@@ -34,6 +34,7 @@ TEST_CAST, TEST_QUANTIZE = "test_cuda_cast_transpose", "test_cuda_quantize"
 TEST_NORM, TEST_ADAM = "test_cuda_normalize", "test_cuda_adam:low_precision"
 TEST_MASTERS = "test_cuda_adam:masters_rounded"
 TEST_EXPANDED = "test_cuda_adam:expanded_moments"
+TEST_ADAM4 = "test_cuda_adam4:every_shape"
 RACE = "a race: "
 GEMM = "gemm_sm90_e4m3_e4m3_fast_half_128x256:gemm_kernel"
 GEMM_HALVES = "gemm_sm90_e4m3_e4m3_half_128x256:gemm_kernel"
@@ -223,6 +224,33 @@ MUTATIONS = [
         r"(shfl\.sync\.bfly\.b32 [^,]*, %r\d+), %r\d+",
         r"\1, 0",
         "test_cuda_adam4",
+    ),
+    Mutation(
+        "a barrier dropped: numbers of a panel",
+        "adam4:update_kernel",
+        r"bar\.sync[^;]*;",
+        "",
+        TEST_ADAM4,
+        RACE,
+    ),
+    *(
+        Mutation(
+            f"a barrier dropped: maxima of a panel, {n}",
+            "adam4:maxima_kernel",
+            r"bar\.sync[^;]*;",
+            "",
+            TEST_ADAM4,
+            RACE,
+            n,
+        )
+        for n in range(2)
+    ),
+    Mutation(
+        "a wrong swizzle: columns of a panel",
+        "adam4:update_kernel",
+        r"xor\.b32",
+        "or.b32",
+        TEST_ADAM4,
     ),
     Mutation(
         "a barrier dropped: weights of a norm's backward",
