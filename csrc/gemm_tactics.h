@@ -16,6 +16,7 @@
 #define QUAVER_GEMM_TACTICS(X) \
   X(e4m3_e4m3_fast_half_128x256, e4m3, e4m3, half, kFast, kPlain, outer, 128, 256, 2, 1, cooperative, persistent) \
   X(e4m3_e4m3_fast_half_128x128, e4m3, e4m3, half, kFast, kPlain, outer, 128, 128, 2, 1, pingpong, persistent) \
+  X(e4m3_e4m3_fast_half_64x256, e4m3, e4m3, half, kFast, kPlain, outer, 64, 256, 1, 1, pingpong, persistent) \
   X(e4m3_e4m3_fast_half_64x128, e4m3, e4m3, half, kFast, kPlain, outer, 64, 128, 1, 1, pingpong, persistent) \
   X(e4m3_e4m3_fast_half_128x256_stream_k, e4m3, e4m3, half, kFast, kPlain, outer, 128, 256, 2, 1, cooperative, stream_k) \
   X(e4m3_e4m3_half_128x256, e4m3, e4m3, half, kPromoted, kPlain, outer, 128, 256, 2, 1, cooperative, persistent) \
@@ -27,6 +28,7 @@
   X(e5m2_e4m3_fast_half_128x256, e5m2, e4m3, half, kFast, kPlain, outer, 128, 256, 2, 1, cooperative, persistent) \
   X(e5m2_e4m3_half_128x256, e5m2, e4m3, half, kPromoted, kPlain, outer, 128, 256, 2, 1, cooperative, persistent) \
   X(e5m2_e4m3_half_128x128, e5m2, e4m3, half, kPromoted, kSource, outer, 128, 128, 2, 1, cooperative, persistent) \
+  X(e5m2_e4m3_half_128x128_stream_k, e5m2, e4m3, half, kPromoted, kSource, outer, 128, 128, 2, 1, cooperative, stream_k) \
   X(e5m2_e4m3_half_64x128, e5m2, e4m3, half, kPromoted, kSource, outer, 64, 128, 1, 1, pingpong, persistent) \
   X(e5m2_e4m3_f32_128x256, e5m2, e4m3, f32, kPromoted, kPlain, outer, 128, 256, 2, 1, cooperative, persistent) \
   X(e5m2_e4m3_f32_128x128, e5m2, e4m3, f32, kPromoted, kSource, outer, 128, 128, 2, 1, cooperative, persistent) \
