@@ -128,19 +128,27 @@ def test_a_converted_mixture_multiplies_by_grouped_ops(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "loops"), [((8, 0), True), ((8, 9), False), ((9, 0), False)]
+    ("capability", "rows", "captures", "loops"),
+    [
+        ((8, 0), 4, False, True),
+        ((8, 9), 4096, False, False),
+        ((9, 0), 2 * grouped.LOOPED_ROWS - 1, False, False),
+        ((9, 0), 2 * grouped.LOOPED_ROWS, False, True),
+        ((9, 0), 2 * grouped.LOOPED_ROWS, True, False),
+        ((10, 0), 4096, False, False),
+    ],
 )
-def test_a_gpu_that_multiplies_fp8_reads_no_ends(monkeypatch, capability, loops):
+def test_which_gpus_loop_over_experts(monkeypatch, capability, rows, captures, loops):
     called = []
     for product in (LoopedProduct, GroupedProduct):
         monkeypatch.setattr(product, "apply", lambda x, w, ends, *_, of=product: called.append(of))
     monkeypatch.setattr(grouped, "read_ends", lambda ends, rows: called.append("read"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    grouped._multiplies_groups.cache_clear()
+    monkeypatch.setattr(grouped, "_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
     with FakeTensorMode():
-        x, ends = torch.empty(4, 16, device="cuda"), torch.empty(2, dtype=torch.long, device="cuda")
-    grouped.multiply_groups(x, x, ends, None, torch.float32, False, True)
-    grouped._multiplies_groups.cache_clear()
+        x, weight = torch.empty(rows, 16, device="cuda"), torch.empty(2, 8, 16, device="cuda")
+        ends = torch.empty(2, dtype=torch.long, device="cuda")
+    grouped.multiply_groups(x, weight, ends, None, torch.float32, False, True)
     assert called == (["read", LoopedProduct] if loops else [GroupedProduct])
 
 

@@ -54,8 +54,9 @@ class Experts(Swapped):
 
     Input hidden_states [tokens, K], top_k_index and top_k_weights [tokens, k]; output [tokens, K]
     in the input's dtype: for each token the sum of its k experts, times their weights. On GPUs
-    before sm_89 the host reads the count of each expert's tokens. Scales are always just in time,
-    because an expert may see no token for many steps.
+    before sm_89, and on Hopper for many tokens, the host reads the count of each expert's tokens
+    (grouped.LOOPED_ROWS). Scales are always just in time, because an expert may see no token for
+    many steps.
 
     Raises:
         TypeError: an input of another dtype.

@@ -17,12 +17,19 @@ from .first_order import FirstOrder
 from .product import Product
 from .weight import cast_weight
 
+# Rows of an expert, on average, from which Hopper loops: wgmma multiplies FP8 at about twice the
+# rate of the grouped kernel's mma.sync, which there multiplies codes as f16. An expert's product of
+# 512 rows by 4096 x 14336 takes some 60 us at that rate, longer than its launches: an estimate,
+# until a GPU has measured it.
+LOOPED_ROWS = 512
+
 
 def multiply_groups(x: Tensor, weight: Tensor, ends: Tensor, rule, out_dtype: torch.dtype,
                     input_major: bool, learns: bool) -> Tensor:  # fmt: skip
     """Rows ends[e - 1] to ends[e] of x times the e-th weight, for every e.
 
-    GPUs before sm_89 multiply no FP8 in groups: there the host reads `ends` and loops.
+    GPUs before sm_89 multiply no FP8 in groups: there the host reads `ends` and loops, as on Hopper
+    where experts have LOOPED_ROWS, except while a graph is captured.
 
     Args:
         x: [S, K] float32, float16 or bfloat16, sorted by expert. Rows from ends[-1] on belong to
@@ -34,15 +41,23 @@ def multiply_groups(x: Tensor, weight: Tensor, ends: Tensor, rule, out_dtype: to
         learns: whether backward forms the weight's gradient.
     """
     options = rule, out_dtype, input_major, learns
-    if x.is_cuda and not _multiplies_groups(x.device):
+    if x.is_cuda and _loops(x, weight.shape[0]):
         return LoopedProduct.apply(x, weight, read_ends(ends, len(x)), *options)
     return GroupedProduct.apply(x, weight, ends, *options)
 
 
+def _loops(x: Tensor, experts: int) -> bool:
+    """Whether a loop over experts is the faster way on the GPU of x, or the only one."""
+    major, minor = _capability(x.device)
+    if (major, minor) < (8, 9):
+        return True
+    many = len(x) >= LOOPED_ROWS * experts
+    return major == 9 and many and not torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
-def _multiplies_groups(device: torch.device) -> bool:
-    """Whether a GPU has the instructions of the grouped products' kernel."""
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def read_ends(ends: Tensor, rows: int) -> list[int]:
