@@ -178,13 +178,11 @@ def cast_groups():
                 x[40, 3] = bad
             args = x, torch.tensor(ends), to, grain, True, tiles_t, tiles_t
             yield f"{ends} {cols} {dtype} to {to}, {grain} {tiles_t} {bad}", args
-    none = torch.zeros(0, dtype=torch.long)
+    no_group, no_row = (torch.zeros(count, dtype=torch.long) for count in (0, 3))
     for grain, columns in itertools.product(("tensor", "row", "block"), (True, False)):
-        yield (
-            f"no row, {grain}",
-            (torch.empty(0, 40), torch.zeros_like(none), FP8[0], grain, columns),
-        )
-        yield f"no group, {grain}", (values((20, 40), torch.float32), none, FP8[0], grain, columns)
+        x, rows = values((20, 40), torch.float32), torch.empty(0, 40)
+        yield f"no row, {grain} {columns:d}", (rows, no_row, FP8[0], grain, columns)
+        yield f"no group, {grain} {columns:d}", (x, no_group, FP8[0], grain, columns)
 
 
 @cases("cast_stack")
