@@ -107,7 +107,7 @@ struct Matrix {
                   const TensorView& codes_t, const float* given) {
     const int64_t size = size_of(c.from);
     std::vector<unsigned char> padded(rows * cols * size);
-    for (int64_t i = 0; i < r; ++i)
+    for (int64_t i = 0; i < r && c.cols > 0; ++i)
       std::memcpy(padded.data() + i * cols * size, from + i * c.cols * size, c.cols * size);
     ScaleSource source;
     source.given = given != nullptr;
