@@ -42,19 +42,32 @@ void count_layouts(const char* name, Grain grain, bool tiles_t, double read) {
         [&] { cuda::cast_layouts(cast, values(x, DType::bf16), nullptr); });
 }
 
+// A cast as linear layers run it, to both layouts or without the transpose, by each source of the
+// scale. A scale just in time takes a second read.
+void count_modes(const std::string& name, DType type, bool both) {
+  Buffer x(size_of(type) * kElements);
+  fill_small(&x, type, kElements, 1);
+  CastMemory to(kShape, DType::e4m3, 0, 0);
+  const auto count_by = [&](const char* mode, double reads, bool given) {
+    MatrixJob job = {to.cast(given), values(x, type)};
+    job.to.amax = nullptr;
+    if (!both) job.to.qt = {};
+    count((name + mode).c_str(), reads * double(size_of(type)) + (both ? 2 : 1),
+          to.history.empty() ? 0 : kHistory, [&] { cuda::cast_matrices(&job, 1, nullptr); });
+  };
+  count_by(", just in time", 2, false);
+  count_by(", given scale", 1, true);
+  to.history.assign(kHistoryState, 0.0f);
+  count_by(", delayed", 1, false);
+}
+
 }  // namespace
 
 TEST(cast_transpose) {
-  Buffer x(2 * kElements);
-  fill_small(&x, DType::bf16, kElements, 1);
-  CastMemory to(kShape, DType::e4m3, 0, 0);
-  std::vector<float> scale(1), amax(1), history(kHistoryState);
-  count_delayed("cast_transpose bf16 to e4m3, delayed", 4, [&] {
-    cuda::cast_transpose(values(to.q, DType::e4m3),
-                         view(to.qt, DType::e4m3, kShape.cols, kShape.rows), view(scale),
-                         view(amax), values(x, DType::bf16), true,
-                         to.workspace.with({false, history.data()}), nullptr);
-  });
+  count_modes("cast_transpose bf16 to e4m3", DType::bf16, true);
+  count_modes("cast_transpose f32 to e4m3", DType::f32, true);
+  count_modes("cast_transpose bf16 to e4m3 alone", DType::bf16, false);
+  count_modes("cast_transpose f32 to e4m3 alone", DType::f32, false);
 }
 
 TEST(quantize) {
@@ -62,12 +75,19 @@ TEST(quantize) {
   fill_small(&x, DType::bf16, kElements, 1);
   CastWorkspace memory(kShape.rows, kShape.cols);
   std::vector<float> scale(1, 0.01f), amax(1);
+  count("quantize bf16 to e4m3, just in time", 5, [&] {
+    cuda::quantize(values(q, DType::e4m3), view(scale), view(amax), values(x, DType::bf16), {},
+                   memory.with({false, nullptr}), nullptr);
+  });
   count("quantize bf16 to e4m3, given scale", 3, [&] {
     cuda::quantize(values(q, DType::e4m3), view(scale), view(amax), values(x, DType::bf16), {},
                    memory.with({true, nullptr}), nullptr);
   });
   count("dequantize e4m3 to f32", 5, [&] {
     cuda::dequantize(values(back, DType::f32), values(q, DType::e4m3), view(scale), {}, nullptr);
+  });
+  count("dequantize e4m3 to bf16", 3, [&] {
+    cuda::dequantize(values(back, DType::bf16), values(q, DType::e4m3), view(scale), {}, nullptr);
   });
 }
 
