@@ -178,15 +178,17 @@ def gradients():
 
 
 def products():
+    """Against torch's product of the same values, in the format that the instructions multiply."""
+    dtype, name = {"avx512": (BF16, "bf16"), "avx2": (F32, "f32")}[_C.build_info()["cpu_isa"]]
     for m, n, k in ((1024, 1024, 1024), (2048, 2048, 2048), (2048, 768, 3072)):
 
         def build(m=m, n=n, k=k):
             a, b = qv.quantize(torch.randn(m, k)), qv.quantize(torch.randn(n, k))
-            wide_a, wide_b = a.dequantize(BF16), b.dequantize(BF16)
-            return lambda: wide_a @ wide_b.t(), lambda: qv.gemm(a, b)
+            wide_a, wide_b = a.dequantize(dtype), b.dequantize(dtype)
+            return lambda: wide_a @ wide_b.t(), lambda: qv.gemm(a, b, dtype)
 
-        name = f"gemm {m} x {n} over {k}, bf16 out"
-        yield Case(name, "torch's bf16 product", build, flops=2 * m * n * k, bar=1.0)
+        yield Case(f"gemm {m} x {n} over {k}, {name} out", f"torch's {name} product", build,
+                   flops=2 * m * n * k, bar=1.0)  # fmt: skip
 
 
 KINDS = (casts, norms, activations, optimizers, gradients, products)

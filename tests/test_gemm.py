@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import FP8, REFUSAL, assert_same, randn
+from helpers import FP8, REFUSAL, assert_same, isa, randn
 
 import quaver as qv
 from quaver import _C, reference
@@ -69,6 +69,16 @@ def test_every_pair_of_grains(shape, out_dtype):
             b = operand(n, k, E5M2, grain_b, 2, 1 / spread)
             check(a, b, out_dtype)
             check(a, b, out_dtype, bias)
+
+
+@pytest.mark.parametrize("name", _C.available_isas())
+def test_every_instruction_set(name):
+    with isa(name):
+        for out_dtype in OUT:
+            for grain in GRAINS:
+                a = operand(33, 200, E4M3, grain, 1)
+                b = operand(70, 200, E5M2, grain, 2, 0.01)
+                check(a, b, out_dtype, randn(70, seed=3, dtype=out_dtype))
 
 
 def test_a_layout_is_told_by_the_shape_of_its_scales():

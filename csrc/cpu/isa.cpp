@@ -9,6 +9,7 @@
 #include "simd_cast.h"
 #include "simd_microadam.h"
 #include "simd_nf4.h"
+#include "simd_product.h"
 
 namespace quaver::cpu {
 
@@ -22,6 +23,7 @@ extern const CastSimd cast_table;
 }  // namespace portable
 #if defined(QUAVER_HAVE_X86_ISA)
 namespace avx2 {
+extern const ProductSimd product_table;
 extern const Simd table;
 extern const ActivationSimd activation_table;
 extern const MicroAdamSimd micro_adam_table;
@@ -29,7 +31,11 @@ extern const Nf4Simd nf4_table;
 extern const Adam4Simd adam4_table;
 extern const CastSimd cast_table;
 }  // namespace avx2
+namespace avx512_bf16 {
+extern const ProductSimd product_table;
+}
 namespace avx512 {
+extern const ProductSimd product_table;
 extern const Simd table;
 extern const ActivationSimd activation_table;
 extern const MicroAdamSimd micro_adam_table;
@@ -50,16 +56,27 @@ struct Tables {
   const Nf4Simd* nf4;
   const Adam4Simd* adam4;
   const CastSimd* cast;
+  const ProductSimd* product;
 };
 
-#define QUAVER_TABLES(isa) \
-  {#isa,                   \
-   &isa::table,            \
-   &isa::activation_table, \
-   &isa::micro_adam_table, \
-   &isa::nf4_table,        \
-   &isa::adam4_table,      \
-   &isa::cast_table}
+#define QUAVER_TABLES(isa, product) \
+  {#isa,                            \
+   &isa::table,                     \
+   &isa::activation_table,          \
+   &isa::micro_adam_table,          \
+   &isa::nf4_table,                 \
+   &isa::adam4_table,               \
+   &isa::cast_table,                \
+   product}
+
+#if defined(QUAVER_HAVE_X86_ISA)
+const ProductSimd* products_of_avx512() {
+  if (__builtin_cpu_supports("amx-bf16")) return nullptr;  // torch's products use it
+  const bool has_bf16 =
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  return has_bf16 ? &avx512_bf16::product_table : &avx512::product_table;
+}
+#endif
 
 struct Isas {
   Tables tables[3];
@@ -74,10 +91,10 @@ struct Isas {
                           __builtin_cpu_supports("f16c");
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      push(QUAVER_TABLES(avx512));
-    if (has_avx2) push(QUAVER_TABLES(avx2));
+      push(QUAVER_TABLES(avx512, products_of_avx512()));
+    if (has_avx2) push(QUAVER_TABLES(avx2, &avx2::product_table));
 #endif
-    push(QUAVER_TABLES(portable));
+    push(QUAVER_TABLES(portable, nullptr));
   }
   void push(const Tables& all) {
     names[count] = all.name;
@@ -106,6 +123,7 @@ const MicroAdamSimd& micro_adam_simd() { return *current_tables().micro_adam; }
 const Nf4Simd& nf4_simd() { return *current_tables().nf4; }
 const Adam4Simd& adam4_simd() { return *current_tables().adam4; }
 const CastSimd& cast_simd() { return *current_tables().cast; }
+const ProductSimd* product_simd() { return current_tables().product; }
 
 const char* const* available_isas(int* count) {
   *count = isas().count;

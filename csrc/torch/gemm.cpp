@@ -1,9 +1,9 @@
 // gemm on a Hopper GPU is CUTLASS's, where a kernel takes the scales (block_scales), and on other
-// GPUs from sm_89 on ours by mma.sync, where the scales are those of tensors or rows. Elsewhere the
-// codes are decoded and torch's own product does the rest: in bf16 on a CPU that is fast at it
-// (oneDNN, f32 sums), in f32 otherwise. Codes are exact in both formats. A scale of a whole tensor
-// multiplies the product; others multiply the codes, which bf16 then rounds, unless they are powers
-// of two.
+// GPUs from sm_89 on ours by mma.sync, where the scales are those of tensors or rows. On a CPU it
+// is cpu::gemm, where that is faster than torch. Elsewhere the codes are decoded and torch's own
+// product does the rest: in bf16 on a CPU that is fast at it (oneDNN, f32 sums), in f32 otherwise.
+// Codes are exact in both formats. A scale of a whole tensor multiplies the product; others
+// multiply the codes, which bf16 then rounds, unless they are powers of two.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <array>
@@ -205,7 +205,28 @@ bool has_bf16_products() {
   return std::strcmp(cpu::available_isas(&count)[0], "avx512") == 0;
 }
 
+// The product by the CPU's own loops, which write f32 or bf16; other formats are made of f32.
+void multiply_codes(Product& c) {
+  const ScalarType type = c.out.scalar_type();
+  GemmArguments g = arguments_of(c);
+  if (type == ScalarType::Float || type == ScalarType::BFloat16) {
+    OptionalTensor bias;
+    if (c.bias.has_value()) {
+      bias = dense(torch::stable::to(*c.bias, ScalarType::Float));
+      g.bias = static_cast<const float*>(bias->data_ptr());
+    }
+    return cpu::gemm(g, c.layout_a, c.layout_b);
+  }
+  const Tensor y = empty(c.a, shape_of(c.out), ScalarType::Float);
+  g.out = view("gemm", "product", y);
+  g.out_scale = g.amax = nullptr;
+  g.accumulate = false;
+  cpu::gemm(g, c.layout_a, c.layout_b);
+  finish(c, y);
+}
+
 void run_cpu(Product& c) {
+  if (cpu::has_gemm()) return multiply_codes(c);
   const ScalarType type = c.out.scalar_type();
   static const bool bf16_products = has_bf16_products();
   const bool direct = type == ScalarType::Float || (type == ScalarType::BFloat16 && bf16_products);

@@ -1,7 +1,7 @@
 // Stage "gemm": out = scale_a * scale_b * a @ b.T (+ bias, + out) of FP8 operands, TN, sums in f32.
 #pragma once
 
-#include "quaver/tensor_view.h"
+#include "quaver/layout.h"
 
 namespace quaver {
 
@@ -54,6 +54,14 @@ struct GemmLaunch {
   void* stream = nullptr;
 };
 
+namespace cpu {
+
+// Whether this machine's products are gemm's, which are faster there than torch's of decoded codes.
+bool has_gemm();
+// With scales as the layouts say, of blocks of kScaleTile, and a result in f32 or bf16.
+void gemm(const GemmArguments& arguments, const Layout& layout_a, const Layout& layout_b);
+
+}  // namespace cpu
 namespace cuda {
 
 struct GemmDevice {

@@ -57,9 +57,9 @@ def gemm(
     Args:
         a, b: FP8 [M, K] and [N, K]; any mix of e4m3 and e5m2 (CUDA: not both e5m2; N, K and
             pointers that are no multiples of 16 are slow). Each has scales of its own: of the
-            tensor, of rows, of 1 x 128 blocks or of 128 x 128 tiles. With other scales than the
-            tensor's, a CPU with AVX-512 decodes operands of a bf16 product to bf16, which rounds
-            unless the scales are powers of two.
+            tensor, of rows, of 1 x 128 blocks or of 128 x 128 tiles. A CPU with AVX2 applies them
+            to sums; one with AMX decodes operands of a bf16 product to bf16, which rounds where
+            there are several scales, unless those are powers of two.
             Hopper has kernels for blocks of `a` by tiles or blocks of `b`, both e4m3, and a result
             that is not FP8; sums are scaled and promoted to f32 each 128 of K. CUDA decodes
             operands with other blocks or tiles, and multiplies by torch's product, in f32 where the
