@@ -38,12 +38,30 @@ uint32_t cast_fp8(T* __restrict out, const In* __restrict x, int64_t n, float fa
   return bits;
 }
 
+#if defined(__AVX512F__)
+template <bool kSee, class T>
+uint16_t cast_looked_up(T* out, const bf16* x, int64_t n, const WordTable<T>& table, float factor,
+                        bool divide) {
+  return cast_words_by<kSee>(out, x, n, table, true, [&](T* to, const bf16* from, int64_t count) {
+    (divide ? cast_fp8<false, true, T, bf16> : cast_fp8<false, false, T, bf16>)(to, from, count,
+                                                                                factor);
+  });
+}
+#endif
+
 template <bool kSee, class In>
 uint32_t cast_fp8(void* out, DType out_type, const In* x, int64_t n, float factor, bool divide) {
   auto run = [&](auto* to) {
-    if constexpr (std::is_same_v<In, bf16>)
+    if constexpr (std::is_same_v<In, bf16>) {
       if (!divide && is_power_of_two(factor))
         return bit_cast<uint32_t>(decode(bf16{cast_words<kSee>(to, x, n, factor, true)}));
+#if defined(__AVX512F__)
+      using T = std::remove_pointer_t<decltype(to)>;
+      if (const auto* table = WordTable<T>::of(factor, divide, n))
+        return bit_cast<uint32_t>(
+            decode(bf16{cast_looked_up<kSee>(to, x, n, *table, factor, divide)}));
+#endif
+    }
     return divide ? cast_fp8<kSee, true>(to, x, n, factor)
                   : cast_fp8<kSee, false>(to, x, n, factor);
   };

@@ -1,8 +1,9 @@
 // FP8 from bf16, and back, as words of 16 bits, under a scale that is a power of two: no f32 in
 // between, and twice as many values in a register. Such a scale moves the exponent alone, so that a
 // code is the upper bits of a magnitude, rounded to nearest even by an addition, less the code of
-// an exponent. That holds for zeros and for quotients that are normal numbers of the format or
-// above; values with another one among them go through f32 (registers.h), with the same bits.
+// an exponent. Under any other scale AVX-512 looks codes up. Both hold for zeros and for quotients
+// that are normal numbers of the format or above; values with another one among them go through f32
+// (registers.h), with the same bits.
 //
 // For simd*.cpp only, which are compiled once per instruction set; empty without AVX2.
 #pragma once
@@ -88,6 +89,20 @@ QUAVER_INLINE bool have_codes(const Words& magnitude, const Words& least) {
 #endif
 }
 
+// Codes of magnitudes, a word each, with the signs of x: a byte each, in order.
+QUAVER_INLINE Integers packed_codes(const Words& x, Integers first, Integers second) {
+  const Integers codes = bytes(first, second);
+  const Integers signs = QUAVER_INT(packs_epi16)(x.of[0], x.of[1]);  // saturation keeps them
+#if defined(__AVX512F__)
+  return _mm512_permutexvar_epi64(
+      _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7),
+      _mm512_ternarylogic_epi32(codes, signs, _mm512_set1_epi8(-0x80), 0xf8));
+#else
+  return _mm256_permute4x64_epi64(_mm256_or_si256(codes, both(signs, _mm256_set1_epi8(-0x80))),
+                                  0xd8);
+#endif
+}
+
 // The codes of values that have_codes, in order.
 template <class T>
 QUAVER_INLINE Integers word_codes(const Words& x, const Words& magnitude, const Words& base) {
@@ -101,53 +116,140 @@ QUAVER_INLINE Integers word_codes(const Words& x, const Words& magnitude, const 
         QUAVER_INT(subs_epu16)(QUAVER_INT(srli_epi16)(sum, drop), base.of[k]),
         all_words(F::max_code));
   };
-  const Integers codes = bytes(code(0), code(1));
-  const Integers signs = QUAVER_INT(packs_epi16)(x.of[0], x.of[1]);  // saturation keeps them
-#if defined(__AVX512F__)
-  return _mm512_permutexvar_epi64(
-      _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7),
-      _mm512_ternarylogic_epi32(codes, signs, _mm512_set1_epi8(-0x80), 0xf8));
-#else
-  return _mm256_permute4x64_epi64(_mm256_or_si256(codes, both(signs, _mm256_set1_epi8(-0x80))),
-                                  0xd8);
-#endif
+  return packed_codes(x, code(0), code(1));
 }
 
-// Multiplies by `factor`, a power of two, and encodes; returns the bits of the amax of x, as bf16,
-// where it is to see it. `ahead`: prefetches beyond the span.
-template <bool kSee, class T>
-inline uint16_t cast_words(T* __restrict out, const bf16* __restrict x, int64_t n, float factor,
-                           bool ahead) {
-  WordScale scale = {0, 0};
-  const bool by_words = word_scale<T>(&scale, factor);
-  const Words least = {{all_words(scale.least), all_words(scale.least)}};
-  const Words base = {{all_words(scale.base), all_words(scale.base)}};
+// The codes of a scale that is a power of two.
+template <class T>
+struct ExactWords {
+  Words least, base;
+
+  explicit ExactWords(const WordScale& scale)
+      : least{{all_words(scale.least), all_words(scale.least)}},
+        base{{all_words(scale.base), all_words(scale.base)}} {}
+  QUAVER_INLINE Integers codes(const Words& x, const Words& magnitude) const {
+    return word_codes<T>(x, magnitude, base);
+  }
+};
+
+// Encodes what `coder` has codes for, and the rest by encode(out, x, n <= kValues). Returns the
+// bits of the amax of x, as bf16, where it is to see it. `ahead`: prefetches beyond the span.
+template <bool kSee, class T, class Coder, class Encode>
+inline uint16_t cast_words_by(T* __restrict out, const bf16* __restrict x, int64_t n,
+                              const Coder& coder, bool ahead, Encode encode) {
   Integers most = all(0);
   int64_t i = 0;
-  for (; by_words && i + kValues <= n; i += kValues) {
+  for (; i + kValues <= n; i += kValues) {
     if (ahead) prefetch(x + i, kValues * int64_t(sizeof(bf16)));
     const Words w = load_words(reinterpret_cast<const uint16_t*>(x + i));
     const Words magnitude = word_magnitudes(w);
     if (kSee)
       most = QUAVER_INT(max_epu16)(most, QUAVER_INT(max_epu16)(magnitude.of[0], magnitude.of[1]));
-    if (__builtin_expect(have_codes(magnitude, least), 1))
-      store_codes(out + i, word_codes<T>(w, magnitude, base));
+    if (__builtin_expect(have_codes(magnitude, coder.least), 1))
+      store_codes(out + i, coder.codes(w, magnitude));
     else
-      encode_values(out + i, scaled(load_values(x + i), factor));
+      encode(out + i, x + i, kValues);
   }
   alignas(64) uint16_t seen[kWords] = {};
   if (kSee) QUAVER_BITS(store)(reinterpret_cast<Integers*>(seen), most);
-  uint16_t bits = amax_code<uint16_t>(reinterpret_cast<const bf16*>(seen), kWords);
+  const uint16_t bits = amax_code<uint16_t>(reinterpret_cast<const bf16*>(seen), kWords);
   if (i == n) return bits;
-  if (kSee) bits = std::max(bits, amax_code<uint16_t>(x + i, n - i));
-  alignas(64) float rest[kValues];
-  for (; i < n; i += kValues) {
-    const int64_t m = std::min(kValues, n - i);
-    load(rest, x + i, m, 1.0f);
-    store(out + i, rest, m, factor);
-  }
-  return bits;
+  encode(out + i, x + i, n - i);
+  return kSee ? std::max(bits, amax_code<uint16_t>(x + i, n - i)) : bits;
 }
+
+// Multiplies by `factor`, a power of two, and encodes.
+template <bool kSee, class T>
+inline uint16_t cast_words(T* __restrict out, const bf16* __restrict x, int64_t n, float factor,
+                           bool ahead) {
+  auto encode = [&](T* to, const bf16* from, int64_t count) {
+    alignas(64) float values[kValues];
+    load(values, from, count, 1.0f);
+    store(to, values, count, factor);
+  };
+  WordScale scale = {0, 0};
+  if (word_scale<T>(&scale, factor))
+    return cast_words_by<kSee>(out, x, n, ExactWords<T>(scale), ahead, encode);
+  for (int64_t i = 0; i < n; i += kValues) encode(out + i, x + i, std::min(kValues, n - i));
+  return kSee ? amax_code<uint16_t>(x, n) : uint16_t(0);
+}
+
+#if defined(__AVX512F__)
+// The codes of any scale. How a quotient is rounded depends on the mantissa of x alone, of which
+// bf16 has 128, while its exponent only moves: so codes are looked up, and moved.
+template <class T>
+class WordTable {
+ public:
+  // Of x * factor, or of x / factor; null where there is none or too little was cast with it. A
+  // thread keeps that of its last scale.
+  static const WordTable* of(float factor, bool divide, int64_t n) {
+    static thread_local WordTable last;
+    if (last.factor_ != factor || last.divide_ != divide) last = WordTable(factor, divide);
+    last.cast_ += n;
+    if (last.cast_ < kWorthwhile) return nullptr;
+    if (!last.built_) last.build();
+    return last.usable_ ? &last : nullptr;
+  }
+
+  Words least;
+  QUAVER_INLINE Integers codes(const Words& x, const Words& magnitude) const {
+    return packed_codes(x, code(magnitude.of[0]), code(magnitude.of[1]));
+  }
+
+ private:
+  static constexpr int64_t kWorthwhile = 1 << 14;  // values
+
+  WordTable() = default;
+  WordTable(float factor, bool divide) : factor_(factor), divide_(divide) {}
+
+  float quotient(uint16_t magnitude) const {
+    const float x = decode(bf16{magnitude});
+    return divide_ ? x / factor_ : x * factor_;
+  }
+  void build();
+
+  QUAVER_INLINE Integers code(Integers magnitude) const {
+    const auto half = [&](int i) {
+      return _mm512_permutex2var_epi16(load_words(codes_ + 64 * i).of[0], magnitude,
+                                       load_words(codes_ + 64 * i).of[1]);
+    };
+    const __mmask32 upper = _mm512_test_epi16_mask(magnitude, all_words(0x40));
+    const Integers rounded = _mm512_mask_mov_epi16(half(0), upper, half(1));
+    const Integers exponent =
+        _mm512_slli_epi16(_mm512_srli_epi16(magnitude, 7), Format<T>::mantissa);
+    return _mm512_min_epu16(
+        _mm512_subs_epu16(_mm512_add_epi16(rounded, exponent), all_words(base_)),
+        all_words(Format<T>::max_code));
+  }
+
+  float factor_ = 0.0f;
+  bool divide_ = false, built_ = false, usable_ = false;
+  int64_t cast_ = 0;
+  uint16_t base_ = 0;
+  alignas(64) uint16_t codes_[128];  // of each mantissa, under the exponent that base_ is for
+};
+
+template <class T>
+void WordTable<T>::build() {
+  using F = Format<T>;
+  built_ = true;
+  // The smallest magnitude with a normal quotient, found by halving: quotients are in order.
+  const float smallest = bit_cast<float>(uint32_t(127 + 1 - F::bias) << 23);
+  uint16_t low = 0, high = 0x7f80;
+  while (high - low > 1) {
+    const uint16_t middle = static_cast<uint16_t>((low + high) / 2);
+    (quotient(middle) >= smallest ? high : low) = middle;
+  }
+  // One exponent above, where all quotients are normal, and of which no code is 0.
+  const int exponent = (high >> 7) + 1;
+  usable_ = factor_ > 0.0f && exponent > 16 && exponent < 250;
+  if (!usable_) return;
+  least = {{all_words(high), all_words(high)}};
+  base_ = static_cast<uint16_t>(exponent << F::mantissa);
+  for (int m = 0; m < 128; ++m)
+    codes_[m] = encode_nearest<T>(quotient(static_cast<uint16_t>(exponent << 7 | m))).bits;
+}
+#endif
 
 // Codes as words, two registers of them.
 template <class T>

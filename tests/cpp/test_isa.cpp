@@ -41,9 +41,8 @@ TEST(quantize_and_dequantize) {
   }
 }
 
-// Every bf16 under scales in, at and beyond the range in which codes are made of words, and every
-// code back.
-TEST(every_bf16_under_powers_of_two) {
+// Every bf16 under a scale, and every code back.
+void every_bf16_under(float scale) {
   const int64_t n = 1 << 16;
   std::vector<uint16_t> x(n), back(n);
   for (int64_t i = 0; i < n; ++i) x[i] = static_cast<uint16_t>(i * 40503);  // kinds are mixed
@@ -51,30 +50,41 @@ TEST(every_bf16_under_powers_of_two) {
   for (int64_t i = 0; i < n; ++i) ordered[i] = static_cast<uint16_t>(i);
   for (const DType type : {DType::e4m3, DType::e5m2}) {
     for (const auto* values : {&x, &ordered}) {
-      for (const int power : {-126, -125, -120, -60, -6, 0, 1, 6, 60, 110, 120, 126}) {
-        same_everywhere([&](Bytes* bytes) {
-          float scale = std::ldexp(1.0f, power), amax = 0.0f;
-          std::vector<uint8_t> q(n);
-          const TensorView codes = view(q.data(), type, 1, n);
-          const TensorView s = view(&scale, DType::f32, 1, 1), a = view(&amax, DType::f32, 1, 1);
-          ScaleSource given;
-          given.given = true;
-          cpu::quantize(codes, s, a, view(const_cast<uint16_t*>(values->data()), DType::bf16, 1, n),
-                        {}, given);
-          for (int64_t i = 0; i < n; ++i) {
-            const float v = decode(bf16{(*values)[i]}) / scale;
-            CHECK_EQ(q[i], type == DType::e4m3 ? encode_nearest<e4m3>(v).bits
-                                               : encode_nearest<e5m2>(v).bits);
-          }
-          float one = 1.0f;
-          cpu::dequantize(view(back.data(), DType::bf16, 1, n), codes, view(&one, DType::f32, 1, 1),
-                          {});
-          append(bytes, q);
-          append(bytes, back);
-        });
-      }
+      same_everywhere([&](Bytes* bytes) {
+        float amax = 0.0f;
+        std::vector<uint8_t> q(n);
+        const TensorView codes = view(q.data(), type, 1, n);
+        const TensorView s = view(&scale, DType::f32, 1, 1), a = view(&amax, DType::f32, 1, 1);
+        ScaleSource given;
+        given.given = true;
+        cpu::quantize(codes, s, a, view(const_cast<uint16_t*>(values->data()), DType::bf16, 1, n),
+                      {}, given);
+        for (int64_t i = 0; i < n; ++i) {
+          const float v = decode(bf16{(*values)[i]}) / scale;
+          CHECK_EQ(q[i], type == DType::e4m3 ? encode_nearest<e4m3>(v).bits
+                                             : encode_nearest<e5m2>(v).bits);
+        }
+        float one = 1.0f;
+        cpu::dequantize(view(back.data(), DType::bf16, 1, n), codes, view(&one, DType::f32, 1, 1),
+                        {});
+        append(bytes, q);
+        append(bytes, back);
+      });
     }
   }
+}
+
+// Scales in, at and beyond the range in which codes are made of words.
+TEST(every_bf16_under_powers_of_two) {
+  for (const int power : {-126, -125, -120, -60, -6, 0, 1, 6, 60, 110, 120, 126})
+    every_bf16_under(std::ldexp(1.0f, power));
+}
+
+// The same of the range in which codes are looked up.
+TEST(every_bf16_under_any_scale) {
+  for (const float scale :
+       {0.01f, 0.3f, 1.0000001f, 1.9999999f, 448.5f, 7e-36f, 3e-38f, 1e-30f, 1e30f, 2e36f, 3e38f})
+    every_bf16_under(scale);
 }
 
 TEST(non_finite_values) {
