@@ -36,6 +36,8 @@ ARCHS := $(or $(QUAVER_CUDA_ARCHS),80;89;90a;100;120)
 # Processes of pytest, each on one thread: most tests are too small for more.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+# The C++ tests have one thread each.
+export CTEST_PARALLEL_LEVEL ?= $(WORKERS)
 CALLS ?= 100000
 CASES ?= 10000
 SEED ?= 0

@@ -78,12 +78,14 @@ if(TARGET quaver_gemm AND NOT QUAVER_BINDING)
   set_target_properties(test_gemm_ptx PROPERTIES RUNTIME_OUTPUT_DIRECTORY tests
     LINKER_LANGUAGE CXX CUDA_RUNTIME_LIBRARY None)
   add_test(NAME test_gemm_ptx COMMAND test_gemm_ptx)
+  set_tests_properties(test_gemm_ptx PROPERTIES COST 100)  # the longest begins first
   add_dependencies(test_gemm_ptx gemm_ptx_files)
   add_dependencies(ptx_tests test_gemm_ptx)
 endif()
 
 add_test(NAME mutations_ptx COMMAND ${QUAVER_PTX_PYTHON}
   ${CMAKE_SOURCE_DIR}/tests/ptx/mutations.py ${CMAKE_BINARY_DIR})
+set_tests_properties(mutations_ptx PROPERTIES RUN_SERIAL ON)  # it runs several programs itself
 
 # What kernels do, counted: a program for each file.
 add_custom_target(count_ptx)
