@@ -73,9 +73,10 @@ QUAVER_DEVICE void scale_channels(const float* channel_scale, bool aligned, Colu
 
 // Computes what a thread has in one pass over a tile, and saves its inputs where that is asked for;
 // a fast path takes all values for numbers.
-template <class X, Activation kind, Shape shape>
-QUAVER_DEVICE void activate_values(const Problem<X>& p, const Fragment<run_length(sizeof(X))>& at,
-                                   bool save, Columns* columns, float (&v)[kVector]) {
+template <class X, Shape shape>
+QUAVER_DEVICE void activate_values(const Problem<X>& p, Activation kind,
+                                   const Fragment<run_length(sizeof(X))>& at, bool save,
+                                   Columns* columns, float (&v)[kVector]) {
   constexpr int kRun = run_length(sizeof(X)), kApart = kRunsApart<kRun>;
   constexpr bool kFast = shape != Shape::any;
   const bool gated = kFast ? shape == Shape::gated : p.up != nullptr;
@@ -84,8 +85,10 @@ QUAVER_DEVICE void activate_values(const Problem<X>& p, const Fragment<run_lengt
   Packed<sizeof(X)> up = {};
   if (gated) up = load_runs<kRun>(p.up + i, kApart, at.n, p.aligned);
   if (save && p.x_saved.held) save_vector<kRun, kFast>(p.x_saved, at.row, at.col, kApart, at.n, v);
+  with_kind_of_all(kind, [&](auto constant) {
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) v[k] = quaver::activate<kind>(v[k]);
+    for (int k = 0; k < kVector; ++k) v[k] = quaver::activate<decltype(constant)::value>(v[k]);
+  });
   if (gated) {
     float u[kVector];
     decode_vector<X>(up, u);
@@ -110,7 +113,7 @@ QUAVER_DEVICE uint32_t activate_pass(const Problem<X>& any, Corner corner, int p
     at = as_inside(at);
   }
   float v[kVector];
-  activate_values<X, kind, shape>(p, at, of.collect, columns, v);
+  activate_values<X, shape>(p, kind, at, of.collect, columns, v);
   const uint32_t seen = amax_bits(v);
   if (of.encode) put_values(p.y, tile, p.m, at, v, kFast ? 0 : seen, of.by);
   return seen;
@@ -172,8 +175,9 @@ __global__ void __launch_bounds__(kThreads, 2) activate_kernel(Problem<X> p, boo
 
 // The tile's values stay in registers: their scales follow from them, and then their codes.
 // Without the least of one block ptxas takes 128 registers on sm_120 and spills.
-template <class X, Activation kind>
-__global__ void __launch_bounds__(kThreads, 1) activate_blocks_kernel(Problem<X> p, Targets to) {
+template <class X>
+__global__ void __launch_bounds__(kThreads, 1)
+    activate_blocks_kernel(Problem<X> p, Activation kind, Targets to) {
   constexpr int kRun = run_length(sizeof(X));
   __shared__ Columns columns;
   __shared__ BlocksMemory memory;
@@ -186,8 +190,8 @@ __global__ void __launch_bounds__(kThreads, 1) activate_blocks_kernel(Problem<X>
   float y[kPasses][kVector];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass)
-    activate_values<X, kind, Shape::any>(p, fragment_in_pass<kRun>(p.m, corner, pass), true,
-                                         collect ? &columns : nullptr, y[pass]);
+    activate_values<X, Shape::any>(p, kind, fragment_in_pass<kRun>(p.m, corner, pass), true,
+                                   collect ? &columns : nullptr, y[pass]);
   cast_blocks<kRun, void>(to, Kept{y}, corner.row / kTile, corner.col / kTile, memory);
   const int64_t col = corner.col + threadIdx.x;  // the cast has synchronised
   if (collect && threadIdx.x < kTile && col < p.m.cols)
@@ -237,10 +241,7 @@ void activate_layouts(const LayoutsCast& y, const GroupedView& x_saved, const Gr
     before(op, p, x_saved, up_saved, x, up, stream);
     if (x.numel() == 0) return;
     const Targets to = make_targets(y, x.rows, x.cols);
-    with_kind(kind, [&](auto k) {
-      launch(op, activate_blocks_kernel<X, decltype(k)::value>, tile_count(to.padded), kThreads,
-             stream, p, to);
-    });
+    launch(op, activate_blocks_kernel<X>, tile_count(to.padded), kThreads, stream, p, kind, to);
   });
 }
 

@@ -45,9 +45,9 @@ constexpr int kRun = run_length(sizeof(X));
 
 // Computes dx and dup of up to kVector values, with zeros behind them. kWhole: there are as many,
 // and of one group; then dup is there too.
-template <class X, Activation kind, bool kWhole = false>
-QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment<kRun<X>>& at, float (&dx)[kVector],
-                             float (&dup)[kVector]) {
+template <class X, bool kWhole = false>
+QUAVER_DEVICE void gradients(const Problem<X>& p, Activation kind, const Fragment<kRun<X>>& at,
+                             float (&dx)[kVector], float (&dup)[kVector]) {
   constexpr int kApart = kRunsApart<kRun<X>>;
   float x[kVector];
   const int64_t i = at.row * p.m.cols + at.col;
@@ -60,18 +60,20 @@ QUAVER_DEVICE void gradients(const Problem<X>& p, const Fragment<kRun<X>>& at, f
 #pragma unroll
     for (int k = 0; k < kVector; ++k) dx[k] *= scale[k];
   }
-  if (!kWhole && p.up.codes == nullptr) {
+  if (kWhole || p.up.codes != nullptr) {
+    load_vector<kRun<X>, kWhole>(p.up, at.row, at.col, kApart, at.n, dup);
+  } else {  // one product instead of a path of its own: x * 1 has the bits of x
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) dx[k] *= activation_slope<kind>(x[k]);
-    return;
+    for (int k = 0; k < kVector; ++k) dup[k] = 1.0f;
   }
-  load_vector<kRun<X>, kWhole>(p.up, at.row, at.col, kApart, at.n, dup);
+  with_kind_of_all(kind, [&](auto constant) {
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) {
-    const Gradients d = activation_gradients<kind>(dx[k], x[k], dup[k]);
-    dx[k] = d.x;
-    dup[k] = d.up;
-  }
+    for (int k = 0; k < kVector; ++k) {
+      const Gradients d = activation_gradients<decltype(constant)::value>(dx[k], x[k], dup[k]);
+      dx[k] = d.x;
+      dup[k] = d.up;
+    }
+  });
 }
 
 // The bits of the largest magnitudes of what a thread has of both gradients.
@@ -92,7 +94,7 @@ QUAVER_DEVICE Seen backward_pass(const Problem<X>& any, Corner corner, int pass,
     at = as_inside(at);
   }
   float dx[kVector], dup[kVector];
-  gradients<X, kind, kFast>(p, at, dx, dup);
+  gradients<X, kFast>(p, kind, at, dx, dup);
   Seen seen = {amax_bits(dx), 0};
   if (of.encode) put_values(p.dx, tile, p.m, at, dx, kFast ? 0 : seen.dx, of.by);
   if (!kFast && p.up.codes == nullptr) return seen;
@@ -145,15 +147,15 @@ __global__ void __launch_bounds__(kThreads, 2) activate_backward_kernel(Problem<
 
 // Both gradients stay in registers: their scales follow from them, and then their codes. Without
 // the least of one block ptxas takes 128 registers on sm_120 and spills.
-template <class X, Activation kind>
+template <class X>
 __global__ void __launch_bounds__(kThreads, 1)
-    activate_backward_blocks_kernel(Problem<X> p, Targets to_x, Targets to_up) {
+    activate_backward_blocks_kernel(Problem<X> p, Activation kind, Targets to_x, Targets to_up) {
   __shared__ BlocksMemory memory;
   const Corner corner = corner_of_block(p.m);
   float dx[kPasses][kVector], dup[kPasses][kVector];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass)
-    gradients<X, kind>(p, fragment_in_pass<kRun<X>>(p.m, corner, pass), dx[pass], dup[pass]);
+    gradients(p, kind, fragment_in_pass<kRun<X>>(p.m, corner, pass), dx[pass], dup[pass]);
   const int64_t down = corner.row / kTile, along = corner.col / kTile;
   cast_blocks<kRun<X>, void>(to_x, Kept{dx}, down, along, memory);
   if (p.up.codes == nullptr) return;
@@ -197,10 +199,8 @@ void activate_backward_layouts(const LayoutsCast& dx, const LayoutsCast& dup, co
     const Problem<X> p = make_problem<X>(dy, x, up, channel_scale);
     const Targets to_x = make_targets(dx, dy.rows, dy.cols);
     const Targets to_up = make_targets(dup, dy.rows, dy.cols);
-    with_kind(kind, [&](auto k) {
-      launch(op, activate_backward_blocks_kernel<X, decltype(k)::value>, tile_count(to_x.padded),
-             kThreads, stream, p, to_x, to_up);
-    });
+    launch(op, activate_backward_blocks_kernel<X>, tile_count(to_x.padded), kThreads, stream, p,
+           kind, to_x, to_up);
   });
 }
 

@@ -295,6 +295,18 @@ void with_kind(Activation kind, Body body) {
   body(std::integral_constant<Activation, Activation::gelu_tanh>{});
 }
 
+// That, for a thread's values, in a kernel that serves every kind: kernels whose values stay in
+// registers are long, and take minutes to compile.
+template <class Body>
+QUAVER_DEVICE void with_kind_of_all(Activation kind, Body body) {
+  if (kind == Activation::silu)
+    body(std::integral_constant<Activation, Activation::silu>{});
+  else if (kind == Activation::gelu)
+    body(std::integral_constant<Activation, Activation::gelu>{});
+  else
+    body(std::integral_constant<Activation, Activation::gelu_tanh>{});
+}
+
 // Saves the groups that no other kernel has in registers.
 void save_groups(const char* op, const GroupedView& to, const TensorView& x, void* stream);
 
