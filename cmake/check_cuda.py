@@ -7,11 +7,14 @@ only, which no flag makes an error, but the machine code shows them. Products by
 FP8 on sm_89 and sm_120, and of codes unpacked to f16 on sm_90 and sm_100.
 """
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 GEMM_ARCH = "90a"
@@ -37,18 +40,22 @@ def resources(library):
     return found
 
 
-def instructions(library):
+def instructions(library, arch):
     """{(arch, function): {opcode: count}}: local loads and stores, matrix products, and those of
     them that end a batch, which is waited for."""
-    counts, arch, name = defaultdict(lambda: defaultdict(int)), None, None
-    for line in run("cuobjdump", "--dump-sass", library).splitlines():
-        if match := re.search(r"arch = sm_(\w+)", line):
-            arch = match[1]
-        elif match := re.search(r"Function : (\S+)", line):
-            name = match[1]
-        elif match := re.search(r"\b(LDL|STL|QGMMA|HGMMA|QMMA|HMMA)\b", line):
-            counts[arch, name][match[1]] += 1
-            counts[arch, name]["BATCH"] += match[1] == "QGMMA" and "gsb0" in line
+    counts, name = defaultdict(lambda: defaultdict(int)), None
+    command = ["cuobjdump", "--gpu-architecture", f"sm_{arch}", "--dump-sass", library]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as shown:
+        for line in shown.stdout:
+            if "Function : " in line:
+                name = line.split(" : ")[1].strip()
+            elif ("MMA" in line or "LDL" in line or "STL" in line) and (  # few of millions of lines
+                match := re.search(r"\b(LDL|STL|QGMMA|HGMMA|QMMA|HMMA)\b", line)
+            ):
+                counts[arch, name][match[1]] += 1
+                counts[arch, name]["BATCH"] += match[1] == "QGMMA" and "gsb0" in line
+    if shown.returncode:
+        raise subprocess.CalledProcessError(shown.returncode, command)
     return counts
 
 
@@ -74,7 +81,10 @@ def is_mma(kernel):
 
 
 def main(library, *archs):
-    usage, ops = resources(library), instructions(library)
+    usage, ops = resources(library), defaultdict(lambda: defaultdict(int))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for counts in pool.map(partial(instructions, library), {arch for arch, _ in usage}):
+            ops.update(counts)
     names = {name for _, name in usage}
     short = readable(names)
     wanted = {
