@@ -101,7 +101,7 @@ def accumulate(target, other):
 def cases(device):
     b = Bench(device)
     n, model, mlp = b.shard, b.rows * b.width, b.rows * b.inner
-    rows, size = [], f"{n >> 20} Mi"
+    rows, size, heads = [], f"{n >> 20} Mi", 3 * b.width // 128
     for ranks in (2, 8):
         rows.append(b.case(f"reduce_shards, {ranks} shards of {size} e4m3", n, ranks + 1,
                            partial(shards, b, ranks), partial(reduce, b, ranks),
@@ -119,6 +119,10 @@ def cases(device):
                6 + 2 * SAVED, lambda: activate_backward_set(b),
                lambda dy, x, up, *states: qv.ops.activate_backward(
                    dy, x, up, x_history=states[0], up_history=states[1])),
+        b.case(f"rotate {b.rows} x {heads} heads of 128, bf16", b.rows * heads * 128, 4 + 8 / heads,
+               lambda: (b.randn(1, b.rows, heads, 128),
+                        *(b.randn(b.rows, 128, dtype=torch.float32) for _ in range(2))),
+               lambda x, cos, sin: qv.ops.rotate([x], cos, sin, 2 * heads // 3)),
         b.case(f"grad_norm {size} e4m3", n, 1, lambda: gradient(b),
                lambda g: qv.ops.grad_norm([g])),
         # Once for the amax of the sum, and once to write it.

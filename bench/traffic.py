@@ -143,6 +143,10 @@ class Ours:
         yield "", case, a["dy"], mode_of(None, a.get("x_history"))
 
     @staticmethod
+    def rotate(a, out):
+        yield "", f"rotate {NAMES[out.dtype]}", out, None
+
+    @staticmethod
     def dequantize(a, out):
         yield "", f"dequantize e4m3 to {NAMES[a['dtype']]}", a["q"], None
 

@@ -510,6 +510,21 @@ def nf4_decode():
     yield "misaligned", (misaligned(codes), absmax, 96 * 160, torch.bfloat16, 64)
 
 
+@cases("rotate")
+def rotate():
+    for dim, dtype in itertools.product((2, 30, 64, 128, 200), (torch.float32, torch.bfloat16)):
+        cos, sin = (values((9, dim), torch.float32, seed) for seed in (1, 2))
+        parts = [values((2, 9, heads, dim), dtype) for heads in (4, 2, 1)]
+        strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in parts]
+        for inverse in (False, True):
+            yield f"{dim} {dtype}, {inverse=}", (parts, cos, sin, 6, inverse)
+            yield f"{dim} {dtype}, {inverse=}, strided", (strided, cos, sin, 3, inverse)
+    one = misaligned(values((2, 9, 3, 64), torch.bfloat16))
+    angles = values((9, 64), torch.float32)
+    yield "misaligned", ([one], angles, angles, 2)
+    yield "no rows", ([one[:, :0]], angles[:0], angles[:0], 2)
+
+
 ACTIVATION_SHAPES = ((0, 5), (5, 0), (1, 1), (3, 33), (17, 511), (70, 513), (129, 64), (40, 4100))
 
 

@@ -152,6 +152,9 @@ def results():
         *ops.quantize(x, E4M3, torch.tensor(0.5)),
         *ops.cast_transpose(x, E4M3, torch.tensor(0.5)),
     )
+    heads = [x.view(1, 48, 2, 16), up.view(1, 48, 2, 16).transpose(1, 2).reshape(1, 48, 2, 16)]
+    angles = [randn(48, 16, dtype=F32) for _ in range(2)]
+    found["rotate"] = ops.rotate(heads, *angles, 3), ops.rotate(heads, *angles, 2, True)
     return found | grouped_products(randn) | grouped_casts(randn)
 
 

@@ -10,6 +10,7 @@
 #include "simd_microadam.h"
 #include "simd_nf4.h"
 #include "simd_product.h"
+#include "simd_rotate.h"
 
 namespace quaver::cpu {
 
@@ -20,6 +21,7 @@ extern const MicroAdamSimd micro_adam_table;
 extern const Nf4Simd nf4_table;
 extern const Adam4Simd adam4_table;
 extern const CastSimd cast_table;
+extern const RotateSimd rotate_table;
 }  // namespace portable
 #if defined(QUAVER_HAVE_X86_ISA)
 namespace avx2 {
@@ -30,6 +32,7 @@ extern const MicroAdamSimd micro_adam_table;
 extern const Nf4Simd nf4_table;
 extern const Adam4Simd adam4_table;
 extern const CastSimd cast_table;
+extern const RotateSimd rotate_table;
 }  // namespace avx2
 namespace avx512_bf16 {
 extern const ProductSimd product_table;
@@ -42,6 +45,7 @@ extern const MicroAdamSimd micro_adam_table;
 extern const Nf4Simd nf4_table;
 extern const Adam4Simd adam4_table;
 extern const CastSimd cast_table;
+extern const RotateSimd rotate_table;
 }  // namespace avx512
 #endif
 
@@ -56,6 +60,7 @@ struct Tables {
   const Nf4Simd* nf4;
   const Adam4Simd* adam4;
   const CastSimd* cast;
+  const RotateSimd* rotate;
   const ProductSimd* product;
 };
 
@@ -67,6 +72,7 @@ struct Tables {
    &isa::nf4_table,                 \
    &isa::adam4_table,               \
    &isa::cast_table,                \
+   &isa::rotate_table,              \
    product}
 
 #if defined(QUAVER_HAVE_X86_ISA)
@@ -124,6 +130,7 @@ const Nf4Simd& nf4_simd() { return *current_tables().nf4; }
 const Adam4Simd& adam4_simd() { return *current_tables().adam4; }
 const CastSimd& cast_simd() { return *current_tables().cast; }
 const ProductSimd* product_simd() { return current_tables().product; }
+const RotateSimd& rotate_simd() { return *current_tables().rotate; }
 
 const char* const* available_isas(int* count) {
   *count = isas().count;

@@ -25,22 +25,6 @@ QUAVER_DEVICE AnyPacked load_any_fours(const void* p, DType type, int64_t i, int
   return v;
 }
 
-// One store to global memory. nvcc makes words of a vector's store where it steps the pointer of a
-// loop by a sum, and nothing else reads these buffers, so that it need not see the store.
-template <int kWords>
-QUAVER_DEVICE void store_at_once(void* to, const uint32_t* word) {
-#if defined(__CUDA_ARCH__)
-  [[maybe_unused]] const size_t at = __cvta_generic_to_global(to);
-  if constexpr (kWords == 4)
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]),
-                 "r"(word[2]), "r"(word[3]));
-  else if constexpr (kWords == 2)
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(word[0]), "r"(word[1]));
-  else
-#endif
-    store_words<kWords>(to, word);
-}
-
 // store_runs into an aligned bucket: a tensor's part is a multiple of 16 elements, so that each run
 // is whole. The first is there.
 template <int kRun, class T>

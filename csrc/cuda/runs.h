@@ -58,6 +58,25 @@ QUAVER_DEVICE void store_words(void* to, const uint32_t* word) {
     *static_cast<uint4*>(to) = uint4{word[0], word[1], word[2], word[3]};
 }
 
+// One store to global memory. nvcc makes words of a vector's store where it steps the pointer of a
+// loop by a sum. For buffers that the kernel does not read, so that it need not see the store.
+template <int kWords>
+QUAVER_DEVICE void store_at_once(void* to, const uint32_t* word) {
+#if defined(__CUDA_ARCH__)
+  [[maybe_unused]] const size_t at = __cvta_generic_to_global(to);
+  if constexpr (kWords > 4) {
+    store_at_once<4>(to, word);
+    store_at_once<kWords - 4>(static_cast<uint4*>(to) + 1, word + 4);
+  } else if constexpr (kWords == 4)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]),
+                 "r"(word[2]), "r"(word[3]));
+  else if constexpr (kWords == 2)
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(word[0]), "r"(word[1]));
+  else
+#endif
+    store_words<kWords>(to, word);
+}
+
 // An unsigned integer of an element's size.
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 4, uint32_t,

@@ -53,6 +53,7 @@ constexpr const char* kLayerSchemas[] = {
     "bool spread_nan=False) "
     "-> (Tensor dxq, Tensor dxqt, Tensor dxscale, Tensor dxamax, Tensor duq, Tensor duqt, "
     "Tensor duscale, Tensor duamax)",
+    "rotate(Tensor[] parts, Tensor cos, Tensor sin, int turned, bool inverse=False) -> Tensor",
     "gemm(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, "
     "ScalarType out_dtype, bool fast_accumulate=True) -> Tensor",
     "gemm_(Tensor(a!) out, Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, "

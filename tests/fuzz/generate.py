@@ -424,6 +424,16 @@ class Generator:
         groups = -(-math.prod(shape) // 128)
         return self.tensor(self.bits(shape, self.pick(FP8))), self.scales(groups), self.chance(0.5)
 
+    def rotate(self):
+        batch, length, dim = self.pick((1, 2)), self.pick((0, 1, 7)), self.pick((0, 2, 14, 16, 64))
+        heads = [self.pick((0, 1, 2, 5)) for _ in range(self.pick((1, 2, 3)))]
+        dtype = self.pick((torch.float32, torch.bfloat16))
+        return (
+            [self.tensor(self.numbers((batch, length, n, dim), dtype)) for n in heads],
+            *(self.tensor(self.numbers((length, dim))) for _ in range(2)),
+            self.pick(range(sum(heads) + 1)), self.chance(0.5),
+        )  # fmt: skip
+
     def nf4_encode(self):
         x = self.numbers(
             self.pick([self.matrix(), (self.pick((63, 4096, 4099)),)]), self.pick(FLOATS)

@@ -166,6 +166,10 @@ def decode_state(q, scale, expand):
     return (reference.decode_state(q, scale, expand),)
 
 
+def rotate(parts, cos, sin, turned, inverse):
+    return (reference.rotate(parts, cos, sin, turned, inverse),)
+
+
 def nf4_encode(x, block):
     return reference.nf4_encode(x, block)
 
@@ -189,5 +193,6 @@ EXACT = {
     f.__name__: f
     for f in (quantize, dequantize, cast_transpose, cast_layouts, normalize, normalize_layouts,
               normalize_backward, activate, activate_layouts, accumulate_, share_scales, pack,
-              reduce_shards, encode_state, decode_state, nf4_encode, nf4_decode, subset_sums)
+              reduce_shards, encode_state, decode_state, nf4_encode, nf4_decode, rotate,
+              subset_sums)
 }  # fmt: skip

@@ -294,6 +294,13 @@ MUTATIONS = [
         TEST_ADAM,
     ),
     Mutation(
+        "a rotation that never turns back",
+        "rotate:rotate_kernelINS_4bf16E",
+        r"selp\.f32 (\s*%f\d+), 0f3F800000, 0fBF800000",
+        r"selp.f32 \1, 0f3F800000, 0f3F800000",
+        "test_cuda_rotate",
+    ),
+    Mutation(
         "an update that is no atomic",
         "nf4:encode",
         r"atom\.shared\.max\.u32 \s*(%r\d+), (\[[^]]*\]), ([^;]*);",

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops import rotate
+
 __all__ = ["Attention", "Decoder", "rotary"]
 
 
@@ -17,37 +19,38 @@ def rotary(head_dim, context, theta):
     return torch.cat((angle.cos(),) * 2, dim=-1), torch.cat((-angle.sin(), angle.sin()), dim=-1)
 
 
-def turn(x, cos, sin, sign):
-    """x [batch, length, heads, head_dim] turned by `sign` times its position. The product is taken
-    in f32: bf16 cosines lose the far positions."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    # `out` is rounded to by the sum itself.
-    return torch.add(x * cos[:, None], swapped * sin[:, None], alpha=sign, out=x.new_empty(x.shape))
+def turn(parts, cos, sin, turned, inverse=False):
+    """The heads of `parts`, each [batch, length, heads, head_dim], side by side: the first `turned`
+    by their positions, or back (ops.rotate). The products are taken in f32: bf16 cosines lose the
+    far positions."""
+    if parts[0].dtype in (torch.float32, torch.bfloat16):
+        return rotate(parts, cos, sin, turned, inverse)
+    x = torch.cat(parts, dim=2)
+    first, half = x[:, :, :turned], x.shape[-1] // 2
+    swapped = torch.cat((first[..., half:], first[..., :half]), dim=-1)
+    first = first * cos[:, None] + swapped * (-sin if inverse else sin)[:, None]
+    return torch.cat((first.to(x.dtype), x[:, :, turned:]), dim=2)
 
 
 class _Turned(torch.autograd.Function):
     """q and k of a projection, turned by their position, and v: [batch, heads, length, head_dim]
-    each. One Function: autograd's own steps through slices, products and sums are 38 launches of
-    small kernels, and these 11."""
+    each, in memory of their own, since attention saves them and views would keep qkv alive. One
+    kernel each way; autograd's own steps through slices, products and sums are 38."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, split, head_dim):
         batch, length, _ = qkv.shape
         ctx.save_for_backward(cos, sin)
-        ctx.shape = qkv.shape
-        heads = qkv.view(batch, length, -1, head_dim)
-        q, k, v = heads.split([width // head_dim for width in split], dim=2)
-        qk = turn(heads[:, :, : q.shape[2] + k.shape[2]], cos, sin, 1)
-        q, k = qk.split((q.shape[2], k.shape[2]), dim=2)
-        # Attention saves v, and a view would keep all of qkv alive.
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2).contiguous()
+        heads = [width // head_dim for width in split]
+        ctx.shape, ctx.turned = qkv.shape, heads[0] + heads[1]
+        parts = turn([qkv.view(batch, length, -1, head_dim)], cos, sin, ctx.turned)
+        return tuple(part.transpose(1, 2) for part in parts.split(heads, dim=2))
 
     @staticmethod
     def backward(ctx, *grads):
-        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
-        turned = turn(torch.cat((dq, dk), dim=2), *ctx.saved_tensors, -1)
-        return torch.cat((turned, dv), dim=2).view(ctx.shape), None, None, None, None
+        parts = [grad.transpose(1, 2) for grad in grads]
+        joint = turn(parts, *ctx.saved_tensors, ctx.turned, inverse=True)
+        return joint.view(ctx.shape), None, None, None, None
 
 
 class Attention(nn.Module):

@@ -23,6 +23,7 @@ from .microadam import micro_adam_
 from .nf4 import nf4_decode, nf4_encode
 from .optimizer import adam_, encode_state, subset_sums
 from .quantize import cast_layouts, cast_transpose, dequantize, quantize
+from .rotate import rotate
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,6 +57,7 @@ __all__ = [
     "parts",
     "quantize",
     "reduce_shards",
+    "rotate",
     "share_scales",
     "sm_margin",
     "subset_sums",

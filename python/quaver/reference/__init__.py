@@ -60,6 +60,7 @@ from .quantize import (
     quantize,
     save_groups,
 )
+from .rotate import rotate
 from .states import (
     GROUP,
     LIFT,
