@@ -93,13 +93,14 @@ fuzz-files: $(BUILT)
 kills: $(BUILT)
 	$(PY) bench/bench_resume.py --all --kills 3
 
-# The wheel of this build, and no other, under the oldest torch it promises to serve.
+# The wheel of this build, and no other, under the oldest torch it promises to serve: every value of every parameter
+# of a test, not all combinations, which `make test` has run on the same library (tests/each_choice.py).
 test-abi: wheel $(ABI_VENV)/.installed
 	$(ABI_VENV)/bin/python -m pip install --no-deps --force-reinstall dist/quaver-*.whl
 	ours=$$($(PY) -c "$(SHA256)"); echo "$$ours"; \
 	theirs=$$(PYTHONPATH= $(ABI_VENV)/bin/python -c "$(SHA256)"); echo "$$theirs"; \
 	test "$$(cut -d' ' -f3 <<< "$$ours")" = "$$(cut -d' ' -f3 <<< "$$theirs")" || { echo "test-abi: the two libraries differ"; exit 1; }
-	OMP_NUM_THREADS=1 PYTHONPATH= $(ABI_VENV)/bin/python $(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 PYTHONPATH= $(ABI_VENV)/bin/python $(PYTEST) -m "not slow" --each-choice
 
 bench: $(BUILT)
 	cmake --build build/release --target microbench

@@ -1,6 +1,7 @@
 import os
 import sys
 
+import each_choice
 import pytest
 from runs import settings  # noqa: F401 (a fixture)
 
@@ -9,13 +10,23 @@ from quaver.machine import why_not_cuda
 CLIENT_SETTINGS = ("ACCELERATE_", "FSDP_")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--each-choice",
+        action="store_true",
+        help="of parametrized tests as many cases as have every value (tests/each_choice.py)",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     reason = why_not_cuda()
-    if reason is None:
-        return
-    for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason=f"no CUDA here: {reason}"))
+    if reason is not None:
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason=f"no CUDA here: {reason}"))
+    if config.getoption("--each-choice"):
+        items[:], left = each_choice.select(items)
+        config.hook.pytest_deselected(items=left)
 
 
 def client_settings():
