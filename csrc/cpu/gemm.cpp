@@ -1,6 +1,6 @@
-// A product of FP8 operands, which are decoded as they are packed: each cell of the result's packs
-// its rows of b, once for all cells in the same columns, decodes its rows of a, and multiplies them
-// tile by tile. Nothing decoded goes to memory, unlike the operands of a product in bf16.
+// A product of FP8 operands, which are decoded as they are packed. The result is cut into cells: a
+// thread packs the rows of b for cells in the same columns once, decodes the rows of a for each
+// cell, and multiplies them tile by tile. Nothing decoded leaves its caches.
 #include "quaver/gemm.h"
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 namespace quaver::cpu {
 namespace {
 
-constexpr int64_t kPacked = 4 << 20;     // bytes of b that a cell packs, if tiles are that narrow
-constexpr int64_t kDecoded = 192 << 10;  // and of a, to stay in the second-level cache
+constexpr int64_t kPacked = 4 << 20;     // bytes of packed b, unless one tile has more
+constexpr int64_t kDecoded = 192 << 10;  // and of a, which stay in the second-level cache
 constexpr int64_t kMostRows = 96;        // of a cell
 constexpr int64_t kCells = 32;           // share out well among threads
 constexpr int64_t kProducts = 1 << 21;   // for which a thread pays

@@ -21,8 +21,8 @@ constexpr int kVectors = 4;  // of columns: 24 registers of 32 hold sums
 constexpr int kVectors = 2;  // 12 registers of 16
 #endif
 constexpr int64_t kCols = kVectors * kRegister;
-constexpr int64_t kAhead = 32;      // words of K that are fetched ahead of their use
-constexpr int64_t kPackAhead = 32;  // and codes of a row
+constexpr int64_t kAhead = 32;       // words of K that are fetched ahead of their use
+constexpr int64_t kPackAhead = 256;  // and codes of a row
 
 #if defined(__AVX512BF16__)
 constexpr int64_t kDepth = 2;  // values in a word
