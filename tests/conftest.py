@@ -3,11 +3,14 @@ import sys
 
 import each_choice
 import pytest
+from pictures import leave_out, pictures  # noqa: F401 (a fixture)
 from runs import settings  # noqa: F401 (a fixture)
 
 from quaver.machine import why_not_cuda
 
 CLIENT_SETTINGS = ("ACCELERATE_", "FSDP_")
+
+leave_out()
 
 
 def pytest_addoption(parser):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+from pictures import leave_out
 from runs import MODEL
 
 from quaver import cli
@@ -68,6 +69,7 @@ def command(rank, arguments, die=None, how=signal.SIGKILL):
 
     if die is not None:
         Job.step = dies
+    leave_out()
     read, write = os.pipe()
     os.dup2(write, 2)
     began = time.monotonic()

@@ -67,7 +67,7 @@ def test_the_names_are_those_of_the_recipes_and_the_two_others():
     assert optimizers.rate("adamw") == optimizers.rate("microadam") == optimizers.rate("grass") == 1
 
 
-def test_all_train_on_the_same_batches(paths, capsys):
+def test_all_train_on_the_same_batches(paths, pictures, capsys):
     status, shown, err = run(flags(paths, optimizer="all"), capsys)
     assert (status, err) == (0, "")
     found = summary(paths / "out")

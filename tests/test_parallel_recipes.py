@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import rank_pool
 import torch.distributed as dist
+from pictures import leave_out
 from runs import MODEL, losses
 
 from quaver import recipe, train
@@ -43,6 +44,7 @@ def _run(settings, whole=None):
 
     train._world = lambda settings, device: nullcontext(World("cpu", settings.parallel.tensor))
     Job.step = copies if whole else step
+    leave_out()
     try:
         return train.run(settings)
     finally:

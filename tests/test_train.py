@@ -64,7 +64,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth(settings):
     assert learning_rate(1, settings(steps=1, warmup=0, lr=2.0)) == pytest.approx(0.2)
 
 
-def test_what_a_run_writes(settings, capsys):
+def test_what_a_run_writes(settings, pictures, capsys):
     s = settings(recipe=("f32", "bf16"), steps=40)
     summary = train.run(s)
     assert json.loads(Path(s.out, "summary.json").read_text()) == summary

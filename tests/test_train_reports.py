@@ -22,7 +22,7 @@ from quaver.rundir import RunDir
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8lm-o2", "coat"])
-def test_held_out_losses_on_the_way_change_nothing(settings, tmp_path, name, capsys):
+def test_held_out_losses_on_the_way_change_nothing(settings, pictures, tmp_path, name, capsys):
     train.run(settings(recipe=(name,), eval_every=0, out=str(tmp_path / "without")))
     train.run(settings(recipe=(name,), eval_every=3))
     assert losses(settings().out, name) == losses(tmp_path / "without", name)
@@ -111,7 +111,7 @@ def test_weights_and_biases(settings, monkeypatch):
     assert not os.path.exists("no")
 
 
-def test_nan_is_counted_and_shown(settings, monkeypatch, capsys):
+def test_nan_is_counted_and_shown(settings, pictures, monkeypatch, capsys):
     loss = Job._loss
 
     def bad_at_three(self, inputs, targets):

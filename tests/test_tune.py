@@ -56,7 +56,7 @@ def loss_of(model, text, coder):
         return model(input_ids=ids, labels=labels).loss.item()
 
 
-def test_every_method_learns_and_its_result_loads(paths, base, capsys):
+def test_every_method_learns_and_its_result_loads(paths, base, pictures, capsys):
     """With a learning rate that suits each, 60 steps learn eight words by heart."""
     command = flags(paths, method="qst,lora,full", steps=60, recipe="f32", held_out=0.2)
     status, shown, err = run(command, capsys)
