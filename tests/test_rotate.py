@@ -49,6 +49,12 @@ def test_half_precision_keeps_infinities():
     assert_same(turn(parts, cos, sin, 3), reference.rotate(parts, cos, sin, 3))
 
 
+def test_positions_that_were_cast_are_taken():
+    """FSDP2 with mixed precision casts them, as inputs of a block."""
+    parts, (cos, sin) = parts_of((3,), 8), (t.bfloat16() for t in rotary(8, 5, 10000.0))
+    assert_same(turn(parts, cos, sin, 2), reference.rotate(parts, cos.float(), sin.float(), 2))
+
+
 @pytest.mark.parametrize(
     "change, error",
     [

@@ -22,7 +22,8 @@ def rotary(head_dim, context, theta):
 def turn(parts, cos, sin, turned, inverse=False):
     """The heads of `parts`, each [batch, length, heads, head_dim], side by side: the first `turned`
     by their positions, or back (ops.rotate). The products are taken in f32: bf16 cosines lose the
-    far positions."""
+    far positions. FSDP2 casts a block's inputs, cos and sin too."""
+    cos, sin = cos.float(), sin.float()
     if parts[0].dtype in (torch.float32, torch.bfloat16):
         return rotate(parts, cos, sin, turned, inverse)
     x = torch.cat(parts, dim=2)
