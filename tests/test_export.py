@@ -51,7 +51,7 @@ def test_transformers_loads_what_the_model_multiplies_by(recipe, form, tmp_path)
         meant = decoded(tensors, name)
         assert_same(value, meant.bfloat16().float() if own else meant)
         assert_same(value, value.bfloat16().float())
-    # Of the format: to nearest, in e4m3 within 2^-4 of a value or 2^-10 of a scale, in bf16 2^-9.
+    # Of the format: to nearest, in e4m3 within 2^-4 of a value or 2^-10 of a scale, in bf16 2^-8.
     for name, value in weights(model).items():
         if name.removesuffix(".weight") not in report.fp8:
             assert ((loaded[name] - value).abs() <= 2.0**-8 * value.abs()).all()
@@ -61,7 +61,7 @@ def test_transformers_loads_what_the_model_multiplies_by(recipe, form, tmp_path)
         scale = tensors.get(f"{name}_scale_inv", tensors.get(f"{name}_scale"))
         assert scale.dtype == torch.float32 and (own or (torch.frexp(scale)[0] == 0.5).all())
         step = by_blocks(scale, value.shape) if scale.dim() == 2 else scale
-        error = torch.maximum(value.abs() / 16, step / 1024) + loaded[name].abs() / 512 * own
+        error = torch.maximum(value.abs() / 16, step / 1024) + loaded[name].abs() / 256 * own
         assert ((loaded[name] - value).abs() <= error).all()
     # The logits are those of the plain model with these weights; the loss is the model's own within
     # the rounding of activations, which FP8 products have and the loaded model has not.
