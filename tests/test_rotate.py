@@ -63,7 +63,7 @@ def test_positions_that_were_cast_are_taken():
         ({"parts": [torch.zeros(2, 5, 3, 7)]}, "rotate: a head must have an even number"),
         ({"parts": [torch.zeros(2, 5, 3)]}, "rotate: parts must be .* got 3 axes"),
         ({"parts": [torch.zeros(2, 5, 3, 8, dtype=torch.float16)]}, "must be f32 or bf16, got f16"),
-        ({"cos": torch.zeros(4, 8)}, r"rotate: cos must be float32 \[5, 8\], got 32 of Float"),
+        ({"cos": torch.zeros(4, 8)}, r"rotate: cos must be float32 \[5, 8\], got Float \["),
         ({"sin": torch.zeros(5, 8, dtype=BF16)}, "rotate: sin must be float32"),
     ],
 )
@@ -79,5 +79,5 @@ def test_wrong_arguments_are_named(change, error):
 def test_parts_must_be_alike():
     cos, sin = rotary(8, 5, 10000.0)
     for other in (torch.zeros(2, 5, 1, 8), torch.zeros(2, 4, 1, 8, dtype=BF16)):
-        with pytest.raises((RuntimeError, ValueError), match="rotate: parts must be alike"):
+        with pytest.raises((RuntimeError, ValueError), match=r"alike .*, got .* beside "):
             qv.ops.rotate([*parts_of((3,), 8), other], cos, sin, 2)

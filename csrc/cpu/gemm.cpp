@@ -18,7 +18,6 @@ constexpr int64_t kDecoded = 192 << 10;  // and of a, which stay in the second-l
 constexpr int64_t kMostRows = 96;        // of a cell
 constexpr int64_t kCells = 32;           // share out well among threads
 constexpr int64_t kProducts = 1 << 21;   // for which a thread pays
-constexpr int64_t kMostSums = 6 * 64;    // of a tile
 
 int64_t cut(int64_t n, int64_t part) { return (n + part - 1) / part; }
 
@@ -207,6 +206,12 @@ bool has_gemm() { return product_simd() != nullptr; }
 
 void gemm(const GemmArguments& g, const Layout& layout_a, const Layout& layout_b) {
   check_gemm(g);
+  QUAVER_CHECK(has_gemm(), "gemm: ", isa(), " has no products of its own; multiply decoded codes");
+  QUAVER_CHECK(g.out.dtype == DType::f32 || g.out.dtype == DType::bf16,
+               "gemm: the CPU writes f32 or bf16, got ", name_of(g.out.dtype));
+  for (const Layout& layout : {layout_a, layout_b})
+    QUAVER_CHECK(layout.grain != Grain::block || layout.block == kScaleTile,
+                 "gemm: blocks must be 1 x ", kScaleTile, ", got 1 x ", layout.block);
   if (g.out.numel() > 0) Product(g, layout_a, layout_b).run();
 }
 

@@ -21,6 +21,7 @@ constexpr int kVectors = 4;  // of columns: 24 registers of 32 hold sums
 constexpr int kVectors = 2;  // 12 registers of 16
 #endif
 constexpr int64_t kCols = kVectors * kRegister;
+static_assert(kRows * kCols <= kMostSums, "a tile fits into what gemm.cpp has for it");
 constexpr int64_t kAhead = 32;       // words of K that are fetched ahead of their use
 constexpr int64_t kPackAhead = 256;  // and codes of a row
 

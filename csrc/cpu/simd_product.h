@@ -7,6 +7,8 @@
 
 namespace quaver::cpu {
 
+constexpr int64_t kMostSums = 6 * 64;  // of a tile, on any machine
+
 // Rows of an operand's codes, `stride` codes apart, of which the first k are read.
 struct CodeRows {
   const uint8_t* first;

@@ -1,5 +1,7 @@
 #include "quaver/rotate.h"
 
+#include <string>
+
 #include "device.h"
 
 namespace quaver::binding {
@@ -11,11 +13,17 @@ Tensor with_neighbours(const Tensor& t) {
                                             : torch::stable::contiguous(t);
 }
 
+std::string sizes_of(const Tensor& t) {
+  std::string sizes;
+  for (const int64_t n : shape_of(t)) sizes += (sizes.empty() ? "" : ", ") + std::to_string(n);
+  return "[" + sizes + "]";
+}
+
 Tensor table(const char* op, const char* name, const Tensor& t, const Rotation& r) {
   QUAVER_CHECK(t.dim() == 2 && t.size(0) == r.length && t.size(1) == r.head_dim &&
                    t.scalar_type() == ScalarType::Float,
                op, ": ", name, " must be float32 [", r.length, ", ", r.head_dim, "], got ",
-               t.numel(), " of ", torch::headeronly::toString(t.scalar_type()));
+               torch::headeronly::toString(t.scalar_type()), " ", sizes_of(t));
   return dense(t);
 }
 
@@ -41,7 +49,9 @@ Tensor rotate(const std::vector<Tensor>& parts, const Tensor& cos_in, const Tens
   for (const Tensor& t : parts) {
     QUAVER_CHECK(t.dim() == 4 && t.size(0) == r.batch && t.size(1) == r.length &&
                      t.size(3) == r.head_dim && t.scalar_type() == first.scalar_type(),
-                 op, ": parts must be alike except for their heads");
+                 op, ": parts must be alike except for their heads, got ",
+                 torch::headeronly::toString(t.scalar_type()), " ", sizes_of(t), " beside ",
+                 torch::headeronly::toString(first.scalar_type()), " ", sizes_of(first));
     kept.push_back(with_neighbours(t));
     const Tensor& k = kept.back();
     r.part[r.parts++] = {k.data_ptr(), k.size(2), k.stride(0), k.stride(1), k.stride(2)};

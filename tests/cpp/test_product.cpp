@@ -249,6 +249,25 @@ TEST(threads_change_no_bit) {
   on_every_isa([&] { CHECK(run(serially) == run(on_three)); });
 }
 
+TEST(what_it_cannot_multiply_is_refused_by_name) {
+  std::vector<uint8_t> codes(16 * 16);
+  std::vector<float> out(16 * 16), scales(16, 1.0f);
+  GemmArguments g;
+  g.a = g.b = view(codes.data(), DType::e4m3, 16, 16);
+  g.scale_a = g.scale_b = scales.data();
+  g.out = view(out.data(), DType::f16, 16, 16);
+  const std::string before = cpu::isa();
+  cpu::set_isa("portable");
+  CHECK_THROWS(cpu::gemm(g, {}, {}), "portable has no products of its own");
+  cpu::set_isa(before.c_str());
+  on_every_isa([&] {
+    g.out.dtype = DType::f16;
+    CHECK_THROWS(cpu::gemm(g, {}, {}), "writes f32 or bf16, got f16");
+    g.out.dtype = DType::f32;
+    CHECK_THROWS(cpu::gemm(g, {Grain::block, 32}, {}), "1 x 128, got 1 x 32");
+  });
+}
+
 // A register of either width takes FMAs in the order of K.
 TEST(f32_has_the_same_bits_at_every_width) {
   const std::vector<const ProductSimd*> all = tables();
