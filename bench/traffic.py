@@ -156,6 +156,12 @@ def layouts(x, both: bool) -> str:
     return f"cast_transpose {NAMES[x.dtype]} to e4m3" + ("" if both else " alone")
 
 
+def is_read_as_it_lies(op: str, t: torch.Tensor) -> bool:
+    """Whether an op reads a tensor without a dense copy (dense() and with_rows() of csrc/torch)."""
+    rows = op in ("activate", "activate_layouts") and t.dim() == 2 and t.stride(1) == 1
+    return t.is_contiguous() or rows
+
+
 def gate(a: dict, up) -> str:
     return "SwiGLU" if a["kind"] == "silu" and up is not None else a["kind"]
 
@@ -204,7 +210,7 @@ class Traffic(TorchDispatchMode):
         if not hasattr(Ours, name):
             raise NotImplementedError(f"traffic.py: Ours has no {name}; state what it moves there")
         for key, value in named.items():
-            if isinstance(value, torch.Tensor) and not value.is_contiguous():  # csrc: dense()
+            if isinstance(value, torch.Tensor) and not is_read_as_it_lies(name, value):
                 self.moves.append(Move(f"{name}: dense {key}", 2 * size(value), 2 * size(value)))
         for role, case, t, mode in getattr(Ours, name)(named, out):
             self.moves.append(self._counted(f"{name}: {role}" if role else name, case, t, mode))

@@ -151,12 +151,21 @@ inline void check_gradient_inputs(const char* op, const TensorView& dy, const Gr
   if (up.codes.data != nullptr) check_grouped(op, "uq", up, dy.rows, dy.cols);
 }
 
+// Whether dx holds both gradients, side by side.
+inline bool is_joint(const GemmCast& dup, const GroupedView& up) {
+  return up.codes.data != nullptr && dup.scale == nullptr;
+}
+
 inline void check_activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView& dy,
                                     const GroupedView& x, const GroupedView& up) {
   const char* op = "activate_backward";
   check_gradient_inputs(op, dy, x, up);
-  check_gemm_cast(op, dx, dy.rows, dy.cols);
-  if (up.codes.data != nullptr) check_gemm_cast(op, dup, dy.rows, dy.cols);
+  const bool joint = is_joint(dup, up);
+  QUAVER_CHECK(!joint || dy.cols % kGemmAlign == 0, op,
+               ": joint gradients must have a multiple of ", kGemmAlign, " columns each, got ",
+               dy.cols);
+  check_gemm_cast(op, dx, dy.rows, joint ? 2 * dy.cols : dy.cols);
+  if (up.codes.data != nullptr && !joint) check_gemm_cast(op, dup, dy.rows, dy.cols);
 }
 
 inline void check_accumulate(const TensorView& target, const ScaledView& other) {

@@ -611,6 +611,9 @@ def activate_backward():
                                              else None]  # fmt: skip
         yield what, (dy, xq, xscale, uq, uscale, kind, channel_scale, block, FP8[1], *states,
                      i % 3 > 0)  # fmt: skip
+        if up is not None and x.shape[1] % 16 == 0:
+            yield f"{what}, joint", (dy, xq, xscale, uq, uscale, kind, channel_scale, block, FP8[1],
+                                     states[0], None, i % 3 > 0, False, True)  # fmt: skip
 
 
 @cases("normalize_layouts")

@@ -108,6 +108,12 @@ def results():
         found[f"activate_backward {name}"] = *ops.activate_backward(
             dy[:, :32].contiguous(), *made[4:8], "silu", None, 16, E5M2, *states[1:]
         ), *states[1:]  # fmt: skip
+        state = None if amax is None else warm(amax)
+        made = ops.activate(x[:, :16], x[:, 16:], "silu", None, E4M3, block=16)
+        saved, dy_half = made[4:8], dy[:, :16].contiguous()
+        found[f"joint gradients {name}"] = *made, *ops.activate_backward(
+            dy_half, *saved, "silu", None, 16, E5M2, state, joint=True
+        ), state  # fmt: skip
     for tiles_t in (False, True):
         made = ops.activate_layouts(x, up, "silu", up[0].float(), E4M3, tiles_t, True, 16)
         found[f"blocks of activations, tiles {tiles_t}"] = made

@@ -206,3 +206,40 @@ def test_backwards_refuse_by_name():
     for call, message in refused:
         with pytest.raises(REFUSAL, match=message):
             call()
+
+
+@pytest.mark.parametrize("shape", [(20, 48), (33, 160), (130, 1040)], ids=str)
+@pytest.mark.parametrize("delayed", [False, True])
+def test_joint_gradients_are_those_of_one_scale(shape, delayed):
+    """The half whose gradient is larger has the codes that it has alone."""
+    rows, cols = shape
+    joint = randn(rows, 2 * cols).bfloat16()
+    x, up = joint.chunk(2, dim=1)
+    a, dense = ops.activate(x, up), ops.activate(x.contiguous(), up.contiguous())
+    for got, wanted in ((a, dense), (a.x, dense.x), (a.up, dense.up)):
+        for t, other in zip(got[:2], wanted[:2], strict=True):
+            assert_same(getattr(t, "qdata", t), getattr(other, "qdata", other))
+    for dy in (randn(rows, cols, seed=1), randn(rows, cols, seed=1) * 2.0**-30):
+        history = torch.zeros(17) if delayed else None
+        dx, dxt, none, _ = ops.activate_backward(dy, a.x, a.up, joint=True, x_history=history)
+        gate, gate_t, other, other_t = ops.activate_backward(dy, a.x, a.up)
+        assert none is None and dx.shape == (-(-rows // 16) * 16, 2 * cols)
+        assert_same(dx.amax, torch.maximum(gate.amax, other.amax))
+        assert_same(dx.scale, torch.maximum(gate.scale, other.scale))
+        for alone, alone_t, at in ((gate, gate_t, 0), (other, other_t, cols)):
+            if alone.scale == dx.scale:
+                assert_same(dx.qdata[:, at : at + cols].contiguous(), alone.qdata)
+                assert_same(dxt.qdata[at : at + cols], alone_t.qdata)
+        assert_same(dxt.qdata, dx.qdata.view(torch.uint8).t().contiguous().view(dx.qdata.dtype))
+        if delayed:
+            assert_same(history[1:].max(), dx.amax)
+
+
+def test_joint_gradients_that_do_not_fit_are_named():
+    a = ops.activate(randn(4, 24), randn(4, 24))
+    with pytest.raises(REFUSAL, match="must have a multiple of 16 columns each, got 24"):
+        ops.activate_backward(randn(4, 24), a.x, a.up, joint=True)
+    with pytest.raises(REFUSAL, match="joint gradients go with uq"):
+        ops.activate_backward(randn(4, 24), a.x, joint=True)
+    with pytest.raises(REFUSAL, match="up_history goes with uq, and not with joint"):
+        ops.activate_backward(randn(4, 24), a.x, a.up, joint=True, up_history=torch.zeros(17))

@@ -114,6 +114,8 @@ SAVED = qv.quantize(randn(32, 16)).qdata, ONE
 X, XT = randn(20, 40), randn(40, 20).t()
 NORMALIZED = ops.normalize(X, None, None, 1e-6, True, E4M3, None, None, True, 32)
 ACTIVATED = ops.activate(X, X, "silu", None, E4M3, None, None, True, 32)
+Y = randn(20, 48)
+JOINT = ops.activate(Y, Y, "silu", None, E4M3, None, None, True, 32)
 
 
 def target():
@@ -156,9 +158,12 @@ CASES = [
     (ops.activate, (X, X + 1, "silu", randn(40), E4M3, None, history(), True, 8, False)),
     (ops.activate, (XT, X, "gelu_tanh", None, E5M2, ONE, None, False, 32, True)),
     (ops.activate_backward,
-     (X, *ACTIVATED[4:6], None, None, "gelu", None, 32, E5M2, None, None, True, False)),
+     (X, *ACTIVATED[4:6], None, None, "gelu", None, 32, E5M2, None, None, True, False, False)),
     (ops.activate_backward,
-     (X, *ACTIVATED[4:8], "silu", randn(40), 32, E5M2, history(), history(), True, True)),
+     (X, *ACTIVATED[4:8], "silu", randn(40), 32, E5M2, history(), history(), True, True,
+      False)),
+    (ops.activate_backward,
+     (Y, *JOINT[4:8], "silu", None, 32, E5M2, history(), None, True, True, True)),
     (ops.gemm, (*GEMM, None, torch.bfloat16, True)),
     (ops.gemm, (*GEMM, randn(48), torch.float32, False)),
     (ops.gemm, (*FINE, None, torch.bfloat16, True)),

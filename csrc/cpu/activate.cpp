@@ -13,6 +13,11 @@ namespace {
 // codes stay in the second-level cache until they are transposed.
 constexpr int64_t kColumns = 16 * kBlock;
 
+// A value's place.
+const char* value_at(const RowsView& x, int64_t row, int64_t col) {
+  return at(x, row * x.pitch + col);
+}
+
 // A row's place from a column on, where a group begins.
 SavedRow saved_row(const GroupedView& to, int64_t row, int64_t col) {
   if (to.codes.data == nullptr) return {};
@@ -42,7 +47,7 @@ void add_channels(float* amax, const uint32_t* bits, int64_t n) {
 }  // namespace
 
 void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& up_saved,
-              float* channel_amax, const TensorView& x, const TensorView& up,
+              float* channel_amax, const RowsView& x, const RowsView& up,
               const float* channel_scale, Activation kind) {
   check_activate(y, x_saved, up_saved, x, up);
   const ActivationSimd& loops = activation_simd();
@@ -58,19 +63,19 @@ void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& 
       std::fill(channels, channels + (end - begin), 0u);
       for (int64_t row = s.row; row < s.row + s.rows; ++row) {
         if (first && !fits && begin == 0) {
-          loops.save_groups(saved_row(x_saved, row, 0), at(x, row * x.cols), x.dtype, x.cols);
+          loops.save_groups(saved_row(x_saved, row, 0), value_at(x, row, 0), x.dtype, x.cols);
           if (gated)
-            loops.save_groups(saved_row(up_saved, row, 0), at(up, row * x.cols), x.dtype, x.cols);
+            loops.save_groups(saved_row(up_saved, row, 0), value_at(up, row, 0), x.dtype, x.cols);
         }
         for (int64_t col = begin; col < end; col += kBlock) {
-          const int64_t i = row * x.cols + col, n = std::min(kBlock, end - col);
+          const int64_t n = std::min(kBlock, end - col);
           SavedRow x_to = {}, up_to = {};
           if (first && fits) {
             x_to = saved_row(x_saved, row, col);
             up_to = saved_row(up_saved, row, col);
           }
-          loops.activate(values, at(x, i), gated ? at(up, i) : nullptr, x.dtype, n, kind, x_to,
-                         up_to);
+          loops.activate(values, value_at(x, row, col), gated ? value_at(up, row, col) : nullptr,
+                         x.dtype, n, kind, x_to, up_to);
           if (channel_scale != nullptr)
             loops.scale_channels(values, channels + (col - begin), channel_scale + col, n);
           sink.put(0, row, col, n, values);
@@ -87,9 +92,11 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
                        const GroupedView& x, const GroupedView& up, const float* channel_scale,
                        Activation kind) {
   check_activate_backward(dx, dup, dy, x, up);
-  const bool gated = up.codes.data != nullptr;
+  const bool gated = up.codes.data != nullptr, joint = is_joint(dup, up);
   const GemmCast outputs[kMaxOutputs] = {dx, dup};
-  cast_both(outputs, gated ? 2 : 1, dy.rows, dy.cols, [&](const Strip& s, bool, Sink& sink) {
+  const int count = gated && !joint ? 2 : 1;
+  const int64_t width = joint ? 2 * dy.cols : dy.cols;
+  cast_both(outputs, count, dy.rows, width, [&](const Strip& s, bool, Sink& sink) {
     alignas(64) float values[kMaxOutputs][kBlock];
     for (int64_t begin = 0; begin < dy.cols; begin += kColumns) {
       const int64_t end = std::min(begin + kColumns, dy.cols);
@@ -99,16 +106,18 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
           activation_simd().activate_backward(values[0], values[1], at(dy, row * dy.cols), dy.dtype,
                                               row_of(x, row), row_of(up, row), channel_scale, col,
                                               n, kind);
-          for (int k = 0; k < (gated ? 2 : 1); ++k) sink.put(k, row, col, n, values[k]);
+          for (int k = 0; k < count; ++k) sink.put(k, row, col, n, values[k]);
+          if (joint) sink.put(0, row, dy.cols + col, n, values[1]);
         }
       }
       sink.finish(s, begin, end - begin);
+      if (joint) sink.finish(s, dy.cols + begin, end - begin);
     }
   });
 }
 
 void activate_layouts(const LayoutsCast& y, const GroupedView& x_saved, const GroupedView& up_saved,
-                      float* channel_amax, const TensorView& x, const TensorView& up,
+                      float* channel_amax, const RowsView& x, const RowsView& up,
                       const float* channel_scale, Activation kind) {
   check_activate_inputs("activate_layouts", x_saved, up_saved, x, up);
   check_blocks("activate_layouts", y, x.rows, x.cols);
@@ -122,17 +131,18 @@ void activate_layouts(const LayoutsCast& y, const GroupedView& x_saved, const Gr
     SquareBuffer buffer;
     alignas(64) uint32_t channels[kScaleTile] = {};
     for (int64_t r = 0; r < s.x.rows; ++r) {
-      const int64_t row = s.row + r, i = row * x.cols + s.col;
+      const int64_t row = s.row + r;
+      const char *from = value_at(x, row, s.col),
+                 *up_from = gated ? value_at(up, row, s.col) : nullptr;
       SavedRow x_to = {}, up_to = {};
       if (fits) {
         x_to = saved_row(x_saved, row, s.col);
         up_to = saved_row(up_saved, row, s.col);
       } else if (s.col == 0) {
-        loops.save_groups(saved_row(x_saved, row, 0), at(x, i), x.dtype, x.cols);
-        if (gated) loops.save_groups(saved_row(up_saved, row, 0), at(up, i), x.dtype, x.cols);
+        loops.save_groups(saved_row(x_saved, row, 0), from, x.dtype, x.cols);
+        if (gated) loops.save_groups(saved_row(up_saved, row, 0), up_from, x.dtype, x.cols);
       }
-      loops.activate(buffer.row(r), at(x, i), gated ? at(up, i) : nullptr, x.dtype, s.x.cols, kind,
-                     x_to, up_to);
+      loops.activate(buffer.row(r), from, up_from, x.dtype, s.x.cols, kind, x_to, up_to);
       if (channel_scale != nullptr)
         loops.scale_channels(buffer.row(r), channels, channel_scale + s.col, s.x.cols);
     }

@@ -23,6 +23,7 @@ struct Problem {
   DeviceCast y;
   DeviceGroups x_saved, up_saved;
   const X *x, *up;  // up null: none
+  int64_t pitch, up_pitch;
   const float* channel_scale;
   float* channel_amax;
   bool aligned, aligned_scale;
@@ -80,10 +81,13 @@ QUAVER_DEVICE void activate_values(const Problem<X>& p, Activation kind,
   constexpr int kRun = run_length(sizeof(X)), kApart = kRunsApart<kRun>;
   constexpr bool kFast = shape != Shape::any;
   const bool gated = kFast ? shape == Shape::gated : p.up != nullptr;
-  const int64_t i = at.row * p.m.cols + at.col;
-  decode_vector<X>(load_runs<kRun>(p.x + i, kApart, at.n, p.aligned), v);
+  const X* from = p.x + at.row * p.pitch + at.col;
+  decode_vector<X>(load_runs<kRun>(from, kApart, at.n, p.aligned), v);
   Packed<sizeof(X)> up = {};
-  if (gated) up = load_runs<kRun>(p.up + i, kApart, at.n, p.aligned);
+  if (gated) {
+    const X* up_from = p.up + at.row * p.up_pitch + at.col;
+    up = load_runs<kRun>(up_from, kApart, at.n, p.aligned);
+  }
   if (save && p.x_saved.held) save_vector<kRun, kFast>(p.x_saved, at.row, at.col, kApart, at.n, v);
   with_kind_of_all(kind, [&](auto constant) {
 #pragma unroll
@@ -115,7 +119,7 @@ QUAVER_DEVICE uint32_t activate_pass(const Problem<X>& any, Corner corner, int p
   float v[kVector];
   activate_values<X, shape>(p, kind, at, of.collect, columns, v);
   const uint32_t seen = amax_bits(v);
-  if (of.encode) put_values(p.y, tile, p.m, at, v, kFast ? 0 : seen, of.by);
+  if (of.encode) put_values(p.y, tile, at, v, kFast ? 0 : seen, of.by);
   return seen;
 }
 
@@ -198,10 +202,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     atomicMax(reinterpret_cast<uint32_t*>(p.channel_amax + col), columns.bits[threadIdx.x]);
 }
 
+bool are_aligned(const RowsView& v) { return is_aligned(v.data) && v.pitch % kVector == 0; }
+
 // A problem without its cast.
 template <class X>
 Problem<X> make_problem(const GroupedView& x_saved, const GroupedView& up_saved,
-                        float* channel_amax, const TensorView& x, const TensorView& up,
+                        float* channel_amax, const RowsView& x, const RowsView& up,
                         const float* channel_scale) {
   Problem<X> p = {};
   p.m = make_matrix(x.rows, x.cols);
@@ -210,9 +216,11 @@ Problem<X> make_problem(const GroupedView& x_saved, const GroupedView& up_saved,
   p.up_saved = device_groups(up_saved, kChunks);
   p.x = x.as<const X>();
   p.up = up.as<const X>();
+  p.pitch = x.pitch;
+  p.up_pitch = up.pitch;
   p.channel_scale = channel_scale;
   p.channel_amax = channel_amax;
-  p.aligned = x.cols % kVector == 0 && is_aligned(x.data) && is_aligned(up.data);
+  p.aligned = x.cols % kVector == 0 && are_aligned(x) && are_aligned(up);
   p.aligned_scale = is_aligned(channel_scale);
   return p;
 }
@@ -220,7 +228,7 @@ Problem<X> make_problem(const GroupedView& x_saved, const GroupedView& up_saved,
 // Clears the amaxes of channels and saves the groups that the kernel does not hold.
 template <class X>
 void before(const char* op, const Problem<X>& p, const GroupedView& x_saved,
-            const GroupedView& up_saved, const TensorView& x, const TensorView& up, void* stream) {
+            const GroupedView& up_saved, const RowsView& x, const RowsView& up, void* stream) {
   if (p.channel_scale != nullptr && x.cols > 0)
     clear(op, p.channel_amax, x.cols * sizeof(float), stream);
   if (!p.x_saved.held) save_groups(op, x_saved, x, stream);
@@ -230,7 +238,7 @@ void before(const char* op, const Problem<X>& p, const GroupedView& x_saved,
 }  // namespace
 
 void activate_layouts(const LayoutsCast& y, const GroupedView& x_saved, const GroupedView& up_saved,
-                      float* channel_amax, const TensorView& x, const TensorView& up,
+                      float* channel_amax, const RowsView& x, const RowsView& up,
                       const float* channel_scale, Activation kind, void* stream) {
   const char* op = "activate_layouts";
   check_activate_inputs(op, x_saved, up_saved, x, up);
@@ -246,7 +254,7 @@ void activate_layouts(const LayoutsCast& y, const GroupedView& x_saved, const Gr
 }
 
 void activate(const GemmCast& y, const GroupedView& x_saved, const GroupedView& up_saved,
-              float* channel_amax, const TensorView& x, const TensorView& up,
+              float* channel_amax, const RowsView& x, const RowsView& up,
               const float* channel_scale, Activation kind, void* stream) {
   const char* op = "activate";
   check_activate(y, x_saved, up_saved, x, up);

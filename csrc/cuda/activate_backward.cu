@@ -20,7 +20,8 @@ struct Problem {
   const X* dy;
   const float* channel_scale;
   bool aligned, aligned_scale;
-  bool fast;  // a fast path (fused_cast.h) is for it
+  bool fast;   // a fast path (fused_cast.h) is for it
+  bool joint;  // dx and dup are halves of one matrix with the scale of dx
 };
 
 // What a fast path knows of a problem: two gradients, of inputs in groups that are a tile wide.
@@ -96,10 +97,10 @@ QUAVER_DEVICE Seen backward_pass(const Problem<X>& any, Corner corner, int pass,
   float dx[kVector], dup[kVector];
   gradients<X, kFast>(p, kind, at, dx, dup);
   Seen seen = {amax_bits(dx), 0};
-  if (of.encode) put_values(p.dx, tile, p.m, at, dx, kFast ? 0 : seen.dx, of.by);
+  if (of.encode) put_values(p.dx, tile, at, dx, kFast ? 0 : seen.dx, of.by);
   if (!kFast && p.up.codes == nullptr) return seen;
   seen.dup = amax_bits(dup);
-  if (of_up.encode) put_values(p.dup, tile_up, p.m, at, dup, kFast ? 0 : seen.dup, of_up.by);
+  if (of_up.encode) put_values(p.dup, tile_up, at, dup, kFast ? 0 : seen.dup, of_up.by);
   return seen;
 }
 
@@ -113,10 +114,10 @@ __global__ void __launch_bounds__(kThreads, 2) activate_backward_kernel(Problem<
   __shared__ uint32_t all_up[kThreads];  // each thread's own
   const bool gated = p.up.codes != nullptr;
   cast_pass(p.dx.scale, first, blockIdx.x, of);
-  if (gated)
+  if (gated && !p.joint)
     cast_pass(p.dup.scale, first, blockIdx.x, of_up);
   else if (threadIdx.x == 0)
-    of_up = make_pass(false, false, 1.0f);
+    of_up = p.joint ? of : make_pass(false, false, 1.0f);
   __syncthreads();
   if (!of.encode && !of.collect && !of_up.encode && !of_up.collect) return;
   uint32_t seen = 0;
@@ -141,8 +142,9 @@ __global__ void __launch_bounds__(kThreads, 2) activate_backward_kernel(Problem<
     if (of_up.encode) store_qt(p.dup, tile_up, p.m, corner);
     __syncthreads();  // before the next tile
   }
+  if (p.joint) seen = max_bits(seen, seen_up);
   if (of.collect) leave_amax(p.dx.scale, blockIdx.x, seen);
-  if (of_up.collect) leave_amax(p.dup.scale, blockIdx.x, seen_up);
+  if (of_up.collect && !p.joint) leave_amax(p.dup.scale, blockIdx.x, seen_up);
 }
 
 // Both gradients stay in registers: their scales follow from them, and then their codes. Without
@@ -184,6 +186,13 @@ CastBlocks joint(CastBlocks a, CastBlocks b) {
   return {std::max(a.first, b.first), std::max(a.second, b.second)};
 }
 
+// The part of a joint cast that begins behind m's columns.
+DeviceCast second_half(DeviceCast c, const Matrix& m) {
+  c.q += m.cols;
+  c.qt += m.cols * m.padded.rows;
+  return c;
+}
+
 }  // namespace
 
 void activate_backward_layouts(const LayoutsCast& dx, const LayoutsCast& dup, const TensorView& dy,
@@ -213,11 +222,13 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
     using X = decltype(type);
     Problem<X> p = make_problem<X>(dy, x, up, channel_scale);
     p.dx = device_cast(op, dx);
-    if (dup.q.data != nullptr) p.dup = device_cast(op, dup);
+    p.joint = is_joint(dup, up);
+    const bool two = p.up.codes != nullptr && !p.joint;
+    if (two) p.dup = device_cast(op, dup);
+    if (p.joint) p.dup = second_half(p.dx, p.m);
     p.fast = is_fast(p);
-    const bool gated = p.up.codes != nullptr;
     CastBlocks blocks = cast_blocks(op, p.dx.scale.mode, p.tiles);
-    if (gated) blocks = joint(blocks, cast_blocks(op, p.dup.scale.mode, p.tiles));
+    if (two) blocks = joint(blocks, cast_blocks(op, p.dup.scale.mode, p.tiles));
     set_partials(&p.dx.scale, blocks);
     set_partials(&p.dup.scale, blocks);
     with_kind(kind, [&](auto k) {
@@ -226,7 +237,7 @@ void activate_backward(const GemmCast& dx, const GemmCast& dup, const TensorView
       launch(op, activate_backward_kernel<X, f>, blocks.second, kThreads, stream, p, false);
     });
     write_amax(op, p.dx.scale, stream);
-    if (gated) write_amax(op, p.dup.scale, stream);
+    if (two) write_amax(op, p.dup.scale, stream);
   });
 }
 

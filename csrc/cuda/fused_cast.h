@@ -16,12 +16,16 @@ struct DeviceCast {
   TensorScale scale;
   DType type;
   bool aligned;
+  int64_t pitch;  // from row to row of q
 };
 
 inline DeviceCast device_cast(const char* op, const GemmCast& c) {
-  return {c.q.as<uint8_t>(), c.qt.as<uint8_t>(),
-          tensor_scale(op, c.q.dtype, c.scale, c.amax, c.power_of_two, c.source), c.q.dtype,
-          is_aligned(c.q.data) && is_aligned(c.qt.data)};
+  return {c.q.as<uint8_t>(),
+          c.qt.as<uint8_t>(),
+          tensor_scale(op, c.q.dtype, c.scale, c.amax, c.power_of_two, c.source),
+          c.q.dtype,
+          is_aligned(c.q.data) && is_aligned(c.qt.data),
+          c.q.cols};
 }
 
 // The values and the padded layouts of a matrix in tiles.
@@ -95,9 +99,8 @@ QUAVER_DEVICE Divisor as_multiplication(Divisor d) { return {d.factor, false, tr
 // Encodes values in place of one pass, of which `seen` are the amax's bits: to q, and to the tile
 // for qt.
 template <int kRun>
-QUAVER_DEVICE void put_values(const DeviceCast& c, Tile& tile, const Matrix& m,
-                              const Fragment<kRun>& p, float (&x)[kVector], uint32_t seen,
-                              Divisor by) {
+QUAVER_DEVICE void put_values(const DeviceCast& c, Tile& tile, const Fragment<kRun>& p,
+                              float (&x)[kVector], uint32_t seen, Divisor by) {
   const bool numbers = is_number(seen) && by.sound;
   divide(x, by);
   Packed<1> codes;
@@ -105,8 +108,7 @@ QUAVER_DEVICE void put_values(const DeviceCast& c, Tile& tile, const Matrix& m,
     encode_vector<e4m3>(x, codes, numbers);
   else
     encode_vector<e5m2>(x, codes, numbers);
-  store_runs<kRun>(c.q + p.row * m.padded.cols + p.col, codes, kRunsApart<kRun>, p.padded,
-                   c.aligned);
+  store_runs<kRun>(c.q + p.row * c.pitch + p.col, codes, kRunsApart<kRun>, p.padded, c.aligned);
   put_codes<kRun>(tile, p.at, codes);
 }
 
@@ -308,6 +310,6 @@ QUAVER_DEVICE void with_kind_of_all(Activation kind, Body body) {
 }
 
 // Saves the groups that no other kernel has in registers.
-void save_groups(const char* op, const GroupedView& to, const TensorView& x, void* stream);
+void save_groups(const char* op, const GroupedView& to, const RowsView& x, void* stream);
 
 }  // namespace quaver::cuda

@@ -183,7 +183,7 @@ QUAVER_DEVICE uint32_t cast_pass(const Problem<X>& any, Corner corner, int pass,
     normalize_vector(p, at.col, kApart, at.n, p.mean != nullptr ? p.mean[at.row] : 0.0f,
                      p.rstd[at.row], weight, v);
   const uint32_t seen = amax_bits(v);
-  if (of.encode) put_values(p.y, tile, p.m, at, v, kFast ? 0 : seen, of.by);
+  if (of.encode) put_values(p.y, tile, at, v, kFast ? 0 : seen, of.by);
   return seen;
 }
 
@@ -266,7 +266,7 @@ void normalize_layouts(const LayoutsCast& y, const GroupedView& saved, float* me
   with_float(x.dtype, [&](auto type) {
     using X = decltype(type);
     Problem<X> p = make_problem<X>(saved, mean, rstd, x, weight, bias, eps);
-    p.y = {nullptr, nullptr, {}, DType::e4m3, true};  // what a row's fast path looks at
+    p.y = {nullptr, nullptr, {}, DType::e4m3, true, 0};  // what a row's fast path looks at
     p.fast = is_fast(p);
     if (!p.saved.held) save_groups(op, saved, x, stream);
     launch(op, normalize_rows_kernel<X>, row_blocks(x.rows), kThreads, stream, p);

@@ -8,9 +8,11 @@ namespace {
 
 template <class X>
 __global__ void __launch_bounds__(kThreads)
-    save_groups_kernel(uint8_t* codes, uint8_t* scale, const X* x, ScaleSets sets, bool aligned) {
+    save_groups_kernel(uint8_t* codes, uint8_t* scale, const X* x, ScaleSets sets, int64_t gap,
+                       bool aligned) {
   constexpr int kRun = run_length(sizeof(X));
   const Span span = span_of(sets, blockIdx.x, threadIdx.x);
+  if (gap != 0) x += span.first / sets.cols * gap;
   const int64_t step = int64_t(sets.threads) * kVector;
   const int64_t begin = threadIdx.x % sets.threads * kRun, apart = sets.threads * kRun;
   float v[kVector];
@@ -35,14 +37,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void save_groups(const char* op, const GroupedView& to, const TensorView& x, void* stream) {
+void save_groups(const char* op, const GroupedView& to, const RowsView& x, void* stream) {
   const ScaleSets sets = make_scale_sets(x, to.layout);
   if (sets.count == 0) return;
   with_float(x.dtype, [&](auto type) {
     using X = decltype(type);
     launch(op, save_groups_kernel<X>, scale_set_blocks(sets), kThreads, stream,
-           to.codes.as<uint8_t>(), to.scale, x.as<const X>(), sets,
-           are_aligned(sets, x.data, to.codes.data));
+           to.codes.as<uint8_t>(), to.scale, x.as<const X>(), sets, x.pitch - x.cols,
+           x.pitch % kVector == x.cols % kVector && are_aligned(sets, x.data, to.codes.data));
   });
 }
 

@@ -24,8 +24,25 @@ struct Forward {
   Tensor channel_amax;
   const float* scales = nullptr;
   float* amaxes = nullptr;
-  TensorView x_view = {}, up_view = {};
+  RowsView x_view = {}, up_view = {};
 };
+
+// A matrix whose rows may lie apart, each of neighbours: what `rows_view` takes.
+Tensor with_rows(const Tensor& t) {
+  const bool rows = t.size(1) <= 1 || t.stride(1) == 1;
+  return rows && t.stride(0) >= t.size(1) && is_aligned(t) ? t : dense(t);
+}
+
+RowsView rows_view(const char* op, const char* name, const Tensor& t) {
+  static char nothing[16];
+  RowsView v;
+  v.data = t.data_ptr() == nullptr ? nothing : t.data_ptr();
+  v.dtype = dtype_of(op, name, t.scalar_type());
+  v.rows = t.size(0);
+  v.cols = t.size(1);
+  v.pitch = t.stride(0);
+  return v;
+}
 
 Forward forward_of(const char* op, const Tensor& x, const OptionalTensor& up, const Word& kind,
                    const OptionalTensor& channel_scale, int64_t block) {
@@ -38,16 +55,16 @@ Forward forward_of(const char* op, const Tensor& x, const OptionalTensor& up, co
   GroupedResult up_saved =
       up.has_value() ? grouped_result(op, x, rows, cols, block) : no_grouped_result(x);
   Forward p = {f,
-               dense(x),
-               dense(up),
+               with_rows(x),
+               up.has_value() ? OptionalTensor(with_rows(*up)) : up,
                dense(channel_scale),
                grouped_result(op, x, rows, cols, block),
                up_saved,
                empty(x, {channel_scale.has_value() ? cols : 0}, ScalarType::Float)};
   p.scales = floats(op, "channel_scale", p.channel_scale, cols);
   p.amaxes = static_cast<float*>(p.channel_amax.data_ptr());
-  p.x_view = view(op, "x", p.x);
-  p.up_view = optional_view(op, "up", p.up);
+  p.x_view = rows_view(op, "x", p.x);
+  if (p.up.has_value()) p.up_view = rows_view(op, "up", *p.up);
   return p;
 }
 
@@ -100,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                       p.scales, p.kind);
       },
       [&](auto stream) {
-        const CastMemory memory(p.x);
+        const CastMemory memory(p.x, p.x.size(0), p.x.size(1));
         y.view.source = memory.with(y.view.source);
         cuda::activate(y.view, p.x_saved.view, p.up_saved.view, p.amaxes, p.x_view, p.up_view,
                        p.scales, p.kind, stream);
@@ -120,22 +137,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activ
     const Tensor& dy_in, const Tensor& xq_in, const Tensor& xscale_in, const OptionalTensor& uq_in,
     const OptionalTensor& uscale_in, const Word& kind_name, const OptionalTensor& channel_scale_in,
     int64_t block, ScalarType dtype, const OptionalTensor& x_history,
-    const OptionalTensor& up_history, bool power_of_two, bool spread_nan) {
+    const OptionalTensor& up_history, bool power_of_two, bool spread_nan, bool joint) {
   const char* op = "activate_backward";
   const Backward p = backward_of(op, dy_in, xq_in, xscale_in, uq_in, uscale_in, kind_name,
                                  channel_scale_in, block);
-  QUAVER_CHECK(p.gated() || !up_history.has_value(), op, ": up_history goes with uq");
+  const bool two = p.gated() && !joint;
+  QUAVER_CHECK(two || !up_history.has_value(), op,
+               ": up_history goes with uq, and not with joint gradients");
+  QUAVER_CHECK(p.gated() || !joint, op, ": joint gradients go with uq");
   const int64_t rows = p.dy.size(0), cols = p.dy.size(1);
-  CastResult dx = cast_result(op, p.dy, rows, cols, dtype, std::nullopt, x_history, power_of_two);
+  CastResult dx = cast_result(op, p.dy, rows, joint ? 2 * cols : cols, dtype, std::nullopt,
+                              x_history, power_of_two);
   CastResult dup =
-      p.gated() ? cast_result(op, p.dy, rows, cols, dtype, std::nullopt, up_history, power_of_two)
-                : no_cast_result(p.dy, dtype);
+      two ? cast_result(op, p.dy, rows, cols, dtype, std::nullopt, up_history, power_of_two)
+          : no_cast_result(p.dy, dtype);
   dx.view.source.spread_nan = dup.view.source.spread_nan = spread_nan;
   on_device(
       op, p.dy,
       [&] { cpu::activate_backward(dx.view, dup.view, p.dy_view, p.x, p.up, p.scales, p.kind); },
       [&](auto stream) {
-        const CastMemory memory(p.dy), up_memory(p.dy, p.gated());
+        const CastMemory memory(p.dy), up_memory(p.dy, two);
         dx.view.source = memory.with(dx.view.source);
         dup.view.source = up_memory.with(dup.view.source);
         cuda::activate_backward(dx.view, dup.view, p.dy_view, p.x, p.up, p.scales, p.kind, stream);

@@ -50,7 +50,7 @@ constexpr const char* kLayerSchemas[] = {
     "activate_backward(Tensor dy, Tensor xq, Tensor xscale, Tensor? uq, Tensor? uscale, "
     "str kind, Tensor? channel_scale, int block, ScalarType dtype, "
     "Tensor(a!)? x_history=None, Tensor(b!)? up_history=None, bool power_of_two=True, "
-    "bool spread_nan=False) "
+    "bool spread_nan=False, bool joint=False) "
     "-> (Tensor dxq, Tensor dxqt, Tensor dxscale, Tensor dxamax, Tensor duq, Tensor duqt, "
     "Tensor duscale, Tensor duamax)",
     "rotate(Tensor[] parts, Tensor cos, Tensor sin, int turned, bool inverse=False) -> Tensor",

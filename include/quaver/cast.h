@@ -36,6 +36,14 @@ void cast_matrices(const MatrixJob* jobs, int count, void* stream);
 
 }  // namespace cuda
 
+// A matrix whose rows may lie apart, as those of the halves of a joint projection do.
+struct RowsView : TensorView {
+  int64_t pitch = 0;  // elements from each row to the next
+
+  RowsView() = default;
+  RowsView(const TensorView& v) : TensorView(v), pitch(v.cols) {}
+};
+
 // e4m3 codes [R, C] in groups of 1 x block along the last axis. A group's scale is a power of two
 // (scale_from_amax), stored as the byte of OCP MX's e8m0: 2^(byte - 127), 255 is NaN.
 struct GroupedView {

@@ -100,6 +100,84 @@ TEST(orders) {
   });
 }
 
+// x and up as halves of one matrix: the bits that they have when each is dense.
+TEST(halves_of_a_joint_matrix) {
+  for (const Shape& shape : {Shape{20, 160}, Shape{130, 272}, Shape{5, 33}})
+    for (const int64_t block : {7, 32, 128, 256}) {
+      const int64_t rows = shape.rows, cols = shape.cols, n = rows * cols;
+      Buffer joint(2 * n * 2), x(2 * n), up(2 * n);
+      fill_small(&joint, DType::bf16, 2 * n, 51);
+      for (int64_t i = 0; i < n; ++i) {
+        const bf16* row = joint.as<bf16>() + i / cols * 2 * cols + i % cols;
+        x.as<bf16>()[i] = row[0];
+        up.as<bf16>()[i] = row[cols];
+      }
+      RowsView first = view(joint, DType::bf16, rows, cols);
+      first.pitch = 2 * cols;
+      RowsView second = first;
+      second.data = joint.as<bf16>() + cols;
+      CastMemory wanted(shape, DType::e4m3, 0, 0xcd), got(shape, DType::e4m3, 0, 0x3b);
+      GroupMemory saved(shape, block, 0, 0xcd), half_saved(shape, block, 0, 0x3b);
+      GroupMemory u(shape, block, 0, 0xcd), half_u(shape, block, 0, 0x3b);
+      cpu::activate(wanted.cast(false), saved.grouped(), u.grouped(), nullptr,
+                    view(x, DType::bf16, rows, cols), view(up, DType::bf16, rows, cols), nullptr,
+                    Activation::silu);
+      for (const bool on_cpu : {true, false}) {
+        if (on_cpu)
+          cpu::activate(got.cast(false), half_saved.grouped(), half_u.grouped(), nullptr, first,
+                        second, nullptr, Activation::silu);
+        else
+          cuda::activate(got.cast(false), half_saved.grouped(), half_u.grouped(), nullptr, first,
+                         second, nullptr, Activation::silu, nullptr);
+        check_same(wanted, got);
+        check_same(saved, half_saved);
+        check_same(u, half_u);
+      }
+    }
+}
+
+// Both gradients side by side by one scale: the codes that each has alone by that scale.
+TEST(joint_gradients) {
+  for (const Shape& shape : {Shape{20, 160}, Shape{130, 272}, Shape{16, 16}, Shape{9, 4112}})
+    for (const bool delayed : {false, true}) {
+      const Shape both = {shape.rows, 2 * shape.cols};
+      const int64_t n = shape.rows * shape.cols;
+      Buffer x(2 * n), up(2 * n), dy(2 * n);
+      fill_small(&x, DType::bf16, n, 61);
+      fill_small(&up, DType::bf16, n, 62);
+      fill_small(&dy, DType::bf16, n, 63);
+      const auto values = [&](Buffer& b) { return view(b, DType::bf16, shape.rows, shape.cols); };
+      CastMemory y(shape, DType::e4m3, 0, 0);
+      GroupMemory saved(shape, 128, 0, 0), u(shape, 128, 0, 0);
+      cpu::activate(y.cast(false), saved.grouped(), u.grouped(), nullptr, values(x), values(up),
+                    nullptr, Activation::silu);
+      CastMemory wanted(both, DType::e5m2, 0, 0xcd), got(both, DType::e5m2, 0, 0x3b);
+      if (delayed)
+        for (CastMemory* m : {&wanted, &got}) m->history.assign(kHistoryState, 0.0f);
+      for (int turn = 0; turn < (delayed ? 18 : 1); ++turn) {
+        cpu::activate_backward(wanted.cast(false), {}, values(dy), saved.grouped(), u.grouped(),
+                               nullptr, Activation::silu);
+        cuda::activate_backward(got.cast(false), {}, values(dy), saved.grouped(), u.grouped(),
+                                nullptr, Activation::silu, nullptr);
+        check_same(wanted, got);
+      }
+      CastMemory dx(shape, DType::e5m2, 0, 0), dup(shape, DType::e5m2, 0, 0);
+      GemmCast one = dx.cast(true), other = dup.cast(true);
+      *one.scale = *other.scale = wanted.scale;
+      cpu::activate_backward(one, other, values(dy), saved.grouped(), u.grouped(), nullptr,
+                             Activation::silu);
+      CHECK(wanted.amax == std::max(dx.amax, dup.amax));
+      for (int64_t i = 0; i < dx.rows * shape.cols; ++i) {
+        const int64_t row = i / shape.cols, col = i % shape.cols;
+        const uint8_t* codes = wanted.q.as<uint8_t>() + row * both.cols + col;
+        CHECK(codes[0] == dx.q.as<uint8_t>()[i] && codes[shape.cols] == dup.q.as<uint8_t>()[i]);
+      }
+      std::vector<unsigned char> halves = dx.qt.bytes(), second = dup.qt.bytes();
+      halves.insert(halves.end(), second.begin(), second.end());
+      CHECK(wanted.qt.bytes() == halves);
+    }
+}
+
 TEST(what_is_not_finite) {
   constexpr Shape shape = {9, 80};
   constexpr int64_t n = shape.rows * shape.cols;

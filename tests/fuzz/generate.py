@@ -247,11 +247,13 @@ class Generator:
 
     def activate_backward(self):
         (rows, cols), block, gated = self.matrix(), self.block(), self.chance(0.5)
+        joint = gated and cols % 16 == 0 and self.chance(0.5)
         return (
             self.floating((rows, cols)), *self.saved(rows, cols, block),
             *(self.saved(rows, cols, block) if gated else (None, None)), self.pick(KINDS),
             self.maybe(lambda: self.scales(cols)), block, self.pick(FP8), self.maybe(self.history),
-            self.history() if gated and self.chance(0.5) else None, self.chance(0.7),
+            self.history() if gated and not joint and self.chance(0.5) else None, self.chance(0.7),
+            self.chance(0.5), joint,
         )  # fmt: skip
 
     def activate_layouts(self):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import recipe as recipes
-from .cast import activation, cast_history, in_backward, shared_casts
+from .cast import ALIGNMENT, activation, cast_history, in_backward, shared_casts
 from .first_order import FirstOrder
 from .linear import LinearBase
 from .swap import Swapped, swap, swap_back
@@ -25,8 +25,10 @@ class _ActivateFunction(FirstOrder):
     @staticmethod
     def forward(
         ctx, x, up, kind, channel_scale, dtype, history, block, grad_dtype, x_history, up_history,
-        grain, tiles_t, power_of_two,
+        grain, tiles_t, power_of_two, joint,
     ):  # fmt: skip
+        if joint:  # x has both, gate first, and so has its gradient
+            x, up = x.chunk(2, dim=-1)
         shape = (-1, x.shape[-1])
         inputs = x.reshape(shape), None if up is None else up.reshape(shape), kind, channel_scale
         if grain == "block":
@@ -42,7 +44,7 @@ class _ActivateFunction(FirstOrder):
         up_saved = (None, None) if up is None else (uq, uscale)
         ctx.save_for_backward(xq, xscale, *up_saved, channel_scale)
         ctx.kind, ctx.block, ctx.grad_dtype = kind, block, grad_dtype
-        ctx.grain, ctx.power_of_two = grain, power_of_two
+        ctx.grain, ctx.power_of_two, ctx.joint = grain, power_of_two, joint
         ctx.histories, ctx.x_dtype = (x_history, up_history), x.dtype
         ctx.mark_non_differentiable(channel_amax)
         ctx.set_materialize_grads(False)  # zeros for channel_amax would be a launch
@@ -51,7 +53,7 @@ class _ActivateFunction(FirstOrder):
     @staticmethod
     def backward(ctx, dy, _):
         if dy is None:
-            return (None,) * 13
+            return (None,) * 14
         xq, xscale, uq, uscale, channel_scale = ctx.saved_tensors
         inputs = (
             dy.reshape(xq.shape), xq, xscale, uq, uscale, ctx.kind, channel_scale, ctx.block,
@@ -60,10 +62,13 @@ class _ActivateFunction(FirstOrder):
         if ctx.grain == "block":
             both = _ops.activate_backward_layouts(*inputs, ctx.power_of_two)
         else:
-            both = _ops.activate_backward(*inputs, *ctx.histories, True, True)
+            both = _ops.activate_backward(*inputs, *ctx.histories, True, True, ctx.joint)
+        if ctx.joint:
+            shape = (*dy.shape[:-1], 2 * dy.shape[-1])
+            return _gradient(ctx, both[:4], shape), *(None,) * 13
         dx, dup = (None if uq is None and at else _gradient(ctx, both[at : at + 4], dy.shape)
                    for at in (0, 4))  # fmt: skip
-        return dx, dup, *(None,) * 11
+        return dx, dup, *(None,) * 12
 
 
 def _gradient(ctx, parts, shape) -> Tensor:
@@ -116,17 +121,19 @@ class MLP(Swapped):
         up_layer = None if plan.up in (None, plan.gate) else getattr(self, plan.up)
         with shared_casts():
             gate, up = gate_layer(x), None if up_layer is None else up_layer(x)
-        if plan.up == plan.gate:
+        fused = plan.up == plan.gate
+        # Halves that a product would pad, or with scales of blocks, have gradients of their own,
+        # which the layer that gave both casts again.
+        joint = fused and self.rule.grain == "tensor" and gate.shape[-1] % (2 * ALIGNMENT) == 0
+        if fused and not joint:
             gate, up = gate.chunk(2, dim=-1)
-        # A joint gradient is cast by the layer that gave both halves.
-        joint = plan.up == plan.gate
         channels = down.channels() if isinstance(down, LinearBase) else None
         y, channel_amax = _ActivateFunction.apply(
             gate, up, plan.kind, None if channels is None else channels.reciprocal(),
             self.rule.input, cast_history(down, getattr(down, "input_history", None)),
             self.activation.block, self.rule.grad_output,
-            None if joint else _grad_history(gate_layer), _grad_history(up_layer),
-            self.rule.grain, self.rule.kept == "tile", self.rule.power_of_two,
+            None if fused and not joint else _grad_history(gate_layer), _grad_history(up_layer),
+            self.rule.grain, self.rule.kept == "tile", self.rule.power_of_two, joint,
         )  # fmt: skip
         if channels is None:
             return down(y)

@@ -163,7 +163,8 @@ def activate(
     arXiv 2410.19313, section 4). q and qt are as `normalize` gives them.
 
     Args:
-        x, up: [R, C] float32, float16 or bfloat16, both alike.
+        x, up: [R, C] float32, float16 or bfloat16, both alike; rows may lie apart, as those of the
+            halves of a joint projection do.
         kind: f is "silu", "gelu" (with erf) or "gelu_tanh".
         channel_scale: float32 [C] that multiplies the result before it is cast (Smooth-SwiGLU,
             arXiv 2409.12517); `channel_amax` [C] is then the largest |f(x) * up| of each column.
@@ -211,6 +212,7 @@ def activate_backward(
     x_history: Tensor | None = None,
     up_history: Tensor | None = None,
     power_of_two: bool = True,
+    joint: bool = False,
 ) -> tuple[ScaledTensor, ScaledTensor, ScaledTensor | None, ScaledTensor | None]:
     """dx, dx.T, dup and dup.T of `activate` in FP8, from its saved inputs; padded like its result.
 
@@ -220,15 +222,17 @@ def activate_backward(
         dy: [R, C] float32, float16 or bfloat16.
         x, up, kind, channel_scale: of `activate`.
         x_history, up_history: delayed scaling of dx and of dup, as in `quantize`.
+        joint: dx is [dx, dup], of 2 C columns by one scale, and there is no dup; C is then a
+            multiple of 16.
 
     Raises RuntimeError for shapes, types and kinds that do not fit.
     """
     q, qt, scale, amax, uq, uqt, uscale, uamax = _ops.activate_backward(
         dy, x.codes, x.scale, up and up.codes, up and up.scale, kind, channel_scale, x.block, dtype,
-        x_history, up_history, power_of_two,
+        x_history, up_history, power_of_two, False, joint,
     )  # fmt: skip
     dx, dxt = (ScaledTensor(t, scale, amax, dy.dtype) for t in (q, qt))
-    if up is None:
+    if up is None or joint:
         return dx, dxt, None, None
     return dx, dxt, *(ScaledTensor(t, uscale, uamax, dy.dtype) for t in (uq, uqt))
 
@@ -236,12 +240,12 @@ def activate_backward(
 @fake("activate_backward")
 def _(
     dy, xq, xscale, uq, uscale, kind, channel_scale, block, dtype, x_history=None,
-    up_history=None, power_of_two=True, spread_nan=False,
+    up_history=None, power_of_two=True, spread_nan=False, joint=False,
 ):  # fmt: skip
     rows, cols = dy.shape
     none = [dy.new_empty([0], dtype=t) for t in (dtype, dtype, torch.float32, torch.float32)]
-    dup = none if uq is None else _both_layouts(dy, rows, cols, dtype)
-    return *_both_layouts(dy, rows, cols, dtype), *dup
+    dup = none if uq is None or joint else _both_layouts(dy, rows, cols, dtype)
+    return *_both_layouts(dy, rows, 2 * cols if joint else cols, dtype), *dup
 
 
 def grouped_like(like, block):
