@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_same, everywhere, randn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import quaver as qv
-from quaver import reference
-from quaver.models.layers import rotary, turn
+from quaver import models, reference
+from quaver.models.layers import Attention, rotary, turn
 
 BF16 = torch.bfloat16
 
@@ -81,3 +83,26 @@ def test_parts_must_be_alike():
     for other in (torch.zeros(2, 5, 1, 8), torch.zeros(2, 4, 1, 8, dtype=BF16)):
         with pytest.raises((RuntimeError, ValueError), match=r"alike .*, got .* beside "):
             qv.ops.rotate([*parts_of((3,), 8), other], cos, sin, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_attention_has_the_second_derivative_of_its_steps(dtype):
+    torch.manual_seed(0)
+    attention = Attention(models.Config(dim=32, heads=4, kv_heads=2), bias=False).to(dtype)
+    position, x = rotary(8, 16, 10000.0), randn(2, 16, 32).to(dtype).requires_grad_()
+
+    def steps(x):
+        parts = [t.unflatten(-1, (-1, 8)) for t in attention.qkv(x).split(attention.split, dim=-1)]
+        joint = reference.rotate(parts, *position, 6)
+        q, k, v = (t.transpose(1, 2) for t in joint.split([4, 2, 2], dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return attention.out(y.transpose(1, 2).flatten(2))
+
+    def penalty(function):
+        with sdpa_kernel(SDPBackend.MATH):  # torch's others have no second derivative
+            (grad,) = torch.autograd.grad(function(x).float().square().sum(), x, create_graph=True)
+            return torch.autograd.grad(grad.float().square().sum(), [x, attention.qkv.weight])
+
+    ulp = torch.finfo(dtype).eps  # some tens of roundings in a row
+    for got, wanted in zip(penalty(lambda x: attention(x, position)), penalty(steps), strict=True):
+        assert (got - wanted).float().norm() <= 32 * ulp * wanted.float().norm()

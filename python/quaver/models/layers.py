@@ -22,9 +22,11 @@ def rotary(head_dim, context, theta):
 def turn(parts, cos, sin, turned, inverse=False):
     """The heads of `parts`, each [batch, length, heads, head_dim], side by side: the first `turned`
     by their positions, or back (ops.rotate). The products are taken in f32: bf16 cosines lose the
-    far positions. FSDP2 casts a block's inputs, cos and sin too."""
+    far positions. FSDP2 casts a block's inputs, cos and sin too. The op has no derivative of its
+    own: a backward that is differentiated again takes torch's."""
     cos, sin = cos.float(), sin.float()
-    if parts[0].dtype in (torch.float32, torch.bfloat16):
+    again = torch.is_grad_enabled() and any(t.requires_grad for t in parts)
+    if parts[0].dtype in (torch.float32, torch.bfloat16) and not again:
         return rotate(parts, cos, sin, turned, inverse)
     x = torch.cat(parts, dim=2)
     first, half = x[:, :, :turned], x.shape[-1] // 2

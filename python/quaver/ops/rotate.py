@@ -17,7 +17,7 @@ def rotate(
 ) -> Tensor:
     """Heads turned by their positions (RoFormer, arXiv 2104.09864), side by side with heads that
     are copied: x * cos + swap(x) * sin, where swap exchanges the halves of a head, in float32 and
-    rounded once.
+    rounded once. Autograd does not differentiate it.
 
     Args:
         parts: 1 to 3 tensors [batch, length, heads, head_dim], float32 or bfloat16, any strides;
