@@ -79,12 +79,13 @@ DERIVATIVES = {
     "jvp": direction,
     "func.grad": lambda net, x: torch.func.grad(lambda v: net(v).sum())(x),
     "func.vjp": lambda net, x: torch.func.vjp(net, x),
+    "jacobian": lambda net, x: torch.autograd.functional.jacobian(net, x, vectorize=True),
 }
 
 
 @pytest.mark.parametrize("how", DERIVATIVES)
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_second_derivative_is_refused_by_name(how, name):
+def test_any_but_a_first_derivative_by_backward_is_refused_by_name(how, name):
     x = randn(4, 48).requires_grad_()
     with pytest.raises(RuntimeError, match=r"quaver\.restore"):
         DERIVATIVES[how](layer(name), x)

@@ -8,9 +8,15 @@ import torch
 
 REFUSAL = (
     "quaver: FP8 layers have first derivatives by backward() only, so create_graph=True (a "
-    "gradient penalty, a Hessian), forward mode and torch.func cannot go through them; call "
-    "quaver.restore(model), or leave these layers to torch with convert(..., skip=...)"
+    "gradient penalty, a Hessian), is_grads_batched=True (a Jacobian with vectorize=True), forward "
+    "mode and torch.func cannot go through them; call quaver.restore(model), or leave these layers "
+    "to torch with convert(..., skip=...)"
 )
+
+
+def _is_batched(grad) -> bool:
+    """Whether it is several gradients in one, of is_grads_batched=True."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class FirstOrder(torch.autograd.Function):
@@ -23,7 +29,7 @@ class FirstOrder(torch.autograd.Function):
 
         @functools.wraps(backward)
         def checked(ctx, *grads):
-            if torch.is_grad_enabled():  # create_graph=True
+            if torch.is_grad_enabled() or any(map(_is_batched, grads)):  # create_graph=True
                 raise RuntimeError(REFUSAL)
             return backward(ctx, *grads)
 
