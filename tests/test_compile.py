@@ -5,10 +5,12 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import MLPS, RECIPES
 from functorch.compile import make_boxed_func
-from helpers import randn
+from helpers import assert_same, randn
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 import quaver as qv
 from quaver import models
@@ -126,6 +128,38 @@ def test_fp8_between_linear_layers_compiles_whole(family, backend):
         assert got == eager
     assert got == pytest.approx(eager, rel=2e-2)
     assert eager[-1] < 0.9 * eager[0]
+
+
+class Twice(nn.Module):
+    """An MLP, and the same again in a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = MLPS["fused"]()
+
+    def forward(self, x):
+        return checkpoint(self.mlp, self.mlp(x), use_reentrant=False)
+
+
+@pytest.mark.parametrize("name", ["delayed", "smooth", "smooth blocks"])
+def test_scales_of_earlier_forwards_compile_whole(name):
+    def steps(wrap):
+        torch.manual_seed(0)
+        net = qv.convert(Twice(), RECIPES[name])
+        run, optimizer, found = wrap(net), qv.AdamW(net.parameters(), recipe="coat"), []
+        for i in range(4):
+            loss = (run(randn(24, 48) * 2**i).float() - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found, list(net.buffers())
+
+    losses, state = steps(lambda net: torch.compile(net, fullgraph=True, backend="aot_eager"))
+    eager, eager_state = steps(lambda net: net)
+    assert losses == eager
+    for got, wanted in zip(state, eager_state, strict=True):
+        assert_same(got, wanted)
 
 
 def test_a_compiled_graph_shares_the_cast_of_a_norm():

@@ -154,8 +154,9 @@ def check_devices(module: nn.Module, device: torch.device) -> None:
 
 
 def in_backward() -> bool:
-    """Whether a backward runs in this thread; a forward inside it recomputes a checkpoint's."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether a backward runs in this thread; a forward inside it recomputes a checkpoint's. False
+    in a compiled graph, which does not know its caller."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def new_history(device: torch.device) -> Tensor:

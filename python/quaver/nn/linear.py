@@ -173,6 +173,8 @@ class LinearBase(nn.Module):
         activation checkpointing runs a forward again, they are those of the first run."""
         if self.channel_amax is None:
             return None
+        if torch.compiler.is_compiling():  # a checkpoint in the graph keeps no attribute
+            return smooth(self.channel_amax)
         if in_backward() and self.channels_before is not None:
             return self.channels_before
         self.channels_before = smooth(self.channel_amax)
