@@ -1,4 +1,4 @@
-// The part of NCCL's C interface that we call, as its binary interface has had it since 2.14, and
+// The part of NCCL's C interface that we call, whose binary form has been the same since 2.14, and
 // the library itself, opened at run time.
 #pragma once
 
@@ -32,8 +32,8 @@ struct NcclConfig {
   int blocking = 0;  // every call returns at once, so that a peer that is gone cannot hold us
 };
 
-constexpr int kNcclFirst = 21400;  // non-blocking communicators
-constexpr int kNcclFp8 = 22400;    // FP8 sums
+constexpr int kNcclFirst = 21400;  // the first version with non-blocking communicators
+constexpr int kNcclFp8 = 22400;    // the first that sums FP8
 
 struct Nccl {
   int version;

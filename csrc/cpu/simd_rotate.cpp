@@ -6,7 +6,7 @@
 namespace quaver::cpu::QUAVER_ISA {
 namespace {
 
-constexpr int64_t kPiece = 256;  // of each half at once
+constexpr int64_t kPiece = 256;  // values of each half of a head at once
 
 void rotate(void* out, const void* x, DType type, const float* cos, const float* sin, int64_t n,
             bool inverse) {

@@ -10,7 +10,8 @@ namespace {
 
 constexpr uint32_t kMagnitude = 0x7fffffffu;
 
-// The gradient's n values from element i on: where they lie, if that is as f32, else in `buffer`.
+// The gradient's n values from element i on: in their own memory, if they are f32 without a scale,
+// else decoded into `buffer`.
 const float* gradient(float* buffer, const SubsetSpan& s, int64_t i, int64_t n) {
   const void* from = at(s.grad, s.grad_type, i);
   const int64_t bytes = n * size_of(s.grad_type);
@@ -21,7 +22,8 @@ const float* gradient(float* buffer, const SubsetSpan& s, int64_t i, int64_t n) 
   return buffer;
 }
 
-// Adds the squares of n <= kSubsetLanes values to as many lanes.
+// Adds the squares of n <= kSubsetLanes values to the sums of as many lanes, whose largest
+// magnitudes are in `most`.
 inline void add_squares(float* __restrict sums, uint32_t* __restrict most, const float* g,
                         int64_t n) {
   QUAVER_SIMD
@@ -32,7 +34,8 @@ inline void add_squares(float* __restrict sums, uint32_t* __restrict most, const
   }
 }
 
-// The sum of a piece of n values from `first`, and the maxima of its lanes.
+// The sum of the squares of a piece of n values from `first` on; `most` has each lane's largest
+// magnitude so far.
 float sum_of_piece(const SubsetSpan& s, int64_t first, int64_t n, uint32_t* most) {
   alignas(64) float sums[kSubsetLanes] = {}, buffer[kBlock];
   for (int64_t i = 0; i < n; i += kBlock) {

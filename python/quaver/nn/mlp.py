@@ -122,8 +122,8 @@ class MLP(Swapped):
         with shared_casts():
             gate, up = gate_layer(x), None if up_layer is None else up_layer(x)
         fused = plan.up == plan.gate
-        # Halves that a product would pad, or with scales of blocks, have gradients of their own,
-        # which the layer that gave both casts again.
+        # Halves that a product would pad, or whose scales are those of blocks, have gradients of
+        # their own; autograd joins these, and the layer that gave both halves casts the result.
         joint = fused and self.rule.grain == "tensor" and gate.shape[-1] % (2 * ALIGNMENT) == 0
         if fused and not joint:
             gate, up = gate.chunk(2, dim=-1)

@@ -127,8 +127,8 @@ def cast_layouts(
     power_of_two: bool = False,
     tiles_t: bool = False,
 ) -> tuple[ScaledTensor, ScaledTensor]:
-    """A matrix as products read it, x and its transpose, each with scales of its own, from one read
-    (rows: two).
+    """A matrix as products read it: x and its transpose, each with scales of its own. x is read
+    once, or with scales of rows twice.
 
     Args:
         x: float32, float16 or bfloat16 [R, C].

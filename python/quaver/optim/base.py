@@ -19,8 +19,8 @@ from .parts import joined, parted
 
 class Item(NamedTuple):
     """A parameter that a step updates, with its gradient and state. `ordinal` is its index over all
-    groups, from 1, and seeds its stochastic rounding. `sums` are of its gradient's subsets, where
-    the optimizer keeps their second moments."""
+    groups, from 1, and seeds its stochastic rounding. `sums` are the squares of its gradient summed
+    over each subset, where the optimizer keeps second moments of subsets."""
 
     parameter: Tensor
     grad: Tensor

@@ -57,8 +57,8 @@ class RowEma:
 
 @dataclass(frozen=True)
 class Choice:
-    """The slot of the rows (int64 [r]), or of their factors (float32 [2, r]: rho, and what
-    multiplies the update: rho times the number of places that have the row)."""
+    """The slot of the chosen rows (int64 [r]), or of their factors (float32 [2, r]): rho, and what
+    multiplies the update, which is rho times how often the row was drawn."""
 
     rank: int
     dtype: torch.dtype
@@ -111,7 +111,7 @@ def select_rows(norms: Tensor, rank: int, select: str, seed: int = 0, refreshes:
 class Grass(AdamW):
     """Adam on `rank` rows of the weight [m, n] of each linear layer (arXiv 2406.17660), chosen by
     the norms of the gradient's rows every `every` steps; moments and their bias correction then
-    start anew. Rows that are not chosen do not change, by weight decay neither. All other
+    start anew. Rows that are not chosen do not change, not even by weight decay. All other
     parameters (norms, biases, embeddings, what `skip` names) take plain AdamW.
 
     Given a model, its linear layers (nn.Linear, and converted ones whose weight is plain:
