@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import quaver as qv
 from quaver import recipe
 from quaver.nn import LinearBase, linear
+from quaver.nn.rows import choose_rows
 
 
 class Conv1D(nn.Module):
@@ -71,6 +72,34 @@ def test_a_conv1d_has_the_bits_of_a_linear_layer(name, k, n):
                 got, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item()
             )
         assert_same(found[0][0], found[1][0]) if step == 0 else None
+
+
+class Chooser:
+    rows = torch.tensor([3, 20])
+
+    def choose(self, weight):
+        return self.rows
+
+
+@pytest.mark.parametrize("name", ["coat", "coat, some rows", "fp8lm-o2", "coat-blockwise"])
+@pytest.mark.parametrize(("k", "n"), [(48, 32), (32, 32)])
+def test_a_conv1d_is_smoothed_as_a_linear_layer_is(name, k, n):
+    name, _, some = name.partition(", ")
+    found, x, dy, chooser = [], randn(24, k), randn(24, n, seed=1), Chooser()
+    for net in pair(name, k, n):
+        net.channel_amax = torch.exp2(torch.arange(k) % 7.0) * 0.75
+        net.refresh()
+        choose_rows(net.weight, chooser.choose if some else None)
+        leaf = x.clone().requires_grad_()
+        y = net(leaf)
+        y.backward(dy)
+        grad = net.weight.grad
+        grad = grad.to_dense() if some else plain(grad).float()
+        found.append([y.detach(), leaf.grad, grad.t() if net.input_major else grad])
+        if some:  # rows of the weight as it lies: what both layers have
+            found[-1][2] = found[-1][2].float()[chooser.rows][:, chooser.rows]
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -74,7 +74,7 @@ def test_linear_backward(lead, k, n, codes, input_major, device):
     dx = product(g, gs, wt, ws, None, F32, False, rows, k).reshape(*lead, k)
     dw = product(gt, gs, xt, xs, None, BF16, False, n, k)
     if input_major:
-        dw, channels = product(xt, xs, gt, gs, None, BF16, False, k, n), None
+        dw = product(xt, xs, gt, gs, None, BF16, False, k, n) * channels.to(BF16)[:, None]
         weight = weight.t().contiguous()
     else:
         dw = dw * channels.to(BF16)

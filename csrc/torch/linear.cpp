@@ -146,11 +146,15 @@ struct Gradient {
   Tensor value, scale, amax;
 };
 
-// The product, times the channels: plain, or as codes under a scale just in time.
+// The product, times the channels [K]: plain, or as codes under a scale just in time.
 Gradient weight_gradient(const char* op, const PendingProduct& product,
-                         const OptionalTensor& channels, const std::optional<ScalarType>& codes) {
+                         const OptionalTensor& channels, bool input_major,
+                         const std::optional<ScalarType>& codes) {
   Tensor dw = run(product);
-  if (channels.has_value()) dw = multiply(dw, torch::stable::to(*channels, dw.scalar_type()));
+  if (channels.has_value()) {
+    const Tensor by = torch::stable::to(*channels, dw.scalar_type());
+    dw = multiply(dw, input_major ? torch::stable::reshape(by, {by.size(0), 1}) : by);
+  }
   if (!codes.has_value()) return {dw, none(dw), none(dw)};
   Tensor amax = none(dw);
   const MatrixCast cast = quantize_whole(op, dw, *codes, &amax);
@@ -203,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
                                 {"xt", xt},
                                 {"channels", channels}})
     check_device(op, dy, name, t);
-  check_gradient(op, channels, input_major ? n : k, dw_codes);
+  check_gradient(op, channels, k, dw_codes);
   const Operand g = operand_of(op, dy, codes, codes_t, scale, grad_dtype, needs_weight, history);
   Operand w;
   std::optional<PendingProduct> dx_product, dw_product;
@@ -223,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
   run_casts(op, {pending(g), pending(w)});
   const Tensor dx = needs_x ? run(*dx_product) : none(dy);
   if (!needs_weight) return {dx, none(dy), none(dy), none(dy)};
-  const Gradient dw = weight_gradient(op, *dw_product, channels, dw_codes);
+  const Gradient dw = weight_gradient(op, *dw_product, channels, input_major, dw_codes);
   return {dx, dw.value, dw.scale, dw.amax};
 }
 

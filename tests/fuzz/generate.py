@@ -358,7 +358,7 @@ class Generator:
         return (
             self.floating((rows, n)), *g, *(weight if needs_x else (None, None)),
             *(self.padded(k, rows) if needs_weight else (None, None)),
-            self.channels(n if input_major else k), n, k, self.pick(FP8), format,
+            self.channels(k), n, k, self.pick(FP8), format,
             self.pick(FLOATS), self.pick(FLOATS), self.maybe(lambda: self.pick(FP8)), input_major,
             self.maybe(self.history) if cast else None,
         )  # fmt: skip

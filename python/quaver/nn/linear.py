@@ -31,6 +31,7 @@ from .weight import (
     GemmWeight,
     cached_cast,
     cast_weight,
+    channels_of,
     check_cut,
     convert_weight,
     several_scales,
@@ -147,8 +148,9 @@ class LinearBase(nn.Module):
 
         def make(both: bool = True) -> Cast:
             codes = cast_weight(
-                self.weight, rule.weight, both=both or self.input_major, channels=channels,
-                grain=rule.weight_grain, power_of_two=rule.power_of_two,
+                self.weight, rule.weight, both=both or self.input_major,
+                channels=channels_of(channels, self.input_major), grain=rule.weight_grain,
+                power_of_two=rule.power_of_two,
             )  # fmt: skip
             return codes.transposed() if self.input_major else codes
 

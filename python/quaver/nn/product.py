@@ -16,7 +16,7 @@ from ..tensor import ScaledTensor
 from .cast import Cast, cast, matrix, quantized, row_scales
 from .first_order import FirstOrder
 from .rows import chosen_rows
-from .weight import cast_weight
+from .weight import cast_weight, channels_of
 
 _ops = torch.ops.quaver
 
@@ -269,7 +269,8 @@ def _cast_weight(ctx, weight: Tensor, transposed: bool = False) -> Cast:
     columns = transposed != ctx.input_major
     codes = cast_weight(
         weight, ctx.weight_format, rows=not columns, both=columns,
-        scale=ctx.w_scale if transposed and ctx.grain == "tensor" else None, channels=ctx.channels,
+        scale=ctx.w_scale if transposed and ctx.grain == "tensor" else None,
+        channels=channels_of(ctx.channels, ctx.input_major),
         grain="tile" if ctx.grain == "block" else ctx.grain, power_of_two=ctx.power_of_two,
     )  # fmt: skip
     return codes.transposed() if ctx.input_major else codes
@@ -317,5 +318,6 @@ def _chosen_rows(ctx, g: Cast, xt: Tensor, x_scale: Tensor) -> Rows:
         scale = F.pad(scale.index_select(0, ctx.chosen), (0, 0, 0, -count % 16), value=1.0)
     dw = _ops.gemm(taken, scale, *b, None, product, False)[:count, :cols]
     if ctx.channels is not None:
-        dw = dw * ctx.channels.to(dw.dtype)
+        by = channels_of(ctx.channels, ctx.input_major)
+        dw = dw * (by[ctx.chosen] if ctx.input_major else by).to(dw.dtype)
     return Rows(dw.to(ctx.weight_dtype).contiguous(), ctx.chosen, rows)

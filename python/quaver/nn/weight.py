@@ -41,7 +41,7 @@ def cast_weight(
     Args:
         scale: that of an earlier cast of this weight, which then gives the same codes; None
             chooses it. The scale of a ScaledTensor decides alone.
-        channels: float32 [K], multiplies the columns of a weight [N, K] first.
+        channels: float32 that multiplies the weight first, as `channels_of` gives it.
         grain, power_of_two: of the scales. A frozen weight has those that it was frozen with.
         rows: False leaves the first codes empty where the transposed ones do not need them.
     """
@@ -59,6 +59,11 @@ def cast_weight(
         weight = weight.float() * channels
     return cast(weight, dtype, both=both, scale=scale, grain=grain, power_of_two=power_of_two,
                 rows=rows)  # fmt: skip
+
+
+def channels_of(channels: Tensor | None, input_major: bool) -> Tensor | None:
+    """Factors [K] of the inputs, as they multiply a weight [N, K], or one [K, N]."""
+    return channels[:, None] if channels is not None and input_major else channels
 
 
 def _frozen_cast(weight: ScaledTensor, both: bool) -> Cast:
