@@ -75,6 +75,25 @@ class Rows {
   float eps_;
 };
 
+// The sums of the columns of `partial` [pieces, cols], by strands of pieces (normalize.h).
+void sum_pieces(float* out, const std::vector<float>& partial, int64_t pieces, int64_t cols) {
+  constexpr int64_t kWidth = 64;  // columns whose strands stay in the first-level cache
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t col = begin * kWidth; col < std::min(end * kWidth, cols); col += kWidth) {
+      const int64_t n = std::min(kWidth, cols - col);
+      float strands[kRowStrands][kWidth] = {};
+      for (int64_t p = 0; p < pieces; ++p)
+        for (int64_t c = 0; c < n; ++c) strands[p % kRowStrands][c] += partial[p * cols + col + c];
+      for (int half = kRowStrands / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; ++k)
+          for (int64_t c = 0; c < n; ++c) strands[k][c] += strands[k + half][c];
+      std::copy_n(strands[0], n, out + col);
+    }
+  };
+  const int64_t grain = kGrain / std::max<int64_t>(pieces * kWidth, 1);
+  parallel_for((cols + kWidth - 1) / kWidth, grain, body);
+}
+
 }  // namespace
 
 void normalize(const GemmCast& y, const GroupedView& saved, float* mean, float* rstd,
@@ -146,20 +165,8 @@ void normalize_backward(const TensorView& dx, float* dweight, float* dbias, cons
     }
   };
   parallel_for(pieces, kGrain / std::max<int64_t>(kRowPiece * cols, 1), piece_body);
-  auto sum_pieces = [&](float* out, const std::vector<float>& partial) {
-    auto body = [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        float strands[kRowStrands] = {};
-        for (int64_t p = 0; p < pieces; ++p) strands[p % kRowStrands] += partial[p * cols + c];
-        for (int half = kRowStrands / 2; half > 0; half /= 2)
-          for (int k = 0; k < half; ++k) strands[k] += strands[k + half];
-        out[c] = strands[0];
-      }
-    };
-    parallel_for(cols, kGrain / std::max<int64_t>(pieces, 1), body);
-  };
-  if (dweight != nullptr) sum_pieces(dweight, dweights);
-  if (dbias != nullptr) sum_pieces(dbias, dbiases);
+  if (dweight != nullptr) sum_pieces(dweight, dweights, pieces, cols);
+  if (dbias != nullptr) sum_pieces(dbias, dbiases, pieces, cols);
 }
 
 }  // namespace quaver::cpu
