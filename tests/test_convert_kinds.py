@@ -93,11 +93,10 @@ def test_a_conv1d_is_smoothed_as_a_linear_layer_is(name, k, n):
         leaf = x.clone().requires_grad_()
         y = net(leaf)
         y.backward(dy)
-        grad = net.weight.grad
-        grad = grad.to_dense() if some else plain(grad).float()
-        found.append([y.detach(), leaf.grad, grad.t() if net.input_major else grad])
-        if some:  # rows of the weight as it lies: what both layers have
-            found[-1][2] = found[-1][2].float()[chooser.rows][:, chooser.rows]
+        grad = net.weight.grad.to_dense() if some else plain(net.weight.grad)
+        grad = (grad.t() if net.input_major else grad).float()
+        # The rows of the weight as it lies are what both layers have.
+        found.append([y.detach(), leaf.grad, grad[chooser.rows][:, chooser.rows] if some else grad])
     for got, wanted in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item())
 
