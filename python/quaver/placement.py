@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import ops
 from .comm.transport import Transport
-from .tensor import ScaledTensor, is_sharded, local
+from .tensor import ScaledTensor, any_sharded, is_sharded, local
 
 _transport_of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # must not keep groups alive
 
@@ -128,7 +128,7 @@ def agree(amaxes: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     are left to ZeRO's optimizer: a rank that has nothing to step must take part too.
     """
     parameters = list(parameters)
-    if any(is_sharded(p) for p in parameters):
+    if any_sharded(parameters):
         return max_(amaxes, parameters)
     for group in {s.transport: None for p in parameters if (s := shard_of(p)) is not None}:
         bad = group.max((~amaxes.isfinite().all()).float(), "scale").wait()

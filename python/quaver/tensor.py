@@ -8,6 +8,7 @@ without a handler for it gets decoded values.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 
 import torch
@@ -24,16 +25,32 @@ LOGICAL = {str(t).removeprefix("torch."): t for t in
            (torch.float32, torch.float64, torch.bfloat16, torch.float16)}  # fmt: skip
 
 
-def is_sharded(t) -> bool:
-    """Whether `t` is a DTensor. Looked up in sys.modules: importing DTensor takes half a second,
-    and a caller that has a DTensor has imported it."""
+def _sharded_types() -> tuple[type, ...]:
+    """DTensor, if it is imported: that takes half a second, and who has a DTensor has done it."""
     distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(t, distributed.DTensor)
+    return () if distributed is None else (distributed.DTensor,)
+
+
+def is_sharded(t) -> bool:
+    """Whether `t` is a DTensor."""
+    return isinstance(t, _sharded_types())
+
+
+def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether some of many tensors is a DTensor."""
+    types = _sharded_types()
+    return any(isinstance(t, types) for t in tensors)
 
 
 def local(t: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor itself."""
     return t._local_tensor if is_sharded(t) else t
+
+
+def locals_of(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """`local` of each of many tensors; None stays None."""
+    types = _sharded_types()
+    return [t._local_tensor if isinstance(t, types) else t for t in tensors]
 
 
 def plain_tensors(value) -> list[Tensor]:

@@ -24,16 +24,14 @@ def parts(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tenso
     tensors = [t.values if isinstance(t, Rows) else t for t in tensors]
     first = tensors[0]
     none = none_like(first.qdata if isinstance(first, ScaledTensor) else first)
-    low = [isinstance(t, ScaledTensor) for t in tensors]
-    if not any(low):
-        return list(tensors), [none] * len(low), [none] * len(low)
-    pairs = list(zip(tensors, low, strict=True))
-    amaxes = [t.amax if scaled else None for t, scaled in pairs]
-    return (
-        [t.qdata if scaled else t for t, scaled in pairs],
-        [t.scale if scaled else none for t, scaled in pairs],
-        [none if amax is None else amax for amax in amaxes],
-    )
+    values, scales, amaxes = [], [], []
+    for t in tensors:
+        scaled = isinstance(t, ScaledTensor)
+        amax = t.amax if scaled else None
+        values.append(t.qdata if scaled else t)
+        scales.append(t.scale if scaled else none)
+        amaxes.append(none if amax is None else amax)
+    return values, scales, amaxes
 
 
 def grad_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -56,7 +54,8 @@ def amaxes(tensors: list[Tensor]) -> Tensor:
     if len(plain) == len(tensors):
         return grad_norm(plain)[1]
     read = iter(grad_norm(plain)[1].unbind() if plain else ())
-    return torch.stack([next(read) if amax is None else amax.reshape(()) for amax in carried])
+    found = [next(read) if amax is None else amax for amax in carried]
+    return torch.stack([amax if amax.dim() == 0 else amax.reshape(()) for amax in found])
 
 
 @fake("grad_norm")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops, placement
 from ..recipe import Recipe, SubsetNorm, Subspace
-from ..tensor import ScaledTensor, is_sharded, local
+from ..tensor import ScaledTensor, any_sharded, local, locals_of
 from . import packed, subspace
 from .base import Item, Optimizer
 from .composed import ComposedStep
@@ -155,7 +155,7 @@ class AdamW(Optimizer):
         return slots | self._remainder(p)
 
     def _remainder(self, p: Tensor) -> dict[str, Remainder]:
-        return remainder_slot(self._rounding(p))
+        return remainder_slot(self._rounding(local(p)))
 
     def _check_parameter(self, p: Tensor) -> None:
         super()._check_parameter(p)
@@ -177,8 +177,8 @@ class AdamW(Optimizer):
         self._composed.forget()
 
     def _rounding(self, p: Tensor) -> str:
-        """The rounding of p's update, one of a recipe's."""
-        if isinstance(local(p), ScaledTensor):
+        """The rounding of the update of p, this rank's part, one of a recipe's."""
+        if isinstance(p, ScaledTensor):
             return self.recipe.master_rounding
         return rounding_of(p, self.recipe.bf16_master)
 
@@ -192,13 +192,16 @@ class AdamW(Optimizer):
         return [item._replace(sums=s) for item, s in zip(items, sums, strict=True)], amaxes
 
     def update(self, device: torch.device, items: list[Item], amaxes: Tensor) -> None:
-        paths = [self._path(item.parameter) for item in items]
+        one_path = not (self.recipe.packed or self.recipe.composed)
+        paths = [] if one_path else [self._path(item.parameter) for item in items]
         if any(paths):
             order = sorted(range(len(items)), key=paths.__getitem__)
             items, paths = [items[i] for i in order], sorted(paths)
             amaxes = torch.stack([amaxes[i] for i in order])
         params = [item.parameter for item in items]
-        table = self._hyper.on(device, params, [_row(item.group) for item in items])
+        groups = {id(item.group): item.group for item in items}
+        row_of = {key: _row(group) for key, group in groups.items()}
+        table = self._hyper.on(device, params, [row_of[id(item.group)] for item in items])
         if not any(paths):
             return self._update_fused(items, amaxes, table, self._skipped[device])
         usable = amaxes.isfinite().all()
@@ -210,34 +213,34 @@ class AdamW(Optimizer):
             self._update_fused(items[:fused], amaxes[:fused], table[:fused], skipped)
         if kept > fused:
             part = items[fused:kept]
-            how = [self._rounding(item.parameter) for item in part]
+            how = [self._rounding(local(item.parameter)) for item in part]
             second = self.recipe.exp_avg_sq
             packed.step(part, second, amaxes[fused:kept], table[fused:kept], skipped, how)
         for item, row in zip(items[kept:], table[kept:], strict=True):
-            self._composed.step(item, usable, row, self._rounding(item.parameter))
+            self._composed.step(item, usable, row, self._rounding(local(item.parameter)))
         self._skipped[device] += ~usable
 
     def _update_fused(self, items: list[Item], amaxes: Tensor, hyper: Tensor,
                       skipped: Tensor) -> None:  # fmt: skip
         wholes = [item.parameter for item in items]
-        sharded = any(is_sharded(p) for p in wholes)
-        params = [local(p) for p in wholes]
-        states = [{k: local(v) for k, v in item.state.items()} for item in items]
-        firsts, seconds = ([s[key] for s in states] for key in EMAS)
+        params = locals_of(wholes)
+        sharded = any_sharded(wholes)
+        states = [item.state for item in items]
+        firsts, seconds, steps = (locals_of([s[key] for s in states]) for key in (*EMAS, "step"))
         copies = [_fused_copies(p) for p in params]
         rounding = [self._rounding(p) for p in params]
         ops.adam_(
             params,
             firsts,
             seconds,
-            [local(item.grad) for item in items],
+            locals_of([item.grad for item in items]),
             grad_amax=amaxes,
-            steps=[s["step"] for s in states],
+            steps=steps,
             hyper=hyper,
             skipped=skipped,
             scalings=[scaling(t) for t in (*params, *firsts, *seconds)],
             copies=[None if c is None else (c.q, c.qt, c.scale) for c in copies],
-            remainders=remainders_of(states),
+            remainders=locals_of(remainders_of(states)),
             seeds=[
                 item.ordinal if how == "stochastic" else -1
                 for item, how in zip(items, rounding, strict=True)

@@ -12,7 +12,7 @@ from .. import ops, placement
 from .. import recipe as recipes
 from ..recipe import Recipe
 from ..rows import Rows
-from ..tensor import ScaledTensor, is_sharded, local
+from ..tensor import ScaledTensor, is_sharded, local, locals_of
 from .moments import Ema
 from .parts import joined, parted
 
@@ -175,22 +175,23 @@ class Optimizer(torch.optim.Optimizer):
 
     def _collect(self) -> list[Item]:
         ordinals = self._ordinals()
-        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        pairs = ((p, group) for group in self.param_groups for p in group["params"])
         return [self._item(p, g, ordinals[p]) for p, g in pairs if p.grad is not None]
 
     def _item(self, p: Tensor, group: dict, ordinal: int) -> Item:
-        if p.grad.is_sparse:
+        grad = p.grad
+        if grad.is_sparse:
             raise RuntimeError(f"{self.name}: sparse gradients are not supported")
-        if isinstance(p.grad, Rows) and not self.takes_rows:
+        if isinstance(grad, Rows) and not self.takes_rows:
             raise RuntimeError(
                 f"{self.name}: a gradient has the rows that a Grass chose; call that optimizer's "
                 "remove() before another takes its parameters"
             )
-        if p.grad.device != p.device:
+        if grad.device != p.device:
             raise RuntimeError(
-                f"{self.name}: a gradient on {p.grad.device} for a parameter on {p.device}"
+                f"{self.name}: a gradient on {grad.device} for a parameter on {p.device}"
             )
-        return Item(p, p.grad, self.state_of(p), group, ordinal)
+        return Item(p, grad, self.state_of(p), group, ordinal)
 
     def _ordinals(self) -> dict[Tensor, int]:
         params = [p for group in self.param_groups for p in group["params"]]
@@ -198,7 +199,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _read(self, items: list[Item]) -> tuple[list[Item], Tensor]:
         """The items with what one read of their gradients finds, and the gradients' amaxes."""
-        return items, ops.amaxes([local(item.grad) for item in items])
+        return items, ops.amaxes(locals_of([item.grad for item in items]))
 
     # States
 
@@ -211,8 +212,10 @@ class Optimizer(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
             for key, slot in self.slots(p).items():
                 state[key] = placement.like(p, slot.zeros(local(p)))
-        dtype, shape = self._seen.setdefault(p, (p.dtype, p.shape))
-        if (dtype, shape) != (p.dtype, p.shape):
+        now = p.dtype, p.shape
+        seen = self._seen.setdefault(p, now)
+        if seen != now:
+            dtype, shape = seen
             raise RuntimeError(
                 f"{self.name}: a parameter changed from {dtype} {list(shape)} to {p.dtype} "
                 f"{list(p.shape)} between steps; build the optimizer anew"
