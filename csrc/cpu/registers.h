@@ -260,6 +260,34 @@ QUAVER_INLINE Integers in_order(Integers x) {
 #endif
 }
 
+// The largest number of each of 16 registers, in order, where larger(a, b) compares numbers of 16
+// or 32 bits; of 16, the larger of the two that are left in 32 bits remains to be found. A round
+// compares the halves of two registers and puts both results into one.
+template <class Larger>
+QUAVER_INLINE void largest_of_16(Integers* out, Integers* x, Larger larger) {
+  int n = 16;
+  auto fold = [&](auto low, auto high) {
+    n /= 2;
+    for (int i = 0; i < n; ++i)
+      x[i] = larger(low(x[2 * i], x[2 * i + 1]), high(x[2 * i], x[2 * i + 1]));
+  };
+#define QUAVER_FOLD(name, low, high)                           \
+  fold([](Integers a, Integers b) { return name(a, b, low); }, \
+       [](Integers a, Integers b) { return name(a, b, high); })
+#define QUAVER_SHUFFLED(a, b, lanes) bits_of(QUAVER_PS(shuffle)(floats_of(a), floats_of(b), lanes))
+#if defined(__AVX512F__)
+  QUAVER_FOLD(_mm512_shuffle_i64x2, 0x44, 0xee);
+  QUAVER_FOLD(_mm512_shuffle_i64x2, 0x88, 0xdd);
+#else
+  QUAVER_FOLD(_mm256_permute2x128_si256, 0x20, 0x31);
+#endif
+  QUAVER_FOLD(QUAVER_SHUFFLED, 0x44, 0xee);
+  QUAVER_FOLD(QUAVER_SHUFFLED, 0x88, 0xdd);
+#undef QUAVER_SHUFFLED
+#undef QUAVER_FOLD
+  for (int i = 0; i < n; ++i) out[i] = in_order(x[i]);
+}
+
 // kValues codes, a byte each.
 template <class T>
 QUAVER_INLINE Integers encoded_values(const Values& x) {

@@ -38,73 +38,97 @@ inline __attribute__((always_inline)) void save_few(e4m3* codes, uint8_t* scale,
 }
 
 #if defined(__AVX2__)
-// The same of groups of 32 in registers: first all scales, each a long chain of dependent
-// operations, then all codes.
+constexpr int64_t kGroups = kBlock / 32;  // of 32, in a buffer
+static_assert(kGroups == 16, "largest_of_16 looks at all of them at once");
+
+// What the amaxes of groups choose.
+struct GroupScales {
+  alignas(64) uint32_t code[kGroups];
+  alignas(64) float inverse[kGroups];
+
+  // Of `most`, the bits of each group's amax.
+  QUAVER_INLINE explicit GroupScales(const Integers* most) {
+    alignas(64) uint32_t amax[kGroups];
+    memcpy(amax, most, sizeof(amax));
+    QUAVER_SIMD
+    for (int64_t g = 0; g < kGroups; ++g) {
+      code[g] = block_exponent(amax[g]);
+      inverse[g] = block_inverse(code[g]);
+    }
+  }
+  void store(uint8_t* scale, int64_t groups) const {
+    for (int64_t g = 0; g < groups; ++g) scale[g] = static_cast<uint8_t>(code[g]);
+  }
+};
+
+// kValues values from memory by the scales of their groups, of which g is the first.
+template <class T>
+QUAVER_INLINE void encode_groups(e4m3* codes, const T* x, const GroupScales& scales, int64_t g) {
+  Values v = load_values(x);
+  for (int k = 0; k < kRegisters; ++k)
+    v.of[k] = QUAVER_PS(mul)(v.of[k], all(scales.inverse[g + k * kRegister / 32]));
+  encode_values(codes, v);
+}
+
+// The same of groups of 32 in registers: first all scales, then all codes.
 inline void save_few(e4m3* codes, uint8_t* scale, const float* __restrict x, int64_t n,
                      std::integral_constant<int64_t, 32> block) {
-  constexpr int in_group = 32 / kRegister;  // registers
   const int64_t whole = n - n % kValues;
-  alignas(64) float inverse[kBlock / 32];
-  for (int64_t i = 0; i < whole; i += 32) {
-    Integers most = all(0);
-    for (int j = 0; j < in_group; ++j)
-      most = larger_bits(most, magnitude_bits(QUAVER_PS(loadu)(x + i + j * kRegister)));
-    inverse[i / 32] = choose_group(scale + i / 32, largest_bits(most));
+  Integers most[kGroups];
+  for (int64_t g = 0; g < whole / 32; ++g) {
+    most[g] = magnitude_bits(QUAVER_PS(loadu)(x + 32 * g));
+    for (int64_t j = kRegister; j < 32; j += kRegister)
+      most[g] = larger_bits(most[g], magnitude_bits(QUAVER_PS(loadu)(x + 32 * g + j)));
   }
-  for (int64_t i = 0; i < whole; i += kValues) {
-    Values v = load_values(x + i);
-    for (int k = 0; k < kRegisters; ++k)
-      v.of[k] = QUAVER_PS(mul)(v.of[k], all(inverse[i / 32 + k / in_group]));
-    encode_values(codes + i, v);
-  }
+  for (int64_t g = whole / 32; g < kGroups; ++g) most[g] = all(0);
+  Integers amax[kGroups / kRegister];
+  largest_of_16(amax, most, larger_bits);
+  const GroupScales scales(amax);
+  scales.store(scale, whole / 32);
+  for (int64_t i = 0; i < whole; i += kValues) encode_groups(codes + i, x + i, scales, i / 32);
   if (whole < n)
     save_few<decltype(block)>(codes + whole, scale + whole / 32, x + whole, n - whole, block);
 }
-#endif
 
-#if defined(__AVX2__)
 // The same of bf16, as words of 16 bits: a group's scale is a power of two. Returns how many values
-// it has saved, whole registers of them, or none where a scale is too small for words.
+// it has saved, whole registers of them.
 inline int64_t save_words(e4m3* codes, uint8_t* scale, const bf16* x, int64_t n) {
   using F = Format<e4m3>;
-  constexpr int groups = kValues / 32, in_group = 2 / groups;  // of Words, and their registers
-  constexpr uint32_t least_scale = F::bias;                    // with normal quotients in bf16
+  constexpr uint32_t least_scale = F::bias;  // with normal quotients in bf16
   const int64_t whole = n - n % kValues;
   const auto* words = reinterpret_cast<const uint16_t*>(x);
-  uint32_t amax[kBlock / 32];
-  for (int64_t i = 0; i < whole; i += kValues) {
-    const Words magnitude = word_magnitudes(load_words(words + i));
-    for (int g = 0; g < groups; ++g) {
-      Integers most = magnitude.of[g * in_group];
-      if (in_group == 2) most = QUAVER_INT(max_epu16)(most, magnitude.of[1]);
-      amax[i / 32 + g] = largest_word(most) << 16;
-    }
+  auto larger = [](Integers a, Integers b) { return QUAVER_INT(max_epu16)(a, b); };
+  Integers most[kGroups];
+  for (int64_t g = 0; g < whole / 32; ++g) {
+    auto magnitudes = [&](int64_t j) {
+      return both(load_register(words + 32 * g + j), all_words(0x7fff));
+    };
+    most[g] = magnitudes(0);
+    for (int64_t j = kWords; j < 32; j += kWords) most[g] = larger(most[g], magnitudes(j));
   }
-  float inverse[kBlock / 32];
-  uint16_t least[kBlock / 32], base[kBlock / 32];
-  uint32_t smallest = 255;
-  _Pragma("omp simd reduction(min : smallest)") for (int64_t g = 0; g < whole / 32; ++g) {
-    const uint32_t code = block_exponent(amax[g]);
-    smallest = code < smallest ? code : smallest;
-    scale[g] = static_cast<uint8_t>(code);
-    inverse[g] = block_inverse(code);
-    least[g] = static_cast<uint16_t>((code + 1 - F::bias) << 7);
+  for (int64_t g = whole / 32; g < kGroups; ++g) most[g] = all(0);
+  Integers amax[kGroups / kRegister];
+  largest_of_16(amax, most, larger);
+  for (Integers& a : amax)  // the larger of two words becomes the upper half of f32's bits
+    a = both(larger(a, QUAVER_INT(slli_epi32)(a, 16)), all(static_cast<int32_t>(0xffff0000)));
+  const GroupScales scales(amax);
+  scales.store(scale, whole / 32);
+  // Under a smaller scale zeros alone have codes by words.
+  alignas(64) uint16_t least[kGroups], base[kGroups];
+  QUAVER_SIMD
+  for (int64_t g = 0; g < kGroups; ++g) {
+    const uint32_t code = scales.code[g];
+    least[g] = static_cast<uint16_t>(code < least_scale ? 0x7fff : (code + 1 - F::bias) << 7);
     base[g] = static_cast<uint16_t>((code - F::bias) << F::mantissa);
   }
-  if (smallest < least_scale) return 0;
   for (int64_t i = 0; i < whole; i += kValues) {
-    const int64_t g = i / 32, next = g + groups - 1;
+    const int64_t g = i / 32, next = g + kValues / 32 - 1;
     const Words w = load_words(words + i), magnitude = word_magnitudes(w);
-    if (__builtin_expect(have_codes(magnitude, {{all_words(least[g]), all_words(least[next])}}),
-                         1)) {
+    if (__builtin_expect(have_codes(magnitude, {{all_words(least[g]), all_words(least[next])}}), 1))
       store_codes(codes + i,
                   word_codes<e4m3>(w, magnitude, {{all_words(base[g]), all_words(base[next])}}));
-      continue;
-    }
-    Values v = load_values(x + i);
-    for (int k = 0; k < kRegisters; ++k)
-      v.of[k] = QUAVER_PS(mul)(v.of[k], all(inverse[g + k * kRegister / 32]));
-    encode_values(codes + i, v);
+    else
+      encode_groups(codes + i, x + i, scales, g);
   }
   return whole;
 }

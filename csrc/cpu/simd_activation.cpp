@@ -187,6 +187,8 @@ inline void sum_gradient(RowSums* sums, float* __restrict g, float* __restrict x
                          const NormalizeRow& row, int64_t i, int64_t m) {
   alignas(64) float dy[kBlock];
   int64_t done = 0;
+  prefetch_next(at(row.dy, row.dy_type, i), m * size_of(row.dy_type));
+  prefetch_next(row.x.codes + i, m);
 #if defined(__AVX2__)
   with_type(row.dy_type, row.dy,
             [&](auto* p) { done = sum_registers(sums, g, xhat, row, p, i, m); });
@@ -239,6 +241,8 @@ inline __attribute__((always_inline)) void with_kind(Activation kind, Body body)
 void activate(float* __restrict out, const void* x, const void* up, DType type, int64_t n,
               Activation kind, const SavedRow& x_saved, const SavedRow& up_saved) {
   alignas(64) float buffer[kBlock];
+  prefetch_next(x, n * size_of(type));
+  if (up != nullptr) prefetch_next(up, n * size_of(type));
   const float* __restrict v = values_of(buffer, x, type, n);
   auto save = [&](const SavedRow& to, const void* from, const float* values) {
     if (to.codes == nullptr) return;
@@ -274,6 +278,9 @@ void activate_backward(float* __restrict dx, float* __restrict dup, const void* 
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
     float* __restrict g = dx + i;
+    prefetch_next(at(dy, dy_type, first + i), m * size_of(dy_type));
+    prefetch_next(x.codes + first + i, m);
+    if (up.codes != nullptr) prefetch_next(up.codes + first + i, m);
     load_any(g, at(dy, dy_type, first + i), dy_type, m, 1.0f);
     if (channel_scale != nullptr) {
       const float* scale = channel_scale + first + i;

@@ -25,6 +25,12 @@ inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(p) + i);
 }
 
+// Prefetches the block of as many bytes behind this one.
+inline void prefetch_next(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(static_cast<const char*>(p) + bytes + i);
+}
+
 // Prefetches 64 KiB ahead into the second-level cache, for a loop that reads one stream and is
 // bound by the latency of memory.
 inline void prefetch_far(const void* p, int64_t bytes) {

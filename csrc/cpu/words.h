@@ -44,29 +44,15 @@ struct Words {
 
 QUAVER_INLINE Integers all_words(int x) { return QUAVER_INT(set1_epi16)(static_cast<short>(x)); }
 
+QUAVER_INLINE Integers load_register(const uint16_t* x) {
+  return QUAVER_BITS(loadu)(reinterpret_cast<const Integers*>(x));
+}
 QUAVER_INLINE Words load_words(const uint16_t* x) {
-  Words w;
-  for (int k = 0; k < 2; ++k)
-    w.of[k] = QUAVER_BITS(loadu)(reinterpret_cast<const Integers*>(x + k * kWords));
-  return w;
+  return {{load_register(x), load_register(x + kWords)}};
 }
 
 QUAVER_INLINE Words word_magnitudes(const Words& x) {
   return {{both(x.of[0], all_words(0x7fff)), both(x.of[1], all_words(0x7fff))}};
-}
-
-// The largest of unsigned words.
-QUAVER_INLINE uint32_t largest_word(Integers x) {
-#if defined(__AVX512F__)
-  const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-#else
-  const __m256i half = x;
-#endif
-  const __m128i most =
-      _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-  // The instruction finds the smallest.
-  const __m128i inverted = _mm_xor_si128(most, _mm_set1_epi16(-1));
-  return 0xffffu ^ static_cast<uint32_t>(_mm_extract_epi16(_mm_minpos_epu16(inverted), 0));
 }
 
 // Whether all magnitudes are zero, or from `least` on and no NaN.
