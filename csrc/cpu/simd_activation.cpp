@@ -238,27 +238,41 @@ inline __attribute__((always_inline)) void with_kind(Activation kind, Body body)
   }
 }
 
+// out = f(x) * up, or f(x) without `up`.
+template <Activation kind, class T>
+inline void activate_values(float* __restrict out, const T* __restrict x, const T* __restrict up,
+                            int64_t n) {
+  if (up == nullptr) {
+    QUAVER_SIMD
+    for (int64_t j = 0; j < n; ++j) out[j] = quaver::activate<kind>(decode(x[j]));
+    return;
+  }
+  QUAVER_SIMD
+  for (int64_t j = 0; j < n; ++j) out[j] = quaver::activate<kind>(decode(x[j])) * decode(up[j]);
+}
+
 void activate(float* __restrict out, const void* x, const void* up, DType type, int64_t n,
               Activation kind, const SavedRow& x_saved, const SavedRow& up_saved) {
-  alignas(64) float buffer[kBlock];
-  prefetch_next(x, n * size_of(type));
-  if (up != nullptr) prefetch_next(up, n * size_of(type));
-  const float* __restrict v = values_of(buffer, x, type, n);
-  auto save = [&](const SavedRow& to, const void* from, const float* values) {
+  alignas(64) float buffer[2][kBlock];
+  auto save = [&](const SavedRow& to, const void* from) {
     if (to.codes == nullptr) return;
     const int64_t done = save_stored(to, 0, from, type, n);
-    if (done < n) save_few(to, done, values + done, n - done);
+    if (done < n)
+      save_few(to, done, values_of(buffer[0], at(from, type, done), type, n - done), n - done);
   };
-  save(x_saved, x, v);
+  prefetch_next(x, n * size_of(type));
+  save(x_saved, x);
+  if (up != nullptr) {
+    prefetch_next(up, n * size_of(type));
+    save(up_saved, up);
+  }
   with_kind(kind, [&](auto k) {
-    QUAVER_SIMD
-    for (int64_t j = 0; j < n; ++j) out[j] = quaver::activate<decltype(k)::value>(v[j]);
+    constexpr Activation f = decltype(k)::value;
+    if (type == DType::bf16)
+      return activate_values<f>(out, static_cast<const bf16*>(x), static_cast<const bf16*>(up), n);
+    const float* ups = up == nullptr ? nullptr : values_of(buffer[1], up, type, n);
+    activate_values<f>(out, values_of(buffer[0], x, type, n), ups, n);
   });
-  if (up == nullptr) return;
-  const float* __restrict u = values_of(buffer, up, type, n);
-  save(up_saved, up, u);
-  QUAVER_SIMD
-  for (int64_t j = 0; j < n; ++j) out[j] *= u[j];
 }
 
 void scale_channels(float* __restrict v, uint32_t* __restrict amax_bits,
