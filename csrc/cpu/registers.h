@@ -125,11 +125,12 @@ QUAVER_INLINE Values divided(const Values& x, float divisor) {
 // exponent in place is 2^-8 times its value. The instruction that widens f16 does the rest.
 constexpr int64_t kHalves = 2 * kRegister;  // values that widen at once
 
+// Copies of the sign fill the upper byte.
 QUAVER_INLINE Integers widen(const void* x) {
 #if defined(__AVX512F__)
-  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(x)));
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(x)));
 #else
-  return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(x)));
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(x)));
 #endif
 }
 
@@ -138,18 +139,15 @@ template <class T>
 constexpr float kHalvesFactor = 15 - Format<T>::bias == 8 ? 256.0f : 1.0f;
 
 QUAVER_INLINE Integers halves_of(e4m3, Integers c) {
-  const Integers magnitude = both(c, QUAVER_INT(set1_epi16)(0x7f));
-  const Integers sign =
-      both(QUAVER_INT(slli_epi16)(c, 8), QUAVER_INT(set1_epi16)(static_cast<short>(-0x8000)));
-  const Integers half = QUAVER_INT(slli_epi16)(magnitude, 7);
-  const Integers nan_code = QUAVER_INT(set1_epi16)(0x7f), nan = QUAVER_INT(set1_epi16)(0x7e00);
+  // Two copies of the sign are left above the magnitude, of which the lower one must go.
+  const Integers half = both(QUAVER_INT(slli_epi16)(c, 7), QUAVER_INT(set1_epi16)(-0x4001));
+  const Integers nan_code = QUAVER_INT(set1_epi16)(0x7f), magnitude = both(c, nan_code);
+  const Integers to_nan = QUAVER_INT(set1_epi16)(0x7e00 - (0x7f << 7));
 #if defined(__AVX512F__)
-  const Integers seen =
-      _mm512_mask_blend_epi16(_mm512_cmpeq_epi16_mask(magnitude, nan_code), half, nan);
+  return _mm512_mask_add_epi16(half, _mm512_cmpeq_epi16_mask(magnitude, nan_code), half, to_nan);
 #else
-  const Integers seen = _mm256_blendv_epi8(half, nan, _mm256_cmpeq_epi16(magnitude, nan_code));
+  return _mm256_add_epi16(half, both(_mm256_cmpeq_epi16(magnitude, nan_code), to_nan));
 #endif
-  return QUAVER_BITS(or)(seen, sign);
 }
 QUAVER_INLINE Integers halves_of(e5m2, Integers c) { return QUAVER_INT(slli_epi16)(c, 8); }
 

@@ -71,6 +71,7 @@ int64_t sum_registers(T* out, float sum_scale, const ShardSpan& s, int64_t n, ui
   const Integers magnitude = QUAVER_INT(set1_epi8)(0x7f);
   Integers most = all(0);
   int64_t i = 0;
+  int32_t count = 0;  // of codes at the maximum
   for (; i + kValues <= n; i += kValues) {
     const T* x = static_cast<const T*>(s.first) + i;
     Values sum = load_values(x, s.scale);
@@ -82,8 +83,9 @@ int64_t sum_registers(T* out, float sum_scale, const ShardSpan& s, int64_t n, ui
     const Integers codes =
         encoded_values<T>(exact ? scaled(sum, 1.0f / sum_scale) : divided(sum, sum_scale));
     store_codes(out + i, codes);
-    *at_max += count_equal(both(codes, magnitude), Format<T>::max_code);
+    count += count_equal(both(codes, magnitude), Format<T>::max_code);
   }
+  *at_max += count;
   *amax_bits = largest_bits(most);
   return i;
 }

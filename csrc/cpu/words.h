@@ -237,7 +237,7 @@ void WordTable<T>::build() {
 }
 #endif
 
-// Codes as words, two registers of them.
+// Codes as words with copies of the sign above them, two registers.
 template <class T>
 QUAVER_INLINE Words load_codes(const T* x) {
   return {{widen(x), widen(x + kWords)}};
@@ -254,13 +254,12 @@ QUAVER_INLINE bool store_as_bf16(bf16* out, const Words& codes) {
   for (int k = 0; k < 2; ++k) {
     const Integers c = codes.of[k], magnitude = both(c, all_words(0x7f));
     const Integers shifted = QUAVER_INT(slli_epi16)(magnitude, 7 - F::mantissa);
-    const Integers sign = QUAVER_INT(slli_epi16)(c, 8);
 #if defined(__AVX512F__)
     const __mmask32 some = _mm512_test_epi16_mask(magnitude, magnitude);
     const __mmask32 small = _mm512_cmplt_epu16_mask(magnitude, least);
     const __mmask32 large = _mm512_cmpgt_epu16_mask(magnitude, all_words(F::max_code));
     if (__builtin_expect(((some & small) | large) != 0, 0)) return false;
-    words.of[k] = _mm512_ternarylogic_epi32(_mm512_maskz_add_epi16(some, shifted, rebias), sign,
+    words.of[k] = _mm512_ternarylogic_epi32(_mm512_maskz_add_epi16(some, shifted, rebias), c,
                                             all_words(0x8000), 0xf8);
 #else
     const Integers zero = _mm256_cmpeq_epi16(magnitude, all(0));
@@ -269,7 +268,7 @@ QUAVER_INLINE bool store_as_bf16(bf16* out, const Words& codes) {
     const Integers other = _mm256_or_si256(small, large);
     if (__builtin_expect(_mm256_testz_si256(other, other) == 0, 0)) return false;
     words.of[k] = _mm256_or_si256(_mm256_andnot_si256(zero, _mm256_add_epi16(shifted, rebias)),
-                                  both(sign, all_words(0x8000)));
+                                  both(c, all_words(0x8000)));
 #endif
   }
   for (int k = 0; k < 2; ++k)
