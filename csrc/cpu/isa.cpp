@@ -90,7 +90,9 @@ struct Isas {
   int count = 0;
   std::atomic<int> current{0};
 
-  Isas() {
+  // Not inline: simd() and its like are called for every few hundred values, and would save all the
+  // registers that this uses before they see that it has run.
+  __attribute__((noinline)) Isas() {
 #if defined(QUAVER_HAVE_X86_ISA)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
