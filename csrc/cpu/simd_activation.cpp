@@ -2,6 +2,8 @@
 // the buffer.
 #include "simd_activation.h"
 
+#include <algorithm>
+
 #include "quaver/normalize.h"
 #include "saved_groups.h"
 
@@ -27,14 +29,14 @@ inline const float* values_of(float* buffer, const void* x, DType type, int64_t 
 }
 
 #if defined(__AVX2__)
-// Adds the whole rows of kRowLanes values, or the squares of their distances from the mean, to
-// their lanes, a few lanes at a time through all rows: their sums stay in registers. Prefetches as
-// many rows behind them in order, for the call that follows.
+// Sums whole rows of kRowLanes values, or the squares of their distances from the mean, in their
+// lanes, a few lanes at a time through all rows: their sums stay in registers. Prefetches as many
+// rows behind them in order, for the call that follows.
 template <bool kSquares, class T>
-inline void add_rows(float* lanes, const T* x, int64_t rows, float mean) {
+inline void sum_rows(float* lanes, const T* x, int64_t rows, float mean) {
   constexpr int64_t few = 2 * kValues;
   for (int64_t first = 0; first < kRowLanes; first += few) {
-    Floats sum[2] = {load_values(lanes + first), load_values(lanes + first + kValues)};
+    Floats sum[2] = {{}, {}};
     for (int64_t r = 0; r < rows; ++r) {
       const T* next = x + rows * kRowLanes + first * rows + r * few;
       for (int64_t k = 0; k < few; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + k);
@@ -51,12 +53,13 @@ inline void add_rows(float* lanes, const T* x, int64_t rows, float mean) {
 
 template <bool kSquares>
 float row_sum(const void* x, DType type, int64_t n, float mean) {
-  alignas(64) float lanes[kRowLanes] = {};
-  alignas(64) float buffer[kBlock];
+  alignas(64) float lanes[kRowLanes], buffer[kBlock];
   int64_t i = 0;
 #if defined(__AVX2__)
-  with_type(type, x, [&](auto* p) { add_rows<kSquares>(lanes, p, n / kRowLanes, mean); });
+  with_type(type, x, [&](auto* p) { sum_rows<kSquares>(lanes, p, n / kRowLanes, mean); });
   i = n - n % kRowLanes;
+#else
+  std::fill_n(lanes, kRowLanes, 0.0f);
 #endif
   for (; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
