@@ -4,6 +4,9 @@ its products against torch's.
 A copy is what the memory allows; nothing that reads and writes as much is faster. A value that an
 op must read twice (for its amax, then to cast it) counts twice. `--isa avx2` measures the narrower
 instructions on a machine that has wider ones.
+
+Where others use the memory too, a copy's speed may double from one minute to the next, and halve
+the ratio of an op that is bound by its instructions: each row has the copy's GB/s beside its own.
 """
 
 import argparse
@@ -195,6 +198,13 @@ def products():
 KINDS = (casts, norms, activations, optimizers, gradients, products)
 
 
+def beside_copy(row):
+    """The row with the GB/s of its copy."""
+    if "gb_per_s" not in row:  # a product, or a row that failed
+        return row
+    return row | {"copy_gb_per_s": row["gb_per_s"] * row["candidate_s"] / row["baseline_s"]}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     isas = [isa for isa in ISAS if isa in _C.available_isas()]
@@ -212,7 +222,10 @@ def main():
         if args.list:
             print(*(json.dumps(case.heading()) for case in cases), sep="\n")
             continue
-        measured = common.run_cases(cases, args.pairs)
+        measured = [beside_copy(row) for row in common.run_cases(cases, args.pairs)]
+        speeds = [row["copy_gb_per_s"] for row in measured if "copy_gb_per_s" in row]
+        if speeds:
+            print(f"{isa}: the copies ran at {min(speeds):.0f} to {max(speeds):.0f} GB/s")
         rows += [{**found, "name": f"{found['name']} ({isa})"} for found in measured]
     if args.list or args.only:
         return
