@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import re
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -382,8 +381,8 @@ def test_a_named_subclass_becomes_fp8_and_stays_its_class():
 def test_histories_that_leave_the_meta_device_are_new():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(16, 16))
-    rule = replace(qv.recipe.get("tensorwise").linear, scaling="delayed")
-    qv.convert(model, replace(qv.recipe.get("tensorwise"), linear=rule))
+    rule = dataclasses.replace(qv.recipe.get("tensorwise").linear, scaling="delayed")
+    qv.convert(model, dataclasses.replace(qv.recipe.get("tensorwise"), linear=rule))
     for _ in range(3):  # memory that is not zero, where it comes from the allocator
         torch.full((17,), 7.0)
     model.to_empty(device="cpu")

@@ -90,8 +90,8 @@ struct Isas {
   int count = 0;
   std::atomic<int> current{0};
 
-  // Not inline: simd() and its like are called for every few hundred values, and would save all the
-  // registers that this uses before they see that it has run.
+  // The constructor stays out of line: simd() and others look here for every few hundred values,
+  // and each look would save the registers that only the first one needs.
   __attribute__((noinline)) Isas() {
 #if defined(QUAVER_HAVE_X86_ISA)
     __builtin_cpu_init();

@@ -70,7 +70,7 @@ QUAVER_INLINE void encode_groups(e4m3* codes, const T* x, const GroupScales& sca
   encode_values(codes, v);
 }
 
-// The same of groups of 32 in registers: first all scales, then all codes.
+// As save_few above, of groups of 32 in registers: first all scales, then all codes.
 inline void save_few(e4m3* codes, uint8_t* scale, const float* __restrict x, int64_t n,
                      std::integral_constant<int64_t, 32> block) {
   const int64_t whole = n - n % kValues;
@@ -91,7 +91,7 @@ inline void save_few(e4m3* codes, uint8_t* scale, const float* __restrict x, int
 }
 
 // The same of bf16, as words of 16 bits: a group's scale is a power of two. Returns how many values
-// it has saved, whole registers of them.
+// it has saved: whole registers of them.
 inline int64_t save_words(e4m3* codes, uint8_t* scale, const bf16* x, int64_t n) {
   using F = Format<e4m3>;
   constexpr uint32_t least_scale = F::bias;  // with normal quotients in bf16
@@ -113,7 +113,7 @@ inline int64_t save_words(e4m3* codes, uint8_t* scale, const bf16* x, int64_t n)
     a = both(larger(a, QUAVER_INT(slli_epi32)(a, 16)), all(static_cast<int32_t>(0xffff0000)));
   const GroupScales scales(amax);
   scales.store(scale, whole / 32);
-  // Under a smaller scale zeros alone have codes by words.
+  // Under a scale below least_scale only zeros have codes by words.
   alignas(64) uint16_t least[kGroups], base[kGroups];
   QUAVER_SIMD
   for (int64_t g = 0; g < kGroups; ++g) {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import placement
 from .rows import Rows
-from .tensor import ScaledTensor, local
+from .tensor import ScaledTensor, locals_of
 
 
 def clip_grad_norm_(
@@ -35,7 +35,7 @@ def clip_grad_norm_(
         raise ValueError(f"clip_grad_norm_: max_norm must be >= 0, got {max_norm}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     norm = placement.grad_norm(parameters, norm_type)
-    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    grads = locals_of([p.grad for p in parameters if p.grad is not None])
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"clip_grad_norm_: the gradient norm is {norm.item()}")
     if grads:

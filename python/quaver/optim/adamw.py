@@ -188,7 +188,7 @@ class AdamW(Optimizer):
         if not isinstance(self.recipe.exp_avg_sq, SubsetNorm):
             return super()._read(items)
         subsets = [self._subsets(item.parameter) for item in items]
-        amaxes, sums = ops.subset_sums([local(item.grad) for item in items], subsets)
+        amaxes, sums = ops.subset_sums(locals_of([item.grad for item in items]), subsets)
         return [item._replace(sums=s) for item, s in zip(items, sums, strict=True)], amaxes
 
     def update(self, device: torch.device, items: list[Item], amaxes: Tensor) -> None:

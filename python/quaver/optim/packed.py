@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..layout import FLAT_BLOCK
 from ..ops.adam4 import SECONDS
-from ..tensor import ScaledTensor, local
+from ..tensor import ScaledTensor, locals_of
 from .base import Item
 from .moments import Part, remainders_of
 
@@ -54,7 +54,7 @@ def step(items: list[Item], second: str, amaxes: Tensor, hyper: Tensor, skipped:
             _factors(item, usable, row) if form == "factor" else item.state["exp_avg_sq_scale"]
             for item, form, row in zip(items, forms, hyper, strict=True)
         ],
-        [local(item.grad) for item in items],
+        locals_of([item.grad for item in items]),
         grad_amax=amaxes,
         steps=[s["step"] for s in states],
         hyper=hyper,
